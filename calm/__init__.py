@@ -1,0 +1,1 @@
+"""Continuous autoregressive language models."""

@@ -1,0 +1,1 @@
+"""Fused operations for continuous autoregressive language models."""

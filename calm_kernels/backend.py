@@ -1,0 +1,140 @@
+"""The one place that chooses an implementation.
+
+Every public operation takes ``backend=`` and asks `resolve` which implementation to run:
+
+* ``reference``: the formula as the paper writes it; defines correctness, never optimised;
+* ``torch``: the best plain PyTorch, any device;
+* ``triton``: fused kernels for NVIDIA and AMD GPUs (CPU tensors only in Triton's interpreter).
+
+``auto`` takes Triton for GPU tensors where the operation has a kernel, else ``torch``, and logs the choice once.
+The process-wide choice comes from `set_backend`, the `use_backend` context or ``CALM_KERNELS_BACKEND``;
+an argument other than ``auto`` overrides it. An explicit choice never falls back: it runs or raises.
+"""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from enum import StrEnum
+
+from torch import Tensor
+
+__all__ = ["Backend", "OPERATIONS", "resolve", "set_backend", "use_backend"]
+
+logger = logging.getLogger(__name__)
+
+
+class Backend(StrEnum):
+    """Implementation of an operation; strings are accepted wherever a `Backend` is."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    TORCH = "torch"
+    TRITON = "triton"
+
+
+ENVIRONMENT_VARIABLE = "CALM_KERNELS_BACKEND"
+
+# What each operation implements. A new kernel is announced here and nowhere else.
+_PORTABLE = frozenset({Backend.REFERENCE, Backend.TORCH})
+OPERATIONS: dict[str, frozenset[Backend]] = {
+    "energy_score": _PORTABLE,
+    "gaussian_energy_score": _PORTABLE,
+    "reparameterize": _PORTABLE,
+    "energy_head": _PORTABLE,
+    "linear_argmax": _PORTABLE,
+    "agreeing_patch": _PORTABLE,
+    "linear_cross_entropy": _PORTABLE,
+}
+
+_process_backend: Backend | None = None
+_context_backend: ContextVar[Backend | None] = ContextVar("calm_kernels_backend", default=None)
+_logged: set[tuple[str, Backend]] = set()
+
+
+def parse(backend: Backend | str, source: str = "backend") -> Backend:
+    """`Backend` of a string, or a `ValueError` that names `source` and lists the choices."""
+    try:
+        return Backend(backend)
+    except ValueError:
+        choices = ", ".join(Backend)
+        raise ValueError(f"{source} must be one of {choices}; got {backend!r}") from None
+
+
+def set_backend(backend: Backend | str) -> None:
+    """Set the backend of every later call in this process that leaves ``backend="auto"``."""
+    global _process_backend
+    _process_backend = parse(backend)
+
+
+@contextmanager
+def use_backend(backend: Backend | str) -> Iterator[None]:
+    """Set the backend inside a ``with`` block (this thread or task only)."""
+    token = _context_backend.set(parse(backend))
+    try:
+        yield
+    finally:
+        _context_backend.reset(token)
+
+
+def _default() -> Backend:
+    chosen = _context_backend.get() or _process_backend
+    if chosen is not None:
+        return chosen
+    return parse(os.environ.get(ENVIRONMENT_VARIABLE, Backend.AUTO), ENVIRONMENT_VARIABLE)
+
+
+def has_triton() -> bool:
+    """Whether Triton can be imported (it is not imported here)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton kernels run in the interpreter, where CPU tensors are allowed."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def resolve(backend: Backend | str, operation: str, tensor: Tensor) -> Backend:
+    """The implementation that `operation` runs on the device of `tensor`; never ``auto``.
+
+    Raises:
+        ValueError: unknown name, or a Triton request for a tensor that no kernel can run on.
+        NotImplementedError: the operation has no such implementation.
+        ImportError: Triton was asked for and is not installed.
+    """
+    chosen = parse(backend)
+    if chosen is Backend.AUTO:
+        chosen = _default()
+    if chosen is Backend.AUTO:
+        return _automatic(operation, tensor)
+    if chosen not in OPERATIONS[operation]:
+        available = ", ".join(sorted(OPERATIONS[operation]))
+        raise NotImplementedError(f"{operation} has no {chosen} backend; available: {available}")
+    if chosen is Backend.TRITON:
+        _require_triton(operation, tensor)
+    return chosen
+
+
+def _automatic(operation: str, tensor: Tensor) -> Backend:
+    on_gpu = tensor.device.type == "cuda"
+    use_triton = on_gpu and Backend.TRITON in OPERATIONS[operation] and has_triton()
+    chosen = Backend.TRITON if use_triton else Backend.TORCH
+    if (operation, chosen) not in _logged:
+        _logged.add((operation, chosen))
+        logger.info("%s: backend %s (auto, tensors on %s)", operation, chosen, tensor.device.type)
+    return chosen
+
+
+def _require_triton(operation: str, tensor: Tensor) -> None:
+    if not has_triton():
+        raise ImportError(
+            f'{operation}: backend="triton" needs the triton package (pip install triton); '
+            'backend="torch" runs without it'
+        )
+    if tensor.device.type != "cuda" and not is_interpreted():
+        raise ValueError(
+            f'{operation}: backend="triton" needs tensors on a GPU, got {tensor.device}; '
+            "move them, or set TRITON_INTERPRET=1 to run the kernels in the interpreter"
+        )

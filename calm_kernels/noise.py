@@ -1,0 +1,199 @@
+"""Counter-based random numbers: Philox 4x32-10, the same bits whatever the device, tile or batch split.
+
+A draw is addressed, not consumed. Its key is (seed, stream) and its counter names what it is for:
+
+    key     = (seed low word, seed high word xor stream)
+    counter = (draw * words_per_row + word, global row, offset low word, offset high word)
+
+so ranks and accumulation steps that share a seed draw different rows of one table, and a resumed run continues it.
+One Philox call gives four 32-bit words; a word gives one uniform (24 bits) or two normals (20 bits of radius,
+12 bits of angle). Element ``e`` of a row of width ``W`` is found at word ``q = e % words`` with ``words = ceil(W/4)``
+for uniforms (``words = ceil(W/8)`` for normals), output ``e // words``: the layout in which a kernel writes slices.
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from calm_kernels.checks import check_integer
+
+__all__ = ["Seed", "Stream", "as_seed", "normal", "philox", "uniform"]
+
+Seed = int | Tensor | None
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_RADIUS_BITS, _ANGLE_BITS = 20, 12
+
+
+class Stream(IntEnum):
+    """What a draw is for; streams of one seed are independent."""
+
+    TARGETS = 1
+    HEAD = 2
+    LATENT = 3
+    LATENT_KEEP = 4
+    TOKEN_KEEP = 5
+    VOTE = 6
+    TIMESTEP = 7
+    PATH = 8
+
+
+def as_seed(seed: Seed, device: torch.device | str) -> Tensor:
+    """`seed` as an int64 tensor of (seed, offset), ``[2]``, or ``[rows, 2]`` for one stream a row.
+
+    Args:
+        seed: an int (offset 0); a tensor ``[2]`` of (seed, offset); one seed a row as ``[rows, 2]``, ``[rows, 1]`` or
+            ``[rows]`` (a one-dimensional tensor of two entries is (seed, offset)); None draws one from torch's
+            default generator, so ``torch.manual_seed`` governs it.
+        device: where the draws are made.
+    """
+    if seed is None:
+        seed = int(torch.randint(2**63 - 1, ()).item())
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must fit into 64 bits, got {seed}")
+        return torch.tensor([seed, 0], dtype=torch.int64, device=device)
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed must have dtype int64, got {seed.dtype}")
+    if seed.dim() == 1 and seed.shape[0] != 2:
+        seed = seed[:, None]
+    if seed.dim() == 2 and seed.shape[1] == 1:
+        seed = torch.cat([seed, torch.zeros_like(seed)], dim=1)
+    if seed.shape[-1:] != (2,) or seed.dim() > 2:
+        raise ValueError(f"seed must have shape [2], [rows] or [rows, 2], got {tuple(seed.shape)}")
+    return seed.to(device)
+
+
+def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a 32 x 32 bit product; int64 wraps, which leaves its 64 bits right."""
+    product = word * multiplier
+    return (product >> 32) & _MASK, product & _MASK
+
+
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
+    """Philox 4x32-10: four 32-bit words (in int64) for each counter; arguments broadcast."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for step in range(_ROUNDS):
+        if step:
+            k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+    return c0, c1, c2, c3
+
+
+def _words(
+    num_rows: int,
+    words: int,
+    num_draws: int,
+    seed: Tensor,
+    stream: Stream,
+    first_row: int | Tensor,
+    first_draw: int,
+) -> tuple[Tensor, ...]:
+    """Four word tensors ``[num_rows, num_draws, words]``."""
+    device = seed.device
+    if seed.dim() == 2 and seed.shape[0] != num_rows:
+        raise ValueError(f"seed has {seed.shape[0]} rows for {num_rows} rows of noise")
+    value, offset = seed[..., 0], seed[..., 1]
+    column = (slice(None), None, None) if seed.dim() == 2 else (None, None, None)
+    value, offset = value[column], offset[column]
+    key = (value & _MASK, ((value >> 32) & _MASK) ^ int(stream))
+    row = torch.arange(num_rows, device=device)[:, None, None]
+    row = torch.zeros_like(row) + first_row if seed.dim() == 2 else row + first_row
+    draw = torch.arange(num_draws, device=device)[:, None] + first_draw
+    element = draw * words + torch.arange(words, device=device)
+    return philox((element[None], row & _MASK, offset & _MASK, (offset >> 32) & _MASK), key)
+
+
+def _to_shape(
+    outputs: list[Tensor], width: int, num_draws: int | None, dtype: torch.dtype
+) -> Tensor:
+    """Slices ``[rows, draws, words]`` side by side, cut to `width`, as ``[draws, rows, width]`` or ``[rows, width]``."""
+    values = torch.cat(outputs, dim=-1)[..., :width].to(dtype)
+    return values[:, 0] if num_draws is None else values.transpose(0, 1)
+
+
+def _check(num_rows: int, width: int, num_draws: int | None, first_draw: int) -> None:
+    check_integer("num_rows", num_rows, 0)
+    check_integer("width", width, 1)
+    check_integer("first_draw", first_draw, 0)
+    if num_draws is not None:
+        check_integer("num_draws", num_draws, 0)
+
+
+def uniform(
+    num_rows: int,
+    width: int,
+    *,
+    stream: Stream,
+    seed: Seed = None,
+    num_draws: int | None = None,
+    first_row: int | Tensor = 0,
+    first_draw: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Uniform draws in [0, 1), multiples of 2^-24.
+
+    Args:
+        num_rows: R, rows of this call. Row ``r`` is row ``first_row + r`` of the stream; with a seed per row every
+            row is row `first_row` of its own stream.
+        width: elements a row.
+        stream: what the draws are for.
+        seed: see `as_seed`.
+        num_draws: N draws a row; None for one, without the leading axis.
+        first_draw: index of the first draw, to continue a sequence of draws.
+
+    Returns: ``[num_draws, num_rows, width]`` (a view of row-major memory) or ``[num_rows, width]``.
+    """
+    _check(num_rows, width, num_draws, first_draw)
+    words = math.ceil(width / 4)
+    drawn = _words(num_rows, words, 1 if num_draws is None else num_draws, as_seed(seed, device), stream,
+                   first_row, first_draw)  # fmt: skip
+    return _to_shape(
+        [(word >> 8).to(torch.float32) * 2.0**-24 for word in drawn], width, num_draws, dtype
+    )
+
+
+def normal(
+    num_rows: int,
+    width: int,
+    *,
+    stream: Stream,
+    seed: Seed = None,
+    num_draws: int | None = None,
+    first_row: int | Tensor = 0,
+    first_draw: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal draws by Box-Muller, |draw| < 5.4; arguments and result as `uniform`.
+
+    radius = sqrt(-2 ln((k + 1/2) / 2^20)), angle = 2 pi (j + 1/2) / 2^12 - pi, with k the upper 20 and j the lower
+    12 bits of a word; word w of a call gives radius * cos(angle) to slice 2w and radius * sin(angle) to slice 2w + 1.
+    """
+    _check(num_rows, width, num_draws, first_draw)
+    words = math.ceil(width / 8)
+    drawn = _words(num_rows, words, 1 if num_draws is None else num_draws, as_seed(seed, device), stream,
+                   first_row, first_draw)  # fmt: skip
+    slices = []
+    for word in drawn:
+        fraction = ((word >> _ANGLE_BITS).to(torch.float32) + 0.5) * 2.0**-_RADIUS_BITS
+        radius = torch.sqrt(-2.0 * torch.log(fraction))
+        step = 2.0 * math.pi / 2**_ANGLE_BITS
+        angle = ((word & (2**_ANGLE_BITS - 1)).to(torch.float32) + 0.5) * step - math.pi
+        slices += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return _to_shape(slices, width, num_draws, dtype)
