@@ -1,0 +1,67 @@
+# Everything runs in .venv, which `make setup` creates from constraints.txt; PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+# The CPU build of torch is fetched from here when the machine has no NVIDIA or AMD GPU.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+READY := $(VENV)/.ready
+OLDEST := .venv-oldest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-oldest lint format types check bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## create .venv and install the package with its tested dependencies
+
+$(READY): pyproject.toml setup.py $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+	  sys.exit(0 if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.11 setup")'
+	$(PYTHON) -m venv $(VENV)
+	@if command -v nvidia-smi >/dev/null || command -v rocm-smi >/dev/null; then \
+	  $(PIP) install -q --no-deps -c $(CONSTRAINTS) torch; \
+	else \
+	  echo "no GPU found: installing the CPU build of torch"; \
+	  $(PIP) install -q --no-deps --retries 0 --timeout 30 --index-url $(TORCH_CPU_INDEX) -c $(CONSTRAINTS) torch \
+	  || { echo "$(TORCH_CPU_INDEX) did not provide it: installing torch from the default index"; \
+	       $(PIP) install -q --no-deps -c $(CONSTRAINTS) torch; }; \
+	fi
+	$(PIP) install -q -c $(CONSTRAINTS) -e '.[dev,triton]'
+	@touch $@
+
+demo: $(READY) ## train, evaluate and sample a small CALM on two cores in minutes; writes runs/demo
+	$(BIN)/calm demo $(ARGS)
+
+test: lint types ## lint, types and all tests that need no GPU (under 20 minutes on two cores)
+	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+
+test-oldest: ## the tests with the oldest supported torch, Triton and transformers, in .venv-oldest
+	$(MAKE) VENV=$(OLDEST) CONSTRAINTS=constraints-oldest.txt setup
+	$(OLDEST)/bin/python -m pytest -q -m "not gpu" $(ARGS)
+
+lint: $(READY) ## ruff, format check and spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+format: $(READY) ## let ruff rewrite the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY) ## type-check both packages
+	$(BIN)/mypy
+
+check: lint types ## lint, types and the fast tests (under 5 minutes)
+	$(BIN)/python -m pytest -q -m "not gpu and not slow" $(ARGS)
+
+bench: $(READY) ## benchmarks on this machine; parity is asserted before anything is timed
+	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-enable $(ARGS)
+
+clean: ## remove environments, caches, builds and runs
+	rm -rf $(VENV) $(OLDEST) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
