@@ -60,7 +60,7 @@ check: lint types ## lint, types and the fast tests (under 5 minutes)
 	$(BIN)/python -m pytest -q -m "not gpu and not slow" $(ARGS)
 
 bench: $(READY) ## benchmarks on this machine; parity is asserted before anything is timed
-	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-enable $(ARGS)
+	$(BIN)/python -m pytest benchmarks -q --benchmark-only $(ARGS)
 
 clean: ## remove environments, caches, builds and runs
 	rm -rf $(VENV) $(OLDEST) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks

@@ -1,0 +1,139 @@
+"""The other operations, torch backend against reference, forward and forward + backward."""
+
+import pytest
+import torch
+
+from benchmarks.measure import Requirement, compare
+from benchmarks.shapes import HEAD, PROJECTION, REPARAMETERIZE, VOTE
+from calm_kernels import (
+    EnergyHead,
+    agreeing_patch,
+    energy_head,
+    linear_argmax,
+    linear_cross_entropy,
+    reparameterize,
+)
+
+REFERENCE = "published formula"
+
+
+def gradients(output, inputs):
+    return torch.autograd.grad(output.square().mean(), inputs)
+
+
+def assert_all_close(ours, theirs, rtol=1e-3, atol=1e-5):
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=rtol, atol=atol)
+
+
+def head_inputs():
+    head = EnergyHead(HEAD.hidden_size, HEAD.latent_size, HEAD.noise_size, HEAD.num_blocks)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    hidden = torch.randn(HEAD.num_rows, HEAD.hidden_size, requires_grad=True)
+    noise = torch.rand(HEAD.num_rows, HEAD.num_samples, HEAD.noise_size).transpose(0, 1) - 0.5
+    return head, hidden, noise
+
+
+@pytest.mark.benchmark(group="EnergyHead, fwd+bwd")
+def bench_energy_head(benchmark):
+    head, hidden, noise = head_inputs()
+    inputs = (hidden, *head.parameters())
+
+    def run(backend):
+        return gradients(energy_head(hidden, noise, head, backend=backend), inputs)
+
+    assert_all_close(run("torch"), run("reference"))
+    compare(
+        benchmark,
+        lambda: run("torch"),
+        {REFERENCE: lambda: run("reference")},
+        shape=HEAD,
+        requirements=(Requirement(REFERENCE, min_speedup=1.15),),
+        rounds=15,
+    )
+
+
+@pytest.mark.benchmark(group="EnergyHead, fwd")
+@torch.no_grad()
+def bench_energy_head_forward(benchmark):
+    head, hidden, noise = head_inputs()
+
+    def run(backend):
+        return energy_head(hidden, noise, head, backend=backend)
+
+    assert_all_close([run("torch")], [run("reference")])
+    compare(
+        benchmark,
+        lambda: run("torch"),
+        {REFERENCE: lambda: run("reference")},
+        shape=HEAD,
+        rounds=15,
+    )
+
+
+@pytest.mark.benchmark(group="reparameterize, fwd+bwd")
+def bench_reparameterize(benchmark):
+    rows, size = REPARAMETERIZE.num_rows, REPARAMETERIZE.latent_size
+    states = torch.randn(rows, 2 * size, requires_grad=True)
+    noise, keep = torch.randn(rows, size), torch.rand(rows, size) > 0.15
+
+    def run(backend):
+        latent, kl = reparameterize(
+            states, kl_floor=0.5, dropout=0.15, latent_noise=noise, latent_keep=keep,
+            backend=backend,
+        )  # fmt: skip
+        return torch.autograd.grad(latent.square().mean() + kl.mean(), states)
+
+    assert_all_close(run("torch"), run("reference"))
+    compare(
+        benchmark,
+        lambda: run("torch"),
+        {REFERENCE: lambda: run("reference")},
+        shape=REPARAMETERIZE,
+    )
+
+
+@pytest.mark.benchmark(group="linear_argmax, fwd")
+@torch.no_grad()
+def bench_linear_argmax(benchmark):
+    hidden = torch.randn(PROJECTION.num_rows, PROJECTION.hidden_size)
+    weight = torch.randn(PROJECTION.vocab_size, PROJECTION.hidden_size)
+
+    def run(backend):
+        return linear_argmax(hidden, weight, backend=backend)
+
+    assert torch.equal(run("torch"), run("reference"))
+    compare(
+        benchmark, lambda: run("torch"), {REFERENCE: lambda: run("reference")}, shape=PROJECTION
+    )
+
+
+@pytest.mark.benchmark(group="linear_cross_entropy, fwd+bwd")
+def bench_linear_cross_entropy(benchmark):
+    hidden = torch.randn(PROJECTION.num_rows, PROJECTION.hidden_size, requires_grad=True)
+    weight = torch.randn(PROJECTION.vocab_size, PROJECTION.hidden_size) * 0.05
+    weight.requires_grad_()
+    labels = torch.randint(PROJECTION.vocab_size, (PROJECTION.num_rows,))
+
+    def run(backend):
+        loss = linear_cross_entropy(hidden, weight, labels, backend=backend)
+        return torch.autograd.grad(loss, (hidden, weight))
+
+    assert_all_close(run("torch"), run("reference"))
+    compare(
+        benchmark, lambda: run("torch"), {REFERENCE: lambda: run("reference")}, shape=PROJECTION
+    )
+
+
+@pytest.mark.benchmark(group="agreeing_patch, fwd")
+@pytest.mark.parametrize("distinct", [4, 60], ids=["high-agreement", "low-agreement"])
+def bench_agreeing_patch(benchmark, distinct):
+    shape = (VOTE.batch_size, VOTE.num_candidates, VOTE.patch_size)
+    candidates = torch.randint(distinct, shape)
+
+    def run(backend):
+        return agreeing_patch(candidates, VOTE.num_agreeing, seed=1, backend=backend)
+
+    assert_all_close(run("torch"), run("reference"))
+    compare(benchmark, lambda: run("torch"), {REFERENCE: lambda: run("reference")}, shape=VOTE)

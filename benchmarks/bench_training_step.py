@@ -1,0 +1,79 @@
+"""A whole training step of the bench configuration against the published computation."""
+
+import pytest
+import torch
+
+from benchmarks.measure import Requirement, compare
+from benchmarks.shapes import STEP
+from calm import Autoencoder, AutoencoderConfig, CALMConfig, EnergyTransformer
+from calm_kernels import use_backend
+
+PUBLISHED = "published formulas, M=100"
+NUM_PATCHES = STEP.block_size // STEP.patch_size
+
+
+def make_model():
+    autoencoder = AutoencoderConfig(
+        vocab_size=STEP.vocab_size,
+        hidden_size=STEP.ae_hidden_size,
+        intermediate_size=STEP.ae_intermediate_size,
+        latent_size=STEP.latent_size,
+        patch_size=STEP.patch_size,
+    )
+    config = CALMConfig(
+        vocab_size=STEP.vocab_size,
+        hidden_size=STEP.hidden_size,
+        intermediate_size=STEP.intermediate_size,
+        num_hidden_layers=STEP.num_layers,
+        num_attention_heads=STEP.num_heads,
+        num_key_value_heads=STEP.num_heads,
+        num_mlp_layers=STEP.num_blocks,
+        noise_size=STEP.noise_size,
+        latent_size=STEP.latent_size,
+        patch_size=STEP.patch_size,
+        num_samples=STEP.num_samples,
+        num_targets=STEP.num_targets,
+        head_init="scaled",  # a zero output layer would leave the head's gradients untested
+    )
+    return EnergyTransformer.from_autoencoder(Autoencoder(autoencoder), config).train()
+
+
+def draws():
+    """Head and target noise of the unmasked patches, drawn as the published code does."""
+    rows = STEP.batch_size * (NUM_PATCHES - 1)
+    return {
+        "head_noise": torch.rand(STEP.num_samples, rows, STEP.noise_size) - 0.5,
+        "target_noise": torch.randn(STEP.num_targets, rows, STEP.latent_size),
+    }
+
+
+@pytest.mark.benchmark(group="training step, bench configuration")
+def bench_training_step(benchmark):
+    model = make_model()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+    input_ids = torch.randint(STEP.vocab_size, (STEP.batch_size, STEP.block_size))
+
+    def step(backend, **noise):
+        with use_backend(backend):
+            loss = model(input_ids, labels=input_ids, **noise).loss
+            loss.backward()
+        gradients = [p.grad for p in parameters]
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach(), gradients
+
+    given = draws()
+    loss, gradients = step("torch", **given)
+    expected_loss, expected_gradients = step("reference", **given)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-5)
+
+    compare(
+        benchmark,
+        lambda: step("torch"),
+        {PUBLISHED: lambda: step("reference", **draws())},
+        shape=STEP,
+        requirements=(Requirement(PUBLISHED, min_speedup=1.8, max_memory_share=0.6),),
+    )

@@ -1,0 +1,169 @@
+"""The rules that keep the code readable: imports, sizes, documentation of public names."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OPERATIONS = (
+    "energy_score",
+    "energy_head",
+    "reparameterize",
+    "linear_argmax",
+    "agreeing_patch",
+    "linear_cross_entropy",
+)
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+SOURCES = sorted(
+    path
+    for folder in ("calm_kernels", "calm", "benchmarks", "tests", "examples")
+    for path in (ROOT / folder).rglob("*.py")
+)
+PACKAGE_SOURCES = [path for path in SOURCES if path.parts[len(ROOT.parts)].startswith("calm")]
+
+# Folder of the importing file -> packages it must never import.
+FORBIDDEN = {
+    "calm_kernels": ("calm", "transformers", "numpy", "einops"),
+    "calm/configuration.py": ("calm.models", "calm.training", "calm.decoding", "calm.evaluation"),
+    "calm/models": ("calm.training", "calm.decoding", "calm.evaluation", "calm.experiments"),
+    "calm/data": ("calm.models", "calm.training", "calm.evaluation", "calm.experiments"),
+    "calm/decoding": ("calm.training", "calm.evaluation", "calm.experiments"),
+    "calm/evaluation": ("calm.training", "calm.experiments"),
+    "calm/training": ("calm.experiments",),
+}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that the file imports, at any depth; relative imports are not used here."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{relative(path)}:{node.lineno}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_inside(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_layers_import_downwards_only(folder):
+    files = [path for path in PACKAGE_SOURCES if relative(path).startswith(folder)]
+    assert files, f"no sources under {folder}"
+    for path in files:
+        for module in imports(path):
+            for package in FORBIDDEN[folder]:
+                assert not is_inside(module, package), f"{relative(path)} imports {module}"
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operation_folders_are_alike_and_independent(operation):
+    folder = ROOT / "calm_kernels" / operation
+    for name in ("__init__.py", "README.md", "api.py", "reference.py", "eager.py"):
+        assert (folder / name).is_file(), f"{operation} lacks {name}"
+    others = [f"calm_kernels.{other}" for other in OPERATIONS if other != operation]
+    own = f"calm_kernels.{operation}"
+    for path in folder.glob("*.py"):
+        for module in imports(path):
+            assert not any(is_inside(module, other) for other in others), f"{path} -> {module}"
+            if path.name in ("eager.py", "function.py", "kernels.py"):
+                assert not is_inside(module, f"{own}.reference"), f"{path} uses the reference"
+            if path.name == "reference.py":
+                assert not is_inside(module, own), f"{path} must stand alone"
+
+
+def test_only_the_backend_module_reads_the_environment():
+    for path in PACKAGE_SOURCES:
+        if relative(path).startswith("calm_kernels/") and path.name != "backend.py":
+            source = path.read_text(encoding="utf-8")
+            assert "os.environ" not in source and "getenv" not in source, relative(path)
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_calm_kernels_imports_without_triton_and_without_calm():
+    names = [f"calm_kernels.{operation}.{part}" for operation in OPERATIONS
+             for part in ("api", "reference", "eager")]  # fmt: skip
+    run_python(
+        "import sys, importlib\n"
+        "sys.modules['triton'] = None\n"
+        "import calm_kernels\n"
+        f"[importlib.import_module(name) for name in {names!r}]\n"
+        "others = ('calm', 'transformers', 'einops')\n"
+        "loaded = [m for m in sys.modules if m.split('.')[0] in others]\n"
+        "assert not loaded, loaded\n"
+    )
+
+
+def test_importing_calm_loads_neither_triton_nor_training():
+    run_python(
+        "import sys, calm\n"
+        "loaded = [m for m in sys.modules if m.startswith(('calm.training', 'calm.experiments', "
+        "'matplotlib', 'datasets'))]\n"
+        "assert not loaded, loaded\n"
+    )
+
+
+def modules_of(package_name: str) -> Iterator[str]:
+    package = importlib.import_module(package_name)
+    yield package_name
+    for info in pkgutil.walk_packages(package.__path__, package_name + "."):
+        if not info.name.endswith((".kernels", ".function", "__main__")):
+            yield info.name
+
+
+@pytest.mark.parametrize("package", ["calm_kernels", "calm"])
+def test_public_names_are_documented_and_typed(package):
+    for module_name in modules_of(package):
+        module = importlib.import_module(module_name)
+        assert module.__doc__, f"{module_name} says nothing about itself"
+        for name in getattr(module, "__all__", ()):
+            public = getattr(module, name)
+            if not (inspect.isfunction(public) or inspect.isclass(public)):
+                continue
+            assert public.__doc__, f"{module_name}.{name} has no docstring"
+            if inspect.isfunction(public):
+                signature = inspect.signature(public)
+                untyped = [p.name for p in signature.parameters.values()
+                           if p.annotation is inspect.Parameter.empty]  # fmt: skip
+                assert not untyped, f"{module_name}.{name}: no type for {untyped}"
+                assert signature.return_annotation is not inspect.Signature.empty, name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_files_and_functions_stay_short(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MAX_FILE_LINES, f"{relative(path)}: look for the seam"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert length <= MAX_FUNCTION_LINES, f"{relative(path)}: {node.name} is {length} lines"
+
+
+def test_the_readme_tree_names_every_package_file():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in PACKAGE_SOURCES:
+        if path.name == "__init__.py" or path.parent.parent.name == "calm_kernels":
+            continue  # operation folders are one line each
+        assert path.name in readme, f"README tree lacks {relative(path)}"
