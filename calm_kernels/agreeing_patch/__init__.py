@@ -1,0 +1,5 @@
+"""Low-temperature choice among drawn patches (Algorithm 2)."""
+
+from calm_kernels.agreeing_patch.api import agreeing_patch
+
+__all__ = ["agreeing_patch"]

@@ -1,0 +1,125 @@
+"""The public function: check, split 1/T, draw one uniform a row, choose, call."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from calm_kernels import noise
+from calm_kernels.agreeing_patch.eager import agreeing_patch_eager
+from calm_kernels.agreeing_patch.reference import agreeing_patch_reference
+from calm_kernels.backend import Backend, resolve
+from calm_kernels.checks import check_device, check_dtype, check_tensor
+from calm_kernels.noise import Seed, Stream
+
+__all__ = ["agreeing_patch"]
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+NUMBERS = (torch.float64, torch.float32, *INTEGERS)
+TOLERANCE = 1e-6  # relative; 1/T computed in float32 is off by 1e-7
+
+
+def agreeing_patch(
+    candidates: Tensor,
+    num_agreeing: int | float | Tensor,
+    *,
+    seed: Seed = None,
+    first_row: int | Tensor = 0,
+    form: Literal["factory", "gamma"] = "factory",
+    return_counts: bool = False,
+    backend: Backend | str = Backend.AUTO,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
+    """One of N candidate patches, chosen as if 1/T independent draws of the model had agreed on it.
+
+    With c the number of times a patch occurs among the candidates and s = 1/T = n + a, n = ⌊s⌋, it
+    is chosen with a chance in proportion to its weight
+
+        a = 0:      w = C(c, n)            (Algorithm 2: the ways to pick n draws that all are this
+        patch) "gamma":    w = Γ(c + 1) / Γ(c + 1 - s) for c >= n, else 0 "factory":  w = C(c, n) h,
+        h the chance that the Bernoulli factory of Algorithm 1 accepts within the other
+                    N - n candidates, taken in random order
+
+    If all weights are zero, n is replaced by n - 1 (a stays), and so on to 1; the factory form ends
+    in w = c. As N grows, the law tends to P(patch)^s / Σ P^s. At ``num_agreeing = 1`` every
+    candidate has the same chance: one draw.
+
+    Args:
+        candidates: ``[B, N, K]``, N, K >= 1, any integer dtype.
+        num_agreeing: s >= 1, finite: a number, or a tensor of one or of B numbers (on a GPU its
+            values are not read back, and those below 1 count as 1). A number within 1e-6 (relative)
+            of an integer is that integer.
+        seed: of one uniform a row, see `noise.as_seed`; ``[B]`` gives each row its own stream.
+        first_row: global index of the first row.
+        form: weights for a > 0.
+        return_counts: also return c of each candidate's patch.
+        backend: ``auto``, ``reference`` or ``torch``; both make the same choices for the same seed.
+
+    Returns: tokens ``[B, K]`` in the dtype of `candidates`; level ``[B]`` int64, the n in use where
+        a weight was found (⌊s⌋ if nothing had to be replaced, 0 where the factory form ended in w =
+        c); counts ``[B, N]`` int64 if asked.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range.
+
+    Source: CALM, section 5.2, Algorithm 2. Cost: O(B N log N) time and O(B N) memory, no host
+        synchronisation.
+    """
+    check_tensor("candidates", candidates)
+    check_dtype("candidates", candidates, INTEGERS)
+    if candidates.dim() != 3 or candidates.shape[1] == 0 or candidates.shape[2] == 0:
+        raise ValueError(
+            f"candidates must have shape [B, N, K] with N, K >= 1, got {tuple(candidates.shape)}"
+        )
+    if form not in ("factory", "gamma"):
+        raise ValueError(f"form must be 'factory' or 'gamma', got {form!r}")
+    whole, fraction = _split(num_agreeing, candidates)
+    chosen = resolve(backend, "agreeing_patch", candidates)
+
+    batch = candidates.shape[0]
+    vote = noise.uniform(batch, 1, stream=Stream.VOTE, seed=seed, first_row=first_row,
+                         device=candidates.device, dtype=torch.float64)  # fmt: skip
+    match chosen:
+        case Backend.REFERENCE:
+            implementation = agreeing_patch_reference
+        case _:
+            implementation = agreeing_patch_eager
+    is_factory = form == "factory"
+    index, level, counts = implementation(candidates, whole, fraction, vote[:, 0], is_factory)
+    tokens = candidates[torch.arange(batch, device=candidates.device), index]
+    return (tokens, level, counts) if return_counts else (tokens, level)
+
+
+def _split(num_agreeing: int | float | Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """N and a of s = n + a, float64 ``[B]``; s within `TOLERANCE` of an integer is that integer."""
+    batch, device = candidates.shape[0], candidates.device
+    if isinstance(num_agreeing, Tensor):
+        check_dtype("num_agreeing", num_agreeing, NUMBERS)
+        check_device("num_agreeing", num_agreeing, "candidates", candidates)
+        if num_agreeing.shape not in ((), (1,), (batch,)):
+            raise ValueError(
+                f"num_agreeing must hold one number or {batch}, one per row of candidates; "
+                f"got shape {tuple(num_agreeing.shape)}"
+            )
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            for value in num_agreeing.reshape(-1).tolist():
+                _check_number(value)
+        power = num_agreeing.to(torch.float64).clamp(min=1.0).expand(batch)
+    else:
+        power = torch.full(
+            (batch,), _check_number(num_agreeing), dtype=torch.float64, device=device
+        )
+    nearest = power.round()
+    is_whole = (power - nearest).abs() <= TOLERANCE * power
+    whole = torch.where(is_whole, nearest, power.floor())
+    return whole, torch.where(is_whole, 0.0, power - whole)
+
+
+def _check_number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"num_agreeing must be a number or a tensor, got {type(value).__name__}")
+    if not 1.0 - TOLERANCE <= value < math.inf:
+        raise ValueError(
+            f"num_agreeing must be finite and at least 1 (it is 1/T with T in (0, 1]), got {value}"
+        )
+    return float(value)

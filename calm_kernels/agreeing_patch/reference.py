@@ -1,0 +1,82 @@
+"""Algorithm 2 as the paper writes it: a Counter and a loop over the batch."""
+
+import math
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+__all__ = ["agreeing_patch_reference"]
+
+
+def agreeing_patch_reference(
+    candidates: Tensor,  # [B, N, K]
+    whole: Tensor,  # [B]
+    fraction: Tensor,  # [B]
+    vote: Tensor,  # [B]
+    is_factory: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Index of the chosen candidate ``[B]``, level ``[B]``, counts ``[B, N]``; see `calm_kernels.agreeing_patch`."""
+    chosen, levels, counts = [], [], []
+    for row, n, a, u in zip(
+        candidates.tolist(), whole.tolist(), fraction.tolist(), vote.tolist(), strict=True
+    ):
+        patches = [tuple(patch) for patch in row]
+        count = Counter(patches)  # in the order of first occurrence
+        level, weights = _cascade(list(count.values()), len(patches), int(n), a, is_factory)
+        chosen.append(patches.index(list(count)[_pick(weights, u)]))
+        levels.append(level)
+        counts.append([count[patch] for patch in patches])
+    batch, num_candidates, _ = candidates.shape
+
+    def on_device(values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=candidates.device)
+
+    return on_device(chosen), on_device(levels), on_device(counts).view(batch, num_candidates)
+
+
+def _cascade(
+    counts: list[int], num_candidates: int, n: int, a: float, is_factory: bool
+) -> tuple[int, list[float]]:
+    """The first level m = n, n-1, ..., 1 with a weight above zero, and the weights; level 0 weighs by the count."""
+    for m in range(min(n, num_candidates), 0, -1):
+        weights = [_weight(c, num_candidates, m, a, is_factory) for c in counts]
+        if sum(weights) > 0.0:
+            return m, weights
+    return 0, [float(c) for c in counts]
+
+
+def _weight(c: int, num_candidates: int, m: int, a: float, is_factory: bool) -> float:
+    if c < m:
+        return 0.0
+    if a == 0.0:
+        return float(math.comb(c, m))
+    if is_factory:
+        return math.comb(c, m) * _acceptance(c - m, num_candidates - m, a)
+    return math.exp(math.lgamma(c + 1) - math.lgamma(c + 1 - m - a))
+
+
+def _acceptance(hits: int, others: int, a: float) -> float:
+    """Chance that the factory accepts when it meets `hits` matches among `others` draws in random order.
+
+    Σ_j P(the first match is draw j + 1) · Π_{i<j} (1 - a / (i + 1)): no rejection at any of the j
+    misses before it.
+    """
+    if hits == 0:
+        return 0.0
+    total, survival = 0.0, 1.0
+    for j in range(others - hits + 1):
+        total += survival * hits / (others - j)
+        survival *= (others - hits - j) / (others - j) * (1.0 - a / (j + 1))
+    return total
+
+
+def _pick(weights: list[float], u: float) -> int:
+    """First index whose cumulative weight exceeds u times the sum."""
+    threshold = u * sum(weights)
+    cumulative = 0.0
+    for index, weight in enumerate(weights):
+        cumulative += weight
+        if cumulative > threshold:
+            return index
+    return max(index for index, weight in enumerate(weights) if weight > 0.0)

@@ -1,0 +1,56 @@
+"""The torch backend: what does not depend on the noise is computed once a row, not once a draw.
+
+Rows of the draws are patch-major, ``[R, N, C]``, so that the context is added by broadcasting over
+N and its gradient is a sum over neighbouring rows.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from calm_kernels.energy_head.parameters import BlockParameters, HeadParameters, Pair
+
+__all__ = ["energy_head_eager"]
+
+NORM_EPS = 1e-6
+
+
+def energy_head_eager(
+    hidden: Tensor,  # [R, C]
+    noise: Tensor,  # [N, R, Z]
+    head: HeadParameters,
+    recompute: bool,
+) -> Tensor:
+    """Latents ``[N, R, L]``, a view of ``[R, N, L]``; see `calm_kernels.energy_head`."""
+    noise = noise.transpose(0, 1).to(hidden.dtype)
+    sample = _norm(F.linear(noise, *head.noise_embd), head.norm_noise)  # [R, N, C]
+    for block, context in zip(head.blocks, _contexts(hidden, head), strict=True):
+        if recompute:
+            sample = checkpoint(_block, sample, context, block, use_reentrant=False)
+        else:
+            sample = _block(sample, context, block)
+    features = F.silu(F.linear(_norm(sample, head.final_norm), *head.final_first), inplace=False)
+    return F.linear(features, *head.final_second).transpose(0, 1)
+
+
+def _contexts(hidden: Tensor, head: HeadParameters) -> tuple[Tensor, ...]:
+    """W₁'s context half of every block and b₁, ``[R, 1, C]`` each, in one product."""
+    width = hidden.shape[-1]
+    context = _norm(F.linear(hidden, *head.hidden_embd), head.norm_hidden)
+    weight = torch.cat([block.first.weight[:, width:] for block in head.blocks])  # [blocks * C, C]
+    bias = torch.cat([block.first.bias for block in head.blocks])
+    return F.linear(context, weight, bias)[:, None].split(width, dim=-1)
+
+
+def _block(sample: Tensor, context: Tensor, block: BlockParameters) -> Tensor:
+    width = sample.shape[-1]
+    features = F.linear(_norm(sample, block.norm), block.first.weight[:, :width])
+    features = F.silu(features + context)
+    features = F.silu(F.linear(features, *block.second))
+    gate, up = F.linear(features, *block.gate_up).chunk(2, dim=-1)
+    return sample + F.linear(F.silu(gate) * up, *block.down)
+
+
+def _norm(values: Tensor, norm: Pair) -> Tensor:
+    return F.layer_norm(values, values.shape[-1:], *norm, eps=NORM_EPS)

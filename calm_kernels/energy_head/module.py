@@ -1,0 +1,151 @@
+"""`EnergyHead`: the parameters under their published names."""
+
+import math
+from typing import Literal
+
+from torch import Tensor, nn
+
+from calm_kernels import noise as noise_source
+from calm_kernels.backend import Backend
+from calm_kernels.checks import check_integer, check_tensor
+from calm_kernels.energy_head.api import energy_head
+from calm_kernels.noise import Seed, Stream
+
+__all__ = ["EnergyHead", "HeadInit"]
+
+NORM_EPS = 1e-6
+HeadInit = Literal["zero", "scaled"]
+
+
+class EnergyHead(nn.Module):
+    """Residual MLP that turns a hidden state and noise into a latent; the formula is that of `energy_head`.
+
+    Args:
+        hidden_size: C, width of the hidden states and of the head.
+        latent_size: L.
+        noise_size: Z, elements of noise a draw.
+        num_blocks: residual blocks, at least 1.
+        init: of the last linear, see `reset_output`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        latent_size: int,
+        noise_size: int,
+        num_blocks: int,
+        *,
+        init: HeadInit = "zero",
+    ) -> None:
+        super().__init__()
+        self.hidden_size = check_integer("hidden_size", hidden_size, 1)
+        self.latent_size = check_integer("latent_size", latent_size, 1)
+        self.noise_size = check_integer("noise_size", noise_size, 1)
+        self.num_blocks = check_integer("num_blocks", num_blocks, 1)
+        self.noise_embd = nn.Linear(noise_size, hidden_size)
+        self.hidden_embd = nn.Linear(hidden_size, hidden_size)
+        self.norm_hidden = nn.LayerNorm(hidden_size, eps=NORM_EPS)
+        self.norm_noise = nn.LayerNorm(hidden_size, eps=NORM_EPS)
+        self.mlp_blocks = nn.ModuleList(_Block(hidden_size) for _ in range(num_blocks))
+        self.final_layer = _FinalLayer(hidden_size, latent_size)
+        self.reset_output(init)
+
+    @property
+    def output(self) -> nn.Linear:
+        """The last linear, which `reset_output` initialises."""
+        return self.final_layer.linears[-1]  # type: ignore[return-value]
+
+    def reset_output(self, init: HeadInit = "zero") -> None:
+        """Initialise the last linear: zero (published), or weights N(0, 1/C), which learns far sooner at small scale."""
+        if init not in ("zero", "scaled"):
+            raise ValueError(f"init must be 'zero' or 'scaled', got {init!r}")
+        nn.init.zeros_(self.output.bias)
+        if init == "zero":
+            nn.init.zeros_(self.output.weight)
+        else:
+            nn.init.normal_(self.output.weight, std=self.hidden_size**-0.5)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        noise: Tensor,
+        *,
+        recompute: bool = False,
+        backend: Backend | str = Backend.AUTO,
+    ) -> Tensor:
+        """Latents ``[..., L]`` for noise ``[..., Z]``, ``[N, ..., L]`` for ``[N, ..., Z]``; see `energy_head`."""
+        return energy_head(hidden, noise, self, recompute=recompute, backend=backend)
+
+    def sample(
+        self,
+        hidden: Tensor,
+        noise: Tensor | None = None,
+        num_samples: int | None = None,
+        seed: Seed = None,
+        first_row: int | Tensor = 0,
+        noise_scale: float = 1.0,
+    ) -> Tensor:
+        """Draw latents; what depends on the rows alone is computed once, however many draws are asked for.
+
+        Args:
+            hidden: ``[..., H]``.
+            noise: draws to use instead of fresh ones, ``[..., Z]`` or ``[N, ..., Z]``, already
+                centred.
+            num_samples: N draws a row; None for one, without the leading axis (or as many as
+                `noise` has).
+            seed: of fresh draws, see `noise.as_seed`; row r of `hidden` is row ``first_row + r``.
+            first_row: global index of the first row.
+            noise_scale: factor on the noise, >= 0; 0 is deterministic.
+
+        Returns: ``[..., L]``, or ``[N, ..., L]`` with N draws a row.
+        """
+        check_tensor("hidden", hidden, min_dim=1)
+        if not (noise_scale >= 0.0 and math.isfinite(noise_scale)):
+            raise ValueError(f"noise_scale must be finite and at least 0, got {noise_scale}")
+        if noise is None:
+            noise = self._draw(hidden, num_samples, seed, first_row)
+        elif num_samples is not None and noise.shape[:-1] != (num_samples, *hidden.shape[:-1]):
+            raise ValueError(
+                f"noise must hold num_samples={num_samples} draws for every row of hidden "
+                f"{tuple(hidden.shape)}, got shape {tuple(noise.shape)}"
+            )
+        return self(hidden, noise if noise_scale == 1.0 else noise * noise_scale)
+
+    def _draw(
+        self, hidden: Tensor, num_samples: int | None, seed: Seed, first_row: int | Tensor
+    ) -> Tensor:
+        """U[-1/2, 1/2) noise, ``[..., Z]`` or ``[num_samples, ..., Z]``."""
+        lead = hidden.shape[:-1]
+        drawn = noise_source.uniform(
+            math.prod(lead), self.noise_size, stream=Stream.HEAD, seed=seed, num_draws=num_samples,
+            first_row=first_row, device=hidden.device,
+        )  # fmt: skip
+        shape = lead if num_samples is None else (num_samples, *lead)
+        return (drawn - 0.5).to(hidden.dtype).reshape(*shape, self.noise_size)
+
+
+class _Block(nn.Module):
+    """Parameters of one residual block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.in_ln = nn.LayerNorm(width, eps=NORM_EPS)
+        self.linears = nn.Sequential(
+            nn.Linear(2 * width, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 2 * width),
+        )
+        self.down_proj = nn.Linear(width, width)
+
+
+class _FinalLayer(nn.Module):
+    """Parameters of the output layer."""
+
+    def __init__(self, width: int, latent_size: int) -> None:
+        super().__init__()
+        self.in_ln = nn.LayerNorm(width, eps=NORM_EPS)
+        self.linears = nn.Sequential(
+            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, latent_size)
+        )

@@ -1,0 +1,78 @@
+"""The head's parameters by their published names."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["BlockParameters", "HeadParameters", "Pair", "gather_parameters"]
+
+
+class Pair(NamedTuple):
+    """Weight and bias of a linear or a layer norm."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class BlockParameters(NamedTuple):
+    """One residual block; the columns of `first.weight` ``[C, 2C]`` are those of the sample, then those of the context."""
+
+    norm: Pair
+    first: Pair  # [C, 2C]
+    second: Pair  # [C, C]
+    gate_up: Pair  # [2C, C]
+    down: Pair  # [C, C]
+
+
+class HeadParameters(NamedTuple):
+    """The whole head."""
+
+    noise_embd: Pair  # [C, Z]
+    norm_noise: Pair
+    hidden_embd: Pair  # [C, C]
+    norm_hidden: Pair
+    blocks: tuple[BlockParameters, ...]
+    final_norm: Pair
+    final_first: Pair  # [C, C]
+    final_second: Pair  # [L, C]
+
+
+def gather_parameters(named: Mapping[str, Tensor]) -> HeadParameters:
+    """Sort a state dict of `EnergyHead` into a `HeadParameters`.
+
+    Raises:
+        ValueError: a name is missing.
+    """
+
+    def pair(name: str) -> Pair:
+        try:
+            return Pair(named[f"{name}.weight"], named[f"{name}.bias"])
+        except KeyError as missing:
+            raise ValueError(
+                f"parameters must hold {missing}, as in EnergyHead.state_dict()"
+            ) from None
+
+    num_blocks = 0
+    while f"mlp_blocks.{num_blocks}.in_ln.weight" in named:
+        num_blocks += 1
+    blocks = tuple(
+        BlockParameters(
+            norm=pair(f"mlp_blocks.{index}.in_ln"),
+            first=pair(f"mlp_blocks.{index}.linears.0"),
+            second=pair(f"mlp_blocks.{index}.linears.2"),
+            gate_up=pair(f"mlp_blocks.{index}.linears.4"),
+            down=pair(f"mlp_blocks.{index}.down_proj"),
+        )
+        for index in range(num_blocks)
+    )
+    return HeadParameters(
+        noise_embd=pair("noise_embd"),
+        norm_noise=pair("norm_noise"),
+        hidden_embd=pair("hidden_embd"),
+        norm_hidden=pair("norm_hidden"),
+        blocks=blocks,
+        final_norm=pair("final_layer.in_ln"),
+        final_first=pair("final_layer.linears.0"),
+        final_second=pair("final_layer.linears.2"),
+    )

@@ -1,0 +1,77 @@
+"""The public function: check, choose, call."""
+
+import torch
+from torch import Tensor
+
+from calm_kernels.backend import Backend, resolve
+from calm_kernels.checks import check_device, check_dtype, check_shape, check_tensor
+from calm_kernels.linear_cross_entropy.eager import linear_cross_entropy_eager
+from calm_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from calm_kernels.precision import product_dtype
+
+__all__ = ["linear_cross_entropy"]
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    backend: Backend | str = Backend.AUTO,
+) -> Tensor:
+    """Mean cross-entropy of ``hidden @ weight.T`` against `labels`.
+
+    loss = mean_{r: label_r ≠ ignore_index} (log Σ_v exp(logit_rv) - logit_{r, label_r}),    logit =
+    hidden @ weightᵀ
+
+    Args:
+        hidden: ``[..., H]``, any float dtype; differentiable.
+        weight: ``[V, H]``, same dtype (under autocast both are cast) and device; differentiable.
+        labels: ``[...]`` int64, in [0, V) or `ignore_index`.
+        ignore_index: label of a row that counts for nothing.
+        backend: ``auto``, ``reference`` or ``torch``.
+
+    Returns: scalar in float32 (float64 for float64). As `torch.nn.functional.cross_entropy` it is
+        NaN, with zero gradients, where no label counts.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, device or shape; on the CPU
+            also a label out of range.
+
+    Source: CALM, section 2.1 (reconstruction loss). Cost: three matrix products (one without
+        gradients); the torch backend holds the logits of one block of rows at a time and computes
+        the gradients in the forward pass, so no ``[rows, V]`` array outlives it. No second
+        derivative, no host synchronisation on a GPU.
+    """
+    check_tensor("hidden", hidden, min_dim=1)
+    check_tensor("weight", weight, min_dim=2)
+    check_tensor("labels", labels)
+    check_dtype("hidden", hidden)
+    check_dtype("weight", weight)
+    check_dtype("labels", labels, (torch.int64,))
+    check_shape("weight", weight, (weight.shape[0], hidden.shape[-1]), "V rows as wide as hidden")
+    check_shape("labels", labels, hidden.shape[:-1], "one per row of hidden")
+    check_device("weight", weight, "hidden", hidden)
+    check_device("labels", labels, "hidden", hidden)
+    _check_range(labels, weight.shape[0], ignore_index)
+    dtype = product_dtype("weight", weight, "hidden", hidden)
+    chosen = resolve(backend, "linear_cross_entropy", hidden)
+
+    rows, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        match chosen:
+            case Backend.REFERENCE:
+                return linear_cross_entropy_reference(rows, weight, labels, ignore_index, dtype)
+            case _:
+                return linear_cross_entropy_eager(rows, weight, labels, ignore_index, dtype)
+
+
+def _check_range(labels: Tensor, num_words: int, ignore_index: int) -> None:
+    """On the CPU, where reading costs nothing; a GPU's gather asserts on the device."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    is_wrong = ((labels < 0) | (labels >= num_words)) & (labels != ignore_index)
+    if is_wrong.any():
+        found = int(labels[is_wrong][0])
+        raise ValueError(f"labels must lie in [0, {num_words}) or be {ignore_index}; got {found}")

@@ -1,0 +1,22 @@
+"""Cross-entropy by writing all logits down."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calm_kernels.precision import accumulation_dtype
+
+__all__ = ["linear_cross_entropy_reference"]
+
+
+def linear_cross_entropy_reference(
+    rows: Tensor,  # [R, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [R]
+    ignore_index: int,
+    product_dtype: torch.dtype,
+) -> Tensor:
+    """Mean cross-entropy, scalar; see `calm_kernels.linear_cross_entropy`."""
+    dtype = accumulation_dtype(product_dtype)
+    logits = rows.to(product_dtype).to(dtype) @ weight.to(product_dtype).to(dtype).T  # [R, V]
+    return F.cross_entropy(logits, labels, ignore_index=ignore_index)

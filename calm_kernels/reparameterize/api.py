@@ -1,0 +1,121 @@
+"""The public function: check, draw what was not given, choose, call."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from calm_kernels import noise
+from calm_kernels.backend import Backend, resolve
+from calm_kernels.checks import check_device, check_dtype, check_fraction, check_tensor
+from calm_kernels.noise import Seed, Stream
+from calm_kernels.precision import accumulation_dtype
+from calm_kernels.reparameterize.eager import reparameterize_eager
+from calm_kernels.reparameterize.reference import reparameterize_reference
+
+__all__ = ["reparameterize"]
+
+
+def reparameterize(
+    latent_states: Tensor,
+    *,
+    kl_floor: float,
+    dropout: float = 0.0,
+    latent_noise: Tensor | None = None,
+    latent_keep: Tensor | None = None,
+    seed: Seed = None,
+    first_row: int | Tensor = 0,
+    backend: Backend | str = Backend.AUTO,
+) -> tuple[Tensor, Tensor]:
+    """A draw from the autoencoder's posterior, and its KL divergence to N(0, 1) with a floor per dimension.
+
+    latent = keep / (1 - dropout) * (mean + exp(log_std) * ε),    ε ~ N(0, 1)
+    kl     = Σ_d max((mean² + exp(2 log_std) - 1) / 2 - log_std, kl_floor)
+
+    Args:
+        latent_states: mean and log_std side by side, ``[..., 2L]``, any float dtype.
+            Differentiable; a dimension below the floor gets no gradient from the KL, one at the
+            floor does (as `torch.clamp`).
+        kl_floor: λ_KL >= 0.
+        dropout: chance in [0, 1) that an element of the latent becomes 0; the others grow by 1 / (1
+            - dropout).
+        latent_noise: ε, ``[..., L]``; leading axes are free, rows count in row-major order. Drawn
+            if None.
+        latent_keep: kept elements, bool, ``[..., L]`` likewise. Drawn if None and ``dropout > 0``.
+        seed: of the draws that are not given, see `noise.as_seed`; row r of this call is row
+            ``first_row + r``.
+        first_row: global index of the first row.
+        backend: ``auto``, ``reference`` or ``torch``.
+
+    Returns: latent ``[..., L]`` in the dtype of `latent_states`, kl ``[...]`` in float32 (float64
+        for float64).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range.
+
+    Source: CALM, sections 2.1 and 2.2. Cost: elementwise; torch keeps `latent_states` and ε for the
+        backward pass.
+    """
+    check_tensor("latent_states", latent_states, min_dim=1)
+    check_dtype("latent_states", latent_states)
+    width = latent_states.shape[-1]
+    if width == 0 or width % 2:
+        raise ValueError(
+            f"latent_states must have an even last dimension (mean, log_std), got {width}"
+        )
+    if not (kl_floor >= 0.0 and math.isfinite(kl_floor)):
+        raise ValueError(f"kl_floor must be finite and at least 0, got {kl_floor}")
+    dropout = check_fraction("dropout", dropout)
+    chosen = resolve(backend, "reparameterize", latent_states)
+
+    shape = (*latent_states.shape[:-1], width // 2)
+    epsilon = _noise(latent_noise, latent_states, shape, seed, first_row)
+    keep = _keep(latent_keep, latent_states, shape, dropout, seed, first_row)
+    match chosen:
+        case Backend.REFERENCE:
+            return reparameterize_reference(latent_states, epsilon, keep, kl_floor, dropout)
+        case _:
+            return reparameterize_eager(latent_states, epsilon, keep, kl_floor, dropout)
+
+
+def _noise(
+    given: Tensor | None, like: Tensor, shape: tuple[int, ...], seed: Seed, first_row: int | Tensor
+) -> Tensor:
+    """ε of `shape`, in the dtype of the sums."""
+    dtype = accumulation_dtype(like.dtype)
+    if given is not None:
+        check_dtype("latent_noise", given)
+        return _reshaped("latent_noise", given, like, shape).detach().to(dtype)
+    drawn = noise.normal(
+        math.prod(shape[:-1]), shape[-1], stream=Stream.LATENT, seed=seed, first_row=first_row,
+        device=like.device, dtype=dtype,
+    )  # fmt: skip
+    return drawn.view(shape)
+
+
+def _keep(
+    given: Tensor | None, like: Tensor, shape: tuple[int, ...], dropout: float, seed: Seed,
+    first_row: int | Tensor,
+) -> Tensor | None:  # fmt: skip
+    """Kept elements, bool of `shape`; None for all of them."""
+    if given is not None:
+        check_dtype("latent_keep", given, (torch.bool,))
+        return _reshaped("latent_keep", given, like, shape)
+    if dropout == 0.0:
+        return None
+    drawn = noise.uniform(
+        math.prod(shape[:-1]), shape[-1], stream=Stream.LATENT_KEEP, seed=seed,
+        first_row=first_row, device=like.device,
+    )  # fmt: skip
+    return (drawn >= dropout).view(shape)
+
+
+def _reshaped(name: str, draw: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`draw` as `shape`, whatever its leading axes, if it has the same rows."""
+    check_device(name, draw, "latent_states", like)
+    if draw.shape[-1:] != shape[-1:] or draw.numel() != math.prod(shape):
+        raise ValueError(
+            f"{name} must have {math.prod(shape[:-1])} rows of {shape[-1]}, one per row of "
+            f"latent_states; got shape {tuple(draw.shape)}"
+        )
+    return draw.reshape(shape)
