@@ -1,0 +1,249 @@
+"""Configurations of the autoencoder and of the language models: published field names, checked on construction."""
+
+import logging
+import os
+import re
+from functools import wraps
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import LlamaConfig, PreTrainedConfig
+
+from calm.errors import UserError
+
+__all__ = ["HEAD_TYPES", "AutoencoderConfig", "CALMConfig", "locate_autoencoder"]
+
+logger = logging.getLogger(__name__)
+
+HEAD_TYPES = ("energy", "diffusion", "flow")
+Initializer = Literal["normal", "fan_in"]
+ConfigClass = TypeVar("ConfigClass", bound=type[PreTrainedConfig])
+
+
+def checked(config_class: ConfigClass) -> ConfigClass:
+    """`strict`, with its errors raised as `UserError`: what field, what was expected, what came."""
+    strict_class = strict(config_class)
+    strict_init = strict_class.__init__
+
+    @wraps(strict_init)
+    def __init__(self: PreTrainedConfig, **fields: Any) -> None:
+        try:
+            strict_init(self, **fields)
+        except StrictDataclassError as error:
+            raise UserError(f"{config_class.__name__}: {error.__cause__ or error}") from error
+
+    strict_class.__init__ = __init__  # type: ignore[method-assign]
+    return strict_class
+
+
+def _require(is_valid: bool, message: str) -> None:
+    if not is_valid:
+        raise UserError(message)
+
+
+def _require_positive(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 1, f"{name} must be at least 1, got {value}")
+
+
+@checked
+class AutoencoderConfig(PreTrainedConfig):
+    """Shape and regularisation of the autoencoder: K tokens to one latent and back.
+
+    Args:
+        vocab_size: V, entries of the tokenizer.
+        patch_size: K, tokens of a chunk.
+        latent_size: l, width of the latent (the paper takes 32 K).
+        hidden_size: width of the residual blocks.
+        intermediate_size: inner width of their SwiGLU.
+        num_encoder_layers: blocks of the encoder, even: half of them see single tokens, half the whole chunk.
+        num_decoder_layers: likewise for the decoder.
+        ae_dropout: chance of dropping a token of the input, and an element of the latent, in training.
+        kl_clamp: λ_KL, floor of the KL divergence per dimension.
+        kl_weight: weight of the KL term in the loss.
+        initializer: ``normal`` (published: N(0, initializer_range²)) or ``fan_in`` (N(0, 0.49 / fan_in)), which
+            learns sooner at small widths.
+        initializer_range: standard deviation of ``normal`` weights.
+        embedding_std: standard deviation of the embedding; None for initializer_range.
+
+    Source: CALM, sections 2.1, 2.2 and 7.1; the defaults are the published K = 4 autoencoder.
+    """
+
+    model_type = "calm_autoencoder"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "logits", "reconstruction_loss", "kl", "collapsed",
+    ]  # fmt: skip
+
+    vocab_size: int = 128256
+    patch_size: int = 4
+    latent_size: int = 128
+    hidden_size: int = 512
+    intermediate_size: int = 1280
+    num_encoder_layers: int = 2
+    num_decoder_layers: int = 2
+    ae_dropout: int | float = 0.15
+    kl_clamp: int | float = 0.5
+    kl_weight: int | float = 1e-3
+    hidden_act: str = "silu"
+    rms_norm_eps: int | float = 1e-6
+    mlp_bias: bool = False
+    max_position_embeddings: int = 2048
+    initializer: Initializer = "normal"
+    initializer_range: int | float = 0.02
+    embedding_std: int | float | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+
+    def validate_architecture(self) -> None:
+        """Checks across fields; run on construction and on saving."""
+        _require_positive(self, "vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size")  # fmt: skip
+        for name in ("num_encoder_layers", "num_decoder_layers"):
+            layers = getattr(self, name)
+            _require(
+                layers >= 2 and layers % 2 == 0,
+                f"{name} must be even and at least 2 (half of the blocks stand on either side of the chunk), got {layers}",
+            )
+        _require(0 <= self.ae_dropout < 1, f"ae_dropout must lie in [0, 1), got {self.ae_dropout}")
+        _require(self.kl_clamp >= 0, f"kl_clamp must be at least 0, got {self.kl_clamp}")
+        _require(self.kl_weight >= 0, f"kl_weight must be at least 0, got {self.kl_weight}")
+
+
+def locate_autoencoder(ae_path: str | None, checkpoint: str | os.PathLike[str] = "") -> str | None:
+    """The folder or hub name that `ae_path` means: as given, then relative to `checkpoint`; None if there is none."""
+    if not ae_path:
+        return None
+    for folder in (Path(ae_path), Path(checkpoint) / ae_path):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", ae_path) and not Path(ae_path).exists()
+    return ae_path if is_hub_name else None
+
+
+@checked
+class CALMConfig(LlamaConfig):
+    """Shape, loss and head of a language model over chunks; the backbone's fields are those of `LlamaConfig`.
+
+    Args:
+        patch_size: K, tokens of a chunk.
+        latent_size: l, width of the latent that the head draws.
+        noise_size: width of the energy head's noise.
+        num_mlp_layers: residual blocks of the head.
+        num_samples: N, draws of the head per position in training; at least 2 for the energy head.
+        beta: exponent α of the energy score, in (0, 2).
+        targets: target term of the energy loss: ``analytic`` (its exact expectation), ``sample`` (published: mean over
+            `num_targets` draws) or ``antithetic``.
+        num_targets: M, draws of a sampled target term.
+        head_type: ``energy``, ``diffusion`` or ``flow``; None leaves it to the model class.
+        head_init: last layer of the head: ``zero`` (published) or ``scaled``, N(0, 1 / width), which learns far sooner
+            at small scale.
+        input_type: what a chunk enters the backbone as: its ``tokens`` (published), its ``latent`` (the autoencoder's
+            mean) or ``both``, summed (section 7.4).
+        has_start_patch: a learned first input, so that the first chunk is predicted too.
+        initializer, embedding_std: see `AutoencoderConfig`.
+        ae_config: configuration of the autoencoder; checkpoints carry it, so that they need no other folder.
+        ae_path: folder or hub name of the autoencoder, for files that lack `ae_config`; taken as given, then relative
+            to the checkpoint. Never saved once `ae_config` is known.
+
+    A published file may hold ``energy``, ``diffusion`` or ``flow`` as its model type, or none: the former moves to
+    `head_type` with a warning, the latter is settled by the class that loads it.
+
+    Source: CALM, sections 3 and 7.1.
+    """
+
+    model_type = "calm"
+    sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {"ae_config": AutoencoderConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values", "last_hidden_state", "fidelity", "diversity",
+    ]  # fmt: skip
+
+    vocab_size: int = 128256
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    patch_size: int = 4
+    latent_size: int = 128
+    noise_size: int = 64
+    num_mlp_layers: int = 4
+    num_samples: int = 8
+    beta: int | float = 1.0
+    targets: Literal["analytic", "antithetic", "sample"] = "analytic"
+    num_targets: int = 100
+    head_type: Literal["energy", "diffusion", "flow"] | None = None
+    head_init: Literal["zero", "scaled"] = "zero"
+    input_type: Literal["tokens", "latent", "both"] = "tokens"
+    has_start_patch: bool = False
+    initializer: Initializer = "normal"
+    embedding_std: int | float | None = None
+    ae_config: dict | PreTrainedConfig | None = None
+    ae_path: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        old_type = kwargs.pop("model_type", None)
+        if old_type in HEAD_TYPES:
+            logger.warning(
+                "model_type=%r is read as head_type; saving the model writes a valid file", old_type
+            )
+            self.head_type = old_type
+        if isinstance(self.ae_config, dict):
+            self.ae_config = AutoencoderConfig(**self.ae_config)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Checks across fields; run on construction, on pairing with an autoencoder and on saving."""
+        _require_positive(
+            self, "vocab_size", "hidden_size", "num_attention_heads", "patch_size", "latent_size", "noise_size",
+            "num_mlp_layers", "num_samples", "num_targets",
+        )  # fmt: skip
+        super().validate_architecture()
+        _require(0 < self.beta < 2, f"beta must lie in (0, 2), exclusive, got {self.beta}")
+        _require(
+            self.num_samples >= 2 or self.head_type in ("diffusion", "flow"),
+            f"num_samples must be at least 2 for the energy score, got {self.num_samples}",
+        )
+        _require(
+            self.targets != "antithetic" or self.num_targets % 2 == 0,
+            f'num_targets must be even for targets="antithetic", got {self.num_targets}',
+        )
+        if self.ae_config is not None:
+            self._validate_pair(self.ae_config)
+
+    def _validate_pair(self, ae_config: PreTrainedConfig) -> None:
+        for name in ("vocab_size", "patch_size", "latent_size"):
+            own, other = getattr(self, name), getattr(ae_config, name)
+            _require(
+                own == other,
+                f"{name} of the language model, {own}, differs from that of its autoencoder, {other}; "
+                f"set {name}={other}, or pass another autoencoder",
+            )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> Any:
+        """As in transformers; a file without `ae_config` takes it from the autoencoder that `ae_path` leads to."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        autoencoder = locate_autoencoder(config.ae_path, pretrained_model_name_or_path)
+        if config.ae_config is None and autoencoder is not None:
+            config.pair_with(AutoencoderConfig.from_pretrained(autoencoder))
+        return loaded
+
+    def pair_with(self, ae_config: AutoencoderConfig) -> None:
+        """Adopt the configuration of an autoencoder; raises `UserError` if the two disagree."""
+        self._validate_pair(ae_config)
+        self.ae_config = AutoencoderConfig(**ae_config.to_dict())
+        self.ae_config.name_or_path = ""  # no path of the machine that wrote it
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: without the path of the autoencoder where its configuration is included."""
+        fields = super().to_diff_dict()
+        if self.ae_config is not None:
+            fields.pop("ae_path", None)
+            fields["ae_config"].pop("_name_or_path", None)
+        return fields
