@@ -1,0 +1,296 @@
+"""From documents to blocks: tokenize, put the documents end to end, cut every `block_size` tokens;
+drop nothing.
+
+Between documents stands what the tokenizer itself puts there (Llama's begins every text with its
+begin token, as in the published runs); a tokenizer that adds nothing gets its end token after every
+document. The last block of a corpus is filled with pad tokens, whose labels are -100.
+
+`PackedBlocks` cuts a tokenized table where it lies, memory-mapped, and copies nothing;
+`PackedStream` packs documents as they arrive. Both give the same blocks for the same documents.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from calm.data.corpus import Documents
+from calm.data.files import TEXT_KEY
+from calm.data.tokenizer import tokenizer_hash
+from calm.errors import UserError
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Block",
+    "PackedBlocks",
+    "PackedStream",
+    "check_block_size",
+    "collate",
+    "document_separator",
+    "pack",
+    "pack_documents",
+    "tokenize_documents",
+]
+
+logger = logging.getLogger(__name__)
+
+IGNORE_INDEX = -100
+TOKENS, CHARACTERS = "input_ids", "num_characters"
+
+Block = dict[str, np.ndarray]
+
+
+def check_block_size(block_size: int, patch_size: int) -> None:
+    """`block_size` is a positive multiple of `patch_size` and holds at least two patches."""
+    if block_size % patch_size or block_size < 2 * patch_size:
+        nearest = max(2, round(block_size / patch_size)) * patch_size
+        raise UserError(
+            f"block_size must be a multiple of the patch size K={patch_size} and at least "
+            f"{2 * patch_size}; got {block_size}, try {nearest}"
+        )
+
+
+def document_separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The end token where `tokenizer` adds neither begin nor end token by itself, else None."""
+    ids = tokenizer("a")["input_ids"]
+    adds_its_own = ids[0] == tokenizer.bos_token_id or ids[-1] == tokenizer.eos_token_id
+    return None if adds_its_own else tokenizer.eos_token_id
+
+
+def _encode(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, separator: int | None
+) -> dict[str, list[Any]]:
+    # split_special_tokens: a document that spells out a special token is text like any other.
+    encoded = tokenizer(
+        list(texts),
+        verbose=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    end = [] if separator is None else [separator]
+    return {
+        TOKENS: [
+            ids + end if text else [] for ids, text in zip(encoded["input_ids"], texts, strict=True)
+        ],
+        CHARACTERS: [len(text) for text in texts],
+    }
+
+
+def tokenize_documents(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_proc: int | None = None,
+    overwrite_cache: bool = False,
+) -> Documents:
+    """Token ids of every document with its separator (``input_ids``) and its ``num_characters``.
+
+    A cached corpus is tokenized once; documents, tokenizer and separator make the key of the cache.
+    """
+    separator = document_separator(tokenizer)
+    encode = partial(_encode, tokenizer=tokenizer, separator=separator)
+    features = datasets.Features(
+        {TOKENS: datasets.List(datasets.Value("int32")), CHARACTERS: datasets.Value("int64")}
+    )
+    common: dict[str, Any] = {
+        "batched": True,
+        "input_columns": TEXT_KEY,
+        "remove_columns": TEXT_KEY,
+        "features": features,
+    }
+    if isinstance(documents, datasets.IterableDataset):
+        return documents.map(encode, **common)
+    key = f"{documents._fingerprint} {tokenizer_hash(tokenizer)} {separator}"
+    return documents.map(
+        encode,
+        num_proc=num_proc,
+        load_from_cache_file=not overwrite_cache,
+        new_fingerprint=hashlib.blake2b(key.encode(), digest_size=8).hexdigest(),
+        desc="tokenizing",
+        **common,
+    )
+
+
+def _block(tokens: np.ndarray, block_size: int, pad_token_id: int) -> Block:
+    """`tokens`, at most `block_size` of them, as inputs and labels; the rest is padding."""
+    inputs = np.full(block_size, pad_token_id, dtype=np.int64)
+    labels = np.full(block_size, IGNORE_INDEX, dtype=np.int64)
+    inputs[: len(tokens)] = labels[: len(tokens)] = tokens
+    return {"input_ids": inputs, "labels": labels}
+
+
+def pack(
+    documents: Iterable[Sequence[int] | np.ndarray], block_size: int, pad_token_id: int
+) -> Iterator[Block]:
+    """Blocks of `block_size` tokens of `documents` end to end; the last one is padded."""
+    pending: list[np.ndarray] = []
+    held = 0
+    for document in documents:
+        pending.append(np.asarray(document, dtype=np.int64))
+        held += len(pending[-1])
+        if held >= block_size:
+            tokens = np.concatenate(pending)
+            whole = held - held % block_size
+            for start in range(0, whole, block_size):
+                yield _block(tokens[start : start + block_size], block_size, pad_token_id)
+            pending, held = [tokens[whole:]], held - whole
+    if held:
+        yield _block(np.concatenate(pending), block_size, pad_token_id)
+
+
+class PackedBlocks(Dataset[Block]):
+    """Blocks of a tokenized table by index; tokens stay in the memory-mapped file.
+
+    Args:
+        documents: a table from `tokenize_documents`.
+        block_size: tokens a block.
+        pad_token_id: fills the last block.
+        max_blocks: keep the first blocks only.
+
+    Raises:
+        UserError: the documents hold no token, or `max_blocks` leaves none.
+    """
+
+    def __init__(
+        self,
+        documents: datasets.Dataset,
+        block_size: int,
+        pad_token_id: int,
+        max_blocks: int | None = None,
+    ) -> None:
+        chunks = documents.data.column(TOKENS).chunks
+        self._chunks = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks]
+        self._ends = np.cumsum([len(chunk) for chunk in self._chunks], dtype=np.int64)
+        self.block_size = block_size
+        self.pad_token_id = pad_token_id
+        available = int(self._ends[-1]) if len(self._ends) else 0
+        limit = available if max_blocks is None else max_blocks * block_size
+        self.num_tokens = min(available, limit)
+        if self.num_tokens <= 0:
+            raise UserError(
+                f"no data left after packing: {len(documents)} documents hold {available} tokens"
+                + ("" if max_blocks is None else f" and max_samples is {max_blocks}")
+            )
+        self.tokens_per_character = available / max(1, int(np.sum(documents[CHARACTERS])))
+
+    def __len__(self) -> int:
+        return -(-self.num_tokens // self.block_size)
+
+    def __getitem__(self, index: int) -> Block:
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        start = index * self.block_size
+        tokens = self._slice(start, min(start + self.block_size, self.num_tokens))
+        return _block(tokens, self.block_size, self.pad_token_id)
+
+    def _slice(self, start: int, stop: int) -> np.ndarray:
+        parts = []
+        chunk = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            first = int(self._ends[chunk]) - len(self._chunks[chunk])
+            part = self._chunks[chunk][start - first : stop - first]
+            parts.append(part)
+            start += len(part)
+            chunk += 1
+        return np.concatenate(parts)
+
+    def data_hash(self) -> str:
+        """Name of the token ids, whatever the file layout and block size they were read with."""
+        digest = hashlib.blake2b(digest_size=16)
+        left = self.num_tokens
+        for chunk in self._chunks:
+            digest.update(memoryview(np.ascontiguousarray(chunk[:left], dtype="<i4")))
+            left -= min(left, len(chunk))
+        return digest.hexdigest()
+
+
+class PackedStream(IterableDataset[Block]):
+    """Blocks of a stream of tokenized documents, in order.
+
+    Ranks share the stream out through the data loader; it is not split here a second time. With
+    several loader workers each packs the files that it reads.
+
+    Args:
+        documents: a stream from `tokenize_documents`.
+        block_size: tokens a block.
+        pad_token_id: fills the last block of each pass.
+        max_blocks: keep the first blocks only.
+        repeat: start again at the end, for as many steps as are asked for.
+    """
+
+    def __init__(
+        self,
+        documents: datasets.IterableDataset,
+        block_size: int,
+        pad_token_id: int,
+        max_blocks: int | None = None,
+        *,
+        repeat: bool = False,
+    ) -> None:
+        super().__init__()
+        self.documents = documents
+        self.block_size = block_size
+        self.pad_token_id = pad_token_id
+        self.max_blocks = max_blocks
+        self.repeat = repeat
+
+    def __iter__(self) -> Iterator[Block]:
+        while True:
+            found = False
+            for block in islice(self._one_pass(), self.max_blocks):
+                found = True
+                yield block
+            worker = get_worker_info()
+            if not found and (worker is None or worker.id == 0):
+                raise UserError("no data left after packing: the stream holds no token")
+            if not found or not self.repeat:  # a worker may have no file of its own
+                return
+
+    def _one_pass(self) -> Iterator[Block]:
+        tokens = (row[TOKENS] for row in self.documents)
+        return pack(tokens, self.block_size, self.pad_token_id)
+
+
+def pack_documents(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_size: int,
+    patch_size: int,
+    max_blocks: int | None = None,
+    repeat: bool = False,
+    num_proc: int | None = None,
+    overwrite_cache: bool = False,
+) -> PackedBlocks | PackedStream:
+    """Documents to blocks: `PackedBlocks` of a table, `PackedStream` of a stream (`repeat` applies
+    to streams).
+
+    Raises:
+        UserError: `block_size` is no multiple of `patch_size`, or no data is left.
+    """
+    check_block_size(block_size, patch_size)
+    tokenized = tokenize_documents(
+        documents, tokenizer, num_proc=num_proc, overwrite_cache=overwrite_cache
+    )
+    pad_token_id = tokenizer.pad_token_id
+    if isinstance(tokenized, datasets.IterableDataset):
+        return PackedStream(tokenized, block_size, pad_token_id, max_blocks, repeat=repeat)
+    return PackedBlocks(tokenized, block_size, pad_token_id, max_blocks)
+
+
+def collate(blocks: Sequence[Block]) -> dict[str, Tensor]:
+    """Blocks side by side: ``input_ids`` and ``labels``, both ``[B, block_size]`` int64."""
+    return {
+        key: torch.from_numpy(np.stack([block[key] for block in blocks]))
+        for key in ("input_ids", "labels")
+    }

@@ -1,0 +1,167 @@
+"""Tokenizers: raw bytes, byte-level BPE trained on the spot, or any that transformers loads.
+
+| name | vocabulary |
+| --- | --- |
+| ``bytes`` | 259: the 256 byte values as ids 0..255, then begin, end and pad of text |
+| ``bpe:<n>`` | n entries of byte-level BPE trained on the documents at hand, special tokens first |
+| anything else | a folder or hub name, with an end token and a pad token |
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from calm.errors import UserError
+
+__all__ = [
+    "BYTE_VOCAB_SIZE",
+    "byte_tokenizer",
+    "check_tokenizer",
+    "load_tokenizer",
+    "tokenizer_hash",
+    "train_bpe_tokenizer",
+]
+
+logger = logging.getLogger(__name__)
+
+BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
+PUBLISHED_PAD = "[PAD]"
+BYTE_VOCAB_SIZE = 259
+
+BYTES_NAME = "bytes"
+BPE_NAME = re.compile(r"bpe:(\d+)")
+UNBOUNDED = int(1e30)
+
+
+def _byte_symbols() -> list[str]:
+    """How byte-level tokenizers write each byte: itself if printable, else a character from 256 on."""
+    printable = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), 256),
+    }
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte of UTF-8, id = byte value; begin 256, end 257, pad 258. Inverts exactly."""
+    vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    # Words only bound the work of an (empty) merge table; every byte is a token either way.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _as_pretrained(tokenizer)
+
+
+def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `vocab_size` entries learned from `texts`; deterministic, and decoding
+    gives any text back.
+
+    Args:
+        texts: documents to learn from.
+        vocab_size: entries in all: 3 special tokens, 256 bytes and the merges. A small corpus may
+            yield fewer.
+
+    Raises:
+        UserError: `vocab_size` leaves no room for the bytes and special tokens.
+    """
+    if vocab_size < BYTE_VOCAB_SIZE:
+        raise UserError(
+            f"tokenizer_name: bpe needs at least {BYTE_VOCAB_SIZE} entries, got {vocab_size}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[BOS, EOS, PAD],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _as_pretrained(tokenizer)
+
+
+def _as_pretrained(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=UNBOUNDED,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(
+    name: str,
+    *,
+    texts: Iterable[str] | None = None,
+    add_pad_token: bool = False,
+    **options: Any,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer called `name` (see the module's table), with an end and a pad token.
+
+    Args:
+        name: ``bytes``, ``bpe:<n>``, a folder or a hub name.
+        texts: documents that ``bpe:<n>`` learns from.
+        add_pad_token: append ``[PAD]`` where there is no pad token, as the published scripts do;
+            the vocabulary grows by one.
+        options: passed on to `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        UserError: no such tokenizer, nothing to train on, or no end or pad token.
+    """
+    if name == BYTES_NAME:
+        return byte_tokenizer()
+    if match := BPE_NAME.fullmatch(name):
+        if texts is None:
+            raise UserError(
+                f"tokenizer_name: {name} is trained on documents, and there are none here"
+            )
+        return train_bpe_tokenizer(texts, int(match.group(1)))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"tokenizer_name: cannot load {name!r} ({error}); pass a folder with a tokenizer, "
+            f"a hub name, {BYTES_NAME!r} or 'bpe:4096'"
+        ) from error
+    return check_tokenizer(tokenizer, name, add_pad_token=add_pad_token)
+
+
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, name: str, *, add_pad_token: bool = False
+) -> PreTrainedTokenizerBase:
+    """`tokenizer` with an end and a pad token; `add_pad_token` appends a missing pad token."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"tokenizer_name: {name} has no end token, so documents cannot be told apart; set one "
+            "and save the tokenizer: tokenizer.add_special_tokens({'eos_token': ...})"
+        )
+    if tokenizer.pad_token_id is None:
+        if not add_pad_token:
+            raise UserError(
+                f"tokenizer_name: {name} has no pad token; pass --add_pad_token to append "
+                f"{PUBLISHED_PAD}, as the published scripts do (the vocabulary grows by one), "
+                "or set one and save the tokenizer"
+            )
+        tokenizer.add_special_tokens({"pad_token": PUBLISHED_PAD})
+        logger.info("%s: appended %s, %d entries now", name, PUBLISHED_PAD, len(tokenizer))
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Name of what `tokenizer` does, the same in every process: for cache keys and protocols."""
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        content = tokenizer.backend_tokenizer.to_str()
+    else:
+        content = repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
