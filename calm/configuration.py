@@ -59,13 +59,15 @@ class AutoencoderConfig(PreTrainedConfig):
         latent_size: l, width of the latent (the paper takes 32 K).
         hidden_size: width of the residual blocks.
         intermediate_size: inner width of their SwiGLU.
-        num_encoder_layers: blocks of the encoder, even: half of them see single tokens, half the whole chunk.
+        num_encoder_layers: blocks of the encoder, even: half of them see single tokens, half the
+            whole chunk.
         num_decoder_layers: likewise for the decoder.
-        ae_dropout: chance of dropping a token of the input, and an element of the latent, in training.
+        ae_dropout: chance of dropping a token of the input, and an element of the latent, in
+            training.
         kl_clamp: λ_KL, floor of the KL divergence per dimension.
         kl_weight: weight of the KL term in the loss.
-        initializer: ``normal`` (published: N(0, initializer_range²)) or ``fan_in`` (N(0, 0.49 / fan_in)), which
-            learns sooner at small widths.
+        initializer: ``normal`` (published: N(0, initializer_range²)) or ``fan_in`` (N(0, 0.49 /
+            fan_in)), which learns sooner at small widths.
         initializer_range: standard deviation of ``normal`` weights.
         embedding_std: standard deviation of the embedding; None for initializer_range.
 
@@ -135,22 +137,23 @@ class CALMConfig(LlamaConfig):
         num_mlp_layers: residual blocks of the head.
         num_samples: N, draws of the head per position in training; at least 2 for the energy head.
         beta: exponent α of the energy score, in (0, 2).
-        targets: target term of the energy loss: ``analytic`` (its exact expectation), ``sample`` (published: mean over
-            `num_targets` draws) or ``antithetic``.
+        targets: target term of the energy loss: ``analytic`` (its exact expectation), ``sample``
+            (published: mean over `num_targets` draws) or ``antithetic``.
         num_targets: M, draws of a sampled target term.
         head_type: ``energy``, ``diffusion`` or ``flow``; None leaves it to the model class.
-        head_init: last layer of the head: ``zero`` (published) or ``scaled``, N(0, 1 / width), which learns far sooner
-            at small scale.
-        input_type: what a chunk enters the backbone as: its ``tokens`` (published), its ``latent`` (the autoencoder's
-            mean) or ``both``, summed (section 7.4).
+        head_init: last layer of the head: ``zero`` (published) or ``scaled``, N(0, 1 / width),
+            which learns far sooner at small scale.
+        input_type: what a chunk enters the backbone as: its ``tokens`` (published), its ``latent``
+            (the autoencoder's mean) or ``both``, summed (section 7.4).
         has_start_patch: a learned first input, so that the first chunk is predicted too.
         initializer, embedding_std: see `AutoencoderConfig`.
-        ae_config: configuration of the autoencoder; checkpoints carry it, so that they need no other folder.
-        ae_path: folder or hub name of the autoencoder, for files that lack `ae_config`; taken as given, then relative
-            to the checkpoint. Never saved once `ae_config` is known.
+        ae_config: configuration of the autoencoder; checkpoints carry it, so that they need no
+            other folder.
+        ae_path: folder or hub name of the autoencoder, for files that lack `ae_config`; taken as
+            given, then relative to the checkpoint. Never saved once `ae_config` is known.
 
-    A published file may hold ``energy``, ``diffusion`` or ``flow`` as its model type, or none: the former moves to
-    `head_type` with a warning, the latter is settled by the class that loads it.
+    A published file may hold ``energy``, ``diffusion`` or ``flow`` as its model type, or none: the
+    former moves to `head_type` with a warning, the latter is settled by the class that loads it.
 
     Source: CALM, sections 3 and 7.1.
     """

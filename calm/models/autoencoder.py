@@ -1,0 +1,247 @@
+"""The autoencoder: K tokens to the mean and log standard deviation of one latent, and back. No attention.
+
+Shapes: B batch, P chunks of a sequence, K tokens of a chunk, L latent size, H hidden size, V
+    vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.utils import ModelOutput
+
+from calm.configuration import AutoencoderConfig
+from calm.models.chunks import IGNORED, num_chunks, weighted_mean
+from calm.models.pretrained import CALMPreTrainedModel
+from calm_kernels.linear_argmax import linear_argmax
+from calm_kernels.linear_cross_entropy import linear_cross_entropy
+from calm_kernels.noise import Seed, Stream, as_seed, uniform
+from calm_kernels.reparameterize import reparameterize
+
+__all__ = ["Autoencoder", "AutoencoderOutput"]
+
+
+@dataclass
+class AutoencoderOutput(ModelOutput):
+    """What `Autoencoder.forward` returns; scalars unless a shape is given, None where it does not apply.
+
+    Attributes:
+        loss: K * reconstruction_loss + kl_weight * kl in training; reconstruction_loss in
+            evaluation.
+        reconstruction_loss: mean cross-entropy of a token.
+        kl: mean over chunks of the KL divergence, summed over dimensions after the floor.
+        collapsed: share of latent dimensions whose mean KL divergence does not exceed the floor.
+        accuracy: share of tokens reconstructed from a drawn latent, ``[B]``; in evaluation.
+        logits: ``[B, P*K, V]``; without labels.
+    """
+
+    loss: Tensor | None = None
+    reconstruction_loss: Tensor | None = None
+    kl: Tensor | None = None
+    collapsed: Tensor | None = None
+    accuracy: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class ResidualBlock(nn.Module):
+    """x + SwiGLU(RMSNorm(x)), ``[..., H]``."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.mlp = LlamaMLP(config)
+        self.layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``[..., H]`` to ``[..., H]``."""
+        return hidden + self.mlp(self.layernorm(hidden))
+
+
+def _blocks(config: AutoencoderConfig, count: int) -> nn.ModuleList:
+    return nn.ModuleList(ResidualBlock(config) for _ in range(count))
+
+
+class Encoder(nn.Module):
+    """Half of the blocks on single tokens, the other half on the whole chunk."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.patch_size = config.patch_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.encoder_layers = _blocks(config, config.num_encoder_layers)
+        self.squeeze_layer = nn.Linear(config.patch_size * width, width)
+        self.norm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
+        self.hidden_to_latent = nn.Linear(width, 2 * config.latent_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Token ids ``[B, P*K]`` to mean and log standard deviation side by side, ``[B, P, 2L]``."""
+        middle = len(self.encoder_layers) // 2
+        hidden = self.embed_tokens(input_ids)
+        for block in self.encoder_layers[:middle]:
+            hidden = block(hidden)
+        hidden = self.squeeze_layer(rearrange(hidden, "b (p k) h -> b p (k h)", k=self.patch_size))
+        for block in self.encoder_layers[middle:]:
+            hidden = block(hidden)
+        return self.hidden_to_latent(self.norm(hidden))
+
+
+class Decoder(nn.Module):
+    """The encoder mirrored; logits come from the encoder's embedding matrix."""
+
+    def __init__(self, config: AutoencoderConfig, embed_tokens: nn.Embedding) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.patch_size = config.patch_size
+        self.latent_to_hidden = nn.Linear(config.latent_size, width)
+        self.decoder_layers = _blocks(config, config.num_decoder_layers)
+        self.expand_layer = nn.Linear(width, config.patch_size * width)
+        self.norm = LlamaRMSNorm(width, eps=config.rms_norm_eps)
+        # In a tuple, so that the matrix is registered and saved once, as the encoder's.
+        self._tied = (embed_tokens,)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The embedding matrix, ``[V, H]``."""
+        return self._tied[0].weight
+
+    def decode(self, latent_states: Tensor) -> Tensor:
+        """Latents ``[..., L]`` to the hidden states that meet the vocabulary, ``[..., K, H]``."""
+        middle = len(self.decoder_layers) // 2
+        hidden = self.latent_to_hidden(latent_states)
+        for block in self.decoder_layers[:middle]:
+            hidden = block(hidden)
+        hidden = self.expand_layer(hidden).unflatten(-1, (self.patch_size, -1))
+        for block in self.decoder_layers[middle:]:
+            hidden = block(hidden)
+        return self.norm(hidden)
+
+    def forward(self, latent_states: Tensor) -> Tensor:
+        """Latents ``[B, P, L]`` to logits ``[B, P*K, V]``."""
+        hidden = rearrange(self.decode(latent_states), "b p k h -> b (p k) h")
+        return nn.functional.linear(hidden, self.output_weight)
+
+    def argmax(self, latent_states: Tensor) -> Tensor:
+        """Latents ``[..., L]`` to the likeliest token ids ``[..., K]``, without forming the logits."""
+        return linear_argmax(self.decode(latent_states), self.output_weight)
+
+
+class Autoencoder(CALMPreTrainedModel):
+    """Variational autoencoder over chunks of K tokens.
+
+    Source: CALM, section 2. Weights keep the published names; a published file names the embedding
+        matrix
+    ``encoder.embed_tokens.weight``, ``decoder.lm_head_weight`` or both.
+    """
+
+    config_class = AutoencoderConfig
+    base_model_prefix = ""
+    aliases: ClassVar[dict[str, str]] = {
+        r"decoder\.lm_head_weight$": "encoder.embed_tokens.weight",
+    }
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__(config)
+        self.patch_size = config.patch_size
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config, self.encoder.embed_tokens)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding of both encoder and decoder."""
+        return self.encoder.embed_tokens
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        token_keep: Tensor | None = None,
+        latent_noise: Tensor | None = None,
+        latent_keep: Tensor | None = None,
+        seed: Seed = None,
+        first_row: int | Tensor = 0,
+    ) -> AutoencoderOutput:
+        """Encode, draw a latent, decode.
+
+        loss = K * cross-entropy + kl_weight * mean_chunk Σ_i max(kl_clamp, KL_i); in evaluation the
+        cross-entropy alone
+
+        Training drops tokens of the input (they become id 0) and elements of the latent; evaluation
+        draws the latent and drops nothing.
+
+        Args:
+            input_ids: ``[B, P*K]`` int64.
+            labels: the tokens to reconstruct, ``[B, P*K]``, -100 where they do not count; None for
+                logits alone.
+            token_keep: tokens to keep, bool, one row per chunk, ``[B*P, K]``. Drawn in training if
+                None.
+            latent_noise: ``[B*P, L]``, N(0, 1). Drawn if None.
+            latent_keep: elements of the latent to keep, bool, ``[B*P, L]``. Drawn in training if
+                None.
+            seed: of draws that are not given, see `calm_kernels.noise.as_seed`.
+            first_row: index of the first sequence within the global batch; a batch split over
+                processes or accumulation steps then draws what the whole batch would.
+        """
+        chunks = num_chunks(input_ids, self.patch_size)
+        seed, first_chunk = as_seed(seed, input_ids.device), first_row * chunks
+        dropout = float(self.config.ae_dropout) if self.training else 0.0
+        kept_ids = self._drop_tokens(input_ids, token_keep, dropout, seed, first_chunk)
+        latent_states = self.encoder(input_ids=kept_ids)
+        latent, kl = reparameterize(
+            latent_states, kl_floor=self.config.kl_clamp, dropout=dropout, latent_noise=latent_noise,
+            latent_keep=latent_keep, seed=seed, first_row=first_chunk,
+        )  # fmt: skip
+        if labels is None:
+            return AutoencoderOutput(logits=self.decoder(latent_states=latent))
+        return self._losses(latent_states, latent, kl, labels)
+
+    def _drop_tokens(
+        self, input_ids: Tensor, keep: Tensor | None, dropout: float, seed: Tensor, first_chunk: int | Tensor
+    ) -> Tensor:  # fmt: skip
+        if keep is None:
+            if dropout == 0.0:
+                return input_ids
+            rows = input_ids.numel() // self.patch_size
+            drawn = uniform(
+                rows, self.patch_size, stream=Stream.TOKEN_KEEP, seed=seed, first_row=first_chunk,
+                device=input_ids.device,
+            )  # fmt: skip
+            keep = drawn >= dropout
+        elif keep.numel() != input_ids.numel() or keep.shape[-1:] != (self.patch_size,):
+            rows = input_ids.numel() // self.patch_size
+            raise ValueError(
+                f"token_keep must have shape {(rows, self.patch_size)}, one row per chunk, got {tuple(keep.shape)}"
+            )
+        return input_ids * keep.reshape(input_ids.shape)
+
+    def _losses(
+        self, latent_states: Tensor, latent: Tensor, kl: Tensor, labels: Tensor
+    ) -> AutoencoderOutput:
+        decoded = self.decoder.decode(latent)  # [B, P, K, H]
+        by_chunk = rearrange(labels, "b (p k) -> b p k", k=self.patch_size)
+        reconstruction = linear_cross_entropy(decoded, self.decoder.output_weight, by_chunk)
+        weight = (by_chunk[..., 0] != IGNORED).to(kl.dtype)  # a chunk of padding counts for nothing
+        mean_kl = weighted_mean(kl, weight)
+        loss, accuracy = reconstruction, None
+        if self.training:
+            loss = self.patch_size * reconstruction + self.config.kl_weight * mean_kl
+        else:
+            tokens = linear_argmax(decoded, self.decoder.output_weight)
+            is_label = by_chunk != IGNORED
+            is_right = (tokens == by_chunk) & is_label
+            accuracy = is_right.sum((1, 2)) / is_label.sum((1, 2)).clamp(min=1)
+        return AutoencoderOutput(
+            loss=loss, reconstruction_loss=reconstruction.detach(), kl=mean_kl.detach(),
+            collapsed=self._collapsed(latent_states, weight), accuracy=accuracy,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _collapsed(self, latent_states: Tensor, weight: Tensor) -> Tensor:
+        """Share of dimensions that carry at most the KL floor, averaged over chunks ``[B, P]``."""
+        mean, log_std = latent_states.to(weight.dtype).chunk(2, dim=-1)
+        kl = 0.5 * (mean.square() + (2 * log_std).exp() - 1) - log_std
+        per_dimension = (kl * weight[..., None]).sum((0, 1)) / weight.sum().clamp(min=1)
+        return (per_dimension <= self.config.kl_clamp).to(weight.dtype).mean()

@@ -1,0 +1,27 @@
+"""Initial weights that the configurations can choose beside the published ones."""
+
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+
+__all__ = ["initialize"]
+
+FAN_IN_GAIN = 0.7
+
+
+def initialize(module: nn.Module, config: PreTrainedConfig) -> None:
+    """Reinitialise one linear or embedding as `config` asks; loaded weights are left alone.
+
+    ``initializer="fan_in"``: linear weights N(0, (0.7)² / fan_in). ``embedding_std``: embeddings
+    N(0, embedding_std²). A configuration without these fields keeps what transformers gave: N(0,
+    initializer_range²).
+    """
+    if isinstance(module, nn.Linear) and getattr(config, "initializer", "normal") == "fan_in":
+        init.normal_(module.weight, std=FAN_IN_GAIN / module.in_features**0.5)
+    embedding_std = getattr(config, "embedding_std", None)
+    if isinstance(module, nn.Embedding) and embedding_std is not None:
+        init.normal_(module.weight, std=embedding_std)
+        if module.padding_idx is not None and not getattr(
+            module.weight, "_is_hf_initialized", False
+        ):
+            init.zeros_(module.weight[module.padding_idx])

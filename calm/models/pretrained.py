@@ -1,0 +1,53 @@
+"""What the autoencoder and the language models share: loading, saving, initial weights."""
+
+import os
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from calm.models.initialization import initialize
+
+__all__ = ["CALMPreTrainedModel"]
+
+
+class CALMPreTrainedModel(PreTrainedModel):
+    """A `PreTrainedModel` that reads published files whichever name of an aliased weight they hold.
+
+    A published weight may be saved under two names, or under either. `aliases` maps the one that is
+    not registered here to the one that is (pattern to name); where a file holds both, they are the
+    same tensor and one is read.
+    """
+
+    aliases: ClassVar[dict[str, str]] = {}
+    # forward returns a mean and takes no num_items_in_batch: the Trainer divides by the
+    # accumulation steps itself.
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *model_args: Any,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers; the dtype is the file's unless ``dtype=`` says otherwise."""
+        mapping = {**cls.aliases, **(key_mapping or {})}
+        return super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, key_mapping=mapping or None, **kwargs
+        )
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike[str], **kwargs: Any
+    ) -> None:
+        """As in transformers, under the registered names, whatever names were loaded."""
+        super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        initialize(module, self.config)
