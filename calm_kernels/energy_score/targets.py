@@ -1,0 +1,38 @@
+"""Draws of the target distribution: given by the caller, or addressed by a seed."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from calm_kernels.noise import Stream, normal
+
+__all__ = ["TargetDraws"]
+
+
+class TargetDraws(NamedTuple):
+    """How targets are drawn: given noise ``[M, R, L]``, or M draws of a seed."""
+
+    noise: Tensor | None
+    num_targets: int
+    seed: Tensor | None = None
+    first_row: int | Tensor = 0
+    is_antithetic: bool = False
+
+    def of(self, rows: slice, width: int, dtype: torch.dtype) -> Tensor:
+        """Standard normal draws of these patches, ``[r, M, L]``."""
+        if self.noise is not None:
+            return self.noise[:, rows].transpose(0, 1).to(dtype)
+        assert self.seed is not None  # api.py gives one of noise and seed
+        has_row_seeds = self.seed.dim() == 2
+        drawn = normal(
+            rows.stop - rows.start,
+            width,
+            stream=Stream.TARGETS,
+            seed=self.seed[rows] if has_row_seeds else self.seed,
+            num_draws=self.num_targets // 2 if self.is_antithetic else self.num_targets,
+            first_row=self.first_row if has_row_seeds else self.first_row + rows.start,
+            device=self.seed.device,
+            dtype=dtype,
+        ).transpose(0, 1)
+        return torch.cat([drawn, -drawn], dim=1) if self.is_antithetic else drawn
