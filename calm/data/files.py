@@ -14,7 +14,7 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 from calm.errors import UserError
 
@@ -153,7 +153,7 @@ def _read_json(path: Path, keep_linebreaks: bool, unit: TextUnit) -> Iterator[st
             yield _text_of(entry, f"{path}: entry {index}")
 
 
-def _parse(text: str, path: Path, first_line: int) -> object:
+def _parse(text: str, path: Path, first_line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -209,7 +209,7 @@ class PackedBlocks(Dataset[Block]):
         digest = hashlib.blake2b(digest_size=16)
         left = self.num_tokens
         for chunk in self._chunks:
-            digest.update(memoryview(np.ascontiguousarray(chunk[:left], dtype="<i4")))
+            digest.update(chunk[:left].astype("<i4").tobytes())
             left -= min(left, len(chunk))
         return digest.hexdigest()
 

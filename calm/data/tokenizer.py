@@ -39,7 +39,7 @@ UNBOUNDED = int(1e30)
 
 
 def _byte_symbols() -> list[str]:
-    """How byte-level tokenizers write each byte: itself if printable, else a character from 256 on."""
+    """How byte-level tokenizers write each byte: itself if printable, else one from 256 on."""
     printable = {
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

@@ -1,0 +1,244 @@
+"""Flags of the three training entry points: the published ones, transformers' and a few of ours.
+
+    python -m calm.training.train_calm --config calm-m --ae_name_or_path runs/ae --train_file
+    'pile/*.jsonl'
+
+``--config`` names a recipe or a YAML file whose entries are flags; flags given on the command line
+override it.
+"""
+
+import argparse
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from calm.data.corpus import CorpusOptions
+from calm.errors import UserError
+from calm.training.compatibility import translate_old_flags
+from calm.training.overrides import close_names
+from calm.training.recipe import Stage, load_recipe, recipe_arguments, recipe_names
+from calm_kernels.backend import Backend
+
+__all__ = [
+    "CALMTrainingArguments",
+    "DataTrainingArguments",
+    "JobArguments",
+    "ModelArguments",
+    "parse_arguments",
+]
+
+# Tokens of a block where no flag says otherwise, as in the published scripts.
+DEFAULT_BLOCK_SIZE = {Stage.AUTOENCODER: 2048, Stage.CALM: 8192, Stage.BASELINE: 2048}
+
+
+def _flag(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train, from what."""
+
+    ae_name_or_path: str | None = _flag(
+        None, "Trained autoencoder: folder or hub name (language model only)."
+    )
+    model_name_or_path: str | None = _flag(
+        None, "Weights to start from: folder or hub name. Left out: train from nothing."
+    )
+    model_type: str | None = _flag(
+        None, "Head of the language model: energy (default), diffusion or flow."
+    )
+    config_overrides: str | None = _flag(
+        None, "Fields of a new model, as in hidden_size=1024,num_mlp_layers=4,model_type=flow."
+    )
+    config_name: str | None = _flag(
+        None, "Folder or hub name of a configuration to start from, without its weights."
+    )
+    tokenizer_name: str | None = _flag(
+        None,
+        "Folder, hub name, 'bytes' or 'bpe:<entries>' (trained on the text). Left out: the one "
+        "saved with the model or autoencoder.",
+    )
+    add_pad_token: bool = _flag(
+        False, "Append [PAD] to a tokenizer without pad token, as the published scripts do."
+    )
+    cache_dir: str | None = _flag(None, "Where downloads and prepared data are kept.")
+    use_fast_tokenizer: bool = _flag(True, "Use the fast form of the tokenizer.")
+    model_revision: str = _flag("main", "Branch, tag or commit of what comes from a hub.")
+    token: str | None = _flag(None, "Access token of the hub.")
+    trust_remote_code: bool = _flag(
+        False, "Run code that comes with a hub tokenizer; only for repositories you have read."
+    )
+    torch_dtype: str | None = _flag(
+        None,
+        "Type of the weights: float32 (default), bfloat16, float16, or auto (the file's). For "
+        "mixed precision keep float32 and pass --bf16.",
+    )
+
+
+@dataclass
+class DataTrainingArguments:
+    """Which text to train and evaluate on."""
+
+    dataset_name: str | None = _flag(
+        None, "Hub dataset, local dataset folder, embedded:docstrings or embedded:topics."
+    )
+    dataset_config_name: str | None = _flag(None, "Configuration of the hub dataset.")
+    train_file: str | None = _flag(
+        None, "Text to learn from: .txt, .jsonl or .json files, comma-separated; globs work."
+    )
+    validation_file: str | None = _flag(None, "Held-out text, likewise.")
+    max_train_samples: int | None = _flag(None, "Use the first so many training blocks only.")
+    max_eval_samples: int | None = _flag(None, "Use the first so many validation blocks only.")
+    streaming: bool = _flag(False, "Read the text as it goes instead of preparing a cache.")
+    block_size: int | None = _flag(
+        None,
+        "Tokens of a training sequence, a multiple of K. Left out: 8192 for the language model, "
+        "2048 for autoencoder and baseline.",
+    )
+    overwrite_cache: bool = _flag(False, "Prepare the text again.")
+    validation_split_percentage: float = _flag(
+        5, "Share of documents held out when there is no validation data; 0 for none."
+    )
+    preprocessing_num_workers: int | None = _flag(None, "Processes that read and tokenize.")
+    keep_linebreaks: bool = _flag(True, "Keep the line breaks of text files.")
+    text_unit: str = _flag("line", "One document of a text file: line, paragraph or file.")
+
+
+@dataclass
+class CALMTrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments` with what continuous language models need besides."""
+
+    backend: str = _flag(Backend.AUTO.value, "Implementation of the operations.")
+    eval_num_samples: int = _flag(8, "Draws per position that BrierLM is estimated from.")
+    eval_seed: int = _flag(0, "Seed of the draws of evaluation; training has its own, --seed.")
+    max_train_seconds: float = _flag(
+        0.0,
+        "Stop after so many seconds of training steps; the learning-rate schedule then follows the "
+        "time instead of the steps. 0: no limit.",
+    )
+    overwrite_output_dir: bool = _flag(
+        False, "Start afresh instead of resuming from the last good checkpoint in output_dir."
+    )
+
+    def __post_init__(self) -> None:
+        # A filtered average would hide the loss that stops the run.
+        self.logging_nan_inf_filter = False
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class JobArguments:
+    """Everything that one training job was asked for."""
+
+    stage: Stage
+    model: ModelArguments
+    data: DataTrainingArguments
+    training: CALMTrainingArguments
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block, the stage's default where no flag says otherwise."""
+        return self.data.block_size or DEFAULT_BLOCK_SIZE[self.stage]
+
+    @property
+    def corpus(self) -> CorpusOptions:
+        """What `calm.data.load_corpus` needs to know."""
+        names = {option.name for option in dataclasses.fields(CorpusOptions)}
+        flags = {**dataclasses.asdict(self.data), "cache_dir": self.model.cache_dir}
+        chosen = {name: value for name, value in flags.items() if name in names}
+        return CorpusOptions(**chosen, token=self.model.token)
+
+
+class _Parser(HfArgumentParser):
+    """Complains with a `UserError` instead of leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _parser(stage: Stage) -> _Parser:
+    module = {
+        Stage.AUTOENCODER: "train_autoencoder",
+        Stage.CALM: "train_calm",
+        Stage.BASELINE: "train_ar",
+    }
+    groups: Any = [ModelArguments, DataTrainingArguments, CALMTrainingArguments]
+    return _Parser(
+        groups,
+        prog=f"python -m calm.training.{module[stage]}",
+        description=f"Train the {stage.value}. --config <recipe or YAML file> holds flags; those "
+        f"given here override it. Recipes: {', '.join(recipe_names())}.",
+        allow_abbrev=False,
+    )
+
+
+def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
+    """Flags of `stage` from the command line `argv` and the recipe that it names.
+
+    Raises:
+        UserError: unknown flags or recipe entries (with close names), values of the wrong type,
+            combinations that do not work.
+    """
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--config")
+    chosen, argv = before.parse_known_args(argv)
+    recipe = recipe_arguments(load_recipe(chosen.config, stage)) if chosen.config else []
+    parser = _parser(stage)
+    if recipe:
+        _parse(parser, recipe, f"{chosen.config}: ")
+    namespace = _parse(parser, translate_old_flags([*recipe, *argv]), "")
+    groups = [_construct(group, namespace) for group in parser.dataclass_types]
+    arguments = JobArguments(stage, *groups)
+    _check(arguments)
+    return arguments
+
+
+def _parse(parser: _Parser, words: list[str], source: str) -> argparse.Namespace:
+    try:
+        namespace, unknown = parser.parse_known_args(words)
+    except UserError as error:
+        raise UserError(f"{source}{error}") from None
+    if unknown:
+        known = [option for option in parser._option_string_actions if "-" not in option[2:]]
+        hints = [word + close_names(word.partition("=")[0], known) for word in unknown]
+        raise UserError(f"{source}unknown flag {', '.join(hints)}")
+    return namespace
+
+
+def _construct(group: Any, namespace: argparse.Namespace) -> Any:
+    names = [option.name for option in dataclasses.fields(group) if option.init]
+    try:
+        return group(**{name: getattr(namespace, name) for name in names})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _check(arguments: JobArguments) -> None:
+    """Combinations that transformers would run as something else, or not at all."""
+    training, data, model = arguments.training, arguments.data, arguments.model
+    uses_fsdp = training.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if uses_fsdp and training.device.type == "cpu":
+        raise UserError("fsdp needs GPUs: on a CPU it would silently run as plain data parallelism")
+    if training.n_gpu > 1:
+        raise UserError(
+            f"{training.n_gpu} GPUs in one process would share their random draws; launch with "
+            f"torchrun --nproc_per_node {training.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES"
+        )
+    if arguments.stage is not Stage.CALM and model.ae_name_or_path:
+        raise UserError(
+            f"ae_name_or_path belongs to the language model, not to the {arguments.stage}"
+        )
+    if data.text_unit not in ("line", "paragraph", "file"):
+        raise UserError(f"text_unit must be line, paragraph or file, got {data.text_unit!r}")
+    if training.backend not in list(Backend):
+        raise UserError(f"backend must be one of {', '.join(Backend)}, got {training.backend!r}")
+    if training.eval_num_samples < 2:
+        raise UserError(f"eval_num_samples must be at least 2, got {training.eval_num_samples}")
+    if training.max_train_seconds < 0:
+        raise UserError(f"max_train_seconds must not be negative, got {training.max_train_seconds}")
+    if data.streaming and training.max_steps <= 0 and not training.max_train_seconds:
+        raise UserError("a stream has no length: pass max_steps (or max_train_seconds)")

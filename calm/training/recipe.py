@@ -1,0 +1,120 @@
+"""Recipes: flags written down in YAML, shipped under a name or in a file of one's own.
+
+A recipe holds flags of one stage, or sections ``common``, ``autoencoder``, ``calm`` and
+``baseline`` for several. It may build on another one (``extends: <name or file beside it>``), whose
+entries it overrides; ``config_overrides`` may be a mapping and is merged entry by entry. Scalars
+are taken as written and typed by the flag they set, so that ``3e-4`` is a number and
+``eval_strategy: no`` a word. Flags on the command line override the recipe.
+"""
+
+from enum import StrEnum
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from calm.errors import UserError
+
+__all__ = ["Stage", "load_recipe", "recipe_arguments", "recipe_names", "recipe_stages"]
+
+COMMON = "common"
+SUFFIXES = (".yaml", ".yml")
+
+
+class Stage(StrEnum):
+    """What is trained."""
+
+    AUTOENCODER = "autoencoder"
+    CALM = "calm"
+    BASELINE = "baseline"
+
+
+SECTIONS = (COMMON, *Stage)
+Recipe = dict[str, Any]
+
+
+def _folder() -> Path:
+    return Path(str(resources.files("calm"))) / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(file.stem for file in _folder().glob("[!_]*.yaml"))
+
+
+def _locate(name: str, beside: Path | None = None) -> Path:
+    candidates = [Path(name), _folder() / f"{name}.yaml"]
+    if beside is not None:
+        candidates.insert(0, beside / name)
+    for path in candidates:
+        if path.is_file() and path.suffix in SUFFIXES:
+            return path
+    raise UserError(
+        f"config: {name!r} is neither a YAML file nor a recipe; recipes: "
+        + ", ".join(recipe_names())
+    )
+
+
+def _read(path: Path) -> Recipe:
+    """Sections of a file on top of those it extends; flags without a section are ``common``."""
+    try:
+        # BaseLoader leaves scalars alone: YAML 1.1 would read 3e-4 as a string and `no` as False.
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config: {path} is not valid YAML ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"config: {path} must hold `flag: value` lines, got {type(content).__name__}"
+        )
+    base = content.pop("extends", None)
+    flags = {key: value for key, value in content.items() if key not in SECTIONS}
+    sections = {key: content[key] or {} for key in SECTIONS if key in content}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise UserError(f"config: {path}: section {name!r} must hold `flag: value` lines")
+    if flags:
+        sections[COMMON] = _merge(flags, sections.get(COMMON, {}))
+    return _merge(_read(_locate(base, path.parent)), sections) if base else sections
+
+
+def _merge(base: Recipe, over: Recipe) -> Recipe:
+    """`over` on top of `base`, mappings entry by entry."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def recipe_stages(name: str) -> list[Stage]:
+    """Stages that the recipe called `name` has a section for; all of them if it has none."""
+    sections = _read(_locate(name))
+    return [stage for stage in Stage if stage in sections] or list(Stage)
+
+
+def load_recipe(name: str, stage: Stage) -> Recipe:
+    """Flags of `stage` in the recipe called `name` or the YAML file at that path.
+
+    Raises:
+        UserError: no such recipe or file, not YAML, or it has sections and none for `stage`.
+    """
+    sections = _read(_locate(name))
+    if stage not in recipe_stages(name):
+        raise UserError(
+            f"config: {name} has no stage {stage.value!r}; it has: {', '.join(recipe_stages(name))}"
+        )
+    return _merge(sections.get(COMMON, {}), sections.get(stage, {}))
+
+
+def recipe_arguments(recipe: Recipe) -> list[str]:
+    """The recipe as command-line words; empty and ``null`` entries are left out."""
+    words: list[str] = []
+    for key, value in recipe.items():
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        elif isinstance(value, dict):
+            words.append(f"--{key}=" + ",".join(f"{name}={entry}" for name, entry in value.items()))
+        elif value not in ("", "null", "~"):
+            words.append(f"--{key}={value}")
+    return words
