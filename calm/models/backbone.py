@@ -1,0 +1,28 @@
+"""The Llama backbone and what leads into it."""
+
+from torch import nn
+from transformers import LlamaModel
+
+from calm.models.initialization import initialize
+
+__all__ = ["Backbone", "compressor"]
+
+NORM_EPS = 1e-6
+
+
+class Backbone(LlamaModel):
+    """`LlamaModel` with the initial weights that the configuration chooses."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        initialize(module, self.config)
+
+
+def compressor(in_features: int, hidden_size: int) -> nn.Sequential:
+    """Two-layer MLP that turns a chunk into one input of the backbone (section 3.3.1)."""
+    return nn.Sequential(
+        nn.Linear(in_features, 2 * hidden_size),
+        nn.SiLU(),
+        nn.Linear(2 * hidden_size, hidden_size),
+        nn.LayerNorm(hidden_size, eps=NORM_EPS),
+    )

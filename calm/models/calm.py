@@ -1,0 +1,122 @@
+"""The continuous autoregressive language models, one for each head."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from calm.configuration import CALMConfig
+from calm.models.continuous import CALMOutput, ContinuousTransformer
+from calm.models.heads.diffusion import DiffusionHead
+from calm.models.heads.energy import EnergyGenerativeHead
+from calm.models.heads.flow import FlowHead
+from calm_kernels.noise import Seed
+
+__all__ = ["MODEL_CLASSES", "DiffusionTransformer", "EnergyTransformer", "FlowTransformer"]
+
+
+class EnergyTransformer(ContinuousTransformer):
+    """Language model with the one-step energy head, trained with the energy score.
+
+    The head is registered and saved as ``mlp_generator``; `generative_head` is the same head.
+    Source: CALM, section 3.
+    """
+
+    head_type = "energy"
+    aliases: ClassVar[dict[str, str]] = {
+        **ContinuousTransformer.aliases,
+        r"^generative_head\.": "mlp_generator.",
+    }
+
+    def _build_head(self, config: CALMConfig) -> None:
+        self.mlp_generator = EnergyGenerativeHead(config)
+
+    @property
+    def generative_head(self) -> EnergyGenerativeHead:
+        """The head."""
+        return self.mlp_generator
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        head_noise: Tensor | None = None,
+        target_noise: Tensor | None = None,
+        seed: Seed = None,
+        first_row: int | Tensor = 0,
+    ) -> CALMOutput:
+        """Energy loss of the next latents; in evaluation and for K >= 4 also Brier-1 to Brier-4.
+
+        Args:
+            input_ids: ``[B, P*K]`` int64.
+            labels: usually the same, -100 where they do not count (a patch is left out if its first label is -100).
+                None for hidden states alone.
+            head_noise: ``[N, R, noise_size]`` for the R unmasked predicted patches or
+                ``[N, B, S, noise_size]``, U[-1/2, 1/2). Drawn, config.num_samples a patch, if None.
+            target_noise: ``[M, R, L]``, N(0, 1); the targets are then sampled. If None, config.targets says.
+            seed: of draws that are not given, see `calm_kernels.noise.as_seed`.
+            first_row: index of the first sequence within the global batch; a batch split over processes or
+                accumulation steps then draws what the whole batch would.
+
+        For K < 4 an n-gram spans chunks and needs a rollout: evaluation gives the loss alone, and
+        `calm.evaluation.brier_scores` the scores.
+        """
+        draws = {"head_noise": head_noise, "target_noise": target_noise}
+        return self._forward(input_ids, labels, seed, first_row, None, draws)
+
+
+class _DenoisingTransformer(ContinuousTransformer):
+    """Language model whose head walks from noise to the latent."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        head_noise: Tensor | None = None,
+        target_noise: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        sample_noise: Tensor | None = None,
+        seed: Seed = None,
+        first_row: int | Tensor = 0,
+    ) -> CALMOutput:
+        """Denoising loss of the next latents; in evaluation and for K >= 4 also Brier-1 to Brier-4.
+
+        As `EnergyTransformer.forward`, except for the draws.
+
+        Args:
+            input_ids: ``[B, P*K]`` int64.
+            labels: likewise, or None for hidden states alone.
+            head_noise: ``[N*R, L]``, N(0, 1), sample-major: the DDPM noise, or the flow's start.
+            target_noise: ``[N, R, L]``, N(0, 1).
+            timesteps: ``[N*R]``: integer steps (diffusion) or times in [0, 1) (flow).
+            sample_noise: of the two draws that are scored: ``[2*B*S, L]`` (flow), ``[101, 2*B*S, L]`` (diffusion).
+            seed: of draws that are not given.
+            first_row: index of the first sequence within the global batch.
+        """
+        draws = {"head_noise": head_noise, "target_noise": target_noise, "timesteps": timesteps}
+        return self._forward(input_ids, labels, seed, first_row, sample_noise, draws)
+
+
+class DiffusionTransformer(_DenoisingTransformer):
+    """Language model with a diffusion head: 1000 training steps, 100 sampling steps (section 7.4)."""
+
+    head_type = "diffusion"
+
+    def _build_head(self, config: CALMConfig) -> None:
+        self.generative_head = DiffusionHead(config)
+
+
+class FlowTransformer(_DenoisingTransformer):
+    """Language model with a flow-matching head: 10 midpoint steps (section 7.4)."""
+
+    head_type = "flow"
+
+    def _build_head(self, config: CALMConfig) -> None:
+        self.generative_head = FlowHead(config)
+
+
+MODEL_CLASSES: dict[str, type[ContinuousTransformer]] = {
+    model_class.head_type: model_class
+    for model_class in (EnergyTransformer, DiffusionTransformer, FlowTransformer)
+}

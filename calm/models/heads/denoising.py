@@ -1,0 +1,166 @@
+"""What the diffusion and the flow head share: the draws of training and sampling, and the mean of the loss."""
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from calm.configuration import CALMConfig
+from calm.models.chunks import weighted_mean
+from calm.models.heads.base import HeadLoss, Posterior, expand_rows
+from calm.models.heads.denoiser import Denoiser
+from calm_kernels.noise import Seed, Stream, as_seed, normal, uniform
+
+__all__ = ["DenoisingHead"]
+
+# Path draw d of step s is draw s * MAX_SAMPLES + d of its stream, so that it does not depend on how many are asked for.
+MAX_SAMPLES = 1 << 16
+
+
+class DenoisingHead(nn.Module):
+    """A head that reaches a latent in several steps from normal noise.
+
+    A subclass says how times are drawn, what a row of the loss is and how a path is walked.
+    """
+
+    num_path_draws: ClassVar[int] = 0  # normal draws that sampling takes after its start
+
+    def __init__(self, config: CALMConfig, out_channels: int) -> None:
+        super().__init__()
+        self.config = config
+        self.net = Denoiser(
+            config.hidden_size, config.latent_size, out_channels, config.num_mlp_layers, config.head_init
+        )  # fmt: skip
+
+    def initialize(self, module: nn.Module) -> None:
+        """See `Denoiser.initialize`."""
+        self.net.initialize(module)
+
+    def _times(self, fraction: Tensor) -> Tensor:
+        """Training times from uniform draws in [0, 1)."""
+        raise NotImplementedError
+
+    def _row_loss(self, latent: Tensor, time: Tensor, noise: Tensor, hidden: Tensor) -> Tensor:
+        """Loss of each row, ``[N, B, S]``."""
+        raise NotImplementedError
+
+    def _walk(self, hidden: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
+        """Latents from hidden states ``[..., H]``; ``draw(0)`` is the start, ``draw(i)`` the noise of step i."""
+        raise NotImplementedError
+
+    def loss(
+        self,
+        hidden: Tensor,
+        posterior: Posterior,
+        *,
+        head_noise: Tensor | None = None,
+        target_noise: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        seed: Seed = None,
+        first_row: int | Tensor = 0,
+    ) -> HeadLoss:
+        """Denoising loss, averaged over the patches that count and N draws of each.
+
+        N is that of a given draw, else num_samples. Each draw is given for the R unmasked patches or for all B*S.
+
+        Args:
+            hidden: ``[B, S, H]``.
+            posterior: law of the latents; no gradient reaches it.
+            head_noise: ``[N*R, L]``, N(0, 1), sample-major: the DDPM noise, or the flow's start.
+            target_noise: ``[N, R, L]``, N(0, 1); targets are ``mean + exp(log_std) * target_noise``.
+            timesteps: ``[N*R]``, integer steps (diffusion) or times in [0, 1) (flow).
+            seed: of draws that are not given.
+            first_row: global index of the first patch.
+        """
+        weight, seed = posterior.weight, as_seed(seed, hidden.device)
+        num_draws = self._num_draws(target_noise, head_noise, timesteps, weight)
+
+        def resolve(name: str, given: Tensor | None, stream: Stream) -> Tensor:
+            width = 1 if stream is Stream.TIMESTEP else self.config.latent_size
+            if given is not None:
+                by_draw = given.reshape(num_draws, -1, width)
+                return expand_rows(name, by_draw, weight, width)
+            law = uniform if stream is Stream.TIMESTEP else normal
+            drawn = law(
+                weight.numel(), width, stream=stream, seed=seed, num_draws=num_draws,
+                first_row=first_row, device=hidden.device,
+            )  # fmt: skip
+            drawn = self._times(drawn) if stream is Stream.TIMESTEP else drawn
+            return drawn.reshape(num_draws, *weight.shape, width)
+
+        epsilon = resolve("target_noise", target_noise, Stream.TARGETS)
+        time = resolve("timesteps", timesteps, Stream.TIMESTEP)[..., 0]
+        noise = resolve("head_noise", head_noise, Stream.HEAD)
+        latent = posterior.mean + posterior.log_std.exp() * epsilon
+        rows = self._row_loss(latent, time, noise, hidden)
+        return HeadLoss(loss=weighted_mean(rows, weight.expand_as(rows)))
+
+    def _num_draws(
+        self, target_noise: Tensor | None, head_noise: Tensor | None, timesteps: Tensor | None, weight: Tensor
+    ) -> int:  # fmt: skip
+        """N of the draws that are given, else num_samples."""
+        if target_noise is not None:
+            return target_noise.shape[0]
+        given = head_noise if head_noise is not None else timesteps
+        if given is None:
+            return self.config.num_samples
+        rows = given.shape[0]
+        num_unmasked = int(weight.sum())
+        per_draw = num_unmasked if num_unmasked and rows % num_unmasked == 0 else weight.numel()
+        return max(rows // per_draw, 1)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        hidden: Tensor,
+        noise: Tensor | None = None,
+        num_samples: int | None = None,
+        seed: Seed = None,
+        first_row: int | Tensor = 0,
+        noise_scale: float = 1.0,
+    ) -> Tensor:
+        """Draw latents; not differentiable.
+
+        Args:
+            hidden: ``[..., H]``.
+            noise: draws to use instead of fresh ones, N(0, 1), sample-major: the start ``[rows, L]`` (flow) or start
+                and one draw a step ``[101, rows, L]`` (diffusion), with rows = num_samples * rows of `hidden`.
+            num_samples: N draws a row; None for one, without the leading axis.
+            seed: of fresh draws, see `noise.as_seed`; row r of `hidden` is row ``first_row + r``.
+            first_row: global index of the first row.
+            noise_scale: factor on every draw, >= 0; 0 is deterministic.
+
+        Returns: ``[..., L]``, or ``[num_samples, ..., L]``.
+        """
+        if not (noise_scale >= 0.0 and math.isfinite(noise_scale)):
+            raise ValueError(f"noise_scale must be finite and at least 0, got {noise_scale}")
+        lead = hidden.shape[:-1]
+        shape = (*(() if num_samples is None else (num_samples,)), *lead, self.config.latent_size)
+        if noise is None:
+            fixed_seed = as_seed(seed, hidden.device)
+
+            def draw(step: int) -> Tensor:
+                drawn = normal(
+                    math.prod(lead), shape[-1], stream=Stream.PATH if step else Stream.HEAD,
+                    seed=fixed_seed, num_draws=num_samples, first_row=first_row,
+                    first_draw=step * MAX_SAMPLES, device=hidden.device,
+                )  # fmt: skip
+                return drawn.reshape(shape) * noise_scale
+        else:
+            given = self._check_noise(noise, shape)
+
+            def draw(step: int) -> Tensor:
+                return given[step] * noise_scale
+
+        return self._walk(hidden, draw)
+
+    def _check_noise(self, noise: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """`noise` as ``[1 + num_path_draws, *shape]``."""
+        num_draws = 1 + self.num_path_draws
+        if noise.numel() != num_draws * math.prod(shape) or noise.shape[-1] != shape[-1]:
+            leading = (num_draws,) if num_draws > 1 else ()
+            expected = (*leading, math.prod(shape[:-1]), shape[-1])
+            raise ValueError(f"noise must have shape {expected}, got {tuple(noise.shape)}")
+        return noise.reshape(num_draws, *shape).float()
