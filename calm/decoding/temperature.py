@@ -1,0 +1,52 @@
+"""Temperature for a model that can only be sampled: 1/T draws that agree.
+
+A law sharpened to P(x)^(1/T) cannot be computed without probabilities, but 1/T independent draws of
+the model that happen to be equal follow it. Algorithm 2 of the paper looks for such agreement among
+N candidates (`calm_kernels.agreeing_patch`).
+"""
+
+import torch
+from torch import Tensor
+
+from calm.errors import UserError
+from calm_kernels import agreeing_patch
+
+__all__ = ["METHODS", "candidates_needed", "check_temperature", "vote"]
+
+METHODS = ("batch",)  # Algorithm 2
+
+
+def check_temperature(temperature: float, num_samples: int, method: str) -> None:
+    """Raise `UserError` unless 0 < T <= 1, N >= 1 and the method is one of `METHODS`."""
+    if not 0.0 < temperature <= 1.0:
+        raise UserError(f"temperature must lie in (0, 1], got {temperature}")
+    if num_samples < 1:
+        raise UserError(f"num_samples must be at least 1, got {num_samples}")
+    if method not in METHODS:
+        raise UserError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+
+
+def candidates_needed(temperature: float, num_samples: int) -> int:
+    """Draws a chunk: one at temperature 1, else N."""
+    return 1 if temperature == 1.0 else num_samples
+
+
+def vote(
+    candidates: Tensor, temperature: float, *, seed: Tensor, first_row: int = 0
+) -> tuple[Tensor, Tensor]:
+    """One of the candidates of each row, as if 1/T independent draws had agreed on it.
+
+    Args:
+        candidates: token ids ``[B, N, K]``.
+        temperature: T in (0, 1]; 1 takes the first candidate.
+        seed: int64 ``[2]``, or ``[B, 2]``.
+        first_row: global index of the first row.
+
+    Returns: tokens ``[B, K]`` and how many draws agreed, ``[B]`` (less than 1/T where no patch
+        occurred that often).
+    Source: paper, Algorithm 2, and for 1/T that is not whole `calm_kernels.agreeing_patch`.
+    """
+    if temperature == 1.0:
+        return candidates[:, 0], torch.ones_like(candidates[:, 0, 0])
+    tokens, level = agreeing_patch(candidates, 1.0 / temperature, seed=seed, first_row=first_row)
+    return tokens, level

@@ -1,0 +1,78 @@
+"""From sums per block to BrierLM, its standard errors and its bootstrap interval.
+
+Brier-n is averaged over the whole corpus first and the geometric mean is taken once: a mean of
+per-block BrierLM would be biased, and undefined where a block's Brier-n is not positive.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["bootstrap_interval", "brier_lm", "corpus_means", "standard_errors"]
+
+RESAMPLE_CHUNK = 256  # bootstrap resamples held at a time
+
+
+def brier_lm(brier: Tensor) -> Tensor:
+    """BrierLM = 100 * (Brier-1 * Brier-2 * Brier-3 * Brier-4)^(1/4), for ``[..., 4]``.
+
+    0 where any Brier-n is not positive. (The published product of four negative terms, as before
+    training, is positive and would report about 98.) Source: paper, equation 15.
+    """
+    mean = brier.clamp(min=0).log().mean(-1).exp()
+    return torch.where((brier > 0).all(-1), 100.0 * mean, 0.0)
+
+
+def corpus_means(sums: Tensor, counts: Tensor) -> Tensor:
+    """Brier-1 to Brier-4 ``[4]`` over all positions; sums ``[blocks, 4]``, counts ``[blocks]``."""
+    return sums.sum(0) / counts.sum()
+
+
+def standard_errors(sums: Tensor, counts: Tensor) -> Tensor:
+    """Standard errors of `corpus_means` ``[4]``, between blocks (those of a ratio of sums).
+
+    Positions of one block share their text, so the block is the unit: with residuals
+    e_b = sum_b - count_b * mean, SE^2 = n / (n - 1) * sum_b e_b^2 / (sum_b count_b)^2.
+    NaN for fewer than two blocks.
+    """
+    blocks = len(counts)
+    if blocks < 2:
+        return torch.full_like(sums[0], torch.nan)
+    residuals = sums - counts[:, None] * corpus_means(sums, counts)
+    return (residuals.square().sum(0) * blocks / (blocks - 1)).sqrt() / counts.sum()
+
+
+def bootstrap_interval(
+    sums: Tensor,
+    counts: Tensor,
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Tensor:
+    """Percentile intervals of Brier-1 to Brier-4 and BrierLM, from blocks drawn with replacement.
+
+    Args:
+        sums: ``[blocks, 4]``, float64.
+        counts: positions of each block, ``[blocks]``, each > 0.
+        resamples: number of resampled corpora.
+        confidence: share of them inside the interval.
+        seed: of the resampling.
+
+    Returns: ``[2, 5]``: lower and upper end; columns Brier-1 .. Brier-4 (fractions) and BrierLM
+        (0 to 100). NaN for fewer than two blocks.
+    Cost: resamples * blocks draws, on the CPU.
+    """
+    blocks = len(counts)
+    if blocks < 2:
+        return torch.full((2, 5), torch.nan, dtype=sums.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.cat([sums, counts[:, None]], dim=1).cpu()
+    means = []
+    for begin in range(0, resamples, RESAMPLE_CHUNK):
+        size = (min(RESAMPLE_CHUNK, resamples - begin), blocks)
+        drawn = table[torch.randint(blocks, size, generator=generator)].sum(1)  # [size, 5]
+        means.append(drawn[:, :4] / drawn[:, 4:])
+    brier = torch.cat(means)
+    values = torch.cat([brier, brier_lm(brier)[:, None]], dim=1)
+    tail = (1.0 - confidence) / 2.0
+    return values.quantile(torch.tensor([tail, 1.0 - tail], dtype=values.dtype), dim=0)

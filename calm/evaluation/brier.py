@@ -1,0 +1,162 @@
+"""Brier-n of a model on token sequences: 2 P(y) - sum_x P(x)^2, for n-grams of 1 to 4 tokens.
+
+Both terms are estimated without bias from draws. P(y) is teacher-forced. The collision term needs
+two draws of the whole n-gram: inside a chunk the draws of one position serve, and an n-gram that
+spans several chunks (K < 4, and the baseline, where K is 1) is rolled out, see
+`calm.evaluation.rollout`. Source: paper, equations 12-15.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from calm.errors import UserError
+from calm.evaluation.rollout import Branches, chain_matches, roll_out
+from calm.evaluation.samplers import ChunkSampler, make_sampler
+from calm.models.agreement import MAX_ORDER
+from calm_kernels.noise import Seed, as_seed
+
+__all__ = ["brier_scores", "brier_sums"]
+
+
+def brier_scores(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    labels: Tensor | None = None,
+    num_samples: int = 8,
+    brier_draws: int | None = None,
+    noise_scale: float = 1.0,
+    skip_repeats: bool = False,
+    seed: Seed = 0,
+) -> Mapping[str, Tensor]:
+    """Brier-1 to Brier-4 of each sequence, averaged over its positions; higher is better.
+
+    Positions are the published ones, so that numbers compare: with S predicted chunks, every one
+    for K >= 4 (n-grams start at chunk starts), the first S - ceil(4 / K) for K < 4, and the first
+    S - 4 of S predicted tokens for the baseline.
+
+    Args:
+        model: a CALM with any head and any K, or the token baseline.
+        input_ids: ``[B, T]``, int64, T a multiple of K.
+        labels: as `input_ids`, with negative ids at positions that do not count (padding): an
+            n-gram window that touches one is left out. Default: all count.
+        num_samples: N >= 2 draws a chunk.
+        brier_draws: how many of them the score uses: None for all (pair-count U-statistic; exact
+            chances for the baseline), 2 for the published estimator.
+        noise_scale: factor on the head's noise; 0 scores the deterministic model.
+        skip_repeats: leave out windows that repeat one token four times (rules, blank runs).
+        seed: of the draws; the same whatever the batch size.
+
+    Returns: ``{"brier1": [B], .., "brier4": [B]}``, float64; NaN for a sequence without positions.
+    Raises:
+        UserError: an argument out of range, T not a multiple of K or too short.
+    Cost: one forward and N draws a chunk; for K < 4 in addition ceil(4 / K) - 1 rollout steps.
+    """
+    sampler = make_sampler(
+        model,
+        num_samples=num_samples,
+        brier_draws=brier_draws,
+        noise_scale=noise_scale,
+        seed=as_seed(seed, input_ids.device),
+    )
+    with evaluating(model):
+        sums, counts = brier_sums(
+            sampler,
+            input_ids,
+            labels,
+            skip_repeats=skip_repeats,
+            is_published=brier_draws == 2,
+        )
+    return {f"brier{order + 1}": (sums[:, order] / counts) for order in range(MAX_ORDER)}
+
+
+def brier_sums(
+    sampler: ChunkSampler,
+    input_ids: Tensor,
+    labels: Tensor | None,
+    *,
+    skip_repeats: bool = False,
+    is_published: bool = False,
+    first_row: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Sums of Brier-1 to Brier-4 over the positions of each sequence, and how many there are.
+
+    Args:
+        sampler: of the model, see `calm.evaluation.samplers`.
+        input_ids: ``[B, T]``.
+        labels: as `brier_scores`.
+        skip_repeats: as `brier_scores`.
+        is_published: chain the draws of neighbouring chunks one by one, as published, instead of
+            their mean (lower variance).
+        first_row: predicted chunks of all earlier sequences; addresses the draws.
+
+    Returns: sums ``[B, 4]`` and counts ``[B]``, both float64.
+    """
+    labels = input_ids if labels is None else labels
+    size = sampler.patch_size
+    chunks = math.ceil(MAX_ORDER / size)
+    inputs = sampler.inputs(_checked(input_ids, labels, size, chunks))
+    predicted = inputs.shape[1]  # S
+    labels = labels[:, -predicted * size :]
+    starts = predicted if chunks == 1 else predicted - chunks
+    batch, device = len(input_ids), input_ids.device
+    rows = first_row + torch.arange(batch * predicted, device=device).view(batch, predicted)
+
+    target = labels.unflatten(1, (-1, size))  # [B, S, K]
+    branches = Branches(sampler.backbone, inputs)
+    first = sampler.step(branches.hidden, target, rows, 0)
+    matches = first.matches if is_published else first.matches.mean(0, keepdim=True)
+    hits = chain_matches(matches, starts, chunks)[..., :MAX_ORDER].mean(0)
+    collisions = roll_out(
+        branches,
+        first,
+        starts,
+        chunks,
+        embed=lambda tokens: sampler.embed(tokens.flatten(1)),
+        draw=lambda hidden, at, depth: sampler.step(hidden, None, rows[:, at], depth),
+    )[..., :MAX_ORDER]
+
+    windows = labels.unfold(1, MAX_ORDER, size)[:, :starts]  # [B, starts, 4]
+    counted = (windows >= 0).all(-1)
+    if skip_repeats:
+        counted &= (windows != windows[..., :1]).any(-1)
+    terms = (2.0 * hits - collisions).to(torch.float64) * counted[..., None]
+    return terms.sum(1), counted.sum(1).to(torch.float64)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and no gradients inside the block; the model's own mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _checked(input_ids: Tensor, labels: Tensor, size: int, chunks: int) -> Tensor:
+    """`input_ids`, if they can be scored."""
+    if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
+        raise UserError(
+            f"input_ids must be int64 [B, T], got {input_ids.dtype} {tuple(input_ids.shape)}"
+        )
+    if labels.shape != input_ids.shape:
+        raise UserError(
+            f"labels must have the shape of input_ids, {tuple(input_ids.shape)}; "
+            f"got {tuple(labels.shape)}"
+        )
+    length = input_ids.shape[1]
+    shortest = size * (2 if chunks == 1 else chunks + 2)
+    if length % size or length < shortest:
+        raise UserError(
+            f"input_ids must be a multiple of the chunk size {size} long, and at least {shortest}; "
+            f"got {length} tokens"
+        )
+    return input_ids

@@ -1,0 +1,140 @@
+"""Branches off a cached sequence: one continuation at each start position, in one forward.
+
+An n-gram that spans several chunks needs, for its collision term, a continuation of the true prefix
+at every start position. The prefix is computed once and cached. A branch at start ``s`` then sees
+positions 0 .. s of it and its own chunks; branches do not see each other. That is one attention
+mask, so all starts advance together instead of one rollout each.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+__all__ = ["Branches", "Step", "chain_matches", "roll_out"]
+
+MAX_BRANCHES = 512  # start positions that advance together: bounds the mask and the cache
+
+
+class Step(NamedTuple):
+    """What one chunk contributes; Q positions, n = 1 .. k tokens of the chunk.
+
+    Attributes:
+        matches: chance that the first n tokens are the target's, ``[D, B, Q, k]``; D draws, or 1.
+        collisions: estimate of sum_x P(x)^2 over the first n tokens, ``[B, Q, k]``.
+        agreement: chance that another draw equals `tokens`, ``[B, Q]``.
+        tokens: the chunk that the rollout continues with, ``[B, Q, K]``.
+    """
+
+    matches: Tensor
+    collisions: Tensor
+    agreement: Tensor
+    tokens: Tensor
+
+
+class Branches:
+    """A sequence in a cache and continuations of it.
+
+    Args:
+        backbone: a decoder that takes `inputs_embeds` and a four-dimensional mask (eager or sdpa).
+        inputs_embeds: the true sequence, ``[B, S, H]``.
+
+    Attributes:
+        hidden: states of the true sequence, ``[B, S, H]``.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, inputs_embeds: Tensor) -> None:
+        self.backbone = backbone
+        self.cache = DynamicCache(config=backbone.config)
+        self.length = inputs_embeds.shape[1]
+        self.hidden = backbone(
+            inputs_embeds=inputs_embeds, past_key_values=self.cache, use_cache=True
+        ).last_hidden_state
+
+    def begin(self, starts: Tensor) -> None:
+        """Drop earlier branches and open one after each position in `starts` (int64 ``[Q]``)."""
+        branched = self.cache.get_seq_length() - self.length
+        if branched:
+            self.cache.crop(-branched)
+        self.starts = starts
+        positions = torch.arange(self.length, device=starts.device)
+        self.visible = positions[None, :] <= starts[:, None]  # [Q, S], then [Q, S + depth * Q]
+        self.depth = 0
+
+    def extend(self, inputs_embeds: Tensor) -> Tensor:
+        """Append one chunk to each branch, ``[B, Q, H]``; returns its state, ``[B, Q, H]``."""
+        own = torch.eye(len(self.starts), dtype=torch.bool, device=self.starts.device)
+        self.visible = torch.cat([self.visible, own], dim=1)
+        self.depth += 1
+        mask = torch.zeros(self.visible.shape, dtype=inputs_embeds.dtype, device=own.device)
+        mask.masked_fill_(~self.visible, torch.finfo(mask.dtype).min)
+        return self.backbone(
+            inputs_embeds=inputs_embeds,
+            attention_mask=mask[None, None],
+            position_ids=(self.starts + self.depth)[None],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+
+
+def chain_matches(matches: Tensor, starts: int, chunks: int) -> Tensor:
+    """Chance that an n-gram of `chunks` consecutive chunks is the true one.
+
+    Every chunk is drawn after the true prefix, so the chances multiply: first n tokens match =
+    (whole chunks before match) * (the rest of the last chunk matches).
+
+    Args:
+        matches: ``[..., S, k]``, as `Step.matches`.
+        starts: number of start positions, at most S - chunks + 1.
+        chunks: chunks of an n-gram.
+
+    Returns: ``[..., starts, chunks * k]``.
+    """
+    parts = [matches[..., :starts, :]]
+    for offset in range(1, chunks):
+        parts.append(parts[-1][..., -1:] * matches[..., offset : offset + starts, :])
+    return torch.cat(parts, dim=-1)
+
+
+def roll_out(
+    branches: Branches,
+    first: Step,
+    starts: int,
+    chunks: int,
+    embed: Callable[[Tensor], Tensor],
+    draw: Callable[[Tensor, Tensor, int], Step],
+) -> Tensor:
+    """Unbiased collision rates of n-grams of `chunks` chunks, from one branch a start position.
+
+    sum_x P(x)^2 over n-grams = E_x[P(x_1) P(x_2 | x_1) .. sum_y P(y | x)^2] over x drawn from P:
+    the branch follows one draw, weighted by the chance that another draw agrees with it so far
+    (only then are the contexts the same).
+
+    Args:
+        branches: the cached true sequence.
+        first: the step drawn after each position of the true sequence.
+        starts: number of start positions.
+        chunks: chunks of an n-gram.
+        embed: token ids ``[B, Q, K]`` to inputs of the backbone ``[B, Q, H]``.
+        draw: (states ``[B, Q, H]``, positions ``[Q]``, depth) to a `Step`.
+
+    Returns: ``[B, starts, chunks * k]``.
+    Cost: chunks - 1 backbone calls for each `MAX_BRANCHES` starts.
+    """
+    parts = []
+    for begin in range(0, starts, MAX_BRANCHES):
+        positions = torch.arange(
+            begin, min(begin + MAX_BRANCHES, starts), device=first.tokens.device
+        )
+        branches.begin(positions)
+        here = slice(begin, begin + len(positions))
+        collisions, weight = first.collisions[:, here], first.agreement[:, here]
+        tokens, terms = first.tokens[:, here], [collisions]
+        for depth in range(1, chunks):
+            step = draw(branches.extend(embed(tokens)), positions, depth)
+            terms.append(weight[..., None] * step.collisions)
+            weight, tokens = weight * step.agreement, step.tokens
+        parts.append(torch.cat(terms, dim=-1))
+    return torch.cat(parts, dim=1)
