@@ -1,7 +1,9 @@
 """The token-by-token baseline: a Llama language model whose loss never forms the logits."""
 
+from typing import Any
+
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Cache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
@@ -15,7 +17,8 @@ __all__ = ["BaselineTransformer"]
 class BaselineTransformer(LlamaForCausalLM):
     """`LlamaForCausalLM` (its configuration, weights and `generate`) with a chunked cross-entropy.
 
-    A `LlamaConfig` may carry ``initializer`` and ``embedding_std``, as the other models' configurations do.
+    A `LlamaConfig` may carry ``initializer`` and ``embedding_std``, as the other models'
+    configurations do.
     """
 
     accepts_loss_kwargs = False
@@ -32,17 +35,33 @@ class BaselineTransformer(LlamaForCausalLM):
         initialize(module, self.config)
 
     def forward(
-        self, input_ids: Tensor | None = None, labels: Tensor | None = None, **inputs: Tensor | None
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Mean cross-entropy of the next token, or logits where no labels are given.
+        """Mean cross-entropy of the next token; without labels as `LlamaForCausalLM.forward`.
 
         Args:
             input_ids: ``[B, T]`` int64.
+            attention_mask, position_ids, past_key_values, inputs_embeds: as in transformers.
             labels: ``[B, T]``, -100 where they do not count; they are shifted here.
-            inputs: further inputs of `LlamaForCausalLM.forward` (attention_mask, past_key_values, ...).
+            use_cache, logits_to_keep, kwargs: as in transformers, where no labels are given.
         """
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+            "past_key_values": past_key_values, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
         if labels is None:
-            return super().forward(input_ids=input_ids, **inputs)
-        hidden = self.model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+            return super().forward(
+                **inputs, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs
+            )
+        hidden = self.model(**inputs, use_cache=False).last_hidden_state
         loss = linear_cross_entropy(hidden[:, :-1], self.lm_head.weight, labels[:, 1:])
         return CausalLMOutputWithPast(loss=loss)

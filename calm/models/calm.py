@@ -49,14 +49,15 @@ class EnergyTransformer(ContinuousTransformer):
 
         Args:
             input_ids: ``[B, P*K]`` int64.
-            labels: usually the same, -100 where they do not count (a patch is left out if its first label is -100).
-                None for hidden states alone.
+            labels: usually the same, -100 where they do not count (a patch is left out if its first
+                label is -100). None for hidden states alone.
             head_noise: ``[N, R, noise_size]`` for the R unmasked predicted patches or
                 ``[N, B, S, noise_size]``, U[-1/2, 1/2). Drawn, config.num_samples a patch, if None.
-            target_noise: ``[M, R, L]``, N(0, 1); the targets are then sampled. If None, config.targets says.
+            target_noise: ``[M, R, L]``, N(0, 1); the targets are then sampled. If None,
+                config.targets says.
             seed: of draws that are not given, see `calm_kernels.noise.as_seed`.
-            first_row: index of the first sequence within the global batch; a batch split over processes or
-                accumulation steps then draws what the whole batch would.
+            first_row: index of the first sequence within the global batch; a batch split over
+                processes or accumulation steps then draws what the whole batch would.
 
         For K < 4 an n-gram spans chunks and needs a rollout: evaluation gives the loss alone, and
         `calm.evaluation.brier_scores` the scores.
@@ -90,7 +91,8 @@ class _DenoisingTransformer(ContinuousTransformer):
             head_noise: ``[N*R, L]``, N(0, 1), sample-major: the DDPM noise, or the flow's start.
             target_noise: ``[N, R, L]``, N(0, 1).
             timesteps: ``[N*R]``: integer steps (diffusion) or times in [0, 1) (flow).
-            sample_noise: of the two draws that are scored: ``[2*B*S, L]`` (flow), ``[101, 2*B*S, L]`` (diffusion).
+            sample_noise: of the two draws that are scored: ``[2*B*S, L]`` (flow), ``[101, 2*B*S,
+                L]`` (diffusion).
             seed: of draws that are not given.
             first_row: index of the first sequence within the global batch.
         """

@@ -1,6 +1,7 @@
 """What the language models share: a frozen autoencoder, a backbone over chunks, losses and scores of a head.
 
-Shapes: B batch, P chunks of a sequence, S predicted ones (P - 1, or P with a start patch), K tokens of a chunk,
+Shapes: B batch, P chunks of a sequence, S predicted ones (P - 1, or P with a start patch), K tokens
+    of a chunk,
 N draws of the head, L latent size, H hidden size.
 """
 
@@ -38,7 +39,8 @@ class CALMOutput(ModelOutput):
         loss: mean over the predicted patches that count.
         fidelity: energy head: 2 mean E|x - y|^α, so that loss = fidelity - diversity.
         diversity: energy head: mean |x - x'|^α.
-        brier1: Brier-1 of each sequence, ``[B]``, from two draws a patch; in evaluation, for K >= 4.
+        brier1: Brier-1 of each sequence, ``[B]``, from two draws a patch; in evaluation, for K >=
+            4.
         brier2, brier3, brier4: likewise.
         last_hidden_state: ``[B, P, H]``, one more with a start patch; without labels.
     """
@@ -258,7 +260,9 @@ class ContinuousTransformer(CALMPreTrainedModel):
 
     def _hidden_states(self, input_ids: Tensor) -> Tensor:
         """Hidden states after the start patch, if there is one, and each chunk."""
-        inputs = torch.cat([self.start_embeds(len(input_ids)), self.embed_patches(input_ids)], dim=1)
+        inputs = torch.cat(
+            [self.start_embeds(len(input_ids)), self.embed_patches(input_ids)], dim=1
+        )
         return self.transformer(inputs_embeds=inputs).last_hidden_state
 
     def _posterior(self, targets: Tensor) -> Posterior:

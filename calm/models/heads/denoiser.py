@@ -17,8 +17,8 @@ MAX_PERIOD = 10000.0
 class Denoiser(nn.Module):
     """Noisy latents, times and hidden states to a prediction.
 
-    x₀ = W_x x,    y = time_embed(t) + W_h h,    x ← x + gate(y) ⊙ MLP(LN(x) ⊙ (1 + scale(y)) + shift(y)) in each
-    block, then a modulated linear; gate, scale and shift are linear in SiLU(y).
+    x₀ = W_x x,    y = time_embed(t) + W_h h,    x ← x + gate(y) ⊙ MLP(LN(x) ⊙ (1 + scale(y)) +
+    shift(y)) in each block, then a modulated linear; gate, scale and shift are linear in SiLU(y).
 
     Args:
         hidden_size: width d, that of the hidden states.
@@ -27,7 +27,8 @@ class Denoiser(nn.Module):
         num_blocks: residual blocks.
         output_init: ``zero`` (published) or ``scaled``, N(0, 1 / d), for the last linear.
 
-    Source: CALM, section 7.4 (heads compared); the design is that of masked autoregressive image models.
+    Source: CALM, section 7.4 (heads compared); the design is that of masked autoregressive image
+        models.
     """
 
     def __init__(

@@ -15,7 +15,8 @@ from calm_kernels.noise import Seed, Stream, as_seed, normal, uniform
 
 __all__ = ["DenoisingHead"]
 
-# Path draw d of step s is draw s * MAX_SAMPLES + d of its stream, so that it does not depend on how many are asked for.
+# Path draw d of step s is draw s * MAX_SAMPLES + d of its stream, so that it does not depend on how
+# many are asked for.
 MAX_SAMPLES = 1 << 16
 
 
@@ -63,13 +64,15 @@ class DenoisingHead(nn.Module):
     ) -> HeadLoss:
         """Denoising loss, averaged over the patches that count and N draws of each.
 
-        N is that of a given draw, else num_samples. Each draw is given for the R unmasked patches or for all B*S.
+        N is that of a given draw, else num_samples. Each draw is given for the R unmasked patches
+        or for all B*S.
 
         Args:
             hidden: ``[B, S, H]``.
             posterior: law of the latents; no gradient reaches it.
             head_noise: ``[N*R, L]``, N(0, 1), sample-major: the DDPM noise, or the flow's start.
-            target_noise: ``[N, R, L]``, N(0, 1); targets are ``mean + exp(log_std) * target_noise``.
+            target_noise: ``[N, R, L]``, N(0, 1); targets are ``mean + exp(log_std) *
+                target_noise``.
             timesteps: ``[N*R]``, integer steps (diffusion) or times in [0, 1) (flow).
             seed: of draws that are not given.
             first_row: global index of the first patch.
@@ -125,8 +128,9 @@ class DenoisingHead(nn.Module):
 
         Args:
             hidden: ``[..., H]``.
-            noise: draws to use instead of fresh ones, N(0, 1), sample-major: the start ``[rows, L]`` (flow) or start
-                and one draw a step ``[101, rows, L]`` (diffusion), with rows = num_samples * rows of `hidden`.
+            noise: draws to use instead of fresh ones, N(0, 1), sample-major: the start ``[rows,
+                L]`` (flow) or start and one draw a step ``[101, rows, L]`` (diffusion), with rows =
+                num_samples * rows of `hidden`.
             num_samples: N draws a row; None for one, without the leading axis.
             seed: of fresh draws, see `noise.as_seed`; row r of `hidden` is row ``first_row + r``.
             first_row: global index of the first row.

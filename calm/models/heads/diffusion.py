@@ -31,7 +31,8 @@ class Schedule(NamedTuple):
     Attributes:
         signal, noise: √ᾱ and √(1 - ᾱ), of x_t = signal z + noise ε.
         log_beta: log β, the larger end of the learned log variance.
-        log_posterior: log of β(1 - ᾱ')/(1 - ᾱ), the smaller end; that of step 1 stands in at step 0, where it is -∞.
+        log_posterior: log of β(1 - ᾱ')/(1 - ᾱ), the smaller end; that of step 1 stands in at step
+            0, where it is -∞.
         from_latent, from_noisy: weights of z and x_t in the mean of x_{t-1} given both.
     """
 
@@ -93,8 +94,9 @@ def _sample_schedule(device: torch.device) -> tuple[list[int], Schedule]:
 class DiffusionHead(DenoisingHead):
     """Predicts the noise ε and an interpolation of the log variance.
 
-    loss = mean_i (ε - ε̂)_i² + vb, with vb the variational bound of the step in bits, averaged over dimensions,
-    in which ε̂ is detached: KL(q(x_{t-1} | x_t, z) || p), at step 0 the discretised negative log-likelihood.
+    loss = mean_i (ε - ε̂)_i² + vb, with vb the variational bound of the step in bits, averaged over
+    dimensions, in which ε̂ is detached: KL(q(x_{t-1} | x_t, z) || p), at step 0 the discretised
+    negative log-likelihood.
 
     1000 training steps, 100 sampling steps. Source: CALM, section 7.4; Nichol and Dhariwal, 2021.
     """

@@ -19,7 +19,8 @@ class FlowHead(DenoisingHead):
 
     loss = mean_i (v_i(x_t, t, h) - (z - x₀)_i)²,    t ~ U[0, 1)
 
-    Sampling takes 10 midpoint steps (20 evaluations). Source: CALM, section 7.4; Lipman et al., 2023.
+    Sampling takes 10 midpoint steps (20 evaluations). Source: CALM, section 7.4; Lipman et al.,
+    2023.
     """
 
     def __init__(self, config: CALMConfig) -> None:
