@@ -3,9 +3,11 @@
 from transformers import AutoConfig, AutoModel
 
 from calm.configuration import AutoencoderConfig, CALMConfig
+from calm.decoding import generate
 from calm.models import (
     Autoencoder,
     BaselineTransformer,
+    ContinuousTransformer,
     DiffusionTransformer,
     EnergyTransformer,
     FlowTransformer,
@@ -28,3 +30,6 @@ AutoModel.register(AutoencoderConfig, Autoencoder, exist_ok=True)
 AutoModel.register(
     CALMConfig, (EnergyTransformer, DiffusionTransformer, FlowTransformer), exist_ok=True
 )
+
+# Models know nothing of decoding; this is where the two meet.
+ContinuousTransformer.generate = generate  # type: ignore[attr-defined]
