@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from calm.errors import UserError
-from calm_kernels import agreeing_patch
+from calm_kernels.agreeing_patch import agreeing_patch
 
 __all__ = ["METHODS", "candidates_needed", "check_temperature", "vote"]
 
@@ -48,5 +48,7 @@ def vote(
     """
     if temperature == 1.0:
         return candidates[:, 0], torch.ones_like(candidates[:, 0, 0])
-    tokens, level = agreeing_patch(candidates, 1.0 / temperature, seed=seed, first_row=first_row)
+    tokens, level, *_ = agreeing_patch(
+        candidates, 1.0 / temperature, seed=seed, first_row=first_row
+    )
     return tokens, level

@@ -1,0 +1,138 @@
+"""The `calm` command.
+
+A subcommand's module is imported when it is chosen, so that help is quick.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple, NoReturn
+
+from calm.errors import UserError
+
+__all__ = ["main"]
+
+DESCRIPTION = """\
+Continuous autoregressive language models: train, evaluate, sample.
+
+Start with `calm demo`: it trains a small model on this machine in minutes.
+"""
+EPILOG = """\
+calm COMMAND --help says more about a command.
+"""
+
+
+class Command(NamedTuple):
+    """A subcommand: what it does in a line, and the module that does it."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "env": Command("calm.commands.env", "versions, devices and the chosen implementations"),
+    "demo": Command("calm.experiments.demo", "train, evaluate and sample a small CALM in minutes"),
+    "prepare": Command("calm.commands.prepare", "make a tokenizer, and tokenize a corpus"),
+    "plan": Command("calm.commands.plan", "parameter counts of a recipe or a checkpoint"),
+    "eval": Command("calm.commands.evaluate", "BrierLM of a model on a text"),
+    "generate": Command("calm.commands.generate", "continue a prompt"),
+}
+# These parse their own flags: the same programs run under torchrun.
+TRAINING = {
+    "train-ae": Command("calm.training.train_autoencoder", "train an autoencoder"),
+    "train": Command("calm.training.train_calm", "train a CALM on an autoencoder"),
+    "train-ar": Command("calm.training.train_ar", "train the token-by-token baseline"),
+}
+
+USER_ERRORS = (UserError, OSError)
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `calm` with the words `argv`, by default those of the command line; the exit status.
+
+    0 if all went well, 2 after an error that the user can mend, which is printed as one line, and
+    130 after Ctrl-C. ``calm --traceback COMMAND ...`` shows where an error comes from.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    wants_traceback = words[:1] == ["--traceback"]
+    words = words[wants_traceback:]
+    try:
+        return _run(words)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as in `calm env | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except USER_ERRORS as error:
+        if wants_traceback:
+            traceback.print_exc()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _run(words: list[str]) -> int:
+    if words and words[0] in TRAINING:
+        train: Callable[[list[str]], Any] = importlib.import_module(TRAINING[words[0]].module).main
+        return train(words[1:]) or 0
+    parser = _parser(chosen=words[0] if words else None)
+    args = parser.parse_args(words)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    return importlib.import_module(COMMANDS[args.command].module).run(args)
+
+
+def _parser(chosen: str | None) -> Parser:
+    """The parser, with the flags of the chosen command alone."""
+    parser = Parser(
+        prog="calm",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"calm {_version()}")
+    parser.add_argument(
+        "--traceback",
+        action="store_true",
+        help="first of all words: show where an error comes from",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, command in {**COMMANDS, **TRAINING}.items():
+        child = commands.add_parser(
+            name,
+            help=command.help,
+            description=command.help[0].upper() + command.help[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if name == chosen:
+            module = importlib.import_module(command.module)
+            module.add_arguments(child)
+            examples = getattr(module, "EXAMPLES", None)
+            child.epilog = f"examples:\n{examples}" if examples else None
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("calm-lm")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

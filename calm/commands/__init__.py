@@ -1,0 +1,1 @@
+"""The subcommands of `calm`: each module has ``add_arguments(parser)`` and ``run(args) -> int``."""

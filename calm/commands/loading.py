@@ -1,0 +1,149 @@
+"""From a folder that the user names to a model and the tokenizer saved with it."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from calm.errors import UserError
+
+__all__ = ["add_model_arguments", "load_model", "load_tokenizer_of", "read_config"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which model to load, and where."""
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="folder of a trained CALM or baseline"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="folder, hub name or 'bytes' (default: the one saved with the model)",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the weights (default: the file's)"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "reference", "torch", "triton"),
+        help="implementation of the operations (default: the best for the device)",
+    )
+
+
+def load_model(args: argparse.Namespace) -> PreTrainedModel:
+    """The model that the flags of `add_model_arguments` name, in evaluation mode.
+
+    Raises:
+        UserError: no such folder, nothing that can be loaded in it, or the wrong kind of model.
+    """
+    from calm.models import MODEL_CLASSES, BaselineTransformer
+    from calm_kernels.backend import set_backend
+
+    if args.backend is not None:
+        set_backend(args.backend)
+    folder = Path(args.model)
+    config = read_config(folder)
+    kind = model_kind(config)
+    if kind == "autoencoder":
+        raise UserError(
+            f"{folder} holds an autoencoder; pass the folder of a language model trained on it"
+        )
+    if kind not in (*MODEL_CLASSES, "baseline"):
+        raise UserError(f"{folder} holds a {kind!r} model, neither a CALM nor the token baseline")
+    model_class: Any = MODEL_CLASSES.get(kind, BaselineTransformer)
+    device = _device(args.device)
+    return _load(model_class, folder, args.dtype).to(device).eval()
+
+
+def _load(model_class: Any, folder: Path, dtype: str) -> Any:
+    """The model with all of its weights: transformers leaves missing ones random."""
+    try:
+        model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(f"cannot load {folder}: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{folder} lacks {len(missing)} weights of a {model_class.__name__}, such as "
+            f"{missing[0]}: it is damaged, or another kind of model"
+        )
+    return model
+
+
+def load_tokenizer_of(args: argparse.Namespace, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that ``--tokenizer`` names, else the one beside the model."""
+    from calm.data.tokenizer import load_tokenizer
+
+    name = args.tokenizer or args.model
+    if args.tokenizer is None and not list(Path(name).glob("tokenizer*")):
+        raise UserError(f"{name} holds no tokenizer; pass one with --tokenizer")
+    tokenizer = load_tokenizer(name)
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer {name} has {len(tokenizer)} entries, more than the vocabulary of the "
+            f"model, {model.config.vocab_size}; pass the one it was trained with (--tokenizer)"
+        )
+    return tokenizer
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a model folder."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; --model takes the folder of a saved model")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no config.json{_hint(folder)}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged: it holds no mapping")
+    return config
+
+
+def model_kind(config: dict[str, Any]) -> str:
+    """``energy``, ``diffusion``, ``flow``, ``baseline``, ``autoencoder``, or what else it says.
+
+    Published files may say the head's kind as the model type, or nothing at all.
+    """
+    model_type = config.get("model_type")
+    if model_type == "llama":
+        return "baseline"
+    if "ae_path" in config or "ae_config" in config or model_type == "calm":
+        named = config.get("head_type") or model_type
+        return "energy" if named in (None, "calm") else named
+    if "num_encoder_layers" in config:
+        return "autoencoder"
+    return str(model_type)
+
+
+def _hint(folder: Path) -> str:
+    """Where below `folder` models are, if anywhere."""
+    found = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    return f"; it has model folders in it: {', '.join(found)}" if found else ""
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device must be cpu, cuda or cuda:<index>, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here (see `calm env`)")
+    return device

@@ -1,0 +1,99 @@
+"""`calm prepare`: make or load a tokenizer, save it, and tokenize a corpus into the cache."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from calm.errors import UserError
+
+if TYPE_CHECKING:
+    from calm.data.corpus import CorpusOptions
+
+__all__ = ["EXAMPLES", "add_arguments", "run"]
+
+EXAMPLES = """\
+  calm prepare --data embedded:docstrings --tokenizer bytes --output runs/bytes
+  calm prepare --data 'books/*.txt' --tokenizer bpe:4096 --output runs/bpe4096
+  calm train-ae --tokenizer_name runs/bpe4096 --train_file 'books/*.txt' ...
+
+Training tokenizes what is not tokenized yet; preparing it first lets several runs start at once.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the subcommand."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="TEXT",
+        help=".txt, .jsonl or .json files (comma-separated, globs work), embedded:docstrings, "
+        "embedded:topics, or a hub dataset",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="NAME",
+        help="'bytes', 'bpe:<entries>' (trained on the text), a folder or a hub name",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder to save the tokenizer in"
+    )
+    parser.add_argument(
+        "--text-unit",
+        choices=("line", "paragraph", "file"),
+        default="line",
+        help="one document of a .txt file (default: line)",
+    )
+    parser.add_argument(
+        "--validation-split-percentage",
+        type=float,
+        default=5.0,
+        metavar="P",
+        help="documents to hold out, in percent; must be that of training (default: 5)",
+    )
+    parser.add_argument("--cache-dir", metavar="DIR", help="where prepared data are kept")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that tokenize (default: 1)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Save the tokenizer, fill the cache, print what there is."""
+    from calm.data.corpus import load_corpus
+    from calm.data.files import TEXT_KEY
+    from calm.data.packing import tokenize_documents
+    from calm.data.tokenizer import load_tokenizer
+
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers must be at least 1, got {args.workers}")
+    corpus: Any = load_corpus(
+        corpus_options(
+            args.data,
+            validation_split_percentage=args.validation_split_percentage,
+            text_unit=args.text_unit,
+            cache_dir=args.cache_dir,
+            preprocessing_num_workers=args.workers,
+        )
+    )
+    texts = (row[TEXT_KEY] for row in corpus.train)
+    tokenizer = load_tokenizer(args.tokenizer, texts=texts, cache_dir=args.cache_dir)
+    tokenizer.save_pretrained(args.output)
+    print(f"tokenizer   {args.output}  ({len(tokenizer):,} entries)")
+    for name, documents in (("training", corpus.train), ("held out", corpus.validation)):
+        if documents is None:
+            continue
+        tokenized = tokenize_documents(documents, tokenizer, num_proc=args.workers)
+        tokens = sum(len(row["input_ids"]) for row in tokenized)
+        characters = sum(tokenized["num_characters"])
+        print(
+            f"{name:12}{len(documents):,} documents, {characters:,} characters, {tokens:,} tokens "
+            f"({characters / max(1, tokens):.2f} characters a token)"
+        )
+    return 0
+
+
+def corpus_options(data: str, **options: Any) -> "CorpusOptions":
+    """`CorpusOptions` for ``--data``: files if it looks like files, else a corpus of that name."""
+    from calm.data.corpus import CorpusOptions
+
+    is_files = data.removesuffix(".gz").endswith((".txt", ".jsonl", ".json")) or "*" in data
+    return CorpusOptions(**{"train_file" if is_files else "dataset_name": data}, **options)
