@@ -1,1 +1,36 @@
-"""Fused operations for continuous autoregressive language models."""
+"""Fused operations for continuous autoregressive language models.
+
+Each operation has a reference that defines it and one or more fast backends; `backend` chooses. The package
+needs torch alone, and Triton only where its backend is chosen.
+"""
+
+from calm_kernels import noise
+from calm_kernels.agreeing_patch import agreeing_patch
+from calm_kernels.backend import Backend, set_backend, use_backend
+from calm_kernels.energy_head import EnergyHead, energy_head
+from calm_kernels.energy_score import (
+    EnergyScoreDiagnostics,
+    energy_score,
+    expected_distance,
+    gaussian_energy_score,
+)
+from calm_kernels.linear_argmax import linear_argmax
+from calm_kernels.linear_cross_entropy import linear_cross_entropy
+from calm_kernels.reparameterize import reparameterize
+
+__all__ = [
+    "Backend",
+    "EnergyHead",
+    "EnergyScoreDiagnostics",
+    "agreeing_patch",
+    "energy_head",
+    "energy_score",
+    "expected_distance",
+    "gaussian_energy_score",
+    "linear_argmax",
+    "linear_cross_entropy",
+    "noise",
+    "reparameterize",
+    "set_backend",
+    "use_backend",
+]
