@@ -1,8 +1,9 @@
-"""Configurations of the autoencoder and of the language models: published field names, checked on construction."""
+"""Configurations of autoencoder and language models: published field names, checked when built."""
 
 import logging
 import os
 import re
+from copy import deepcopy
 from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -19,22 +20,22 @@ logger = logging.getLogger(__name__)
 
 HEAD_TYPES = ("energy", "diffusion", "flow")
 Initializer = Literal["normal", "fan_in"]
-ConfigClass = TypeVar("ConfigClass", bound=type[PreTrainedConfig])
+Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
-def checked(config_class: ConfigClass) -> ConfigClass:
+def checked(config_class: type[Config]) -> type[Config]:
     """`strict`, with its errors raised as `UserError`: what field, what was expected, what came."""
     strict_class = strict(config_class)
     strict_init = strict_class.__init__
 
     @wraps(strict_init)
-    def __init__(self: PreTrainedConfig, **fields: Any) -> None:
+    def __init__(self: Config, **fields: Any) -> None:
         try:
             strict_init(self, **fields)
         except StrictDataclassError as error:
             raise UserError(f"{config_class.__name__}: {error.__cause__ or error}") from error
 
-    strict_class.__init__ = __init__  # type: ignore[method-assign]
+    strict_class.__init__ = __init__  # type: ignore[assignment,method-assign]
     return strict_class
 
 
@@ -103,12 +104,14 @@ class AutoencoderConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Checks across fields; run on construction and on saving."""
-        _require_positive(self, "vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size")  # fmt: skip
+        _require_positive(
+            self, "vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size"
+        )
         for name in ("num_encoder_layers", "num_decoder_layers"):
             layers = getattr(self, name)
             _require(
                 layers >= 2 and layers % 2 == 0,
-                f"{name} must be even and at least 2 (half of the blocks stand on either side of the chunk), got {layers}",
+                f"{name} must be even and at least 2 (half see tokens, half chunks), got {layers}",
             )
         _require(0 <= self.ae_dropout < 1, f"ae_dropout must lie in [0, 1), got {self.ae_dropout}")
         _require(self.kl_clamp >= 0, f"kl_clamp must be at least 0, got {self.kl_clamp}")
@@ -116,7 +119,10 @@ class AutoencoderConfig(PreTrainedConfig):
 
 
 def locate_autoencoder(ae_path: str | None, checkpoint: str | os.PathLike[str] = "") -> str | None:
-    """The folder or hub name that `ae_path` means: as given, then relative to `checkpoint`; None if there is none."""
+    """The folder or hub name that `ae_path` means, None if there is none.
+
+    It is taken as given, then relative to the folder `checkpoint`, then as a name on the hub.
+    """
     if not ae_path:
         return None
     for folder in (Path(ae_path), Path(checkpoint) / ae_path):
@@ -128,7 +134,7 @@ def locate_autoencoder(ae_path: str | None, checkpoint: str | os.PathLike[str] =
 
 @checked
 class CALMConfig(LlamaConfig):
-    """Shape, loss and head of a language model over chunks; the backbone's fields are those of `LlamaConfig`.
+    """Shape, loss and head of a language model over chunks, beside the fields of `LlamaConfig`.
 
     Args:
         patch_size: K, tokens of a chunk.
@@ -160,7 +166,7 @@ class CALMConfig(LlamaConfig):
 
     model_type = "calm"
     sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {"ae_config": AutoencoderConfig}
-    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [  # type: ignore[misc]
         "past_key_values", "last_hidden_state", "fidelity", "diversity",
     ]  # fmt: skip
 
@@ -187,66 +193,84 @@ class CALMConfig(LlamaConfig):
     ae_path: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        old_type = kwargs.pop("model_type", None)
-        if old_type in HEAD_TYPES:
-            logger.warning(
-                "model_type=%r is read as head_type; saving the model writes a valid file", old_type
-            )
-            self.head_type = old_type
+        kwargs = _with_head_type(kwargs)
+        kwargs.pop("model_type", None)  # that of the class
+        self.head_type = kwargs.pop("head_type", self.head_type)
         if isinstance(self.ae_config, dict):
             self.ae_config = AutoencoderConfig(**self.ae_config)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Checks across fields; run on construction, on pairing with an autoencoder and on saving."""
+        """Checks across fields; run on construction and on saving."""
         _require_positive(
-            self, "vocab_size", "hidden_size", "num_attention_heads", "patch_size", "latent_size", "noise_size",
-            "num_mlp_layers", "num_samples", "num_targets",
+            self, "vocab_size", "hidden_size", "num_attention_heads", "patch_size", "latent_size",
+            "noise_size", "num_mlp_layers", "num_samples", "num_targets",
         )  # fmt: skip
         super().validate_architecture()
         _require(0 < self.beta < 2, f"beta must lie in (0, 2), exclusive, got {self.beta}")
         _require(
-            self.num_samples >= 2 or self.head_type in ("diffusion", "flow"),
+            self.num_samples >= 2 or self.head_type != "energy",
             f"num_samples must be at least 2 for the energy score, got {self.num_samples}",
         )
         _require(
             self.targets != "antithetic" or self.num_targets % 2 == 0,
             f'num_targets must be even for targets="antithetic", got {self.num_targets}',
         )
-        if self.ae_config is not None:
-            self._validate_pair(self.ae_config)
+        if isinstance(self.ae_config, PreTrainedConfig):
+            self._check_pair(self.ae_config)
 
-    def _validate_pair(self, ae_config: PreTrainedConfig) -> None:
+    def _check_pair(self, ae_config: PreTrainedConfig) -> None:
         for name in ("vocab_size", "patch_size", "latent_size"):
             own, other = getattr(self, name), getattr(ae_config, name)
             _require(
                 own == other,
-                f"{name} of the language model, {own}, differs from that of its autoencoder, {other}; "
-                f"set {name}={other}, or pass another autoencoder",
+                f"{name} of the language model, {own}, differs from that of its autoencoder, "
+                f"{other}; set {name}={other}, or pass another autoencoder",
             )
+
+    def pair_with(self, ae_config: PreTrainedConfig) -> None:
+        """Adopt the configuration of an autoencoder; raises `UserError` if the two disagree."""
+        self._check_pair(ae_config)
+        self.ae_config = deepcopy(ae_config)
+
+    def find_autoencoder(self, checkpoint: str | os.PathLike[str] = "") -> None:
+        """Adopt the configuration of the autoencoder at `ae_path`, if it is missing and found."""
+        found = locate_autoencoder(self.ae_path, checkpoint)
+        if self.ae_config is None and found is not None:
+            self.pair_with(AutoencoderConfig.from_pretrained(found))
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; an old model type becomes the head type."""
+        fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return _with_head_type(fields), unused
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> Any:
-        """As in transformers; a file without `ae_config` takes it from the autoencoder that `ae_path` leads to."""
+        """As in transformers; a file without `ae_config` takes that of the model at `ae_path`."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        autoencoder = locate_autoencoder(config.ae_path, pretrained_model_name_or_path)
-        if config.ae_config is None and autoencoder is not None:
-            config.pair_with(AutoencoderConfig.from_pretrained(autoencoder))
+        config.find_autoencoder(pretrained_model_name_or_path)
         return loaded
 
-    def pair_with(self, ae_config: AutoencoderConfig) -> None:
-        """Adopt the configuration of an autoencoder; raises `UserError` if the two disagree."""
-        self._validate_pair(ae_config)
-        self.ae_config = AutoencoderConfig(**ae_config.to_dict())
-        self.ae_config.name_or_path = ""  # no path of the machine that wrote it
-
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is saved: without the path of the autoencoder where its configuration is included."""
+        """What is saved: no path of this machine where the autoencoder's configuration is there."""
         fields = super().to_diff_dict()
         if self.ae_config is not None:
             fields.pop("ae_path", None)
             fields["ae_config"].pop("_name_or_path", None)
         return fields
+
+
+def _with_head_type(fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` of a file, with an old model type ('energy', ...) moved to the head type."""
+    model_type = fields.get("model_type")
+    if model_type not in HEAD_TYPES:
+        return fields
+    logger.warning("model_type %r is read as head_type; saving writes a current file", model_type)
+    moved = {name: value for name, value in fields.items() if name != "model_type"}
+    return {**moved, "head_type": model_type}

@@ -1,11 +1,11 @@
-"""The autoencoder: K tokens to the mean and log standard deviation of one latent, and back. No attention.
+"""The autoencoder: K tokens to the mean and log standard deviation of one latent, and back.
 
 Shapes: B batch, P chunks of a sequence, K tokens of a chunk, L latent size, H hidden size, V
     vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from einops import rearrange
@@ -26,7 +26,7 @@ __all__ = ["Autoencoder", "AutoencoderOutput"]
 
 @dataclass
 class AutoencoderOutput(ModelOutput):
-    """What `Autoencoder.forward` returns; scalars unless a shape is given, None where it does not apply.
+    """What `Autoencoder.forward` returns: scalars unless a shape is given, or None.
 
     Attributes:
         loss: K * reconstruction_loss + kl_weight * kl in training; reconstruction_loss in
@@ -77,7 +77,7 @@ class Encoder(nn.Module):
         self.hidden_to_latent = nn.Linear(width, 2 * config.latent_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Token ids ``[B, P*K]`` to mean and log standard deviation side by side, ``[B, P, 2L]``."""
+        """Token ids ``[B, P*K]`` to mean and log std side by side, ``[B, P, 2L]``."""
         middle = len(self.encoder_layers) // 2
         hidden = self.embed_tokens(input_ids)
         for block in self.encoder_layers[:middle]:
@@ -123,9 +123,9 @@ class Decoder(nn.Module):
         hidden = rearrange(self.decode(latent_states), "b p k h -> b (p k) h")
         return nn.functional.linear(hidden, self.output_weight)
 
-    def argmax(self, latent_states: Tensor) -> Tensor:
-        """Latents ``[..., L]`` to the likeliest token ids ``[..., K]``, without forming the logits."""
-        return linear_argmax(self.decode(latent_states), self.output_weight)
+    def tokens(self, decoded: Tensor) -> Tensor:
+        """Hidden states of `decode`, ``[..., K, H]``, to the likeliest token ids ``[..., K]``."""
+        return cast(Tensor, linear_argmax(decoded, self.output_weight))
 
 
 class Autoencoder(CALMPreTrainedModel):
@@ -188,32 +188,44 @@ class Autoencoder(CALMPreTrainedModel):
         chunks = num_chunks(input_ids, self.patch_size)
         seed, first_chunk = as_seed(seed, input_ids.device), first_row * chunks
         dropout = float(self.config.ae_dropout) if self.training else 0.0
-        kept_ids = self._drop_tokens(input_ids, token_keep, dropout, seed, first_chunk)
-        latent_states = self.encoder(input_ids=kept_ids)
+        if token_keep is not None or dropout > 0.0:
+            input_ids = self._drop_tokens(input_ids, token_keep, dropout, seed, first_chunk)
+        latent_states = self.encoder(input_ids=input_ids)
         latent, kl = reparameterize(
-            latent_states, kl_floor=self.config.kl_clamp, dropout=dropout, latent_noise=latent_noise,
-            latent_keep=latent_keep, seed=seed, first_row=first_chunk,
-        )  # fmt: skip
+            latent_states,
+            kl_floor=float(self.config.kl_clamp),
+            dropout=dropout,
+            latent_noise=latent_noise,
+            latent_keep=latent_keep,
+            seed=seed,
+            first_row=first_chunk,
+        )
         if labels is None:
             return AutoencoderOutput(logits=self.decoder(latent_states=latent))
         return self._losses(latent_states, latent, kl, labels)
 
     def _drop_tokens(
-        self, input_ids: Tensor, keep: Tensor | None, dropout: float, seed: Tensor, first_chunk: int | Tensor
-    ) -> Tensor:  # fmt: skip
+        self,
+        input_ids: Tensor,
+        keep: Tensor | None,
+        dropout: float,
+        seed: Tensor,
+        first_chunk: int | Tensor,
+    ) -> Tensor:
+        """A dropped token becomes id 0, as published."""
+        shape = (input_ids.numel() // self.patch_size, self.patch_size)
         if keep is None:
-            if dropout == 0.0:
-                return input_ids
-            rows = input_ids.numel() // self.patch_size
             drawn = uniform(
-                rows, self.patch_size, stream=Stream.TOKEN_KEEP, seed=seed, first_row=first_chunk,
+                *shape,
+                stream=Stream.TOKEN_KEEP,
+                seed=seed,
+                first_row=first_chunk,
                 device=input_ids.device,
-            )  # fmt: skip
+            )
             keep = drawn >= dropout
-        elif keep.numel() != input_ids.numel() or keep.shape[-1:] != (self.patch_size,):
-            rows = input_ids.numel() // self.patch_size
+        elif keep.numel() != input_ids.numel() or keep.shape[-1] != self.patch_size:
             raise ValueError(
-                f"token_keep must have shape {(rows, self.patch_size)}, one row per chunk, got {tuple(keep.shape)}"
+                f"token_keep must have shape {shape}, a row per chunk, got {tuple(keep.shape)}"
             )
         return input_ids * keep.reshape(input_ids.shape)
 
@@ -229,18 +241,20 @@ class Autoencoder(CALMPreTrainedModel):
         if self.training:
             loss = self.patch_size * reconstruction + self.config.kl_weight * mean_kl
         else:
-            tokens = linear_argmax(decoded, self.decoder.output_weight)
-            is_label = by_chunk != IGNORED
-            is_right = (tokens == by_chunk) & is_label
-            accuracy = is_right.sum((1, 2)) / is_label.sum((1, 2)).clamp(min=1)
+            is_right = self.decoder.tokens(decoded) == by_chunk  # no token is IGNORED
+            num_labels = (by_chunk != IGNORED).sum((1, 2)).clamp(min=1)
+            accuracy = is_right.sum((1, 2)) / num_labels
         return AutoencoderOutput(
-            loss=loss, reconstruction_loss=reconstruction.detach(), kl=mean_kl.detach(),
-            collapsed=self._collapsed(latent_states, weight), accuracy=accuracy,
-        )  # fmt: skip
+            loss=loss,
+            reconstruction_loss=reconstruction.detach(),
+            kl=mean_kl.detach(),
+            collapsed=self._collapsed(latent_states, weight),
+            accuracy=accuracy,
+        )
 
     @torch.no_grad()
     def _collapsed(self, latent_states: Tensor, weight: Tensor) -> Tensor:
-        """Share of dimensions that carry at most the KL floor, averaged over chunks ``[B, P]``."""
+        """Share of dimensions whose KL, averaged over chunks ``[B, P]``, is at most the floor."""
         mean, log_std = latent_states.to(weight.dtype).chunk(2, dim=-1)
         kl = 0.5 * (mean.square() + (2 * log_std).exp() - 1) - log_std
         per_dimension = (kl * weight[..., None]).sum((0, 1)) / weight.sum().clamp(min=1)

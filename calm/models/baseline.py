@@ -50,9 +50,14 @@ class BaselineTransformer(LlamaForCausalLM):
 
         Args:
             input_ids: ``[B, T]`` int64.
-            attention_mask, position_ids, past_key_values, inputs_embeds: as in transformers.
+            attention_mask: as in transformers, like all that follow.
+            position_ids: likewise.
+            past_key_values: likewise.
+            inputs_embeds: likewise.
             labels: ``[B, T]``, -100 where they do not count; they are shifted here.
-            use_cache, logits_to_keep, kwargs: as in transformers, where no labels are given.
+            use_cache: likewise; only without labels.
+            logits_to_keep: likewise; only without labels.
+            **kwargs: likewise; only without labels.
         """
         inputs = {
             "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,

@@ -31,7 +31,7 @@ class EnergyTransformer(ContinuousTransformer):
         self.mlp_generator = EnergyGenerativeHead(config)
 
     @property
-    def generative_head(self) -> EnergyGenerativeHead:
+    def generative_head(self) -> EnergyGenerativeHead:  # type: ignore[override] # never assigned
         """The head."""
         return self.mlp_generator
 
@@ -91,8 +91,8 @@ class _DenoisingTransformer(ContinuousTransformer):
             head_noise: ``[N*R, L]``, N(0, 1), sample-major: the DDPM noise, or the flow's start.
             target_noise: ``[N, R, L]``, N(0, 1).
             timesteps: ``[N*R]``: integer steps (diffusion) or times in [0, 1) (flow).
-            sample_noise: of the two draws that are scored: ``[2*B*S, L]`` (flow), ``[101, 2*B*S,
-                L]`` (diffusion).
+            sample_noise: of the two draws that are scored, N(0, 1): ``[2*B*S, L]`` (flow) or
+                ``[101, 2*B*S, L]`` (diffusion).
             seed: of draws that are not given.
             first_row: index of the first sequence within the global batch.
         """
@@ -101,7 +101,7 @@ class _DenoisingTransformer(ContinuousTransformer):
 
 
 class DiffusionTransformer(_DenoisingTransformer):
-    """Language model with a diffusion head: 1000 training steps, 100 sampling steps (section 7.4)."""
+    """Language model with a diffusion head: 1000 steps in training, 100 to sample (section 7.4)."""
 
     head_type = "diffusion"
 

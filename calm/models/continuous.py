@@ -1,14 +1,13 @@
-"""What the language models share: a frozen autoencoder, a backbone over chunks, losses and scores of a head.
+"""What the language models share: a frozen autoencoder, a backbone over chunks, loss and scores.
 
 Shapes: B batch, P chunks of a sequence, S predicted ones (P - 1, or P with a start patch), K tokens
-    of a chunk,
-N draws of the head, L latent size, H hidden size.
+of a chunk, N draws of the head, L latent size, H hidden size.
 """
 
 import os
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from einops import rearrange
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from calm.configuration import CALMConfig, locate_autoencoder
+from calm.configuration import AutoencoderConfig, CALMConfig, locate_autoencoder
 from calm.errors import UserError
 from calm.models.agreement import MAX_ORDER, brier_terms
 from calm.models.autoencoder import Autoencoder
@@ -39,9 +38,10 @@ class CALMOutput(ModelOutput):
         loss: mean over the predicted patches that count.
         fidelity: energy head: 2 mean E|x - y|^α, so that loss = fidelity - diversity.
         diversity: energy head: mean |x - x'|^α.
-        brier1: Brier-1 of each sequence, ``[B]``, from two draws a patch; in evaluation, for K >=
-            4.
-        brier2, brier3, brier4: likewise.
+        brier1: Brier-1 of each sequence, ``[B]``, from two draws a patch; in evaluation, K >= 4.
+        brier2: likewise.
+        brier3: likewise.
+        brier4: likewise.
         last_hidden_state: ``[B, P, H]``, one more with a start patch; without labels.
     """
 
@@ -58,27 +58,26 @@ class CALMOutput(ModelOutput):
 class ContinuousTransformer(CALMPreTrainedModel):
     """What the three language models share; they differ in their head alone.
 
-    A checkpoint holds the autoencoder too. It is frozen and in evaluation mode whatever is called.
+    A checkpoint holds the autoencoder too, which is frozen and in evaluation mode whatever is
+    called. A subclass names its `head_type` and registers its head in `_build_head`.
     """
 
     config_class = CALMConfig
-    base_model_prefix = ""
     aliases: ClassVar[dict[str, str]] = Autoencoder.aliases
     head_type: ClassVar[Literal["energy", "diffusion", "flow"]]
-    _no_split_modules: ClassVar[list[str]] = ["LlamaDecoderLayer"]
-    supports_gradient_checkpointing = True
-
     generative_head: GenerativeHead
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer"]  # noqa: RUF012 (an instance attribute of the parent)
 
     def __init__(self, config: CALMConfig) -> None:
         super().__init__(config)
-        self._check(config)
+        self._settle(config)
         width = config.hidden_size
         self.patch_size = config.patch_size
-        self.ae_model = Autoencoder._from_config(config.ae_config)
+        self.ae_model = Autoencoder(cast(AutoencoderConfig, config.ae_config))
         self.transformer = Backbone(config)
         if config.input_type == "latent":
-            self.transformer.embed_tokens = None
+            self.transformer.embed_tokens = None  # type: ignore[assignment] # never used
         else:
             self.embed_proj = compressor(config.patch_size * width, width)
         if config.input_type != "tokens":
@@ -89,20 +88,24 @@ class ContinuousTransformer(CALMPreTrainedModel):
         self.post_init()
         self._freeze_autoencoder()
 
-    def _check(self, config: CALMConfig) -> None:
+    def _settle(self, config: CALMConfig) -> None:
+        """The head type is that of the class, and there is an autoencoder; else an error."""
+        name = type(self).__name__
         if config.head_type not in (None, self.head_type):
             raise UserError(
-                f"{type(self).__name__} has the head type {self.head_type!r}, but the configuration says "
-                f"{config.head_type!r}: load it with {config.head_type.capitalize()}Transformer"
+                f"{name} has head_type {self.head_type!r}, but the configuration says "
+                f"{config.head_type!r}: use {config.head_type.capitalize()}Transformer"
             )
         if config.ae_config is None:
             raise UserError(
-                f"no autoencoder found (ae_path={config.ae_path!r}): pass ae_path=<folder of the autoencoder> to "
-                f"from_pretrained, or build the model with {type(self).__name__}.from_autoencoder(<folder>, config)"
+                f"{name} found no autoencoder (ae_path is {config.ae_path!r}): pass ae_path=<its "
+                f"folder> to from_pretrained, or use {name}.from_autoencoder(<its folder>, config)"
             )
         config.head_type = self.head_type
+        config.validate_architecture()
 
     def _build_head(self, config: CALMConfig) -> None:
+        """Register the head."""
         raise NotImplementedError
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -126,16 +129,18 @@ class ContinuousTransformer(CALMPreTrainedModel):
         Raises:
             UserError: the two disagree on vocab_size, patch_size or latent_size.
         """
-        if not isinstance(autoencoder, Autoencoder):
-            autoencoder = Autoencoder.from_pretrained(autoencoder, dtype=torch.float32)
+        if isinstance(autoencoder, Autoencoder):
+            trained = autoencoder
+        else:
+            trained = Autoencoder.from_pretrained(autoencoder, dtype=torch.float32)
         config = deepcopy(config)
-        config.pair_with(autoencoder.config)
+        config.pair_with(trained.config)
         model = cls(config)
-        model.ae_model.load_state_dict(autoencoder.state_dict())
+        model.ae_model.load_state_dict(trained.state_dict())
         return model
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *model_args: Any,
@@ -148,16 +153,16 @@ class ContinuousTransformer(CALMPreTrainedModel):
         )
         lacking = {key for key in info["missing_keys"] if key.startswith("ae_model.")}
         if lacking:
-            model._load_autoencoder(pretrained_model_name_or_path)
+            model._load_autoencoder(pretrained_model_name_or_path or "")
             info["missing_keys"] = set(info["missing_keys"]) - lacking
         return (model, info) if output_loading_info else model
 
-    def _load_autoencoder(self, checkpoint: str | os.PathLike[str] | None) -> None:
-        found = locate_autoencoder(self.config.ae_path, checkpoint or "")
+    def _load_autoencoder(self, checkpoint: str | os.PathLike[str]) -> None:
+        found = locate_autoencoder(self.config.ae_path, checkpoint)
         if found is None:
             raise UserError(
-                f"{checkpoint} lacks weights of its autoencoder and none was found at ae_path="
-                f"{self.config.ae_path!r}: pass ae_path=<folder of the autoencoder>"
+                f"{checkpoint} lacks weights of its autoencoder, and ae_path "
+                f"({self.config.ae_path!r}) leads to none: pass ae_path=<its folder>"
             )
         trained = Autoencoder.from_pretrained(found, dtype=self.dtype)
         self.config.pair_with(trained.config)
@@ -170,7 +175,7 @@ class ContinuousTransformer(CALMPreTrainedModel):
         self.ae_model.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
-        """As in torch, except for the autoencoder; `from_pretrained` ends here, with new parameters."""
+        """As in torch, except for the autoencoder; `from_pretrained` calls it after loading."""
         super().train(mode)
         self._freeze_autoencoder()
         return self
@@ -183,28 +188,28 @@ class ContinuousTransformer(CALMPreTrainedModel):
 
     # Parts
 
-    def get_input_embeddings(self) -> nn.Module | None:
+    def get_input_embeddings(self) -> nn.Module:
         """The backbone's token embedding; None with ``input_type="latent"``."""
         return self.transformer.embed_tokens
 
-    def embed_patches(self, input_ids: Tensor) -> Tensor:
-        """Token ids ``[B, P*K]`` to the backbone's inputs ``[B, P, H]`` (without the start patch)."""
-        num_chunks(input_ids, self.patch_size)
-        embeds: Tensor | None = None
-        if self.config.input_type != "latent":
-            tokens = self.transformer.embed_tokens(input_ids)
-            embeds = self.embed_proj(rearrange(tokens, "b (p k) h -> b p (k h)", k=self.patch_size))
-        if self.config.input_type != "tokens":
-            mean, _ = self._encode(input_ids)
-            latents = self.latent_proj(mean.to(self.latent_proj[0].weight.dtype))
-            embeds = latents if embeds is None else embeds + latents
-        return embeds
-
     def start_embeds(self, batch_size: int) -> Tensor:
         """The learned first input, ``[B, 1, H]``, or none, ``[B, 0, H]``."""
-        if not self.config.has_start_patch:
-            return self.transformer.norm.weight.new_empty(batch_size, 0, self.config.hidden_size)
-        return self.start_patch.expand(batch_size, 1, -1)
+        if self.config.has_start_patch:
+            return self.start_patch.expand(batch_size, 1, -1)
+        return self.transformer.norm.weight.new_empty(batch_size, 0, self.config.hidden_size)
+
+    def embed_patches(self, input_ids: Tensor) -> Tensor:
+        """Token ids ``[B, P*K]`` to the backbone's inputs ``[B, P, H]``, without a start patch."""
+        num_chunks(input_ids, self.patch_size)
+        embeds = []
+        if self.config.input_type != "latent":
+            tokens = self.transformer.embed_tokens(input_ids)
+            by_chunk = rearrange(tokens, "b (p k) h -> b p (k h)", k=self.patch_size)
+            embeds.append(self.embed_proj(by_chunk))
+        if self.config.input_type != "tokens":
+            mean, _ = self._encode(input_ids)
+            embeds.append(self.latent_proj(mean.to(self.dtype)))
+        return sum(embeds[1:], start=embeds[0])
 
     @torch.no_grad()
     def _encode(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,7 +220,13 @@ class ContinuousTransformer(CALMPreTrainedModel):
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents ``[..., L]`` to token ids ``[..., K]``; the logits are never formed."""
-        return self.ae_model.decoder.argmax(latents)
+        decoder = self.ae_model.decoder
+        return decoder.tokens(decoder.decode(latents))
+
+    def _hidden_states(self, input_ids: Tensor) -> Tensor:
+        """Hidden states after the start patch, if there is one, and after each chunk."""
+        inputs = torch.cat([self.start_embeds(len(input_ids)), self.embed_patches(input_ids)], 1)
+        return self.transformer(inputs_embeds=inputs, use_cache=False).last_hidden_state
 
     # Training and evaluation
 
@@ -228,45 +239,42 @@ class ContinuousTransformer(CALMPreTrainedModel):
         sample_noise: Tensor | None,
         draws: dict[str, Tensor | None],
     ) -> CALMOutput:
+        """`forward` of the subclasses; `draws` are the arguments of their heads' losses."""
         if labels is None:
             return CALMOutput(last_hidden_state=self._hidden_states(input_ids))
-        if labels.shape != input_ids.shape:
-            raise ValueError(
-                f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(labels.shape)}"
-            )
-        num_predicted = num_chunks(input_ids, self.patch_size) - (not self.config.has_start_patch)
-        if num_predicted < 1:
-            raise ValueError(
-                f"input_ids must hold a chunk to predict after the first, got {tuple(input_ids.shape)}"
-            )
-        hidden = self._hidden_states(input_ids[:, : -self.patch_size])  # [B, S, H]
-        targets = labels[:, -num_predicted * self.patch_size :]
+        targets = self._targets(input_ids, labels)
         posterior = self._posterior(targets)
-        seed, first_patch = as_seed(seed, hidden.device), first_row * hidden.shape[1]
-        result = self.generative_head.loss(
-            hidden, posterior, seed=seed, first_row=first_patch, **draws
-        )
-        output = CALMOutput(
-            loss=result.loss, fidelity=_detach(result.fidelity), diversity=_detach(result.diversity)
-        )
+        hidden = self._hidden_states(input_ids[:, : -self.patch_size])  # [B, S, H]
+        address: dict[str, Any] = {
+            "seed": as_seed(seed, hidden.device), "first_row": first_row * hidden.shape[1],
+        }  # fmt: skip
+        result = self.generative_head.loss(hidden, posterior, **address, **draws)
+        output = CALMOutput(loss=result.loss, fidelity=result.fidelity, diversity=result.diversity)
         if not self.training and self.patch_size >= MAX_ORDER:
             samples = result.samples
             if samples is None:
-                samples = self.generative_head.sample(
-                    hidden, sample_noise, BRIER_DRAWS, seed, first_patch
-                )
+                samples = self.generative_head.sample(hidden, sample_noise, BRIER_DRAWS, **address)
             self._add_brier(output, samples[:BRIER_DRAWS], targets, posterior.weight)
         return output
 
-    def _hidden_states(self, input_ids: Tensor) -> Tensor:
-        """Hidden states after the start patch, if there is one, and each chunk."""
-        inputs = torch.cat(
-            [self.start_embeds(len(input_ids)), self.embed_patches(input_ids)], dim=1
-        )
-        return self.transformer(inputs_embeds=inputs).last_hidden_state
+    def _targets(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Labels of the predicted chunks, ``[B, S*K]``."""
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, "
+                f"got {tuple(labels.shape)}"
+            )
+        if self.config.has_start_patch:
+            return labels
+        if num_chunks(input_ids, self.patch_size) < 2:
+            raise ValueError(
+                f"input_ids must hold at least two chunks of {self.patch_size} tokens, the second "
+                f"to be predicted; got {tuple(input_ids.shape)}"
+            )
+        return labels[:, self.patch_size :]
 
     def _posterior(self, targets: Tensor) -> Posterior:
-        """The law of the latents of ``[B, S*K]`` labels; a patch counts unless its first label is -100."""
+        """The law of the latents to predict; a patch counts unless its first label is -100."""
         pad = self.config.pad_token_id or 0
         mean, log_std = self._encode(targets.masked_fill(targets == IGNORED, pad))
         weight = (targets[:, :: self.patch_size] != IGNORED).to(torch.float32)
@@ -277,12 +285,8 @@ class ContinuousTransformer(CALMPreTrainedModel):
         self, output: CALMOutput, samples: Tensor, targets: Tensor, weight: Tensor
     ) -> None:
         """Brier-1 to Brier-4 of each sequence, averaged over the patches that count."""
-        true = rearrange(targets, "b (s k) -> b s k", k=self.patch_size)
-        terms = brier_terms(self.decode_latents(samples), true) * weight[..., None]
-        by_sequence = terms.sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
+        by_chunk = rearrange(targets, "b (s k) -> b s k", k=self.patch_size)
+        terms = brier_terms(self.decode_latents(samples), by_chunk) * weight[..., None]
+        by_sequence = terms.sum(1) / weight.sum(1, keepdim=True).clamp(min=1)  # [B, 4]
         for order, values in enumerate(by_sequence.unbind(-1), start=1):
             output[f"brier{order}"] = values
-
-
-def _detach(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.detach()

@@ -1,1 +1,1 @@
-"""Generative heads: from a hidden state to draws of the next latent, and the loss that trains them."""
+"""Generative heads: hidden states to draws of the next latent, and the losses that train them."""

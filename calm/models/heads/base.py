@@ -1,8 +1,8 @@
 """What a language model asks of its head."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 __all__ = ["GenerativeHead", "HeadLoss", "Posterior", "expand_rows"]
@@ -32,7 +32,12 @@ class HeadLoss(NamedTuple):
 
 
 class GenerativeHead(Protocol):
-    """A head. Besides the two methods here it has a ``loss`` with the draws of its own kind."""
+    """A head: draws latents, and says what loss trains it."""
+
+    @property
+    def loss(self) -> Callable[..., HeadLoss]:
+        """Of hidden states ``[B, S, H]`` and a `Posterior`; its keywords are the head's draws."""
+        ...
 
     def sample(
         self,
@@ -51,28 +56,30 @@ class GenerativeHead(Protocol):
         ...
 
 
-def expand_rows(name: str, draw: Tensor, weight: Tensor, width: int) -> Tensor:
-    """A draw given for the unmasked patches, or for all, as one for all: masked patches get zeros.
+def expand_rows(name: str, draw: Tensor, weight: Tensor, num_draws: int, width: int) -> Tensor:
+    """A draw given for the unmasked patches, or for all, as one for all: masked ones get zeros.
 
     Args:
         name: of the argument, for the error.
-        draw: N draws a patch, ``[N, ..., width]``; patches in row-major order.
+        draw: ``[..., width]`` (``[...]`` for width 1); in row-major order num_draws draws of the
+            patches that `weight` leaves, or of all.
         weight: ``[B, S]``, 0 for a masked patch.
+        num_draws: N.
         width: elements a row.
 
-    Returns: ``[N, B, S, width]``.
+    Returns: ``[N, B, S, width]``. Without masked patches nothing is read back from the device.
     """
-    flat = draw.reshape(draw.shape[0], -1, width) if draw.shape[-1:] == (width,) else None
-    num_rows = -1 if flat is None else flat.shape[1]
-    if flat is not None and num_rows == weight.numel():
-        return flat.reshape(-1, *weight.shape, width)
+    total = weight.numel()
+    is_row = width == 1 or draw.shape[-1:] == (width,)
+    if is_row and draw.numel() == num_draws * total * width:
+        return draw.reshape(num_draws, *weight.shape, width)
     is_unmasked = weight.bool()
-    num_unmasked = int(is_unmasked.sum())
-    if flat is None or num_rows != num_unmasked:
+    unmasked = int(is_unmasked.sum())
+    if not is_row or draw.numel() != num_draws * unmasked * width:
         raise ValueError(
-            f"{name} must hold, for each of its draws, {num_unmasked} rows (unmasked patches) or "
-            f"{weight.numel()} (all patches) of {width}; got shape {tuple(draw.shape)}"
+            f"{name} must hold {num_draws} draws of {unmasked} rows (unmasked patches) or {total} "
+            f"(all patches), {width} wide; got shape {tuple(draw.shape)}"
         )
-    expanded = torch.zeros(len(flat), *weight.shape, width, dtype=draw.dtype, device=draw.device)
-    expanded[:, is_unmasked] = flat
+    expanded = draw.new_zeros(num_draws, *weight.shape, width)
+    expanded[:, is_unmasked] = draw.reshape(num_draws, unmasked, width)
     return expanded

@@ -1,4 +1,4 @@
-"""The network that the diffusion and the flow head share: a residual MLP modulated by time and hidden state."""
+"""The network of the diffusion and flow heads: an MLP that time and hidden state modulate."""
 
 import math
 from typing import Literal
@@ -48,7 +48,7 @@ class Denoiser(nn.Module):
         self.final_layer = _FinalLayer(hidden_size, out_channels)
 
     def initialize(self, module: nn.Module) -> None:
-        """Xavier weights; modulation and (as published) the last linear start at zero, time at N(0, 0.02²)."""
+        """Xavier weights, N(0, 0.02²) for time, zero for modulations and (published) the output."""
         if not isinstance(module, nn.Linear) or all(module is not own for own in self.modules()):
             return
         init.zeros_(module.bias)
@@ -63,7 +63,15 @@ class Denoiser(nn.Module):
             init.xavier_uniform_(module.weight)
 
     def forward(self, latent: Tensor, time: Tensor, hidden: Tensor) -> Tensor:
-        """``[..., in_channels]``, ``[...]`` and ``[..., H]`` to ``[..., out_channels]``; all broadcast."""
+        """A prediction for each noisy latent; leading axes broadcast.
+
+        Args:
+            latent: ``[..., in_channels]``.
+            time: ``[...]``.
+            hidden: ``[..., H]``.
+
+        Returns: ``[..., out_channels]``.
+        """
         condition = nn.functional.silu(self.time_embed(time) + self.cond_embed(hidden))
         state = self.input_proj(latent)
         for block in self.res_blocks:
@@ -86,7 +94,8 @@ class _TimeEmbedding(nn.Module):
         exponent = torch.arange(half, device=time.device, dtype=torch.float32) / half
         angle = time[..., None].float() * torch.exp(-math.log(MAX_PERIOD) * exponent)
         features = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        first: nn.Linear = self.mlp[0]  # type: ignore[assignment]
+        return self.mlp(features.to(first.weight.dtype))
 
 
 def _modulation(hidden_size: int, parts: int) -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""What the diffusion and the flow head share: the draws of training and sampling, and the mean of the loss."""
+"""What the diffusion and the flow head share: draws in training and sampling, and the mean loss."""
 
 import math
 from collections.abc import Callable
@@ -32,8 +32,12 @@ class DenoisingHead(nn.Module):
         super().__init__()
         self.config = config
         self.net = Denoiser(
-            config.hidden_size, config.latent_size, out_channels, config.num_mlp_layers, config.head_init
-        )  # fmt: skip
+            config.hidden_size,
+            config.latent_size,
+            out_channels,
+            config.num_mlp_layers,
+            config.head_init,
+        )
 
     def initialize(self, module: nn.Module) -> None:
         """See `Denoiser.initialize`."""
@@ -48,7 +52,7 @@ class DenoisingHead(nn.Module):
         raise NotImplementedError
 
     def _walk(self, hidden: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
-        """Latents from hidden states ``[..., H]``; ``draw(0)`` is the start, ``draw(i)`` the noise of step i."""
+        """Latents of hidden states ``[..., H]``; ``draw(0)`` is the start, ``draw(i)`` noise i."""
         raise NotImplementedError
 
     def loss(
@@ -78,41 +82,48 @@ class DenoisingHead(nn.Module):
             first_row: global index of the first patch.
         """
         weight, seed = posterior.weight, as_seed(seed, hidden.device)
-        num_draws = self._num_draws(target_noise, head_noise, timesteps, weight)
+        num_draws = self._num_draws(weight, target_noise, head_noise, timesteps)
 
-        def resolve(name: str, given: Tensor | None, stream: Stream) -> Tensor:
-            width = 1 if stream is Stream.TIMESTEP else self.config.latent_size
+        def rows(name: str, given: Tensor | None, stream: Stream) -> Tensor:
+            """The draw that is given, or a fresh one, ``[N, B, S, width]``."""
+            is_time = stream is Stream.TIMESTEP
+            width = 1 if is_time else self.config.latent_size
             if given is not None:
-                by_draw = given.reshape(num_draws, -1, width)
-                return expand_rows(name, by_draw, weight, width)
-            law = uniform if stream is Stream.TIMESTEP else normal
+                return expand_rows(name, given, weight, num_draws, width)
+            law = uniform if is_time else normal
             drawn = law(
-                weight.numel(), width, stream=stream, seed=seed, num_draws=num_draws,
-                first_row=first_row, device=hidden.device,
-            )  # fmt: skip
-            drawn = self._times(drawn) if stream is Stream.TIMESTEP else drawn
-            return drawn.reshape(num_draws, *weight.shape, width)
+                weight.numel(),
+                width,
+                stream=stream,
+                seed=seed,
+                num_draws=num_draws,
+                first_row=first_row,
+                device=hidden.device,
+            ).reshape(num_draws, *weight.shape, width)
+            return self._times(drawn) if is_time else drawn
 
-        epsilon = resolve("target_noise", target_noise, Stream.TARGETS)
-        time = resolve("timesteps", timesteps, Stream.TIMESTEP)[..., 0]
-        noise = resolve("head_noise", head_noise, Stream.HEAD)
+        epsilon = rows("target_noise", target_noise, Stream.TARGETS)
+        time = rows("timesteps", timesteps, Stream.TIMESTEP)[..., 0]
+        noise = rows("head_noise", head_noise, Stream.HEAD)
         latent = posterior.mean + posterior.log_std.exp() * epsilon
-        rows = self._row_loss(latent, time, noise, hidden)
-        return HeadLoss(loss=weighted_mean(rows, weight.expand_as(rows)))
+        loss = self._row_loss(latent, time, noise, hidden)
+        return HeadLoss(loss=weighted_mean(loss, weight.expand_as(loss)))
 
     def _num_draws(
-        self, target_noise: Tensor | None, head_noise: Tensor | None, timesteps: Tensor | None, weight: Tensor
-    ) -> int:  # fmt: skip
+        self,
+        weight: Tensor,
+        target_noise: Tensor | None,
+        head_noise: Tensor | None,
+        timesteps: Tensor | None,
+    ) -> int:
         """N of the draws that are given, else num_samples."""
         if target_noise is not None:
-            return target_noise.shape[0]
+            return len(target_noise)
         given = head_noise if head_noise is not None else timesteps
         if given is None:
             return self.config.num_samples
-        rows = given.shape[0]
-        num_unmasked = int(weight.sum())
-        per_draw = num_unmasked if num_unmasked and rows % num_unmasked == 0 else weight.numel()
-        return max(rows // per_draw, 1)
+        unmasked = int(weight.sum())
+        return max(len(given) // max(unmasked, 1), 1)
 
     @torch.no_grad()
     def sample(

@@ -19,21 +19,28 @@ MAX_BETA = 0.999
 
 
 def cosine_betas(num_steps: int) -> Tensor:
-    """β_t = min(1 - a((t + 1)/T) / a(t/T), 0.999) with a(u) = cos²((u + 0.008)/1.008 · π/2); float64 ``[T]``."""
+    """β_t = min(1 - a((t + 1)/T) / a(t/T), 0.999), float64 ``[T]``.
+
+    a(u) = cos²((u + 0.008) / 1.008 · π/2)
+    """
     u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
     signal = torch.cos((u + 0.008) / 1.008 * math.pi / 2).square()
     return (1 - signal[1:] / signal[:-1]).clamp(max=MAX_BETA)
 
 
 class Schedule(NamedTuple):
-    """Coefficients of each step, ``[T]``; ᾱ is the product of 1 - β up to the step, ᾱ' up to the one before.
+    """Coefficients of each step, ``[T]``.
+
+    With ᾱ the product of 1 - β up to and including the step, and ᾱ' the one before it:
 
     Attributes:
-        signal, noise: √ᾱ and √(1 - ᾱ), of x_t = signal z + noise ε.
+        signal: √ᾱ, of z in x_t = signal z + noise ε.
+        noise: √(1 - ᾱ).
         log_beta: log β, the larger end of the learned log variance.
-        log_posterior: log of β(1 - ᾱ')/(1 - ᾱ), the smaller end; that of step 1 stands in at step
-            0, where it is -∞.
-        from_latent, from_noisy: weights of z and x_t in the mean of x_{t-1} given both.
+        log_posterior: log β(1 - ᾱ')/(1 - ᾱ), the smaller end; at step 0, where it is -∞, that of
+            step 1.
+        from_latent: weight of z in the mean of x_{t-1} given z and x_t.
+        from_noisy: weight of x_t in it.
     """
 
     signal: Tensor
@@ -48,7 +55,7 @@ class Schedule(NamedTuple):
         return Schedule(*(column[step][..., None] for column in self))
 
     def latent(self, noisy: Tensor, epsilon: Tensor) -> Tensor:
-        """z of x_t and ε."""
+        """The latent z of x_t and ε."""
         return (noisy - self.noise * epsilon) / self.signal
 
     def previous_mean(self, latent: Tensor, noisy: Tensor) -> Tensor:
@@ -141,7 +148,9 @@ class DiffusionHead(DenoisingHead):
         raise AssertionError("the last step returns")
 
 
-def gaussian_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:  # fmt: skip
+def gaussian_kl(
+    mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor
+) -> Tensor:
     """KL divergence of one normal from another, elementwise, in nats."""
     difference = log_variance - other_log_variance
     distance = (mean - other_mean).square() * torch.exp(-other_log_variance)

@@ -13,7 +13,9 @@ __all__ = ["EnergyGenerativeHead"]
 
 
 class EnergyGenerativeHead(EnergyHead):
-    """Draws a latent in one step from a hidden state and uniform noise; trained with the energy score.
+    """Draws a latent in one step from a hidden state and uniform noise.
+
+    The energy score trains it: no likelihood, and no gradient through a decoder.
 
     Source: CALM, sections 3.2 and 3.3.
     """
@@ -63,10 +65,10 @@ class EnergyGenerativeHead(EnergyHead):
                 hidden, num_samples=config.num_samples, seed=seed, first_row=first_row
             )
         else:
-            noise = expand_rows("head_noise", head_noise, weight, config.noise_size)
+            noise = _expand("head_noise", head_noise, weight, config.noise_size)
             samples = self.sample(hidden, noise.to(hidden.dtype))
         if target_noise is not None:
-            target_noise = expand_rows("target_noise", target_noise, weight, config.latent_size)
+            target_noise = _expand("target_noise", target_noise, weight, config.latent_size)
         score, terms = gaussian_energy_score(
             samples, posterior.mean, posterior.log_std, exponent=float(config.beta),
             targets=config.targets, num_targets=config.num_targets, target_noise=target_noise,
@@ -79,3 +81,8 @@ class EnergyGenerativeHead(EnergyHead):
             diversity=terms.diversity.sum() / count,
             samples=samples,
         )
+
+
+def _expand(name: str, draw: Tensor, weight: Tensor, width: int) -> Tensor:
+    """`draw` for all patches, ``[N, B, S, width]``, with N its first dimension."""
+    return expand_rows(name, draw, weight, len(draw), width)
