@@ -44,9 +44,7 @@ def main() -> None:
         optimizer.step()
         if step % 50 == 0:
             above, below = share_near_a_mode(head, generator)
-            print(
-                f"step {step:4}  loss {loss.item():7.3f}  near +1 {above:4.0%}  near -1 {below:4.0%}"
-            )
+            print(f"step {step:4}  loss {loss.item():7.3f}  at +1 {above:4.0%}  at -1 {below:4.0%}")
 
 
 if __name__ == "__main__":
