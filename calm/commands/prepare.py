@@ -96,4 +96,5 @@ def corpus_options(data: str, **options: Any) -> "CorpusOptions":
     from calm.data.corpus import CorpusOptions
 
     is_files = data.removesuffix(".gz").endswith((".txt", ".jsonl", ".json")) or "*" in data
-    return CorpusOptions(**{"train_file" if is_files else "dataset_name": data}, **options)
+    source: dict[str, Any] = {"train_file" if is_files else "dataset_name": data}
+    return CorpusOptions(**source, **options)

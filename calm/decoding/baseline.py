@@ -1,7 +1,7 @@
 """Generation with the token-by-token baseline: transformers' own cached sampling."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -88,8 +88,7 @@ def _sample(
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        sample: Callable[..., Any] = model.generate
-        return sample(
+        return cast(Any, model).generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=config,

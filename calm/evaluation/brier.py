@@ -65,14 +65,8 @@ def brier_scores(
         seed=as_seed(seed, input_ids.device),
     )
     with evaluating(model):
-        sums, counts = brier_sums(
-            sampler,
-            input_ids,
-            labels,
-            skip_repeats=skip_repeats,
-            is_published=brier_draws == 2,
-        )
-    return {f"brier{order + 1}": (sums[:, order] / counts) for order in range(MAX_ORDER)}
+        sums, counts = brier_sums(sampler, input_ids, labels, skip_repeats=skip_repeats)
+    return {f"brier{order + 1}": sums[:, order] / counts for order in range(MAX_ORDER)}
 
 
 def brier_sums(
@@ -81,7 +75,6 @@ def brier_sums(
     labels: Tensor | None,
     *,
     skip_repeats: bool = False,
-    is_published: bool = False,
     first_row: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Sums of Brier-1 to Brier-4 over the positions of each sequence, and how many there are.
@@ -91,9 +84,7 @@ def brier_sums(
         input_ids: ``[B, T]``.
         labels: as `brier_scores`.
         skip_repeats: as `brier_scores`.
-        is_published: chain the draws of neighbouring chunks one by one, as published, instead of
-            their mean (lower variance).
-        first_row: predicted chunks of all earlier sequences; addresses the draws.
+        first_row: chunks of all earlier sequences; addresses the draws.
 
     Returns: sums ``[B, 4]`` and counts ``[B]``, both float64.
     """
@@ -105,13 +96,14 @@ def brier_sums(
     labels = labels[:, -predicted * size :]
     starts = predicted if chunks == 1 else predicted - chunks
     batch, device = len(input_ids), input_ids.device
-    rows = first_row + torch.arange(batch * predicted, device=device).view(batch, predicted)
+    total = input_ids.shape[1] // size
+    rows = first_row + torch.arange(batch * total, device=device).view(batch, total)[:, :predicted]
 
     target = labels.unflatten(1, (-1, size))  # [B, S, K]
     branches = Branches(sampler.backbone, inputs)
     first = sampler.step(branches.hidden, target, rows, 0)
-    matches = first.matches if is_published else first.matches.mean(0, keepdim=True)
-    hits = chain_matches(matches, starts, chunks)[..., :MAX_ORDER].mean(0)
+    assert first.matches is not None  # there was a target
+    hits = chain_matches(first.matches, starts, chunks)[..., :MAX_ORDER].mean(0)
     collisions = roll_out(
         branches,
         first,

@@ -112,7 +112,6 @@ def evaluate(
         seed=as_seed(seed, device),
     )
     digest = hashlib.sha256()
-    options = {"skip_repeats": skip_repeats, "is_published": brier_draws == 2}
     parts, length, first_row = [], 0, 0
     with evaluating(model):
         for input_ids, labels in progress(_batches(islice(blocks, max_blocks), batch_size)):
@@ -123,7 +122,11 @@ def evaluate(
                     f"blocks must have one length; got {length} and {input_ids.shape[1]} tokens"
                 )
             scored = brier_sums(
-                sampler, input_ids.to(device), labels.to(device), first_row=first_row, **options
+                sampler,
+                input_ids.to(device),
+                labels.to(device),
+                skip_repeats=skip_repeats,
+                first_row=first_row,
             )
             parts.append([part.cpu() for part in scored])
             first_row += input_ids.numel() // sampler.patch_size

@@ -22,16 +22,17 @@ class Step(NamedTuple):
     """What one chunk contributes; Q positions, n = 1 .. k tokens of the chunk.
 
     Attributes:
-        matches: chance that the first n tokens are the target's, ``[D, B, Q, k]``; D draws, or 1.
-        collisions: estimate of sum_x P(x)^2 over the first n tokens, ``[B, Q, k]``.
+        tokens: the chunk that a rollout continues with, ``[B, Q, K]``.
         agreement: chance that another draw equals `tokens`, ``[B, Q]``.
-        tokens: the chunk that the rollout continues with, ``[B, Q, K]``.
+        collisions: estimate of sum_x P(x)^2 over the first n tokens, ``[B, Q, k]``.
+        matches: chance that the first n tokens are the target's, ``[D, B, Q, k]``, of each of D
+            draws or (D = 1) of all; None where there was no target.
     """
 
-    matches: Tensor
-    collisions: Tensor
-    agreement: Tensor
     tokens: Tensor
+    agreement: Tensor
+    collisions: Tensor
+    matches: Tensor | None
 
 
 class Branches:

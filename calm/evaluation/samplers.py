@@ -58,16 +58,25 @@ class CALMSampler:
     Args:
         model: a CALM.
         num_draws: N >= 2.
+        is_published: chain the draws of neighbouring chunks one by one, as published, instead of
+            their shares (lower variance).
         noise_scale: factor on the head's noise.
         seed: int64 ``[2]``.
     """
 
     def __init__(
-        self, model: ContinuousTransformer, num_draws: int, noise_scale: float, seed: Tensor
+        self,
+        model: ContinuousTransformer,
+        *,
+        num_draws: int,
+        is_published: bool,
+        noise_scale: float,
+        seed: Tensor,
     ) -> None:
         self.model, self.backbone = model, model.transformer
         self.patch_size = model.patch_size
-        self.num_draws, self.noise_scale, self.seed = num_draws, noise_scale, seed
+        self.num_draws, self.is_published = num_draws, is_published
+        self.noise_scale, self.seed = noise_scale, seed
 
     def inputs(self, input_ids: Tensor) -> Tensor:
         """Start patch, if any, and all chunks but the last; see `ChunkSampler`."""
@@ -80,7 +89,7 @@ class CALMSampler:
         return self.model.embed_patches(input_ids)
 
     def step(self, hidden: Tensor, target: Tensor | None, rows: Tensor, depth: int) -> Step:
-        """Shares of N draws; the rollout continues with the first. See `ChunkSampler`."""
+        """Shares of N draws; a rollout continues with the first. See `ChunkSampler`."""
         seed = advance(self.seed, rows.flatten() + depth * DEPTH_STRIDE)
         draws = draw_patches(
             self.model,
@@ -89,9 +98,12 @@ class CALMSampler:
             seed=seed,
             noise_scale=self.noise_scale,
         )  # [N, B, Q, K]
+        matches = None
+        if target is not None:
+            matches = prefix_matches(draws, target)
+            matches = matches if self.is_published else matches.mean(0, keepdim=True)
         agreement = (draws[1:] == draws[:1]).all(-1).to(torch.float32).mean(0)
-        matches = prefix_matches(draws, draws[:1] if target is None else target)
-        return Step(matches, prefix_collisions(draws), agreement, draws[0])
+        return Step(draws[0], agreement, prefix_collisions(draws), matches)
 
 
 class TokenSampler:
@@ -106,7 +118,7 @@ class TokenSampler:
 
     patch_size = 1
 
-    def __init__(self, model: BaselineTransformer, is_published: bool, seed: Tensor) -> None:
+    def __init__(self, model: BaselineTransformer, *, is_published: bool, seed: Tensor) -> None:
         self.model, self.backbone = model, model.model
         self.is_published, self.seed = is_published, seed
 
@@ -140,15 +152,15 @@ class TokenSampler:
                 strict=True,
             )
         ]
-        match, collision, agreement, token = (
+        token, agreement, collision, match = (
             torch.cat(values).view(rows.shape) for values in zip(*parts, strict=True)
         )
-        return Step(match[None, ..., None], collision[..., None], agreement, token[..., None])
+        return Step(token[..., None], agreement, collision[..., None], match[None, ..., None])
 
     def _law(
         self, hidden: Tensor, wanted: Tensor, chance: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """P(wanted), sum_x P(x)^2, chance of agreement and drawn token, each ``[rows]``."""
+        """Drawn token, chance of agreement, sum_x P(x)^2 and P(wanted), each ``[rows]``."""
         law = self.model.lm_head(hidden).to(torch.float32).softmax(-1)  # [rows, V]
         cumulative = law.cumsum(-1, dtype=torch.float64)
         # Inverse of the distribution function; the right side of a step has positive probability.
@@ -160,7 +172,7 @@ class TokenSampler:
         else:
             agreement = law.gather(1, token)
         match = law.gather(1, wanted[:, None])
-        return match[:, 0], law.square().sum(-1), agreement[:, 0], token[:, 0]
+        return token[:, 0], agreement[:, 0], law.square().sum(-1), match[:, 0]
 
 
 def make_sampler(
@@ -181,12 +193,18 @@ def make_sampler(
     if not (noise_scale >= 0 and math.isfinite(noise_scale)):
         raise UserError(f"noise_scale must be finite and at least 0, got {noise_scale}")
     if isinstance(model, ContinuousTransformer):
-        return CALMSampler(model, num_draws, noise_scale, seed)
+        return CALMSampler(
+            model,
+            num_draws=num_draws,
+            is_published=brier_draws == 2,
+            noise_scale=noise_scale,
+            seed=seed,
+        )
     if isinstance(model, BaselineTransformer):
         if noise_scale != 1:
             raise UserError(
                 f"noise_scale must be 1 for a {type(model).__name__}, which has no noise; "
                 f"got {noise_scale}"
             )
-        return TokenSampler(model, brier_draws == 2, seed)
+        return TokenSampler(model, is_published=brier_draws == 2, seed=seed)
     raise UserError(f"model must be a CALM or the token baseline, got {type(model).__name__}")
