@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -124,6 +125,11 @@ class CALMTrainingArguments(TrainingArguments):
         False, "Start afresh instead of resuming from the last good checkpoint in output_dir."
     )
 
+    @property
+    def folder(self) -> Path:
+        """`output_dir` as a path."""
+        return Path(str(self.output_dir))
+
     def __post_init__(self) -> None:
         # A filtered average would hide the loss that stops the run.
         self.logging_nan_inf_filter = False
@@ -190,7 +196,10 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
     parser = _parser(stage)
     if recipe:
         _parse(parser, recipe, f"{chosen.config}: ")
-    namespace = _parse(parser, translate_old_flags([*recipe, *argv]), "")
+    words = translate_old_flags([*recipe, *argv])
+    namespace = _parse(parser, words, "")
+    if not any(word.startswith(("--do_", "--do-")) for word in words):
+        namespace.do_train = True  # evaluation alone has to be asked for
     groups = [_construct(group, namespace) for group in parser.dataclass_types]
     arguments = JobArguments(stage, *groups)
     _check(arguments)

@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedConfig
@@ -20,8 +22,6 @@ __all__ = ["build_config", "close_names", "parse_overrides"]
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
-# Accepted by the constructor although no field: rope_theta goes into rope_parameters.
-CONSTRUCTOR_ONLY = {"rope_theta": float}
 TRUE, FALSE, NONE = ("true", "yes", "1"), ("false", "no", "0"), ("none", "null")
 
 
@@ -45,7 +45,11 @@ def parse_overrides(text: str | None) -> dict[str, str]:
 
 
 def build_config(
-    config_class: type[Config], overrides: dict[str, str], base: Config | None = None, **fields: Any
+    config_class: type[Config],
+    overrides: Mapping[str, str],
+    base: Config | None = None,
+    extras: Mapping[str, Any] = MappingProxyType({}),
+    **fields: Any,
 ) -> Config:
     """A new `config_class` with `overrides`, on top of `fields`, on top of `base`.
 
@@ -53,12 +57,13 @@ def build_config(
         config_class: a configuration whose annotated fields give the overrides their types.
         overrides: from `parse_overrides`.
         base: where fields that nobody mentions come from; None for the defaults of the class.
+        extras: what the constructor takes besides its annotated fields, with the types.
         fields: values known from elsewhere, such as the vocabulary of the tokenizer.
 
     Raises:
         UserError: an unknown name (with close ones) or a value of the wrong type.
     """
-    known = _field_types(config_class)
+    known = {**extras, **_field_types(config_class)}
     typed = {}
     for name, value in overrides.items():
         if name not in known:
@@ -74,8 +79,7 @@ def _field_types(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     """Annotations of the fields that describe the architecture, without bookkeeping."""
     bookkeeping = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     fields = dataclasses.fields(config_class)
-    own = {field.name: field.type for field in fields if field.name not in bookkeeping}
-    return {**own, **CONSTRUCTOR_ONLY}
+    return {field.name: field.type for field in fields if field.name not in bookkeeping}
 
 
 def _base_fields(base: PreTrainedConfig | None, replaced: typing.Collection[str]) -> dict[str, Any]:

@@ -1,0 +1,141 @@
+"""Training for so many seconds: a budget of time instead of steps, with a schedule that follows
+it.
+"""
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    get_scheduler,
+)
+from transformers.trainer_callback import ExportableState
+
+from calm.errors import UserError
+
+__all__ = ["TimedProgress", "TrainingClock", "timed_schedule"]
+
+UNBOUNDED_STEPS = 10**9
+RESOLUTION = 10_000  # virtual steps into which a schedule by time is cut
+
+
+class TrainingClock(TrainerCallback, ExportableState):
+    """Adds up the seconds spent in training steps and ends the run when they reach the budget.
+
+    Evaluation and saving do not count. The sum is saved with every checkpoint, so a resumed run has
+    what is left.
+
+    Args:
+        budget: seconds.
+        elapsed: seconds already spent.
+    """
+
+    def __init__(self, budget: float, elapsed: float = 0.0) -> None:
+        self.budget = budget
+        self.elapsed = elapsed
+        self._began = 0.0
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is spent, 0 to 1."""
+        return min(1.0, self.elapsed / self.budget)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {"budget": self.budget, "elapsed": self.elapsed}, "attributes": {}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take over the seconds that a resumed checkpoint has spent."""
+        known: Any = state.stateful_callbacks or {}
+        saved = known.get(type(self).__name__)
+        if isinstance(saved, dict):
+            self.elapsed = saved["args"]["elapsed"]
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start counting."""
+        self._began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop counting; end the run, with a last log, evaluation and checkpoint, once the time is
+        over.
+        """
+        self.elapsed += time.perf_counter() - self._began
+        if args.world_size > 1:  # all processes follow the first one's clock: one schedule, one end
+            shared = torch.tensor([self.elapsed], dtype=torch.float64, device=args.device)
+            dist.broadcast(shared, src=0)
+            self.elapsed = shared.item()
+        if self.elapsed >= self.budget:
+            control.should_training_stop = True
+            control.should_log = True
+            control.should_evaluate = args.eval_strategy != "no"
+            control.should_save = args.save_strategy != "no"
+
+
+class TimedProgress(ProgressCallback):
+    """transformers' bar with the number of steps that the budget is likely to allow.
+
+    Args:
+        clock: of the run.
+    """
+
+    def __init__(self, clock: TrainingClock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Advance the bar and put its end where the time will be over."""
+        super().on_step_end(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            expected = state.global_step / max(self.clock.progress, 1e-9)
+            self.training_bar.total = max(state.global_step, round(expected))
+            self.training_bar.refresh()
+
+
+def timed_schedule(optimizer: Optimizer, args: TrainingArguments, clock: TrainingClock) -> LambdaLR:
+    """Transformers' schedule `args.lr_scheduler_type` as a function of the time that is spent.
+
+    Warm-up counts steps, or is a share of the time where ``warmup_steps`` lies below 1.
+
+    Raises:
+        UserError: the schedule is not a function of progress.
+    """
+    # On an optimizer of its own: only the shape of the schedule is wanted.
+    placeholder = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    options: Any = args.lr_scheduler_kwargs
+    shape = get_scheduler(
+        args.lr_scheduler_type,
+        placeholder,
+        num_warmup_steps=0,
+        num_training_steps=RESOLUTION,
+        scheduler_specific_kwargs=options,
+    )
+    if not isinstance(shape, LambdaLR):
+        raise UserError(
+            f"lr_scheduler_type={args.lr_scheduler_type} cannot follow max_train_seconds; take "
+            "linear, cosine or constant"
+        )
+    decay = shape.lr_lambdas[0]
+
+    def factor(step: int) -> float:
+        progress = clock.progress
+        by_time = 0 < args.warmup_steps < 1
+        warmed = progress / args.warmup_steps if by_time else (step + 1) / max(1, args.warmup_steps)
+        return min(1.0, warmed) * decay(int(progress * RESOLUTION))
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,150 @@
+"""What a job trains on: documents, their tokenizer and blocks, and a record of them."""
+
+import logging
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from calm.data.corpus import Corpus, Documents, load_corpus
+from calm.data.files import TEXT_KEY, expand_files
+from calm.data.packing import (
+    PackedBlocks,
+    PackedStream,
+    document_separator,
+    pack_documents,
+)
+from calm.data.tokenizer import load_tokenizer, tokenizer_hash
+from calm.errors import UserError
+from calm.training.arguments import JobArguments
+
+__all__ = ["Blocks", "Text", "load_text", "pack_text", "protocol"]
+
+logger = logging.getLogger(__name__)
+
+# Documents of a stream that a tokenizer is trained on.
+TOKENIZER_DOCUMENTS = 100_000
+
+Packed = PackedBlocks | PackedStream
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents and their tokenizer."""
+
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_name: str
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Packed documents to train on and to evaluate on; None where they are not asked for."""
+
+    train: Packed | None
+    validation: Packed | None
+
+
+def load_text(arguments: JobArguments) -> Text:
+    """Documents and tokenizer that `arguments` name.
+
+    Raises:
+        UserError: see `load_corpus` and `load_tokenizer`; no text for what is to be done.
+    """
+    model, training = arguments.model, arguments.training
+    corpus = load_corpus(arguments.corpus)
+    if training.do_train and corpus.train is None:
+        raise UserError("there is no text to train on: pass train_file or dataset_name")
+    if training.do_eval and corpus.validation is None:
+        raise UserError(
+            "there is no text to evaluate on: pass validation_file, or a "
+            "validation_split_percentage above 0"
+        )
+    name = model.tokenizer_name or model.model_name_or_path or model.ae_name_or_path
+    if name is None:
+        raise UserError("tokenizer_name is needed: a folder, a hub name, 'bytes' or 'bpe:4096'")
+    tokenizer = load_tokenizer(
+        name,
+        texts=_texts(corpus.train),
+        add_pad_token=model.add_pad_token,
+        use_fast=model.use_fast_tokenizer,
+        cache_dir=model.cache_dir,
+        revision=model.model_revision,
+        token=model.token,
+        trust_remote_code=model.trust_remote_code,
+    )
+    return Text(corpus, tokenizer, name)
+
+
+def _texts(documents: Documents | None) -> Any:
+    if documents is None:
+        return None
+    return (row[TEXT_KEY] for row in islice(documents, TOKENIZER_DOCUMENTS))
+
+
+def pack_text(arguments: JobArguments, text: Text, patch_size: int) -> Blocks:
+    """Blocks of the documents; streams repeat for as long as training lasts."""
+    training, data = arguments.training, arguments.data
+
+    def pack(documents: Documents | None, wanted: bool, limit: int | None, repeat: bool) -> Any:
+        if documents is None or not wanted:
+            return None
+        return pack_documents(
+            documents,
+            text.tokenizer,
+            block_size=arguments.block_size,
+            patch_size=patch_size,
+            max_blocks=limit,
+            repeat=repeat,
+            num_proc=data.preprocessing_num_workers,
+            overwrite_cache=data.overwrite_cache,
+        )
+
+    return Blocks(
+        pack(text.corpus.train, training.do_train, data.max_train_samples, True),
+        pack(text.corpus.validation, training.do_eval, data.max_eval_samples, False),
+    )
+
+
+def protocol(
+    arguments: JobArguments, text: Text, blocks: Blocks, patch_size: int
+) -> dict[str, Any]:
+    """What was trained on what, for the record beside the weights; names of files, no paths."""
+    training, data = arguments.training, arguments.data
+    return {
+        "stage": arguments.stage.value,
+        "block_size": arguments.block_size,
+        "patch_size": patch_size,
+        "tokenizer": Path(text.tokenizer_name).name,
+        "tokenizer_hash": tokenizer_hash(text.tokenizer),
+        "vocab_size": len(text.tokenizer),
+        "document_separator": document_separator(text.tokenizer),
+        "dataset": data.dataset_name and Path(data.dataset_name).name,
+        "train_files": _file_names(data.train_file),
+        "validation_files": _file_names(data.validation_file),
+        "validation_split_percentage": data.validation_split_percentage,
+        "train": _describe(blocks.train),
+        "validation": _describe(blocks.validation),
+        "seed": training.seed,
+        "eval_seed": training.eval_seed,
+        "eval_num_samples": training.eval_num_samples,
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+    }
+
+
+def _file_names(patterns: str | None) -> list[str] | None:
+    return [Path(file).name for file in expand_files(patterns)] if patterns else None
+
+
+def _describe(blocks: Packed | None) -> dict[str, Any] | None:
+    if not isinstance(blocks, PackedBlocks):
+        return None if blocks is None else {"streaming": True}
+    return {
+        "blocks": len(blocks),
+        "tokens": blocks.num_tokens,
+        "tokens_per_character": round(blocks.tokens_per_character, 4),
+        "data_hash": blocks.data_hash(),
+    }

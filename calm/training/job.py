@@ -1,0 +1,123 @@
+"""One training job, whichever the stage: text, tokenizer, model, training, evaluation, files.
+
+A job writes ``output_dir``: the final weights with configuration, tokenizer and ``protocol.json``
+(what `calm eval` and `calm generate` load), ``train_results.json``, ``eval_results.json``,
+``trainer_state.json`` with the logs, and ``checkpoint-<step>`` folders. Started again with the same
+``output_dir``, it resumes from the last good checkpoint; ``--overwrite_output_dir`` starts afresh,
+``--resume_from_checkpoint <folder>`` chooses a checkpoint.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from calm.errors import UserError
+from calm.training.arguments import CALMTrainingArguments, JobArguments, parse_arguments
+from calm.training.building import weight_dtype
+from calm.training.checkpoints import check_usable, discard_checkpoints, last_good_checkpoint
+from calm.training.clock import UNBOUNDED_STEPS
+from calm.training.inputs import load_text, pack_text, protocol
+from calm.training.recipe import Stage
+from calm.training.trainer import CALMTrainer
+from calm_kernels.backend import set_backend
+
+__all__ = ["BuildModel", "run_job", "run_stage"]
+
+logger = logging.getLogger(__name__)
+
+BuildModel = Callable[[JobArguments, PreTrainedTokenizerBase], PreTrainedModel]
+LAST = ("true", "last")  # words for "the last good checkpoint of this run"
+
+
+def run_stage(stage: Stage, build_model: BuildModel, argv: list[str] | None) -> int:
+    """`run_job` as a program: exit status 0, or 2 after one line about what the user can mend."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    disable_progress_bar()  # of weights being written; training has its own
+    try:
+        run_job(parse_arguments(sys.argv[1:] if argv is None else argv, stage), build_model)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
+    """Train and evaluate as `arguments` say; the trainer that did it.
+
+    Args:
+        arguments: from `parse_arguments`.
+        build_model: makes or loads the model of the stage, given its tokenizer.
+
+    Raises:
+        UserError: anything about data, models, checkpoints or settings that the user can mend; a
+            loss that is not finite.
+    """
+    args = arguments.training
+    set_backend(args.backend)
+    if args.max_train_seconds and args.max_steps <= 0:
+        args.max_steps = UNBOUNDED_STEPS
+    with args.main_process_first(desc="reading the text"):
+        text = load_text(arguments)
+    set_seed(args.seed)  # initial weights depend on the seed, not on what reading the text drew
+    model = build_model(arguments, text.tokenizer)
+    if arguments.model.torch_dtype not in (None, "auto"):
+        nn.Module.to(model, dtype=weight_dtype(arguments.model.torch_dtype))
+    patch_size = getattr(model, "patch_size", 1)
+    with args.main_process_first(desc="packing the text"):
+        blocks = pack_text(arguments, text, patch_size)
+    trainer = CALMTrainer(
+        model,
+        args,
+        protocol=protocol(arguments, text, blocks, patch_size) if args.should_save else None,
+        tokens_per_character=getattr(blocks.train, "tokens_per_character", None),
+        train_dataset=blocks.train,
+        eval_dataset=blocks.validation,
+        processing_class=text.tokenizer,
+    )
+    if args.do_train:
+        _train(trainer)
+    if args.do_eval:
+        _report(trainer, "eval", trainer.evaluate())
+    return trainer
+
+
+def _train(trainer: CALMTrainer) -> None:
+    args = trainer.args
+    with args.main_process_first(desc="looking for checkpoints"):
+        checkpoint = _resume_point(args)
+    if checkpoint is not None:
+        logger.info("resuming from %s", checkpoint)
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model()
+    trainer.save_state()
+    result.metrics.pop("total_flos", None)
+    _report(trainer, "train", result.metrics)
+
+
+def _report(trainer: CALMTrainer, stage: str, metrics: dict[str, float]) -> None:
+    trainer.log_metrics(stage, metrics)
+    trainer.save_metrics(stage, metrics)
+
+
+def _resume_point(args: CALMTrainingArguments) -> Path | None:
+    """The checkpoint to go on from, or None to start at the beginning."""
+    folder, asked = args.folder, args.resume_from_checkpoint
+    is_named = asked is not None and str(asked).lower() not in LAST
+    if args.overwrite_output_dir:
+        if asked is not None:
+            raise UserError("overwrite_output_dir and resume_from_checkpoint exclude each other")
+        discard_checkpoints(folder)
+        return None
+    if is_named:
+        return check_usable(Path(str(asked)))
+    found = last_good_checkpoint(folder)
+    if found is None and asked is not None:
+        raise UserError(f"resume_from_checkpoint: {folder} holds no good checkpoint")
+    return found

@@ -1,0 +1,145 @@
+"""What is measured while training, gathered on the device and read once a logging interval."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calm.errors import UserError
+
+__all__ = ["FiniteGuard", "NonFiniteLossError", "RunningMeans", "Throughput"]
+
+Gather = Callable[[Tensor], Tensor]
+
+
+class NonFiniteLossError(UserError):
+    """The loss or the gradient stopped being a number."""
+
+
+class RunningMeans:
+    """Means of named scalars over an interval and over processes, without waiting for the
+    device.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: Counter[str] = Counter()
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Count in one micro-batch's scalars."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] += 1
+
+    def drain(self, gather: Gather) -> dict[str, float]:
+        """The means so far; starts over. `gather` collects a tensor ``[n]`` of every process."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        means = torch.stack([self._sums[name] / self._counts[name] for name in names])
+        means = gather(means[None]).reshape(-1, len(names)).mean(0)
+        self._sums.clear()
+        self._counts.clear()
+        return dict(zip(names, means.tolist(), strict=True))
+
+
+class Throughput:
+    """Tokens and characters a second between two logs, evaluation and saving included."""
+
+    def __init__(self, tokens_per_character: float | None = None) -> None:
+        self.tokens_per_character = tokens_per_character
+        self.start()
+
+    def start(self) -> None:
+        """Begin an interval."""
+        self._tokens = 0
+        self._since = time.perf_counter()
+
+    def add(self, tokens: int) -> None:
+        """Count in `tokens` of all processes."""
+        self._tokens += tokens
+
+    def drain(self) -> dict[str, float]:
+        """Rates of the interval; starts the next one."""
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        rates = {"tokens_per_second": self._tokens / seconds}
+        if self.tokens_per_character:
+            rates["characters_per_second"] = rates["tokens_per_second"] / self.tokens_per_character
+        self.start()
+        return rates
+
+
+@dataclass(frozen=True)
+class _Event:
+    """One value that was watched."""
+
+    step: int
+    learning_rate: float
+    where: str
+
+
+class FiniteGuard:
+    """Notices the first loss or gradient norm that is not finite, and says all about it.
+
+    Watching costs no wait: the index of the first bad value is kept on the device and read by
+        `check`, which runs at
+    every log and before anything is evaluated or saved.
+    """
+
+    def __init__(self) -> None:
+        self._events: list[_Event] = []
+        self._values: list[Tensor] = []
+        self._norms: dict[int, Tensor] = {}
+
+    def watch_loss(self, loss: Tensor, *, step: int, learning_rate: float, where: str) -> None:
+        """Watch the loss of one micro-batch of `step`; `where` names its position in the data."""
+        self._events.append(_Event(step, learning_rate, f"loss at {where}"))
+        self._values.append(loss.detach().float())
+
+    def watch_norm(self, norm: Tensor | float, *, step: int, learning_rate: float) -> None:
+        """Watch the gradient norm of `step`."""
+        value = torch.as_tensor(norm, dtype=torch.float32).detach()
+        self._events.append(_Event(step, learning_rate, "gradient norm"))
+        self._values.append(value)
+        self._norms[step] = value
+
+    def check(self, gather: Gather, last_good: str | None) -> None:
+        """Forget what was watched if all of it was finite on every process.
+
+        Raises:
+            NonFiniteLossError: with step, learning rate, gradient norm and position of the first
+                bad value.
+        """
+        if not self._values:
+            return
+        device = self._values[0].device
+        values = torch.stack([value.to(device) for value in self._values])
+        first = (~values.isfinite()).float().argmax()
+        index = torch.where(values.isfinite().all(), -1, first)
+        if int(gather(index[None]).max()) < 0:
+            self._events.clear()
+            self._values.clear()
+            self._norms = dict(list(self._norms.items())[-1:])
+            return
+        raise NonFiniteLossError(self._report(int(index), values, last_good))
+
+    def _report(self, index: int, values: Tensor, last_good: str | None) -> str:
+        kept = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint"
+        advice = "a smaller learning rate, a longer warm-up or a look at that data may help"
+        if index < 0:
+            return f"another process met a loss that is not finite; {kept}"
+        event = self._events[index]
+        norms = [
+            f"{self._norms[step].item():.4g} at step {step}"
+            for step in (event.step - 1, event.step)
+            if step in self._norms
+        ]
+        return (
+            f"{event.where} is {values[index].item()} in step {event.step}: learning rate "
+            f"{event.learning_rate:.4g}, gradient norm {', '.join(norms) or 'not yet known'}; "
+            f"{kept}; {advice}"
+        )

@@ -1,0 +1,44 @@
+"""The token-by-token baseline: the same backbone, one token a step, cross-entropy.
+
+    python -m calm.training.train_ar --config baseline-s --tokenizer_name llama3 --train_file
+    'pile/*.jsonl'
+
+`calm train-ar` is the same. ``torchrun -m`` instead of ``python -m`` trains on several devices.
+"""
+
+from typing import Literal
+
+from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+from calm.models import BaselineTransformer
+from calm.training.arguments import JobArguments
+from calm.training.building import check_vocabulary, load_pretrained, new_config
+from calm.training.job import run_stage
+from calm.training.recipe import Stage
+
+__all__ = ["build_model", "main"]
+
+# What BaselineTransformer reads from a LlamaConfig beyond its own fields.
+EXTRAS = {"rope_theta": float, "initializer": Literal["normal", "fan_in"], "embedding_std": float}
+
+
+def build_model(arguments: JobArguments, tokenizer: PreTrainedTokenizerBase) -> BaselineTransformer:
+    """A new baseline for `tokenizer`, or the one at ``model_name_or_path``."""
+    model = arguments.model
+    if model.model_name_or_path:
+        name = model.model_name_or_path
+        loaded = load_pretrained(BaselineTransformer, name, model, "model_name_or_path")
+        check_vocabulary(loaded.config.vocab_size, tokenizer, "the baseline")
+        return loaded
+    config = new_config(LlamaConfig, model, tokenizer, EXTRAS, vocab_size=len(tokenizer))
+    check_vocabulary(config.vocab_size, tokenizer, "the baseline")
+    return BaselineTransformer(config)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train a baseline; the exit status."""
+    return run_stage(Stage.BASELINE, build_model, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,85 @@
+"""Stage two: the continuous language model on a trained autoencoder.
+
+    python -m calm.training.train_calm --config calm-m --ae_name_or_path runs/ae --train_file
+    'pile/*.jsonl'
+
+`calm train` is the same. ``torchrun -m`` instead of ``python -m`` trains on several devices.
+"""
+
+from transformers import PreTrainedTokenizerBase
+
+from calm.configuration import HEAD_TYPES, CALMConfig
+from calm.errors import UserError
+from calm.models import MODEL_CLASSES, Autoencoder, ContinuousTransformer
+from calm.training.arguments import JobArguments, ModelArguments
+from calm.training.building import check_vocabulary, load_pretrained, new_config
+from calm.training.job import run_stage
+from calm.training.overrides import parse_overrides
+from calm.training.recipe import Stage
+
+__all__ = ["build_model", "main"]
+
+
+def build_model(
+    arguments: JobArguments, tokenizer: PreTrainedTokenizerBase
+) -> ContinuousTransformer:
+    """A new language model on the autoencoder at ``ae_name_or_path``, or the one at
+    ``model_name_or_path``.
+    """
+    model = arguments.model
+    loaded = _continued(model) if model.model_name_or_path else _new(model, tokenizer)
+    check_vocabulary(loaded.config.vocab_size, tokenizer, "the language model")
+    return loaded
+
+
+def _head_type(arguments: ModelArguments) -> str | None:
+    """What the flags say about the head, or None."""
+    named = {
+        arguments.model_type,
+        parse_overrides(arguments.config_overrides).get("model_type"),
+        parse_overrides(arguments.config_overrides).get("head_type"),
+    } - {None}
+    if len(named) > 1 or not named <= set(HEAD_TYPES):
+        given = ", ".join(sorted(map(str, named)))
+        raise UserError(f"model_type must be one of {', '.join(HEAD_TYPES)}, got {given}")
+    return next(iter(named), None)
+
+
+def _continued(arguments: ModelArguments) -> ContinuousTransformer:
+    name = str(arguments.model_name_or_path)
+    options = {"ae_path": arguments.ae_name_or_path} if arguments.ae_name_or_path else {}
+    try:
+        saved = CALMConfig.from_pretrained(name, **options).head_type
+    except OSError as error:
+        raise UserError(f"model_name_or_path: cannot load {name!r} ({error})") from error
+    model_class = MODEL_CLASSES[_head_type(arguments) or saved or HEAD_TYPES[0]]
+    return load_pretrained(model_class, name, arguments, "model_name_or_path", **options)
+
+
+def _new(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> ContinuousTransformer:
+    if not arguments.ae_name_or_path:
+        raise UserError(
+            "a language model needs a trained autoencoder: pass ae_name_or_path (a folder that "
+            "`calm train-ae` wrote), or model_name_or_path to go on with a language model"
+        )
+    autoencoder = load_pretrained(
+        Autoencoder, arguments.ae_name_or_path, arguments, "ae_name_or_path"
+    )
+    shared = {
+        name: getattr(autoencoder.config, name)
+        for name in ("vocab_size", "patch_size", "latent_size")
+    }
+    head_type = _head_type(arguments) or HEAD_TYPES[0]
+    config = new_config(
+        CALMConfig, arguments, tokenizer, {"rope_theta": float}, head_type=head_type, **shared
+    )
+    return MODEL_CLASSES[head_type].from_autoencoder(autoencoder, config)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train a continuous language model; the exit status."""
+    return run_stage(Stage.CALM, build_model, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

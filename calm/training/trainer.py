@@ -1,0 +1,232 @@
+"""transformers' `Trainer` for all three stages: draws, logs, evaluation and checkpoints that fit
+these models.
+
+Every draw of a step is addressed by (seed, step) and the index of its sequence within the step's
+batch. Processes and accumulation steps therefore draw different numbers, any split of a batch draws
+the same ones, and a resumed run draws what the run that was never stopped would have drawn.
+Evaluation has a seed of its own and leaves training's generators as it found them.
+"""
+
+import inspect
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, ProgressCallback, Trainer
+
+from calm.data.packing import collate
+from calm.training.arguments import CALMTrainingArguments
+from calm.training.checkpoints import (
+    last_good_checkpoint,
+    rotate_checkpoints,
+    write_atomically,
+    write_manifest,
+)
+from calm.training.clock import TimedProgress, TrainingClock, timed_schedule
+from calm.training.metrics import FiniteGuard, RunningMeans, Throughput
+from calm.training.scoring import metrics_of, score_sequences
+
+__all__ = ["PROTOCOL", "CALMTrainer"]
+
+PROTOCOL = "protocol.json"
+
+
+class CALMTrainer(Trainer):
+    """Trains and evaluates an `Autoencoder`, a CALM or the token baseline on packed blocks.
+
+    Args:
+        model: what to train; parameters that need no gradient (the autoencoder of a CALM) stay out
+            of the optimizer.
+        args: `CALMTrainingArguments`.
+        protocol: settings to save beside every set of weights.
+        tokens_per_character: for characters/s in the logs; None leaves them out.
+        options: passed on to `Trainer` (datasets, tokenizer as ``processing_class``, callbacks).
+    """
+
+    args: CALMTrainingArguments
+    model: PreTrainedModel
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: CALMTrainingArguments,
+        *,
+        protocol: dict[str, Any] | None = None,
+        tokens_per_character: float | None = None,
+        **options: Any,
+    ) -> None:
+        options.setdefault("data_collator", collate)
+        super().__init__(model, args, compute_metrics=partial(metrics_of, model), **options)
+        self.protocol = protocol or {}
+        self._takes_seed = "seed" in inspect.signature(model.forward).parameters
+        self._means = RunningMeans()
+        self._throughput = Throughput(tokens_per_character)
+        self._guard = FiniteGuard()
+        self._drawn_step = -1
+        self._micro_batch = 0
+        self._eval_batch = 0
+        self._clock: TrainingClock | None = None
+        if args.max_train_seconds:
+            self._clock = TrainingClock(args.max_train_seconds)
+            self.add_callback(self._clock)
+            if self.pop_callback(ProgressCallback) is not None:
+                self.add_callback(TimedProgress(self._clock))
+
+    # Training
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: Optimizer | None = None
+    ) -> LRScheduler:
+        """The learning-rate schedule: over steps, or over time with ``max_train_seconds``."""
+        if self._clock is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            chosen: Any = optimizer or self.optimizer
+            self.lr_scheduler = timed_schedule(chosen, self.args, self._clock)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers."""
+        self._throughput.start()
+        return super().train(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The mean loss of one micro-batch, with its draws addressed and its parts recorded."""
+        first_row = self._next_first_row()
+        outputs = model(**inputs, **self._draws(self.args.seed, self.state.global_step, first_row))
+        self._record(inputs, outputs, first_row)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _next_first_row(self) -> int:
+        """Index, within this step's whole batch, of the first sequence of the next micro-batch.
+
+        The data loader deals micro-batches to the processes in turn.
+        """
+        if self._drawn_step != self.state.global_step:
+            self._drawn_step, self._micro_batch = self.state.global_step, 0
+        dealt = self._micro_batch * self.args.world_size + self.args.process_index
+        self._micro_batch += 1
+        return dealt * self._train_batch_size
+
+    def _draws(self, seed: int, offset: int, first_row: int) -> dict[str, Any]:
+        """Arguments that address the draws of a forward; none for a model that draws nothing."""
+        if not self._takes_seed:
+            return {}
+        address = torch.tensor([seed, offset], dtype=torch.int64, device=self.args.device)
+        return {"seed": address, "first_row": first_row}
+
+    def _record(self, inputs: dict[str, Tensor], outputs: Any, first_row: int) -> None:
+        last_row = first_row + len(inputs["input_ids"]) - 1
+        self._guard.watch_loss(
+            outputs.loss,
+            step=self.state.global_step + 1,
+            learning_rate=self._get_learning_rate(),
+            where=f"sequences {first_row} to {last_row} of the batch "
+            f"(process {self.args.process_index}, epoch {self.state.epoch or 0:.4f})",
+        )
+        parts = {
+            name: value
+            for name, value in outputs.items()
+            if name != "loss" and isinstance(value, Tensor) and value.dim() == 0
+        }
+        self._means.add(parts)
+        self._throughput.add(inputs["input_ids"].numel() * self.args.world_size)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self.args.fp16:  # whose scaler meets infinite gradients and skips them by design
+            step, rate = self.state.global_step + 1, self._get_learning_rate()
+            self._guard.watch_norm(norm, step=step, learning_rate=rate)
+        return norm
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """None counted: transformers' estimate, 6 a weight and token, is wrong for chunks."""
+        return 0
+
+    def _check_finite(self) -> None:
+        """Stop the run if a loss since the last check was not finite, before anything is kept."""
+        newest = last_good_checkpoint(self.args.folder, set_aside=False)
+        self._guard.check(self.accelerator.gather, None if newest is None else str(newest))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs of training carry the parts of the loss, averaged since the last log, and the
+        speed.
+        """
+        if "loss" in logs:
+            self._check_finite()
+            logs |= self._means.drain(self.accelerator.gather) | self._throughput.drain()
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in transformers; training goes on as if there had been no evaluation."""
+        self._check_finite()
+        self._eval_batch = 0
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # a data loader draws a seed when it starts
+            return super().evaluate(*args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Loss of a batch, and sums and counts of its sequences, see `score_sequences`."""
+        inputs = self._prepare_inputs(inputs)
+        dealt = self._eval_batch * self.args.world_size + self.args.process_index
+        self._eval_batch += 1
+        first = dealt * self.args.eval_batch_size
+        with torch.no_grad(), self.accelerator.autocast():
+            outputs = model(**inputs, **self._draws(self.args.eval_seed, 0, first))
+            if prediction_loss_only:
+                return outputs.loss, None, None
+            sums, counts = score_sequences(
+                self.accelerator.unwrap_model(model),
+                inputs,
+                outputs,
+                seed=torch.tensor([self.args.eval_seed, 1], device=self.args.device),
+                first_sequence=first,
+                num_samples=self.args.eval_num_samples,
+            )
+        return outputs.loss, sums, counts
+
+    # Saving
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Weights, configuration, tokenizer and protocol: all that the other commands need."""
+        self._check_finite()
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.folder)
+            write_atomically(folder / PROTOCOL, json.dumps(self.protocol, indent=2) + "\n")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in transformers, completed by a manifest; old checkpoints go once the new one is
+        whole.
+        """
+        folder = self.args.folder / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(folder)
+            rotate_checkpoints(folder.parent, limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
