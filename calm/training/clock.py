@@ -104,7 +104,6 @@ class TimedProgress(ProgressCallback):
         if self.training_bar is not None:
             expected = state.global_step / max(self.clock.progress, 1e-9)
             self.training_bar.total = max(state.global_step, round(expected))
-            self.training_bar.refresh()
 
 
 def timed_schedule(optimizer: Optimizer, args: TrainingArguments, clock: TrainingClock) -> LambdaLR:

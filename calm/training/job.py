@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -68,7 +67,7 @@ def run_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
     set_seed(args.seed)  # initial weights depend on the seed, not on what reading the text drew
     model = build_model(arguments, text.tokenizer)
     if arguments.model.torch_dtype not in (None, "auto"):
-        nn.Module.to(model, dtype=weight_dtype(arguments.model.torch_dtype))
+        model.to(dtype=weight_dtype(arguments.model.torch_dtype))  # type: ignore[call-arg]
     patch_size = getattr(model, "patch_size", 1)
     with args.main_process_first(desc="packing the text"):
         blocks = pack_text(arguments, text, patch_size)
@@ -84,7 +83,7 @@ def run_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
     if args.do_train:
         _train(trainer)
     if args.do_eval:
-        _report(trainer, "eval", trainer.evaluate())
+        _report(trainer, "eval", _last_evaluation(trainer) or trainer.evaluate())
     return trainer
 
 
@@ -99,6 +98,16 @@ def _train(trainer: CALMTrainer) -> None:
     trainer.save_state()
     result.metrics.pop("total_flos", None)
     _report(trainer, "train", result.metrics)
+
+
+def _last_evaluation(trainer: CALMTrainer) -> dict[str, float] | None:
+    """Metrics of the evaluation that training ended with, if it did and the weights are still those."""
+    if trainer.args.load_best_model_at_end:
+        return None
+    for entry in reversed(trainer.state.log_history):
+        if entry["step"] == trainer.state.global_step and "eval_loss" in entry:
+            return {name: value for name, value in entry.items() if name != "step"}
+    return None
 
 
 def _report(trainer: CALMTrainer, stage: str, metrics: dict[str, float]) -> None:
