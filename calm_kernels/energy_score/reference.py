@@ -1,8 +1,8 @@
-"""The energy score as the paper writes it (CALM section 3.3, equations 9 and 10), differentiated by autograd.
+"""The energy score as the paper writes it (CALM, equations 9 and 10), differentiated by autograd.
 
-It defines correctness for every other backend and is the "published formula" of the benchmarks: sampled
-targets are broadcast against samples, ``[N, M, R, L]``, as the published code does. The one departure is
-the gradient of |v|^α at v = 0, defined as zero, where the published code gives NaN for α < 1.
+It defines correctness for every other backend and is the "published formula" of the benchmarks:
+drawn targets are broadcast against samples, ``[N, M, R, L]``, as the published code does. The one
+departure is the gradient of |v|^α at v = 0: zero here, NaN for α < 1 in the published code.
 
 Shapes: samples ``[N, R, L]``, targets ``[M, R, L]``, mean and log_std ``[R, L]``, R patches.
 """
@@ -58,9 +58,10 @@ def gaussian_energy_score(
     noise: Tensor | None,
     weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Score, fidelity, diversity and, without noise, the largest r2, ``[R]`` each, against N(mean, exp(log_std)²).
+    """Score, fidelity, diversity and, without noise, the largest r2 of each patch, ``[R]``.
 
-    Targets are mean + exp(log_std) · noise, noise ``[M, R, L]``; without noise their expectation is exact.
+    Targets are mean + exp(log_std) · noise with noise ``[M, R, L]``; without noise the expectation
+    over N(mean, exp(log_std)²) is exact.
     """
     weight, samples, mean, log_std = without_masked(weight, samples, mean, log_std)
     std = torch.exp(log_std)
@@ -76,7 +77,7 @@ def gaussian_energy_score(
 
 
 def without_masked(weight: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Weight ``[R]`` and inputs in the dtype of the score, with zeros for the patches of weight 0."""
+    """Weight ``[R]`` and inputs in the dtype of the score; zeros where the weight is 0."""
     dtype = torch.float64 if torch.float64 in {value.dtype for value in inputs} else torch.float32
     inputs = tuple(value.to(dtype) for value in inputs)
     if weight is None:
@@ -86,7 +87,7 @@ def without_masked(weight: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]
 
 
 def relative_variance(samples: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Largest r2 = Var|v|² / (E|v|²)² over the samples of a patch, v ~ N(x - mean, std²), ``[R]``."""
+    """Largest r2 = Var|v|² / (E|v|²)² of a patch's v_n ~ N(x_n - mean, std²), ``[R]``."""
     variance, offset2 = std.square(), (samples - mean).square()
     second = (2 * variance * (variance + 2 * offset2)).sum(-1)
     return (second / (variance + offset2).sum(-1).square()).nan_to_num(0.0).amax(0)
@@ -98,9 +99,9 @@ def expected_distance(offset: Tensor, std: Tensor, exponent: float) -> Tensor:
     With p = α/2, the Laplace transform φ(t) = E exp(-t|v|²) and B(t) = -d ln φ / dt,
 
         E|v|^α = 1/Γ(1-p) ∫_0^∞ t^-p φ(t) B(t) dt,
-        φ = Π_l (1 + 2ts²)^(-1/2) exp(-tm² / (1 + 2ts²)),    B = Σ_l s² / (1 + 2ts²) + m² / (1 + 2ts²)²
+        φ = Π (1 + 2ts²)^(-1/2) exp(-tm² / (1 + 2ts²)),   B = Σ s² / (1 + 2ts²) + m² / (1 + 2ts²)²
 
-    by the trapezoid rule in u with ln(tS) = sinh(u), S = E|v|²: double exponential decay at both ends.
+    by the trapezoid rule in u with ln(tS) = sinh(u), S = E|v|²: double exponential at both ends.
     """
     order = exponent / 2
     variance, offset2 = std.double().square(), offset.double().square()
