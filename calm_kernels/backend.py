@@ -6,9 +6,10 @@ Every public operation takes ``backend=`` and asks `resolve` which implementatio
 * ``torch``: the best plain PyTorch, any device;
 * ``triton``: fused kernels for NVIDIA and AMD GPUs (CPU tensors only in Triton's interpreter).
 
-``auto`` takes Triton for GPU tensors where the operation has a kernel, else ``torch``, and logs the choice once.
-The process-wide choice comes from `set_backend`, the `use_backend` context or ``CALM_KERNELS_BACKEND``;
-an argument other than ``auto`` overrides it. An explicit choice never falls back: it runs or raises.
+``auto`` takes Triton for GPU tensors where the operation has a kernel, else ``torch``, and logs the
+choice once. The process-wide choice comes from `set_backend`, the `use_backend` context or
+``CALM_KERNELS_BACKEND``; an argument other than ``auto`` overrides it. An explicit choice never falls
+back: it runs or raises.
 """
 
 import importlib.util
@@ -21,7 +22,7 @@ from enum import StrEnum
 
 from torch import Tensor
 
-__all__ = ["Backend", "OPERATIONS", "resolve", "set_backend", "use_backend"]
+__all__ = ["OPERATIONS", "Backend", "resolve", "set_backend", "use_backend"]
 
 logger = logging.getLogger(__name__)
 

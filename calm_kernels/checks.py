@@ -1,4 +1,7 @@
-"""Argument checks shared by the operations: each error names the argument, what was expected and what came."""
+"""Argument checks shared by the operations.
+
+Each error names the argument, what was expected and what came.
+"""
 
 from collections.abc import Sequence
 

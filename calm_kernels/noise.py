@@ -1,14 +1,15 @@
-"""Counter-based random numbers: Philox 4x32-10, the same bits whatever the device, tile or batch split.
+"""Counter-based random numbers: Philox 4x32-10, the same bits whatever the device or batch split.
 
 A draw is addressed, not consumed. Its key is (seed, stream) and its counter names what it is for:
 
     key     = (seed low word, seed high word xor stream)
     counter = (draw * words_per_row + word, global row, offset low word, offset high word)
 
-so ranks and accumulation steps that share a seed draw different rows of one table, and a resumed run continues it.
-One Philox call gives four 32-bit words; a word gives one uniform (24 bits) or two normals (20 bits of radius,
-12 bits of angle). Element ``e`` of a row of width ``W`` is found at word ``q = e % words`` with ``words = ceil(W/4)``
-for uniforms (``words = ceil(W/8)`` for normals), output ``e // words``: the layout in which a kernel writes slices.
+so ranks and accumulation steps that share a seed draw different rows of one table, and a resumed
+run continues it. One Philox call gives four 32-bit words; a word gives one uniform (24 bits) or
+two normals (20 bits of radius, 12 bits of angle). Element ``e`` of a row of width ``W`` is found at
+word ``q = e % words`` with ``words = ceil(W/4)`` for uniforms (``words = ceil(W/8)`` for normals),
+output ``e // words``: the layout in which a kernel writes slices.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -49,9 +50,10 @@ def as_seed(seed: Seed, device: torch.device | str) -> Tensor:
     """`seed` as an int64 tensor of (seed, offset), ``[2]``, or ``[rows, 2]`` for one stream a row.
 
     Args:
-        seed: an int (offset 0); a tensor ``[2]`` of (seed, offset); one seed a row as ``[rows, 2]``, ``[rows, 1]`` or
-            ``[rows]`` (a one-dimensional tensor of two entries is (seed, offset)); None draws one from torch's
-            default generator, so ``torch.manual_seed`` governs it.
+        seed: an int (offset 0); a tensor ``[2]`` of (seed, offset); one seed a row as
+            ``[rows, 2]``, ``[rows, 1]`` or ``[rows]`` (a one-dimensional tensor of two entries is
+            (seed, offset)); None draws one from torch's default generator, so that
+            ``torch.manual_seed`` governs it.
         device: where the draws are made.
     """
     if seed is None:
@@ -73,25 +75,25 @@ def as_seed(seed: Seed, device: torch.device | str) -> Tensor:
     return seed.to(device)
 
 
-def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32 bit product; int64 wraps, which leaves its 64 bits right."""
-    product = word * multiplier
-    return (product >> 32) & _MASK, product & _MASK
-
-
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, ...]:
-    """Philox 4x32-10: four 32-bit words (in int64) for each counter; arguments broadcast."""
+    """Philox 4x32-10: four 32-bit words (in int64) for each counter; arguments broadcast.
+
+    A 32 x 32 bit product wraps in int64, which leaves its 64 bits right. Its upper half, the next
+    counter after two exclusive ors, is masked there; its lower half only ever enters such an or, so
+    it may keep its upper bits until the end.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for step in range(_ROUNDS):
         if step:
             k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
-        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
-        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-    return c0, c1, c2, c3
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = ((product1 >> 32) ^ c1 ^ k0) & _MASK
+        c2 = ((product0 >> 32) ^ c3 ^ k1) & _MASK
+        c1, c3 = product1, product0
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def _words(
@@ -114,14 +116,15 @@ def _words(
     row = torch.arange(num_rows, device=device)[:, None, None]
     row = torch.zeros_like(row) + first_row if seed.dim() == 2 else row + first_row
     draw = torch.arange(num_draws, device=device)[:, None] + first_draw
-    element = draw * words + torch.arange(words, device=device)
-    return philox((element[None], row & _MASK, offset & _MASK, (offset >> 32) & _MASK), key)
+    element = (draw * words + torch.arange(words, device=device))[None]
+    row, low, high = row & _MASK, offset & _MASK, (offset >> 32) & _MASK
+    return philox((element & _MASK, row, low, high), key)
 
 
 def _to_shape(
     outputs: list[Tensor], width: int, num_draws: int | None, dtype: torch.dtype
 ) -> Tensor:
-    """Slices ``[rows, draws, words]`` side by side, cut to `width`, as ``[draws, rows, width]`` or ``[rows, width]``."""
+    """Join slices ``[rows, draws, words]`` to ``[draws, rows, width]`` or ``[rows, width]``."""
     values = torch.cat(outputs, dim=-1)[..., :width].to(dtype)
     return values[:, 0] if num_draws is None else values.transpose(0, 1)
 
@@ -146,23 +149,26 @@ def uniform(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Uniform draws in [0, 1), multiples of 2^-24.
+    """Uniform draws in [0, 1), multiples of 2^-24 before they are rounded to `dtype`.
 
     Args:
-        num_rows: R, rows of this call. Row ``r`` is row ``first_row + r`` of the stream; with a seed per row every
-            row is row `first_row` of its own stream.
+        num_rows: R, rows of this call. Row ``r`` is row ``first_row + r`` of the stream; with a
+            seed per row every row is row `first_row` of its own stream.
         width: elements a row.
         stream: what the draws are for.
         seed: see `as_seed`.
         num_draws: N draws a row; None for one, without the leading axis.
+        first_row: index of the first row.
         first_draw: index of the first draw, to continue a sequence of draws.
+        device: where the draws are made.
+        dtype: of the result.
 
     Returns: ``[num_draws, num_rows, width]`` (a view of row-major memory) or ``[num_rows, width]``.
     """
     _check(num_rows, width, num_draws, first_draw)
     words = math.ceil(width / 4)
-    drawn = _words(num_rows, words, 1 if num_draws is None else num_draws, as_seed(seed, device), stream,
-                   first_row, first_draw)  # fmt: skip
+    count = 1 if num_draws is None else num_draws
+    drawn = _words(num_rows, words, count, as_seed(seed, device), stream, first_row, first_draw)
     return _to_shape(
         [(word >> 8).to(torch.float32) * 2.0**-24 for word in drawn], width, num_draws, dtype
     )
@@ -182,13 +188,14 @@ def normal(
 ) -> Tensor:
     """Standard normal draws by Box-Muller, |draw| < 5.4; arguments and result as `uniform`.
 
-    radius = sqrt(-2 ln((k + 1/2) / 2^20)), angle = 2 pi (j + 1/2) / 2^12 - pi, with k the upper 20 and j the lower
-    12 bits of a word; word w of a call gives radius * cos(angle) to slice 2w and radius * sin(angle) to slice 2w + 1.
+    radius = sqrt(-2 ln((k + 1/2) / 2^20)), angle = 2 pi (j + 1/2) / 2^12 - pi, with k the upper 20
+    and j the lower 12 bits of a word; word w of a call gives radius * cos(angle) to slice 2w and
+    radius * sin(angle) to slice 2w + 1.
     """
     _check(num_rows, width, num_draws, first_draw)
     words = math.ceil(width / 8)
-    drawn = _words(num_rows, words, 1 if num_draws is None else num_draws, as_seed(seed, device), stream,
-                   first_row, first_draw)  # fmt: skip
+    count = 1 if num_draws is None else num_draws
+    drawn = _words(num_rows, words, count, as_seed(seed, device), stream, first_row, first_draw)
     slices = []
     for word in drawn:
         fraction = ((word >> _ANGLE_BITS).to(torch.float32) + 0.5) * 2.0**-_RADIUS_BITS

@@ -53,11 +53,11 @@ def energy_score(
         samples: model draws x, ``[N, ..., L]``, N >= 2, fp64 / fp32 / bf16 / fp16, any strides.
         targets: draws y of the distribution to match, ``[M, ..., L]``, M >= 1, same device.
         exponent: α, with 0 < α < 2.
-        weight: ``[...]``, multiplies each patch's score; a constant. A patch of weight 0 has score 0
-            and gradient 0 whatever its inputs hold.
+        weight: ``[...]``, multiplies each patch's score; a constant. A patch of weight 0 scores 0
+            with gradient 0 whatever its inputs hold.
         backend: see `calm_kernels.backend`.
 
-    Returns: ``[...]`` in fp32, fp64 if an input is fp64. Differentiable once in samples and targets;
+    Returns: ``[...]`` in fp32, fp64 if an input is fp64. Differentiable once in samples, targets;
         the gradient is finite when points coincide (that of |v|^α at v = 0 is 0).
 
     Raises:
@@ -77,9 +77,9 @@ def energy_score(
     x, y = _by_rows(samples), _by_rows(targets)
     flat_weight = None if weight is None else weight.reshape(-1)
     if resolve(backend, "energy_score", samples) is Backend.REFERENCE:
-        score, *_ = reference.energy_score(x, y, exponent, flat_weight)
+        score = reference.energy_score(x, y, exponent, flat_weight)
     else:
-        score, *_ = eager.energy_score(x, y, exponent, flat_weight)
+        score = eager.energy_score(x, y, exponent, flat_weight)
     return score.view(samples.shape[1:-1])
 
 
@@ -109,14 +109,14 @@ def gaussian_energy_score(
         log_std: ``[..., L]``.
         exponent: α, with 0 < α < 2.
         targets: how the expectation over y is found. ``"analytic"``: exactly, by a series where
-            |x - y|² varies little and by quadrature elsewhere; no draws. ``"sample"``: the mean over
-            `num_targets` draws, shared by the samples, as published. ``"antithetic"``: the same
-            with draws in pairs ±ε, for an even `num_targets`: unbiased, with far less noise.
+            |x - y|² varies little and by quadrature elsewhere; no draws. ``"sample"``: as the mean
+            over `num_targets` draws, shared by the samples, as published. ``"antithetic"``: the
+            same with draws in pairs ±ε, for an even `num_targets`: unbiased, with less noise.
         num_targets: M, draws a patch (default: the published 100).
         target_noise: draws to use, ``[M, ..., L]``; the axes between hold one row per patch in
             row-major order. Given, y = mean + exp(log_std) · target_noise whatever `targets` says.
-        weight: ``[...]``, multiplies each patch's score; a constant. A patch of weight 0 has score 0
-            and gradient 0 whatever its inputs hold.
+        weight: ``[...]``, multiplies each patch's score; a constant. A patch of weight 0 scores 0
+            with gradient 0 whatever its inputs hold.
         seed: see `calm_kernels.noise.as_seed`, one seed a patch included. Unused without draws.
         first_row: global row index of the first patch: any split of a batch draws the same noise.
         return_diagnostics: return the two terms too.
@@ -145,27 +145,23 @@ def gaussian_energy_score(
     exponent = check_exponent(exponent)
     draws = _draws(samples, targets, num_targets, target_noise, seed, first_row)
 
-    x, flat_mean, flat_log_std = (
-        _by_rows(samples),
-        *(_by_rows(v[None])[0] for v in (mean, log_std)),
-    )
+    x, flat_mean, flat_log_std = _by_rows(samples), _rows(mean), _rows(log_std)
     flat_weight = None if weight is None else weight.reshape(-1)
     if resolve(backend, "gaussian_energy_score", samples) is Backend.REFERENCE:
-        rows, width = x.shape[1:]
-        noise = None
-        if draws is not None:
-            noise = draws.of(slice(0, rows), width, samples.dtype).transpose(0, 1)
-        outputs = reference.gaussian_energy_score(
-            x, flat_mean, flat_log_std, exponent, noise, flat_weight
-        )
+        implementation = reference.gaussian_energy_score
     else:
-        outputs = eager.gaussian_energy_score(
-            x, flat_mean, flat_log_std, exponent, draws, flat_weight
-        )
-    score, *terms = (None if part is None else part.view(batch[:-1]) for part in outputs)
-    if return_diagnostics:
-        return score, EnergyScoreDiagnostics(*(None if t is None else t.detach() for t in terms))
-    return score
+        implementation = eager.gaussian_energy_score
+    score, fidelity, diversity, max_r2 = implementation(
+        x, flat_mean, flat_log_std, exponent, draws, flat_weight
+    )
+    score = score.view(batch[:-1])
+    if not return_diagnostics:
+        return score
+    return score, EnergyScoreDiagnostics(
+        fidelity.detach().view(batch[:-1]),
+        diversity.detach().view(batch[:-1]),
+        None if max_r2 is None else max_r2.detach().view(batch[:-1]),
+    )
 
 
 def expected_distance(
@@ -193,19 +189,22 @@ def expected_distance(
     check_dtype("std", std)
     check_shape("std", std, offset.shape, "that of offset")
     check_device("std", std, "offset", offset)
-    check_exponent(exponent)
+    exponent = check_exponent(exponent)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    width = offset.shape[-1]
-    value = eager.expected_distance(
-        offset.reshape(-1, width), std.reshape(-1, width), float(exponent), method
+    return eager.expected_distance(_rows(offset), _rows(std), exponent, method).view(
+        offset.shape[:-1]
     )
-    return value.view(offset.shape[:-1])
 
 
 def _by_rows(points: Tensor) -> Tensor:
     """``[N, ..., L]`` as ``[N, R, L]``, a view where strides allow."""
     return points[:, None] if points.dim() == 2 else points.flatten(1, -2)
+
+
+def _rows(parameter: Tensor) -> Tensor:
+    """``[..., L]`` as ``[R, L]``."""
+    return parameter[None] if parameter.dim() == 1 else parameter.flatten(0, -2)
 
 
 def _check_samples(samples: Tensor) -> None:

@@ -80,8 +80,8 @@ def _load(
 
 def energy_score(
     samples: Tensor, targets: Tensor, exponent: float, weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Score, fidelity, diversity ``[R]`` of samples ``[N, R, L]``, targets ``[M, R, L]``."""
+) -> Tensor:
+    """Score ``[R]`` of samples ``[N, R, L]``, targets ``[M, R, L]``."""
     samples, targets = samples.transpose(0, 1), targets.transpose(0, 1)
     num_samples, num_targets, width = samples.shape[1], targets.shape[1], samples.shape[2]
     dtype = _compute_dtype(samples, targets)
@@ -96,12 +96,14 @@ def energy_score(
             nearness, pull, dy = between(x, y, exponent, scale, need_dx=need_dx, need_dy=need_dy)
             if dx is not None and pull is not None:
                 dx += pull
-            return diversity + nearness, -nearness, diversity, dx, dy
+            return diversity + nearness, dx, dy
 
-        outputs = in_chunks(compute, samples.shape[0], max(num_samples, num_targets) * width)
-        return outputs[:3], outputs[3:]
+        score, *gradients = in_chunks(
+            compute, samples.shape[0], max(num_samples, num_targets) * width
+        )
+        return (score,), tuple(gradients)
 
-    return _differentiate(run, samples, targets)
+    return _differentiate(run, samples, targets)[0]
 
 
 def gaussian_energy_score(
@@ -114,8 +116,8 @@ def gaussian_energy_score(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Score, fidelity, diversity and, without draws, the largest r2 of each patch, ``[R]``.
 
-    Samples are ``[N, R, L]``, mean and log_std ``[R, L]``. Without draws the expectation over targets
-    is exact.
+    Samples are ``[N, R, L]``, mean and log_std ``[R, L]``. Without draws the expectation over
+    targets is exact.
     """
     samples = samples.transpose(0, 1)
     num_rows, num_samples, width = samples.shape
@@ -130,7 +132,7 @@ def gaussian_energy_score(
             if draws is None:
                 terms = _analytic(offset, log_scale, exponent, scale, needs, dx)
             else:
-                noise = draws.of(rows, width, dtype)
+                noise = draws.of(rows, width, dtype, None if weight is None else scale == 0)
                 terms = _sampled(offset, log_scale, noise, exponent, scale, needs, dx)
             fidelity, *rest = terms
             return diversity - fidelity, fidelity, diversity, *rest

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from calm_kernels.energy_score.targets import TargetDraws
+
 __all__ = ["energy_score", "expected_distance", "gaussian_energy_score"]
 
 NODES = 400
@@ -42,12 +44,11 @@ def fidelity(samples: Tensor, targets: Tensor, exponent: float) -> Tensor:
 
 def energy_score(
     samples: Tensor, targets: Tensor, exponent: float, weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Score, fidelity and diversity ``[R]`` of samples against given targets."""
-    weight, samples, targets = without_masked(weight, samples, targets)
-    near = weight * fidelity(samples, targets, exponent)
-    apart = weight * diversity(samples, exponent)
-    return apart - near, near, apart
+) -> Tensor:
+    """Score ``[R]`` of samples against given targets."""
+    samples, targets = without_masked(weight, samples, targets)
+    score = diversity(samples, exponent) - fidelity(samples, targets, exponent)
+    return score if weight is None else weight * score
 
 
 def gaussian_energy_score(
@@ -55,35 +56,38 @@ def gaussian_energy_score(
     mean: Tensor,
     log_std: Tensor,
     exponent: float,
-    noise: Tensor | None,
+    draws: TargetDraws | None,
     weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Score, fidelity, diversity and, without noise, the largest r2 of each patch, ``[R]``.
+    """Score, fidelity, diversity and, without draws, the largest r2 of each patch, ``[R]``.
 
-    Targets are mean + exp(log_std) · noise with noise ``[M, R, L]``; without noise the expectation
-    over N(mean, exp(log_std)²) is exact.
+    Targets are mean + exp(log_std) · draws; without draws the expectation over them is exact.
     """
-    weight, samples, mean, log_std = without_masked(weight, samples, mean, log_std)
+    samples, mean, log_std = without_masked(weight, samples, mean, log_std)
     std = torch.exp(log_std)
     max_r2 = None
-    if noise is None:
+    if draws is None:
         max_r2 = relative_variance(samples, mean, std)
         expected = expected_distance(samples - mean, std.expand_as(samples), exponent)
-        near = weight * 2 * expected.mean(dim=0).to(samples.dtype)
+        near = 2 * expected.mean(dim=0).to(samples.dtype)
     else:
-        near = weight * fidelity(samples, mean + std * noise.to(std.dtype), exponent)
-    apart = weight * diversity(samples, exponent)
+        rows, width = mean.shape
+        is_masked = None if weight is None else weight == 0
+        noise = draws.of(slice(0, rows), width, mean.dtype, is_masked).transpose(0, 1)
+        near = fidelity(samples, mean + std * noise, exponent)
+    apart = diversity(samples, exponent)
+    if weight is not None:
+        near, apart = weight * near, weight * apart
     return apart - near, near, apart, max_r2
 
 
 def without_masked(weight: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Weight ``[R]`` and inputs in the dtype of the score; zeros where the weight is 0."""
+    """Inputs in the dtype of the score, with zeros where the weight ``[R]`` is 0."""
     dtype = torch.float64 if torch.float64 in {value.dtype for value in inputs} else torch.float32
     inputs = tuple(value.to(dtype) for value in inputs)
     if weight is None:
-        return (inputs[0].new_ones(()), *inputs)
-    is_masked = (weight == 0)[:, None]
-    return (weight.to(dtype), *(value.masked_fill(is_masked, 0) for value in inputs))
+        return inputs
+    return tuple(value.masked_fill((weight == 0)[:, None], 0) for value in inputs)
 
 
 def relative_variance(samples: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ class TargetDraws(NamedTuple):
     first_row: int | Tensor = 0
     is_antithetic: bool = False
 
-    def of(self, rows: slice, width: int, dtype: torch.dtype) -> Tensor:
-        """Standard normal draws of these patches, ``[r, M, L]``."""
+    def of(self, rows: slice, width: int, dtype: torch.dtype, is_masked: Tensor | None) -> Tensor:
+        """Standard normal draws of these patches, ``[r, M, L]``; given ones are 0 where masked."""
         if self.noise is not None:
-            return self.noise[:, rows].transpose(0, 1).to(dtype)
+            given = self.noise[:, rows].transpose(0, 1).to(dtype)
+            return given if is_masked is None else given.masked_fill(is_masked[:, None, None], 0)
         assert self.seed is not None  # api.py gives one of noise and seed
         has_row_seeds = self.seed.dim() == 2
         drawn = normal(
