@@ -1,0 +1,252 @@
+"""Documents from files, folders and the interpreter; the split; every complaint about bad input."""
+
+import gzip
+import json
+
+import datasets
+import pytest
+
+from calm.data.corpus import CorpusOptions, is_held_out, load_corpus
+from calm.data.embedded import flatten, language_topics, standard_library_docstrings
+from calm.data.files import expand_files, read_documents
+from calm.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def quiet_datasets():
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
+def jsonl(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def texts(*files, **options):
+    return [document["text"] for document in read_documents(list(files), **options)]
+
+
+def load(tmp_path, **options):
+    return load_corpus(CorpusOptions(cache_dir=str(tmp_path / "cache"), **options))
+
+
+class TestFiles:
+    POEM = "one\ntwo\n\nthree\n"
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ({}, ["one\n", "two\n", "\n", "three\n"]),
+            ({"keep_linebreaks": False}, ["one", "two", "three"]),
+            ({"text_unit": "paragraph"}, ["one\ntwo\n", "three\n"]),
+            ({"text_unit": "paragraph", "keep_linebreaks": False}, ["one two", "three"]),
+            ({"text_unit": "file"}, [POEM]),
+        ],
+    )
+    def test_text_is_cut_as_asked(self, write, options, expected):
+        assert texts(write("poem.txt", self.POEM), **options) == expected
+
+    def test_json_lines_json_arrays_and_gzip_hold_the_same_documents(self, write):
+        documents = ["ein Döner 🥙", 'quote " and \\ slash', "two\nlines"]
+        lines = jsonl(*documents)
+        array = json.dumps([{"text": text} for text in documents], indent=1)
+        for file in (
+            write("a.jsonl", lines),
+            write("a.json", lines),
+            write("b.json", array),
+            write("a.jsonl.gz", gzip.compress(lines.encode())),
+        ):
+            assert texts(file) == documents
+
+    def test_files_keep_the_order_of_list_and_glob(self, write, tmp_path):
+        for name in ("b", "a", "c"):
+            write(f"{name}.jsonl", jsonl(name))
+        last = str(tmp_path / "b.jsonl")
+        assert expand_files(f"{tmp_path}/[ac].jsonl, {last}") == [
+            str(tmp_path / "a.jsonl"), str(tmp_path / "c.jsonl"), last,
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("name", "content", "complaint"),
+        [
+            ("bad.jsonl", jsonl("x") + '{"text": "y"\n', r"bad\.jsonl:2: not JSON"),
+            ("bad.jsonl", "plain words\n", r"bad\.jsonl:1: not JSON .*\{\"text\": \"\.\.\.\"\}"),
+            ("bad.jsonl", '{"content": "x"}\n', r'bad\.jsonl:1: no "text" key \(keys: content\)'),
+            ("bad.jsonl", '{"text": 3}\n', r'bad\.jsonl:1: "text" must be a string, got int'),
+            ("bad.jsonl", "[1]\n", r"bad\.jsonl:1: expected an object .* got list"),
+            ("bad.jsonl", '{"text": "\\ud800"}\n', r"bad\.jsonl:1: half of a surrogate pair"),
+            ("bad.jsonl", "\n\n", r"bad\.jsonl: holds no document"),
+            ("bad.json", '[{"text": "x"},\n{"text" "y"}]', r"bad\.json:2: not JSON"),
+            ("bad.json", '[{"text": "x"}, {}]', r'bad\.json: entry 1: no "text" key'),
+            ("bad.txt", b"fine\nna\xefve\n", r"bad\.txt:2: not UTF-8 .* byte 2"),
+            ("bad.txt.gz", gzip.compress(b"words\n" * 99)[:-12], r"bad\.txt\.gz: damaged gzip"),
+            ("bad.txt.gz", b"no gzip at all", r"bad\.txt\.gz: damaged gzip"),
+        ],
+        ids=lambda value: None if isinstance(value, bytes) else str(value)[:24],
+    )
+    def test_damage_is_named_with_file_and_line(self, write, name, content, complaint):
+        with pytest.raises(UserError, match=complaint):
+            texts(write(name, content))
+
+    @pytest.mark.parametrize(
+        ("name", "complaint"),
+        [
+            ("missing.txt", "no file matches"),
+            ("*.jsonl", "no file matches"),
+            ("empty.txt", r"empty\.txt is empty"),
+            ("table.csv", "unknown ending; expected .txt, .jsonl, .json"),
+            ("folder", r"is not a file; .* glob such as .*folder/\*"),
+            (" , ", "names no file"),
+        ],
+    )
+    def test_unusable_paths_are_refused_at_once(
+        self, write, tmp_path, monkeypatch, name, complaint
+    ):
+        monkeypatch.chdir(tmp_path)
+        write("empty.txt", "")
+        write("table.csv", "a,b")
+        write("folder/a.txt", "x")
+        with pytest.raises(UserError, match=f"validation_file: .*{complaint}"):
+            expand_files(name, "validation_file")
+
+
+class TestEmbedded:
+    def test_topics_are_the_language_reference(self):
+        topics = language_topics()
+        assert len(topics) > 50 and any("assignment" in topic.lower() for topic in topics)
+
+    def test_docstrings_are_long_flat_and_distinct(self, write, tmp_path, monkeypatch):
+        monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+        long = "A sentence that goes on and on.\n\n    " + "More of it. " * 8
+        write("b.py", f'class B:\n    """{long}"""\n    def f(self):\n        """short"""\n')
+        write("a/__init__.py", f'"""First: {long}"""\nraise ImportError("must not be imported")\n')
+        write("c.py", f'async def f():\n    """{long}"""\n')
+        write("site-packages/d.py", f'"""Not ours: {long}"""\n')
+        write("broken.py", "def (:\n")
+        flat = "A sentence that goes on and on. " + " ".join(["More of it."] * 8)
+        assert standard_library_docstrings() == [f"First: {flat}", flat]
+
+    def test_an_interpreter_without_sources_says_so(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+        with pytest.raises(UserError, match="no sources of the standard library"):
+            standard_library_docstrings()
+
+    @pytest.mark.slow
+    def test_the_standard_library_has_a_million_characters_of_them(self):
+        found = standard_library_docstrings()
+        assert sum(map(len, found)) > 10**6 and len(set(found)) == len(found)
+
+    def test_flattening_leaves_sentences(self):
+        docstring = (
+            "Sum of two.\n\n    >>> add(1, 2)\n    3\n\n    ------\n    Both are  numbers...\n"
+        )
+        assert flatten(docstring) == "Sum of two. 3 Both are numbers..."
+
+    def test_unknown_corpus_lists_the_known_ones(self, tmp_path):
+        with pytest.raises(UserError, match=r"no corpus 'embedded:poems'.*embedded:topics"):
+            load(tmp_path, dataset_name="embedded:poems")
+
+
+class TestSplit:
+    DOCUMENTS = tuple(f"document number {index}" for index in range(400))
+
+    def test_is_a_partition_that_depends_on_the_text_alone(self, write, tmp_path):
+        forwards = write("a.jsonl", jsonl(*self.DOCUMENTS))
+        backwards = write("b.jsonl", jsonl(*reversed(self.DOCUMENTS)))
+        corpora = [
+            load(tmp_path, train_file=forwards, validation_split_percentage=10),
+            load(tmp_path, train_file=backwards, validation_split_percentage=10),
+            load(tmp_path, train_file=forwards, validation_split_percentage=10, streaming=True),
+        ]
+        held_out = {text for text in self.DOCUMENTS if is_held_out(text, 10)}
+        assert 20 <= len(held_out) <= 60
+        for corpus in corpora:
+            assert {row["text"] for row in corpus.validation} == held_out
+            assert {row["text"] for row in corpus.train} == set(self.DOCUMENTS) - held_out
+
+    def test_a_larger_share_contains_the_smaller_one(self):
+        small = {text for text in self.DOCUMENTS if is_held_out(text, 5)}
+        assert small < {text for text in self.DOCUMENTS if is_held_out(text, 20)}
+
+    def test_own_validation_files_leave_training_text_whole(self, write, tmp_path):
+        train, validation = write("a.jsonl", jsonl(*self.DOCUMENTS)), write("v.jsonl", jsonl("v"))
+        corpus = load(tmp_path, train_file=train, validation_file=validation)
+        assert len(corpus.train) == 400 and corpus.validation["text"] == ["v"]
+
+    def test_evaluation_needs_no_training_text(self, write, tmp_path):
+        corpus = load(tmp_path, validation_file=write("v.jsonl", jsonl("v")))
+        assert corpus.train is None and len(corpus.validation) == 1
+
+    def test_an_empty_side_says_what_to_do(self, write, tmp_path):
+        with pytest.raises(
+            UserError, match=r"1 documents leave no validation document .*\(text_unit\)"
+        ):
+            load(tmp_path, train_file=write("a.jsonl", jsonl("only one")))
+
+    @pytest.mark.parametrize("percentage", [-1, 100])
+    def test_percentage_out_of_range(self, write, tmp_path, percentage):
+        with pytest.raises(UserError, match=r"validation_split_percentage must lie in \[0, 100\)"):
+            load(
+                tmp_path,
+                train_file=write("a.jsonl", jsonl("x")),
+                validation_split_percentage=percentage,
+            )
+
+
+class TestSources:
+    def test_a_changed_file_is_read_again(self, write, tmp_path):
+        options = {"train_file": write("a.jsonl", jsonl("first")), "validation_split_percentage": 0}
+        assert load(tmp_path, **options).train["text"] == ["first"]
+        write("a.jsonl", jsonl("second", "third"))
+        assert load(tmp_path, **options).train["text"] == ["second", "third"]
+
+    @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+    def test_processes_share_the_files_out(self, write, tmp_path):
+        files = ",".join(write(f"{name}.jsonl", jsonl(name, name * 2)) for name in "abc")
+        corpus = load(
+            tmp_path, train_file=files, validation_split_percentage=0, preprocessing_num_workers=2
+        )
+        assert corpus.train["text"] == ["a", "aa", "b", "bb", "c", "cc"]
+
+    def test_errors_inside_the_cache_builder_keep_their_words(self, write, tmp_path):
+        with pytest.raises(UserError, match=r"a\.jsonl:1: not JSON"):
+            load(tmp_path, train_file=write("a.jsonl", "oops\n"))
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_folder_of_data_files(self, write, tmp_path, streaming):
+        write("set/train.jsonl", '{"text": "t", "meta": 1}\n')
+        write("set/validation.jsonl", '{"text": "v", "meta": 2}\n')
+        corpus = load(tmp_path, dataset_name=str(tmp_path / "set"), streaming=streaming)
+        assert list(corpus.train) == [{"text": "t"}] and list(corpus.validation) == [{"text": "v"}]
+
+    def test_folder_of_save_to_disk(self, tmp_path):
+        rows = datasets.Dataset.from_dict({"text": ["a", "b"], "other": [1, 2]})
+        datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "saved")
+        corpus = load(tmp_path, dataset_name=str(tmp_path / "saved"))
+        assert corpus.train["text"] == ["a", "b"] and corpus.train.column_names == ["text"]
+
+    def test_folder_without_text_column(self, write, tmp_path):
+        write("set/train.jsonl", '{"content": "t"}\n')
+        with pytest.raises(UserError, match=r'no "text" column \(columns: content\)'):
+            load(tmp_path, dataset_name=str(tmp_path / "set"))
+
+    def test_nothing_named_and_two_things_named(self, write, tmp_path):
+        with pytest.raises(UserError, match="no text to learn from; pass train_file"):
+            load(tmp_path)
+        with pytest.raises(UserError, match="exclude each other"):
+            load(tmp_path, dataset_name="x", train_file=write("a.txt", "x"))
+
+    def test_unknown_dataset_name(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        with pytest.raises(UserError, match="dataset_name: cannot load 'no/such-set'"):
+            load(tmp_path, dataset_name="no/such-set")

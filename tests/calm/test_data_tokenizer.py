@@ -1,0 +1,109 @@
+"""Tokenizers: bytes and trained BPE give every text back; what a usable tokenizer must have."""
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from calm.data.tokenizer import (
+    BYTE_VOCAB_SIZE,
+    byte_tokenizer,
+    load_tokenizer,
+    tokenizer_hash,
+    train_bpe_tokenizer,
+)
+from calm.errors import UserError
+
+TEXTS = [
+    "plain words, and more words",
+    "  spaces  \t tabs \r\n\n and breaks ",
+    "Zoë naïve ﬁ e\u0301 漢字 עברית 🏳️‍🌈 \u200b\ufeff",
+    "".join(map(chr, range(256))),
+    "it's a <|end_of_text|> inside text <|pad|>",
+    "\U0010ffff\x00",
+]
+
+
+def encode(tokenizer, text):
+    return tokenizer(text, split_special_tokens=True)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe_tokenizer(["the cat sat on the mat with the hat"] * 20, 300)
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+class TestRoundTrip:
+    def test_bytes_are_the_ids(self, text):
+        tokenizer = byte_tokenizer()
+        assert encode(tokenizer, text) == list(text.encode())
+        assert tokenizer.decode(encode(tokenizer, text)) == text
+
+    def test_bpe_gives_the_text_back(self, bpe, text):
+        assert bpe.decode(encode(bpe, text)) == text
+
+    def test_saved_tokenizers_are_the_same(self, bpe, tmp_path, text):
+        for number, tokenizer in enumerate((byte_tokenizer(), bpe)):
+            tokenizer.save_pretrained(tmp_path / str(number))
+            loaded = AutoTokenizer.from_pretrained(tmp_path / str(number))
+            assert encode(loaded, text) == encode(tokenizer, text)
+            assert loaded.decode(encode(loaded, text)) == text
+            assert tokenizer_hash(loaded) == tokenizer_hash(tokenizer)
+
+
+def test_byte_vocabulary():
+    tokenizer = byte_tokenizer()
+    assert len(tokenizer) == BYTE_VOCAB_SIZE == 259
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
+        256,
+        257,
+        258,
+    )
+
+
+def test_bpe_learns_merges_and_is_deterministic(bpe):
+    again = train_bpe_tokenizer(["the cat sat on the mat with the hat"] * 20, 300)
+    assert tokenizer_hash(again) == tokenizer_hash(bpe) != tokenizer_hash(byte_tokenizer())
+    assert len(encode(bpe, "the cat")) < len("the cat") and BYTE_VOCAB_SIZE < len(bpe) <= 300
+    assert (bpe.bos_token_id, bpe.eos_token_id, bpe.pad_token_id) == (0, 1, 2)
+
+
+def test_names():
+    assert len(load_tokenizer("bytes")) == 259
+    assert len(load_tokenizer("bpe:270", texts=["aaaa bbbb"] * 4)) <= 270
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("bpe:300", "trained on documents"),
+        ("bpe:100", "at least 259 entries, got 100"),
+        ("no/such/folder", r"cannot load 'no/such/folder' .* 'bytes' or 'bpe:4096'"),
+    ],
+)
+def test_unusable_names(name, complaint):
+    with pytest.raises(UserError, match=complaint):
+        load_tokenizer(name, texts=["x"] if name == "bpe:100" else None)
+
+
+class TestSpecialTokens:
+    def save(self, folder, **special):
+        words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+        return str(folder)
+
+    def test_no_end_token(self, tmp_path):
+        with pytest.raises(UserError, match=r"has no end token.*add_special_tokens"):
+            load_tokenizer(self.save(tmp_path), add_pad_token=True)
+
+    def test_no_pad_token(self, tmp_path):
+        with pytest.raises(UserError, match=r"has no pad token; pass --add_pad_token .*\[PAD\]"):
+            load_tokenizer(self.save(tmp_path, eos_token="</s>"))
+
+    def test_published_pad_token_on_request(self, tmp_path, caplog):
+        folder = self.save(tmp_path, eos_token="</s>")
+        with caplog.at_level("INFO", logger="calm"):
+            tokenizer = load_tokenizer(folder, add_pad_token=True)
+        assert tokenizer.pad_token == "[PAD]" and tokenizer.pad_token_id == 3 == len(tokenizer) - 1
+        assert "appended [PAD], 4 entries now" in caplog.text
