@@ -121,6 +121,11 @@ class CALMTrainingArguments(TrainingArguments):
         "Stop after so many seconds of training steps; the learning-rate schedule then follows the "
         "time instead of the steps. 0: no limit.",
     )
+    muon_learning_rate: float = _flag(
+        0.0,
+        "Update weight matrices by Muon at this rate, everything else by AdamW at learning_rate. "
+        "0: AdamW for all.",
+    )
     overwrite_output_dir: bool = _flag(
         False, "Start afresh instead of resuming from the last good checkpoint in output_dir."
     )
@@ -249,5 +254,11 @@ def _check(arguments: JobArguments) -> None:
         raise UserError(f"eval_num_samples must be at least 2, got {training.eval_num_samples}")
     if training.max_train_seconds < 0:
         raise UserError(f"max_train_seconds must not be negative, got {training.max_train_seconds}")
+    if training.muon_learning_rate < 0:
+        raise UserError(
+            f"muon_learning_rate must not be negative, got {training.muon_learning_rate}"
+        )
+    if training.muon_learning_rate and training.fsdp:
+        raise UserError("muon_learning_rate needs whole matrices; fsdp splits them")
     if data.streaming and training.max_steps <= 0 and not training.max_train_seconds:
         raise UserError("a stream has no length: pass max_steps (or max_train_seconds)")

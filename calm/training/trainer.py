@@ -29,6 +29,7 @@ from calm.training.checkpoints import (
 )
 from calm.training.clock import TimedProgress, TrainingClock, timed_schedule
 from calm.training.metrics import FiniteGuard, RunningMeans, Throughput
+from calm.training.muon import MuonAdamW
 from calm.training.scoring import metrics_of, score_sequences
 
 __all__ = ["PROTOCOL", "CALMTrainer"]
@@ -78,6 +79,19 @@ class CALMTrainer(Trainer):
                 self.add_callback(TimedProgress(self._clock))
 
     # Training
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        """As in transformers, or `MuonAdamW` with ``muon_learning_rate``."""
+        if self.optimizer is None and self.args.muon_learning_rate:
+            self.optimizer = MuonAdamW.for_model(
+                model or self.model,
+                muon_lr=self.args.muon_learning_rate,
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+                weight_decay=self.args.weight_decay,
+            )
+        return super().create_optimizer(model)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
