@@ -1,0 +1,60 @@
+"""Random models small enough to enumerate what they say."""
+
+import torch
+from transformers import LlamaConfig
+
+from calm import AutoencoderConfig, BaselineTransformer, CALMConfig
+from calm.models import MODEL_CLASSES
+
+BACKBONE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer": "fan_in",
+    "embedding_std": 1.0,
+    "pad_token_id": None,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+
+
+def tiny_calm(head="energy", *, patch_size=4, vocab_size=5, seed=0, **fields):
+    """A CALM whose draws are varied and whose chunks depend on the context."""
+    torch.manual_seed(seed)
+    autoencoder = AutoencoderConfig(
+        vocab_size=vocab_size,
+        patch_size=patch_size,
+        latent_size=8,
+        hidden_size=16,
+        intermediate_size=24,
+        initializer="fan_in",
+        embedding_std=1.0,
+    )
+    config = CALMConfig(
+        **{**BACKBONE, **fields},
+        vocab_size=vocab_size,
+        patch_size=patch_size,
+        latent_size=8,
+        noise_size=12,
+        num_mlp_layers=1,
+        head_init="scaled",
+        ae_config=autoencoder,
+    )
+    model = MODEL_CLASSES[head](config).eval()
+    if head == "energy":  # at this width the context hardly reaches an untrained head's output
+        with torch.no_grad():
+            for parameter in model.mlp_generator.mlp_blocks.parameters():
+                parameter.mul_(3.0)
+    return model
+
+
+def tiny_baseline(*, vocab_size=3, seed=0, **fields):
+    """A token-by-token model with a law that is far from uniform."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(**{**BACKBONE, **fields}, vocab_size=vocab_size)
+    model = BaselineTransformer(config).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.3)
+    return model
