@@ -237,7 +237,12 @@ class CALMConfig(LlamaConfig):
         """Adopt the configuration of the autoencoder at `ae_path`, if it is missing and found."""
         found = locate_autoencoder(self.ae_path, checkpoint)
         if self.ae_config is None and found is not None:
-            self.pair_with(AutoencoderConfig.from_pretrained(found))
+            try:
+                ae_config = AutoencoderConfig.from_pretrained(found)
+            except OSError as error:  # a name that the hub does not know, or no network
+                logger.warning("no autoencoder at ae_path %r: %s", self.ae_path, error)
+                return
+            self.pair_with(ae_config)
 
     @classmethod
     def get_config_dict(
@@ -262,7 +267,8 @@ class CALMConfig(LlamaConfig):
         fields = super().to_diff_dict()
         if self.ae_config is not None:
             fields.pop("ae_path", None)
-            fields["ae_config"].pop("_name_or_path", None)
+            for name in ("_name_or_path", "dtype"):  # those of the whole model count
+                fields["ae_config"].pop(name, None)
         return fields
 
 
