@@ -25,7 +25,7 @@ from calm.training.recipe import Stage
 from calm.training.trainer import CALMTrainer
 from calm_kernels.backend import set_backend
 
-__all__ = ["BuildModel", "run_job", "run_stage"]
+__all__ = ["BuildModel", "prepare_job", "run_job", "run_stage"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,16 @@ def run_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
         UserError: anything about data, models, checkpoints or settings that the user can mend; a
             loss that is not finite.
     """
+    trainer = prepare_job(arguments, build_model)
+    if trainer.args.do_train:
+        _train(trainer)
+    if trainer.args.do_eval:
+        _report(trainer, "eval", _last_evaluation(trainer) or trainer.evaluate())
+    return trainer
+
+
+def prepare_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
+    """The trainer of a job, ready to train: text, tokenizer, model and blocks; as `run_job`."""
     args = arguments.training
     set_backend(args.backend)
     if args.max_train_seconds and args.max_steps <= 0:
@@ -71,7 +81,7 @@ def run_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
     patch_size = getattr(model, "patch_size", 1)
     with args.main_process_first(desc="packing the text"):
         blocks = pack_text(arguments, text, patch_size)
-    trainer = CALMTrainer(
+    return CALMTrainer(
         model,
         args,
         protocol=protocol(arguments, text, blocks, patch_size) if args.should_save else None,
@@ -80,11 +90,6 @@ def run_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
         eval_dataset=blocks.validation,
         processing_class=text.tokenizer,
     )
-    if args.do_train:
-        _train(trainer)
-    if args.do_eval:
-        _report(trainer, "eval", _last_evaluation(trainer) or trainer.evaluate())
-    return trainer
 
 
 def _train(trainer: CALMTrainer) -> None:

@@ -47,6 +47,9 @@ class CALMTrainer(Trainer):
         protocol: settings to save beside every set of weights.
         tokens_per_character: for characters/s in the logs; None leaves them out.
         options: passed on to `Trainer` (datasets, tokenizer as ``processing_class``, callbacks).
+
+    Attributes:
+        clock: counts the seconds of training steps, with ``max_train_seconds``; else None.
     """
 
     args: CALMTrainingArguments
@@ -71,12 +74,12 @@ class CALMTrainer(Trainer):
         self._drawn_step = -1
         self._micro_batch = 0
         self._eval_batch = 0
-        self._clock: TrainingClock | None = None
+        self.clock: TrainingClock | None = None
         if args.max_train_seconds:
-            self._clock = TrainingClock(args.max_train_seconds)
-            self.add_callback(self._clock)
+            self.clock = TrainingClock(args.max_train_seconds)
+            self.add_callback(self.clock)
             if self.pop_callback(ProgressCallback) is not None:
-                self.add_callback(TimedProgress(self._clock))
+                self.add_callback(TimedProgress(self.clock))
 
     # Training
 
@@ -97,11 +100,11 @@ class CALMTrainer(Trainer):
         self, num_training_steps: int, optimizer: Optimizer | None = None
     ) -> LRScheduler:
         """The learning-rate schedule: over steps, or over time with ``max_train_seconds``."""
-        if self._clock is None:
+        if self.clock is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             chosen: Any = optimizer or self.optimizer
-            self.lr_scheduler = timed_schedule(chosen, self.args, self._clock)
+            self.lr_scheduler = timed_schedule(chosen, self.args, self.clock)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -181,6 +184,8 @@ class CALMTrainer(Trainer):
         if "loss" in logs:
             self._check_finite()
             logs |= self._means.drain(self.accelerator.gather) | self._throughput.drain()
+        if self.clock is not None:
+            logs["train_seconds"] = self.clock.elapsed
         super().log(logs, start_time)
 
     # Evaluation
