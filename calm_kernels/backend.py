@@ -8,8 +8,8 @@ Every public operation takes ``backend=`` and asks `resolve` which implementatio
 
 ``auto`` takes Triton for GPU tensors where the operation has a kernel, else ``torch``, and logs the
 choice once. The process-wide choice comes from `set_backend`, the `use_backend` context or
-``CALM_KERNELS_BACKEND``; an argument other than ``auto`` overrides it. An explicit choice never falls
-back: it runs or raises.
+``CALM_KERNELS_BACKEND``; an argument other than ``auto`` overrides it. An explicit choice never
+falls back: it runs or raises.
 """
 
 import importlib.util

@@ -1,0 +1,19 @@
+"""Fixtures shared by all tests."""
+
+import pytest
+import torch
+
+# The tensors here are small: a second thread costs more than it brings, above all on a busy machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["reference", "torch"])
+def backend(request):
+    """Every backend that runs on any device."""
+    return request.param
+
+
+@pytest.fixture
+def generator():
+    """A generator of its own: a test's draws do not depend on which tests ran before."""
+    return torch.Generator().manual_seed(0)
