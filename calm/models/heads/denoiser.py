@@ -62,17 +62,17 @@ class Denoiser(nn.Module):
         else:
             init.xavier_uniform_(module.weight)
 
-    def forward(self, latent: Tensor, time: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         """A prediction for each noisy latent; leading axes broadcast.
 
         Args:
             latent: ``[..., in_channels]``.
             time: ``[...]``.
-            hidden: ``[..., H]``.
+            condition: `cond_embed` of the hidden states, ``[..., d]``, once for all steps.
 
         Returns: ``[..., out_channels]``.
         """
-        condition = nn.functional.silu(self.time_embed(time) + self.cond_embed(hidden))
+        condition = nn.functional.silu(self.time_embed(time) + condition)
         state = self.input_proj(latent)
         for block in self.res_blocks:
             state = block(state, condition)

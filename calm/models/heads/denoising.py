@@ -47,12 +47,12 @@ class DenoisingHead(nn.Module):
         """Training times from uniform draws in [0, 1)."""
         raise NotImplementedError
 
-    def _row_loss(self, latent: Tensor, time: Tensor, noise: Tensor, hidden: Tensor) -> Tensor:
-        """Loss of each row, ``[N, B, S]``."""
+    def _row_loss(self, latent: Tensor, time: Tensor, noise: Tensor, condition: Tensor) -> Tensor:
+        """Loss of each row, ``[N, B, S]``; the condition is `Denoiser.cond_embed` of ``h``."""
         raise NotImplementedError
 
-    def _walk(self, hidden: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
-        """Latents of hidden states ``[..., H]``; ``draw(0)`` is the start, ``draw(i)`` noise i."""
+    def _walk(self, condition: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
+        """Latents; ``draw(0)`` is the start, ``draw(i)`` the noise of step i."""
         raise NotImplementedError
 
     def loss(
@@ -106,7 +106,7 @@ class DenoisingHead(nn.Module):
         time = rows("timesteps", timesteps, Stream.TIMESTEP)[..., 0]
         noise = rows("head_noise", head_noise, Stream.HEAD)
         latent = posterior.mean + posterior.log_std.exp() * epsilon
-        loss = self._row_loss(latent, time, noise, hidden)
+        loss = self._row_loss(latent, time, noise, self.net.cond_embed(hidden))
         return HeadLoss(loss=weighted_mean(loss, weight.expand_as(loss)))
 
     def _num_draws(
@@ -151,25 +151,29 @@ class DenoisingHead(nn.Module):
         """
         if not (noise_scale >= 0.0 and math.isfinite(noise_scale)):
             raise ValueError(f"noise_scale must be finite and at least 0, got {noise_scale}")
-        lead = hidden.shape[:-1]
-        shape = (*(() if num_samples is None else (num_samples,)), *lead, self.config.latent_size)
-        if noise is None:
-            fixed_seed = as_seed(seed, hidden.device)
+        if num_samples is not None and not 1 <= num_samples <= MAX_SAMPLES:
+            raise ValueError(f"num_samples must lie in [1, {MAX_SAMPLES}], got {num_samples}")
+        draws = () if num_samples is None else (num_samples,)
+        shape = (*draws, *hidden.shape[:-1], self.config.latent_size)
+        given = None if noise is None else self._check_noise(noise, shape)
+        address = as_seed(seed, hidden.device) if noise is None else None
 
-            def draw(step: int) -> Tensor:
-                drawn = normal(
-                    math.prod(lead), shape[-1], stream=Stream.PATH if step else Stream.HEAD,
-                    seed=fixed_seed, num_draws=num_samples, first_row=first_row,
-                    first_draw=step * MAX_SAMPLES, device=hidden.device,
-                )  # fmt: skip
-                return drawn.reshape(shape) * noise_scale
-        else:
-            given = self._check_noise(noise, shape)
-
-            def draw(step: int) -> Tensor:
+        def draw(step: int) -> Tensor:
+            if given is not None:
                 return given[step] * noise_scale
+            drawn = normal(
+                hidden.shape[:-1].numel(),
+                shape[-1],
+                stream=Stream.PATH if step else Stream.HEAD,
+                seed=address,
+                num_draws=num_samples,
+                first_row=first_row,
+                first_draw=step * MAX_SAMPLES,
+                device=hidden.device,
+            )
+            return drawn.reshape(shape) * noise_scale
 
-        return self._walk(hidden, draw)
+        return self._walk(self.net.cond_embed(hidden), draw)
 
     def _check_noise(self, noise: Tensor, shape: tuple[int, ...]) -> Tensor:
         """`noise` as ``[1 + num_path_draws, *shape]``."""

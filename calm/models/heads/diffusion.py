@@ -50,8 +50,8 @@ class Schedule(NamedTuple):
     from_latent: Tensor
     from_noisy: Tensor
 
-    def at(self, step: Tensor) -> "Schedule":
-        """The coefficients of integer steps ``[...]``, each ``[..., 1]``."""
+    def at(self, step: int | Tensor) -> "Schedule":
+        """The coefficients of one step, or of integer steps ``[...]``, each ``[..., 1]``."""
         return Schedule(*(column[step][..., None] for column in self))
 
     def latent(self, noisy: Tensor, epsilon: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def _train_schedule(device: torch.device) -> Schedule:
 
 @cache
 def _sample_schedule(device: torch.device) -> tuple[list[int], Schedule]:
-    """Training steps that the sampler visits, and its own schedule over them."""
+    """Training steps that the sampler visits, and the schedule whose steps are those strides."""
     stride = (TRAIN_STEPS - 1) / (SAMPLE_STEPS - 1)
     steps = [round(index * stride) for index in range(SAMPLE_STEPS)]
     product = torch.cumprod(1 - cosine_betas(TRAIN_STEPS), dim=0)[steps]
@@ -113,18 +113,19 @@ class DiffusionHead(DenoisingHead):
     def __init__(self, config: CALMConfig) -> None:
         super().__init__(config, out_channels=2 * config.latent_size)
 
-    def _predict(self, noisy: Tensor, step: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, noisy: Tensor, step: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Noise and variance interpolation, ``[..., L]`` each."""
-        epsilon, interpolation = self.net(noisy.to(hidden.dtype), step, hidden).float().chunk(2, -1)
+        prediction = self.net(noisy.to(condition.dtype), step, condition).float()
+        epsilon, interpolation = prediction.chunk(2, dim=-1)
         return epsilon, interpolation
 
     def _times(self, fraction: Tensor) -> Tensor:
         return (fraction * TRAIN_STEPS).long()
 
-    def _row_loss(self, latent: Tensor, time: Tensor, noise: Tensor, hidden: Tensor) -> Tensor:
-        at = _train_schedule(hidden.device).at(time)
+    def _row_loss(self, latent: Tensor, time: Tensor, noise: Tensor, condition: Tensor) -> Tensor:
+        at = _train_schedule(condition.device).at(time)
         noisy = at.signal * latent + at.noise * noise
-        epsilon, interpolation = self._predict(noisy, time, hidden)
+        epsilon, interpolation = self._predict(noisy, time, condition)
         mean = at.previous_mean(at.latent(noisy, epsilon.detach()), noisy)
         log_variance = at.log_variance(interpolation)
         bound = torch.where(
@@ -134,18 +135,18 @@ class DiffusionHead(DenoisingHead):
         )
         return ((noise - epsilon).square() + bound / math.log(2.0)).mean(-1)
 
-    def _walk(self, hidden: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
-        steps, table = _sample_schedule(hidden.device)
+    def _walk(self, condition: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
+        steps, table = _sample_schedule(condition.device)
         noisy = draw(0)
-        for number, index in enumerate(reversed(range(SAMPLE_STEPS)), start=1):
-            at = table.at(torch.tensor(index, device=hidden.device))
-            step = torch.tensor(steps[index], device=hidden.device)
-            epsilon, interpolation = self._predict(noisy, step, hidden)
-            mean = at.previous_mean(at.latent(noisy, epsilon), noisy)
-            if index == 0:
-                return mean
-            noisy = mean + (0.5 * at.log_variance(interpolation)).exp() * draw(number)
-        raise AssertionError("the last step returns")
+        for index in reversed(range(SAMPLE_STEPS)):
+            at = table.at(index)
+            step = torch.full((), steps[index], device=noisy.device)
+            epsilon, interpolation = self._predict(noisy, step, condition)
+            noisy = at.previous_mean(at.latent(noisy, epsilon), noisy)
+            if index > 0:
+                std = (0.5 * at.log_variance(interpolation)).exp()
+                noisy = noisy + std * draw(SAMPLE_STEPS - index)
+        return noisy
 
 
 def gaussian_kl(

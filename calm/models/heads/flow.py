@@ -26,22 +26,24 @@ class FlowHead(DenoisingHead):
     def __init__(self, config: CALMConfig) -> None:
         super().__init__(config, out_channels=config.latent_size)
 
-    def _velocity(self, latent: Tensor, time: Tensor, hidden: Tensor) -> Tensor:
-        return self.net(latent.to(hidden.dtype), (time * TIME_SCALE).floor(), hidden).float()
+    def _velocity(self, latent: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        """Velocity ``[..., L]`` at latents ``[..., L]`` and times ``[...]``."""
+        step = (time * TIME_SCALE).floor()
+        return self.net(latent.to(condition.dtype), step, condition).float()
 
     def _times(self, fraction: Tensor) -> Tensor:
         return fraction
 
-    def _row_loss(self, latent: Tensor, time: Tensor, noise: Tensor, hidden: Tensor) -> Tensor:
+    def _row_loss(self, latent: Tensor, time: Tensor, noise: Tensor, condition: Tensor) -> Tensor:
         t = time[..., None]
-        velocity = self._velocity((1 - t) * noise + t * latent, time, hidden)
+        velocity = self._velocity((1 - t) * noise + t * latent, time, condition)
         return (velocity - (latent - noise)).square().mean(-1)
 
-    def _walk(self, hidden: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
+    def _walk(self, condition: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
         latent = draw(0)
         step = 1.0 / NUM_STEPS
         for index in range(NUM_STEPS):
-            start = torch.tensor(index * step, device=hidden.device)
-            middle = latent + 0.5 * step * self._velocity(latent, start, hidden)
-            latent = latent + step * self._velocity(middle, start + 0.5 * step, hidden)
+            start = torch.full((), index * step, device=latent.device)
+            middle = latent + 0.5 * step * self._velocity(latent, start, condition)
+            latent = latent + step * self._velocity(middle, start + 0.5 * step, condition)
         return latent
