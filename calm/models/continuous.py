@@ -148,6 +148,9 @@ class ContinuousTransformer(CALMPreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """As in transformers; an autoencoder that the file lacks is loaded from ``ae_path``."""
+        if isinstance(kwargs.get("config"), CALMConfig):
+            kwargs["config"] = deepcopy(kwargs["config"])
+            kwargs["config"].find_autoencoder(pretrained_model_name_or_path or "")
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )

@@ -19,9 +19,8 @@ def initialize(module: nn.Module, config: PreTrainedConfig) -> None:
     if isinstance(module, nn.Linear) and getattr(config, "initializer", "normal") == "fan_in":
         init.normal_(module.weight, std=FAN_IN_GAIN / module.in_features**0.5)
     embedding_std = getattr(config, "embedding_std", None)
-    if isinstance(module, nn.Embedding) and embedding_std is not None:
+    is_loaded = getattr(getattr(module, "weight", None), "_is_hf_initialized", False)
+    if isinstance(module, nn.Embedding) and embedding_std is not None and not is_loaded:
         init.normal_(module.weight, std=embedding_std)
-        if module.padding_idx is not None and not getattr(
-            module.weight, "_is_hf_initialized", False
-        ):
-            init.zeros_(module.weight[module.padding_idx])
+        if module.padding_idx is not None:
+            init.zeros_(module.weight[module.padding_idx])  # a slice does not know it was loaded

@@ -155,6 +155,10 @@ def test_nothing_leads_to_an_autoencoder(tmp_path):
         EnergyTransformer.from_pretrained(checkpoint)
     model = EnergyTransformer.from_pretrained(checkpoint, ae_path=str(GOLDENS / "autoencoder-k4"))
     assert model.config.ae_config.patch_size == 4
+    config = CALMConfig.from_pretrained(checkpoint)
+    config.ae_path = str(GOLDENS / "autoencoder-k4")
+    assert EnergyTransformer.from_pretrained(checkpoint, config=config).config.ae_config
+    assert config.ae_config is None
 
 
 def test_an_autoencoder_of_another_shape_at_ae_path(tmp_path):
