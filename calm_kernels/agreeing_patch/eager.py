@@ -44,15 +44,19 @@ def _weights(counts: Tensor, level: Tensor, fraction: Tensor, misses: Tensor) ->
 
 
 def _occurrences(candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """How often each candidate's patch occurs, int64 ``[B, N]``, and whether this is its first occurrence."""
-    same = _same(candidates)
-    counts = same.sum(dim=2)
-    first = same.to(torch.uint8).argmax(dim=2)
-    return counts, first == torch.arange(first.shape[1], device=first.device)
+    """How often each candidate's patch occurs, int64 ``[B, N]``, and whether it is the first one.
 
-
-def _same(candidates: Tensor) -> Tensor:
-    same = candidates[:, :, None, 0] == candidates[:, None, :, 0]
-    for token in range(1, candidates.shape[2]):
-        same &= candidates[:, :, None, token] == candidates[:, None, :, token]
-    return same
+    Stable sorts by the last token, then the one before, and so on: equal patches end up side by
+    side, each run in its original order.
+    """
+    order = candidates[..., -1].argsort(dim=1, stable=True)  # [B, N]
+    for token in range(candidates.shape[2] - 2, -1, -1):
+        step = candidates[..., token].gather(1, order).argsort(dim=1, stable=True)
+        order = order.gather(1, step)
+    patches = candidates.gather(1, order[..., None].expand_as(candidates))
+    starts = torch.ones_like(order, dtype=torch.bool)
+    starts[:, 1:] = (patches[:, 1:] != patches[:, :-1]).any(dim=2)
+    run = starts.cumsum(dim=1) - 1
+    lengths = torch.zeros_like(order).scatter_add_(1, run, torch.ones_like(order))
+    counts = torch.empty_like(order).scatter_(1, order, lengths.gather(1, run))
+    return counts, torch.empty_like(starts).scatter_(1, order, starts)

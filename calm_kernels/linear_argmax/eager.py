@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from calm_kernels.precision import accumulation_dtype
+from calm_kernels.products import multiply
 
 __all__ = ["linear_argmax_eager"]
 
-ROW_BLOCK, WORD_BLOCK = 1024, 1024
+LOGITS_PER_BLOCK, MAX_ROWS = 2**20, 1024
 
 
 def linear_argmax_eager(
@@ -20,8 +21,8 @@ def linear_argmax_eager(
     index = rows.new_empty(rows.shape[0], dtype=torch.int64)
     largest = rows.new_empty(rows.shape[0], dtype=dtype)
     logsumexp = torch.empty_like(largest) if with_logsumexp else None
-    for start in range(0, rows.shape[0], ROW_BLOCK):
-        block = slice(start, start + ROW_BLOCK)
+    for start in range(0, rows.shape[0], MAX_ROWS):
+        block = slice(start, start + MAX_ROWS)
         best, where, total = _scan(rows[block].to(dtype), weight, rows.dtype, with_logsumexp)
         index[block], largest[block] = where, best
         if logsumexp is not None and total is not None:
@@ -34,9 +35,10 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Largest logit, its word and the log-sum-exp of a block of rows, over all blocks of words."""
     best = where = total = None
-    for start in range(0, weight.shape[0], WORD_BLOCK):
-        words = weight[start : start + WORD_BLOCK].to(product_dtype).to(rows.dtype)
-        logits = rows @ words.T  # [ROW_BLOCK, WORD_BLOCK]
+    num_words = LOGITS_PER_BLOCK // max(1, rows.shape[0])
+    for start in range(0, weight.shape[0], num_words):
+        words = weight[start : start + num_words].to(product_dtype).to(rows.dtype)
+        logits = multiply(rows, words)  # [rows, num_words]
         high, at = logits.max(dim=-1)
         if best is None or where is None:
             best, where = high, at

@@ -8,6 +8,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from calm_kernels.precision import accumulation_dtype
+from calm_kernels.products import multiply, outer
 
 __all__ = ["linear_cross_entropy_eager"]
 
@@ -23,11 +24,17 @@ def linear_cross_entropy_eager(
     product_dtype: torch.dtype,
 ) -> Tensor:
     """Mean cross-entropy, scalar; see `calm_kernels.linear_cross_entropy`."""
+    if not torch.is_grad_enabled():  # else the function would compute gradients all the same
+        rows, weight = rows.detach(), weight.detach()
     return _LinearCrossEntropy.apply(rows, weight, labels, ignore_index, product_dtype)
 
 
 class _LinearCrossEntropy(Function):
-    """Computes d loss / d logits = (softmax - onehot) / count in place of the logits, and both products with it."""
+    """Turns the logits of a block into softmax - onehot, their gradient up to the weight of a row.
+
+    That weight, 1 / count or 0, multiplies the narrow factors instead: the rows for the gradient
+    of `weight`, the result for the gradient of `rows`.
+    """
 
     @staticmethod
     def forward(
@@ -38,38 +45,40 @@ class _LinearCrossEntropy(Function):
         ignore_index: int,
         product_dtype: torch.dtype,
     ) -> Tensor:
-        dtype = accumulation_dtype(product_dtype)
-        words = weight.to(product_dtype).to(dtype)
+        words = weight.to(product_dtype).to(accumulation_dtype(product_dtype))
         needs_rows, needs_weight = ctx.needs_input_grad[:2]
         drows = torch.empty_like(rows) if needs_rows else None
-        dweight = torch.zeros_like(words) if needs_weight else None
+        dwords = words.new_zeros(words.shape[::-1]) if needs_weight else None  # [H, V]
         is_counted = labels != ignore_index
         count = is_counted.sum()
-        share = is_counted / count.clamp(min=1).to(dtype)  # [R] weight of a row in the mean
+        share = (is_counted / count.clamp(min=1)).to(words.dtype)[:, None]  # [R, 1]
         targets = labels.where(is_counted, 0)[:, None]
-        total = words.new_zeros(())
-        block_rows = max(MIN_ROWS, LOGITS_PER_BLOCK // max(1, weight.shape[0]))
+        losses = words.new_empty(rows.shape[0])
+        block_rows = max(MIN_ROWS, LOGITS_PER_BLOCK // max(1, words.shape[0]))
         for start in range(0, rows.shape[0], block_rows):
             block = slice(start, start + block_rows)
-            inputs = rows[block].to(product_dtype).to(dtype)
-            logits = inputs @ words.T  # [block_rows, V]
-            logsumexp = logits.logsumexp(dim=-1, keepdim=True)
-            losses = logsumexp - logits.gather(1, targets[block])
-            total += losses[:, 0].where(is_counted[block], 0.0).sum()
-            if not (needs_rows or needs_weight):
-                continue
-            weights = share[block, None]
-            dlogits = logits.sub_(logsumexp).exp_().mul_(weights)
-            dlogits.scatter_add_(1, targets[block], -weights)
+            inputs = rows[block].to(product_dtype).to(words.dtype)
+            losses[block], dlogits = _losses(multiply(inputs, words), targets[block])
             if drows is not None:
-                drows[block] = dlogits @ words
-            if dweight is not None:
-                dweight.addmm_(dlogits.T, inputs)
-        ctx.save_for_backward(drows, None if dweight is None else dweight.to(weight.dtype))
-        return total / count
+                drows[block] = multiply(dlogits, words.T).mul_(share[block])
+            if dwords is not None:
+                dwords += outer(inputs * share[block], dlogits)
+        ctx.save_for_backward(drows, None if dwords is None else dwords.T.to(weight.dtype))
+        return losses.where(is_counted, 0.0).sum() / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         drows, dweight = (None if d is None else d * dloss for d in ctx.saved_tensors)
         return drows, dweight, None, None, None
+
+
+def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row ``[rows]`` and its gradient, softmax - onehot ``[rows, V]``.
+
+    The log-sum-exp is read off the softmax at the largest logit, where it is at least 1 / V.
+    """
+    softmax = torch.softmax(logits, dim=-1)
+    logsumexp = logits.amax(dim=-1) - softmax.amax(dim=-1).log()
+    losses = logsumexp - logits.gather(1, targets)[:, 0]
+    return losses, softmax.scatter_add_(1, targets, softmax.new_full(targets.shape, -1.0))

@@ -1,0 +1,107 @@
+"""Matrix products of the torch backend.
+
+torch sends float32 products on x86 CPUs to MKL, which leaves half the speed of an AMD CPU unused;
+oneDNN, part of the same torch, does not. Products large enough to be worth its call overhead go
+there. Everything else (other dtypes and devices, autocast, compiled graphs, a torch without
+oneDNN, ``torch.backends.mkldnn.enabled = False``) is `torch.nn.functional.linear`.
+"""
+
+import functools
+import platform
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+__all__ = ["linear", "multiply", "outer"]
+
+MIN_MULTIPLICATIONS = 2**20  # below, oneDNN's call costs more than its product saves
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``inputs @ weight.T + bias``, differentiable (once, where oneDNN runs).
+
+    Args:
+        inputs: ``[..., I]``.
+        weight: ``[O, I]``.
+        bias: ``[O]`` or None.
+
+    Returns: ``[..., O]``.
+    """
+    if not _use_onednn(inputs, weight):
+        return F.linear(inputs, weight, bias)
+    return _Linear.apply(inputs, weight, bias)
+
+
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right.T`` of two matrices ``[R, I]`` and ``[O, I]``, not differentiable."""
+    return _onednn(left, right) if _use_onednn(left, right) else left @ right.T
+
+
+def outer(left: Tensor, right: Tensor) -> Tensor:
+    """``left.T @ right`` of two matrices ``[R, A]`` and ``[R, B]``, not differentiable.
+
+    oneDNN is faster with the narrower one on the left; the other order gives a transposed view.
+    """
+    if left.shape[1] <= right.shape[1]:
+        return multiply(left.T, right.T)
+    return multiply(right.T, left.T).T
+
+
+class _Linear(Function):
+    """`linear` and its two gradient products through oneDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        return _onednn(rows, weight, bias).view(*inputs.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, doutputs: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        needs_inputs, needs_weight, needs_bias = ctx.needs_input_grad
+        drows = doutputs.reshape(-1, weight.shape[0])
+        rows = inputs.reshape(-1, weight.shape[1])
+        dinputs = multiply(drows, weight.T).view(inputs.shape) if needs_inputs else None
+        dweight = outer(drows, rows) if needs_weight else None
+        return dinputs, dweight, drows.sum(dim=0) if needs_bias else None
+
+
+def _use_onednn(left: Tensor, right: Tensor) -> bool:
+    """Whether a product ``left @ right.T`` runs through oneDNN."""
+    return (
+        not torch.compiler.is_compiling()
+        and left.dtype == right.dtype == torch.float32
+        and left.device.type == "cpu"
+        and left.numel() * right.shape[0] >= MIN_MULTIPLICATIONS
+        and not torch.is_autocast_enabled("cpu")
+        and bool(torch.backends.mkldnn.enabled)
+        and _has_onednn()
+    )
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return (
+        is_x86
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``left @ right.T + bias`` of two matrices."""
+    product = torch.ops.mkldnn._linear_pointwise  # also what torch.compile emits for a linear
+    return product(_dense(left), _dense(right), bias, "none", [], "")
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """A matrix without gaps, as it is or transposed: oneDNN is 50 times slower on others."""
+    is_dense = matrix.is_contiguous() or matrix.T.is_contiguous()
+    return matrix if is_dense else matrix.contiguous()
