@@ -16,12 +16,13 @@ processors compute in float32.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+
+from calm.training.precision import has_bfloat16_units
 
 __all__ = ["MuonAdamW", "orthogonal"]
 
@@ -139,18 +140,10 @@ def orthogonal(matrices: Tensor) -> Tensor:
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonal(matrices.mT).mT
     linear, cubic, quintic = QUINTIC
-    near = matrices.to(torch.bfloat16 if _has_bfloat16_units(matrices.device) else torch.float32)
+    near = matrices.to(torch.bfloat16 if has_bfloat16_units(matrices.device) else torch.float32)
     near = near / near.norm(dim=(-2, -1), keepdim=True).clamp(min=TINY)
     for _ in range(STEPS):
         gram = near @ near.mT
         gram = torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic)
         near = torch.baddbmm(near, gram, near, beta=linear)
     return near
-
-
-@cache
-def _has_bfloat16_units(device: torch.device) -> bool:
-    if device.type != "cpu":
-        return True
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))

@@ -1,0 +1,1 @@
+"""Whole experiments: the demo, and what they share."""

@@ -1,0 +1,281 @@
+"""`calm demo`: autoencoder, CALM and token baseline from nothing, in minutes on two cores.
+
+Both language models read the same text for the same seconds and are scored on the same held-out
+documents. ``runs/demo`` then holds three models that `calm generate` and `calm eval` load,
+``report.md``, ``results.json`` and ``curves.png``.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+
+from calm.decoding import generate, generate_tokens
+from calm.errors import UserError
+from calm.evaluation import Evaluation, evaluate
+from calm.experiments.plots import plot_demo
+from calm.experiments.report import (
+    DemoResults,
+    LanguageModelResults,
+    Sample,
+    temperature_name,
+    to_console,
+    to_markdown,
+)
+from calm.experiments.stages import train_stage
+from calm.models import BaselineTransformer
+from calm.training.precision import has_bfloat16_units
+from calm.training.recipe import Stage
+from calm.training.trainer import CALMTrainer
+
+__all__ = ["EXAMPLES", "add_arguments", "run"]
+
+EXAMPLES = """\
+  calm demo                                    the embedded text, about 8 minutes on two cores
+  calm demo --text my.txt --minutes 20         your own text
+  calm generate --model runs/demo/calm --prompt "Returns the " --temperature 0.33
+"""
+
+EMBEDDED_TEXT = "docstrings of Python's standard library, flattened to sentences"
+# Shares of the time; what is left goes to reading the text, scoring and sampling.
+AUTOENCODER_SHARE = 0.085
+LANGUAGE_MODEL_SHARE = 0.36
+CURVE_SCORES = 10
+CURVE = {"max_blocks": 32, "num_samples": 8}
+FINAL = {"max_blocks": 320, "num_samples": 16}
+SCORE_BATCH = 16
+PROMPTS = ("Returns the ", "This is the ", "If the file ")
+PROMPT_TOKENS = 16  # of held-out text, where the text is the user's
+SAMPLE_TOKENS = 160
+TEMPERATURES = (1.0, 1 / 3)
+CANDIDATES = 1000  # of a vote at low temperature
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the subcommand."""
+    parser.add_argument(
+        "--text",
+        metavar="FILES",
+        help=".txt, .jsonl or .json files to learn from (comma-separated, globs work); "
+        "default: docstrings of Python's standard library",
+    )
+    parser.add_argument(
+        "--text-unit",
+        choices=("paragraph", "line", "file"),
+        default="paragraph",
+        help="one document of a .txt file; some are held out (default: paragraph)",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, metavar="M", help="time for all of it (default: 8)"
+    )
+    parser.add_argument(
+        "--output-dir",
+        default="runs/demo",
+        metavar="DIR",
+        help="written over if it exists (default: runs/demo)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1,
+        metavar="S",
+        help="of weights, batches and draws (default: 1)",
+    )
+    parser.add_argument(
+        "--recipe", default="demo", metavar="NAME", help="sizes and rates (default: demo)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, score, sample, report."""
+    if not args.minutes > 0:
+        raise UserError(f"--minutes must be positive, got {args.minutes}")
+    _quieten()
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = _experiment(args, folder)
+    record = json.dumps(asdict(results), indent=1, ensure_ascii=False)
+    (folder / "results.json").write_text(record + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(to_markdown(results), encoding="utf-8")
+    plot_demo(results, folder / "curves.png")
+    print(to_console(results))
+    print(f"\n{folder}: report.md, curves.png, results.json and the three models")
+    return 0
+
+
+def _experiment(args: argparse.Namespace, folder: Path) -> DemoResults:
+    """The three stages, the autoencoder first; both language models get the same seconds."""
+    began = time.perf_counter()
+    flags = _common_flags(args)
+    trainer, autoencoder = train_stage(
+        Stage.AUTOENCODER,
+        [*flags, *_stage_flags(folder / "autoencoder", args.minutes * AUTOENCODER_SHARE)],
+        title="autoencoder   ",
+        score=_reconstruction,
+        num_scores=CURVE_SCORES,
+    )
+    calm = _language_model(
+        Stage.CALM,
+        "CALM",
+        folder / "calm",
+        [*flags, f"--ae_name_or_path={folder / 'autoencoder'}"],
+        args,
+    )
+    baseline = _language_model(Stage.BASELINE, "token by token", folder / "baseline", flags, args)
+    return DemoResults(
+        text=args.text or EMBEDDED_TEXT,
+        machine=_machine(),
+        seconds=time.perf_counter() - began,
+        peak_memory_bytes=_peak_memory_bytes(),
+        accuracy=autoencoder.scores[-1]["accuracy"],
+        autoencoder=autoencoder,
+        calm=calm,
+        baseline=baseline,
+        commands=_commands(args, folder, trainer),
+    )
+
+
+def _language_model(
+    stage: Stage, name: str, folder: Path, flags: Sequence[str], args: argparse.Namespace
+) -> LanguageModelResults:
+    """Train, evaluate and sample one of the two."""
+    trainer, run = train_stage(
+        stage,
+        [*flags, *_stage_flags(folder, args.minutes * LANGUAGE_MODEL_SHARE)],
+        title=f"{name:14}",
+        score=_curve_score,
+        num_scores=CURVE_SCORES,
+    )
+    evaluation = _evaluate(trainer, **FINAL)
+    prompts = PROMPTS if args.text is None else _held_out_prompts(trainer)
+    samples, speeds = [], {}
+    for temperature in TEMPERATURES:
+        texts, speed = _continue(trainer, prompts, temperature, args.seed)
+        samples += [
+            Sample(temperature, prompt, text) for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        speeds[temperature_name(temperature)] = speed
+    return LanguageModelResults(name, str(folder), run, evaluation, samples, speeds)
+
+
+# Flags
+
+
+def _common_flags(args: argparse.Namespace) -> list[str]:
+    """Flags that all stages share, on top of the recipe."""
+    flags = [f"--config={args.recipe}", f"--seed={args.seed}"]
+    if args.text is not None:
+        flags += ["--dataset_name=", f"--train_file={args.text}"]
+        flags += [f"--text_unit={args.text_unit}", "--keep_linebreaks=false"]
+    if not torch.cuda.is_available():
+        flags.append("--use_cpu=true")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if has_bfloat16_units(device):
+        flags.append("--bf16=true")
+    return flags
+
+
+def _stage_flags(folder: Path, minutes: float) -> list[str]:
+    """Flags of one stage: where, how long, and no output but ours."""
+    return [
+        f"--output_dir={folder}", "--overwrite_output_dir=true",
+        f"--max_train_seconds={60 * minutes}", "--max_steps=-1",
+        "--eval_strategy=no", "--save_strategy=no", "--disable_tqdm=true", "--report_to=none",
+    ]  # fmt: skip
+
+
+# Scores and samples
+
+
+def _reconstruction(trainer: CALMTrainer) -> dict[str, float]:
+    """Share of all held-out tokens that the autoencoder gives back."""
+    return {"accuracy": trainer.evaluate()["eval_accuracy"]}
+
+
+def _curve_score(trainer: CALMTrainer) -> dict[str, float]:
+    """BrierLM on the first held-out blocks, its four terms and their errors."""
+    evaluation = _evaluate(trainer, **CURVE)
+    errors = evaluation.standard_errors or {}
+    return {
+        "BrierLM": evaluation.brier_lm,
+        **evaluation.brier,
+        **{f"{order}_se": error for order, error in errors.items()},
+    }
+
+
+def _evaluate(trainer: CALMTrainer, **settings: int) -> Evaluation:
+    blocks: Any = trainer.eval_dataset
+    return evaluate(
+        trainer.model,
+        (blocks[index] for index in range(len(blocks))),
+        skip_repeats=True,
+        batch_size=SCORE_BATCH,
+        **settings,
+    )
+
+
+def _continue(
+    trainer: CALMTrainer, prompts: Sequence[str], temperature: float, seed: int
+) -> tuple[list[str], float]:
+    """Continuations of prompts of equal length, and tokens/s."""
+    model: Any = trainer.model.eval()
+    tokenizer: Any = trainer.processing_class
+    ids = torch.tensor([tokenizer(prompt)["input_ids"] for prompt in prompts], device=model.device)
+    options: Any = {"max_new_tokens": SAMPLE_TOKENS, "temperature": temperature, "seed": seed}
+    began = time.perf_counter()
+    if isinstance(model, BaselineTransformer):
+        sequences = generate_tokens(model, ids, **options)
+    else:
+        sequences = generate(model, ids, num_samples=CANDIDATES, **options)
+    seconds = time.perf_counter() - began
+    new = sequences[:, ids.shape[1] :]
+    count = int((new != tokenizer.pad_token_id).sum())
+    return tokenizer.batch_decode(new, skip_special_tokens=True), count / seconds
+
+
+def _held_out_prompts(trainer: CALMTrainer) -> list[str]:
+    """The beginnings of some held-out blocks."""
+    blocks: Any = trainer.eval_dataset
+    chosen = [blocks[index]["input_ids"][:PROMPT_TOKENS] for index in range(min(3, len(blocks)))]
+    tokenizer: Any = trainer.processing_class
+    return tokenizer.batch_decode(chosen)
+
+
+def _quieten() -> None:
+    """The bars and figures are the output; warnings and errors still show."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    transformers.utils.logging.set_verbosity_warning()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _machine() -> str:
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _peak_memory_bytes() -> int:
+    """Of this process; macOS counts bytes, others kilobytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _commands(args: argparse.Namespace, folder: Path, trainer: CALMTrainer) -> list[str]:
+    """What to try next; the second repeats the score of the report."""
+    data = args.text or "embedded:docstrings"
+    blocks: Any = trainer.eval_dataset
+    return [
+        f'calm generate --model {folder / "calm"} --prompt "Returns the " --temperature 0.3333',
+        f"calm eval --model {folder / 'calm'} --data {data} --block-size {blocks.block_size} "
+        f"--skip-repeats --num-samples {FINAL['num_samples']} --max-blocks {FINAL['max_blocks']}",
+    ]

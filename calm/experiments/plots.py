@@ -1,0 +1,158 @@
+"""Figures of experiments."""
+
+import textwrap
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from calm.experiments.report import (
+    ORDERS,
+    DemoResults,
+    LanguageModelResults,
+    temperature_name,
+)
+from calm.experiments.stages import StageRun
+
+__all__ = ["plot_demo"]
+
+INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
+CALM_COLOR, BASELINE_COLOR, AUTOENCODER_COLOR = "#0f766e", "#c2410c", "#4f46e5"
+# One hue a model; the longer the n-gram, the lighter.
+SHADES = (1.0, 0.78, 0.58, 0.4)
+SAMPLE_WIDTH, SAMPLE_LINES = 78, 4
+
+
+def plot_demo(results: DemoResults, path: Path) -> None:
+    """Brier-1 to Brier-4 over training time, losses, reconstruction and a sample, as one PNG."""
+    figure = Figure(figsize=(12.5, 8.2), dpi=140, facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.06, hspace=0.08)
+    grid = figure.add_gridspec(3, 3, height_ratios=(1.0, 1.35, 0.62))
+    _plot_reconstruction(figure.add_subplot(grid[0, 0]), results.autoencoder)
+    _plot_energy(figure.add_subplot(grid[0, 1]), results.calm.run)
+    _plot_bits(figure.add_subplot(grid[0, 2]), results.baseline.run)
+    _plot_brier(figure.add_subplot(grid[1, :2]), (results.calm, results.baseline))
+    _plot_final(figure.add_subplot(grid[1, 2]), (results.calm, results.baseline))
+    _write_samples(figure.add_subplot(grid[2, :]), results)
+    figure.suptitle(
+        "A CALM from nothing", x=0.008, ha="left", color=INK, fontsize=17, fontweight="bold"
+    )
+    with warnings.catch_warnings():
+        # The user's own alphabet may lack in the font: boxes then, in the samples alone.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(path)
+
+
+def _style(axes: Axes, title: str, subtitle: str) -> None:
+    axes.set_title(title, loc="left", color=INK, fontsize=11.5, fontweight="bold", pad=20)
+    note = axes.text(
+        0, 1.03, subtitle, transform=axes.transAxes, color=MUTED, fontsize=8.5, va="bottom"
+    )
+    note.set_in_layout(False)  # long notes may reach over the next panel's margin
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GRID)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelsize=8.5, length=0)
+
+
+def _curve(run: StageRun, name: str) -> tuple[list[float], list[float]]:
+    """Seconds and logged values."""
+    entries = [entry for entry in run.logs if name in entry and "train_seconds" in entry]
+    return [entry["train_seconds"] for entry in entries], [entry[name] for entry in entries]
+
+
+def _plot_reconstruction(axes: Axes, run: StageRun) -> None:
+    _style(axes, "Autoencoder", "held-out tokens that do not come back, %  ·  seconds of training")
+    seconds = [score["train_seconds"] for score in run.scores]
+    errors = [max(100 * (1 - score["accuracy"]), 1e-3) for score in run.scores]
+    axes.semilogy(seconds, errors, "o-", color=AUTOENCODER_COLOR, markersize=3.5, linewidth=1.8)
+    axes.axhline(0.5, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.annotate(
+        f"{100 - errors[-1]:.2f} % reconstructed", (seconds[-1], errors[-1]), xytext=(0, 9),
+        textcoords="offset points", ha="right", color=AUTOENCODER_COLOR, fontsize=9,
+    )  # fmt: skip
+    axes.set_xlim(left=0)
+
+
+def _plot_energy(axes: Axes, run: StageRun) -> None:
+    _style(axes, "CALM", "energy loss: distance to the text − distance among draws")
+    axes.plot(*_curve(run, "loss"), color=CALM_COLOR, linewidth=1.8)
+    axes.set_xlim(left=0)
+
+
+def _plot_bits(axes: Axes, run: StageRun) -> None:
+    _style(axes, "Token by token", "cross-entropy, bits a token")
+    seconds, loss = _curve(run, "loss")
+    axes.plot(seconds, [value / 0.6931 for value in loss], color=BASELINE_COLOR, linewidth=1.8)
+    axes.set_xlim(left=0)
+
+
+def _plot_brier(axes: Axes, models: Sequence[LanguageModelResults]) -> None:
+    _style(
+        axes, "What the next tokens are worth",
+        "Brier-n of held-out text, %  ·  seconds of training  ·  bars: ± 2 standard errors",
+    )  # fmt: skip
+    for model, color, line in zip(
+        models, (CALM_COLOR, BASELINE_COLOR), ("-", (0, (3, 1.5))), strict=True
+    ):
+        for order, shade in zip(ORDERS, SHADES, strict=True):
+            name = f"brier{order}"
+            points = [score for score in model.run.scores if score[name] > 0]
+            if not points:
+                continue
+            seconds = [score["train_seconds"] for score in points]
+            values = [100 * score[name] for score in points]
+            spread = [200 * score.get(f"{name}_se", 0.0) for score in points]
+            low = [min(error, 0.9 * value) for error, value in zip(spread, values, strict=True)]
+            axes.errorbar(
+                seconds, values, yerr=[low, spread], color=color, alpha=shade, linestyle=line,
+                linewidth=1.8, marker="o", markersize=3, elinewidth=0.9,
+            )  # fmt: skip
+            axes.annotate(
+                f"{order}", (seconds[-1], values[-1]), xytext=(6, 0), textcoords="offset points",
+                va="center", color=color, alpha=max(shade, 0.6), fontsize=9, fontweight="bold",
+            )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_xlim(left=0)
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _plot_final(axes: Axes, models: Sequence[LanguageModelResults]) -> None:
+    _style(axes, "At the end", "Brier-n, %, with 95 % intervals, same seconds of training each")
+    for offset, (model, color) in enumerate(zip(models, (CALM_COLOR, BASELINE_COLOR), strict=True)):
+        values = [100 * model.evaluation.brier[f"brier{order}"] for order in ORDERS]
+        places = [order + 0.4 * offset - 0.2 for order in ORDERS]
+        bars = axes.bar(places, values, width=0.36, color=color, label=model.name)
+        intervals = model.evaluation.brier_intervals
+        if intervals is not None:
+            ends = [intervals[f"brier{order}"] for order in ORDERS]
+            low = [value - 100 * end[0] for value, end in zip(values, ends, strict=True)]
+            high = [100 * end[1] - value for value, end in zip(values, ends, strict=True)]
+            axes.errorbar(places, values, yerr=[low, high], fmt="none", color=INK, elinewidth=1)
+        axes.bar_label(bars, fmt="%.1f", padding=4, color=color, fontsize=8.5)
+    axes.set_xticks(ORDERS, [f"{order} token{'s' if order > 1 else ''}" for order in ORDERS])
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+
+
+def _write_samples(axes: Axes, results: DemoResults) -> None:
+    """What each model writes at its lowest temperature after the first prompt."""
+    axes.set_axis_off()
+    columns = ((results.calm, CALM_COLOR), (results.baseline, BASELINE_COLOR))
+    for (model, color), left in zip(columns, (0.0, 0.51), strict=True):
+        sample = min(model.samples, key=lambda sample: sample.temperature)
+        lines = textwrap.wrap(_printable(sample.prompt + sample.continuation), SAMPLE_WIDTH)
+        style: dict[str, Any] = {"transform": axes.transAxes, "va": "top", "parse_math": False}
+        heading = f"{model.name}, T = {temperature_name(sample.temperature)}"
+        axes.text(left, 1.0, heading, color=color, fontsize=10, fontweight="bold", **style)
+        axes.text(
+            left, 0.8, "\n".join(lines[:SAMPLE_LINES]), color=INK, fontsize=9.5,
+            family="monospace", linespacing=1.35, **style,
+        )  # fmt: skip
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -1,0 +1,196 @@
+"""What the demo found, as data, as a page and for the terminal."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from calm.evaluation import Evaluation
+from calm.experiments.stages import StageRun
+
+__all__ = [
+    "ORDERS",
+    "DemoResults",
+    "LanguageModelResults",
+    "Sample",
+    "temperature_name",
+    "to_console",
+    "to_markdown",
+]
+
+ORDERS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt continued."""
+
+    temperature: float
+    prompt: str
+    continuation: str
+
+
+@dataclass(frozen=True)
+class LanguageModelResults:
+    """One language model.
+
+    Attributes:
+        name: for people.
+        folder: of its checkpoint.
+        run: its training.
+        evaluation: BrierLM on held-out documents.
+        samples: texts.
+        tokens_per_second: generation speed by temperature, as in ``"1/3"``.
+    """
+
+    name: str
+    folder: str
+    run: StageRun
+    evaluation: Evaluation
+    samples: list[Sample]
+    tokens_per_second: dict[str, float]
+
+
+@dataclass(frozen=True)
+class DemoResults:
+    """All of it.
+
+    Attributes:
+        text: what was learned from.
+        machine: what it ran on.
+        seconds: wall time of everything, imports excluded.
+        peak_memory_bytes: of the process.
+        accuracy: share of held-out tokens that the autoencoder reconstructs from a drawn latent.
+        autoencoder: its training.
+        calm: the continuous language model.
+        baseline: the token-by-token one.
+        commands: to try next.
+    """
+
+    text: str
+    machine: str
+    seconds: float
+    peak_memory_bytes: int
+    accuracy: float
+    autoencoder: StageRun
+    calm: LanguageModelResults
+    baseline: LanguageModelResults
+    commands: list[str]
+
+
+def temperature_name(temperature: float) -> str:
+    """``1`` or ``1/3``."""
+    number = round(1 / temperature)
+    return "1" if number == 1 else f"1/{number}"
+
+
+def to_console(results: DemoResults) -> str:
+    """The figures and some samples, as plain text."""
+    table = [" ".join(parts) for parts in _aligned(_comparison(results))]
+    samples = []
+    for model in (results.calm, results.baseline):
+        for temperature in _temperatures(model):
+            samples.append(f"\n{model.name}, T = {temperature_name(temperature)}")
+            samples += [f"  {line}" for line in _texts(model, temperature, "[{}]{}")]
+    return "\n".join(
+        [
+            "",
+            f"reconstruction of held-out text  {100 * results.accuracy:.2f} %",
+            "",
+            *table,
+            *samples,
+            "",
+            f"{results.seconds:.0f} s in all, "
+            f"peak memory {results.peak_memory_bytes / 2**30:.2f} GiB",
+        ]
+    )
+
+
+def to_markdown(results: DemoResults) -> str:
+    """The report."""
+    ae, calm, baseline = results.autoencoder, results.calm, results.baseline
+    rows = _comparison(results)
+    table = ["| " + " | ".join(parts) + " |" for parts in _aligned(rows)]
+    rule = "|" + "|".join("-" * (len(part) + 2) for part in _aligned(rows)[0]) + "|"
+    protocol = calm.evaluation.protocol
+    parts = [
+        "# A CALM from nothing",
+        f"Text: {results.text}. Machine: {results.machine}. {results.seconds:.0f} s in all, peak "
+        f"memory {results.peak_memory_bytes / 2**30:.2f} GiB.",
+        "![curves](curves.png)",
+        "## Autoencoder",
+        f"{100 * results.accuracy:.3f} % of held-out tokens come back from a drawn latent; "
+        f"{ae.parameters:,} parameters, {ae.steps:,} steps, {ae.seconds:.0f} s.",
+        "## Language models",
+        "\n".join([table[0], rule, *table[1:]]),
+        f"Held-out documents: {protocol['blocks']} blocks of {protocol['block_size']} tokens, "
+        f"{protocol['num_samples']} draws a position, runs of one repeated token left out, 95 % "
+        "bootstrap intervals over blocks. CALM is scored at the starts of chunks, the baseline at "
+        "every token. Brier-n is 2 P(y) - sum P(x)^2 of the next n tokens: 100 for certain and "
+        "right, 0 for an empty guess, below 0 for certain and wrong.",
+        "## Samples",
+    ]
+    for model in (calm, baseline):
+        for temperature in _temperatures(model):
+            parts.append(f"**{model.name}, T = {temperature_name(temperature)}**")
+            parts += [f"> {line}" for line in _texts(model, temperature, "**{}**{}")]
+    parts += ["## Next", "```\n" + "\n".join(results.commands) + "\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _comparison(results: DemoResults) -> list[list[str]]:
+    """Rows of the table: a heading, then CALM and baseline side by side."""
+    models = (results.calm, results.baseline)
+    rows = [
+        ["", *(model.name for model in models)],
+        ["parameters", *(f"{model.run.parameters:,}" for model in models)],
+        ["training", *(f"{model.run.seconds:.0f} s" for model in models)],
+        ["steps", *(f"{model.run.steps:,}" for model in models)],
+        ["tokens read", *(f"{model.run.tokens:,}" for model in models)],
+        ["tokens/s, training", *(f"{model.run.tokens_per_second:,.0f}" for model in models)],
+    ]
+    for order in ORDERS:
+        rows.append([f"Brier-{order} (%)", *(_brier(model, order) for model in models)])
+    rows.append(["BrierLM", *(_brier_lm(model) for model in models)])
+    for name in results.calm.tokens_per_second:
+        speeds = (model.tokens_per_second[name] for model in models)
+        rows.append([f"tokens/s, T = {name}", *(f"{speed:,.0f}" for speed in speeds)])
+    return rows
+
+
+def _brier(model: LanguageModelResults, order: int) -> str:
+    name = f"brier{order}"
+    intervals = model.evaluation.brier_intervals
+    return _with_interval(
+        100 * model.evaluation.brier[name],
+        None if intervals is None else tuple(100 * end for end in intervals[name]),
+    )
+
+
+def _brier_lm(model: LanguageModelResults) -> str:
+    return _with_interval(model.evaluation.brier_lm, model.evaluation.brier_lm_interval)
+
+
+def _with_interval(value: float, ends: Iterable[float] | None) -> str:
+    return f"{value:.2f}" + ("" if ends is None else " [{:.2f}, {:.2f}]".format(*ends))
+
+
+def _aligned(rows: list[list[str]]) -> list[list[str]]:
+    """Cells padded to the width of their column; the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        [cell.rjust(width) if index else cell.ljust(width)
+         for index, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        for row in rows
+    ]  # fmt: skip
+
+
+def _temperatures(model: LanguageModelResults) -> list[float]:
+    return list(dict.fromkeys(sample.temperature for sample in model.samples))
+
+
+def _texts(model: LanguageModelResults, temperature: float, form: str) -> list[str]:
+    """Samples at `temperature`, one line each; `form` joins prompt and continuation."""
+    return [
+        " ".join(form.format(sample.prompt, sample.continuation).split())
+        for sample in model.samples
+        if sample.temperature == temperature
+    ]

@@ -1,0 +1,18 @@
+"""What a device computes fast in."""
+
+from functools import cache
+
+import torch
+
+__all__ = ["has_bfloat16_units"]
+
+CPU_UNITS = ("avx512_bf16", "amx_bf16")
+
+
+@cache
+def has_bfloat16_units(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 run in hardware on `device`; emulation is slow."""
+    if device.type != "cpu":
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(unit, False) for unit in CPU_UNITS)
