@@ -1,9 +1,11 @@
-"""In which dtype a matrix product runs, and in which one its sums are kept."""
+"""In which dtype a product with a weight runs, and in which one its sums are kept."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "product_dtype"]
+from calm_kernels.checks import check_device, check_dtype, check_shape, check_tensor
+
+__all__ = ["accumulation_dtype", "check_projection", "product_dtype"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -12,9 +14,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def product_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> torch.dtype:
-    """The dtype of a product of two tensors: autocast's where it is on, else the dtype that both share.
-
-    As for `torch.autocast` itself, float64 tensors are left alone.
+    """Autocast's dtype where it is on (float64 is left alone), else the one both tensors share.
 
     Raises:
         TypeError: the dtypes differ and autocast is off.
@@ -27,3 +27,20 @@ def product_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> 
             f"{name} must have the dtype of {other_name}, {other.dtype}; got {tensor.dtype}"
         )
     return tensor.dtype
+
+
+def check_projection(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """`product_dtype` of ``hidden [..., H] @ weight [V, H].T``.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, device or shape, or an empty vocabulary.
+    """
+    check_tensor("hidden", hidden, min_dim=1)
+    check_tensor("weight", weight, min_dim=2)
+    check_dtype("hidden", hidden)
+    check_dtype("weight", weight)
+    check_shape("weight", weight, (weight.shape[0], hidden.shape[-1]), "V rows as wide as hidden")
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must have at least one row, got shape {tuple(weight.shape)}")
+    check_device("weight", weight, "hidden", hidden)
+    return product_dtype("weight", weight, "hidden", hidden)

@@ -35,14 +35,15 @@ def agreeing_patch(
     With c the number of times a patch occurs among the candidates and s = 1/T = n + a, n = ⌊s⌋, it
     is chosen with a chance in proportion to its weight
 
-        a = 0:      w = C(c, n)            (Algorithm 2: the ways to pick n draws that all are this
-        patch) "gamma":    w = Γ(c + 1) / Γ(c + 1 - s) for c >= n, else 0 "factory":  w = C(c, n) h,
-        h the chance that the Bernoulli factory of Algorithm 1 accepts within the other
-                    N - n candidates, taken in random order
+        a = 0      w = C(c, n), the ways to pick n draws that all are this patch (Algorithm 2)
+        factory    w = C(c, n) h, with h the chance that the Bernoulli factory of Algorithm 1
+                   accepts within the other N - n candidates, taken in random order
+        gamma      w = Γ(c + 1) / Γ(c + 1 - s) for c >= n, else 0
 
     If all weights are zero, n is replaced by n - 1 (a stays), and so on to 1; the factory form ends
-    in w = c. As N grows, the law tends to P(patch)^s / Σ P^s. At ``num_agreeing = 1`` every
-    candidate has the same chance: one draw.
+    in w = c. As N grows, the law tends to P(patch)^s / Σ P^s. The factory form is unbiased but for
+    patches it leaves undecided, which it rejects; the gamma form accepts those. ``num_agreeing=1``
+    gives every candidate the same chance: it is one draw of the model.
 
     Args:
         candidates: ``[B, N, K]``, N, K >= 1, any integer dtype.
@@ -51,19 +52,19 @@ def agreeing_patch(
             of an integer is that integer.
         seed: of one uniform a row, see `noise.as_seed`; ``[B]`` gives each row its own stream.
         first_row: global index of the first row.
-        form: weights for a > 0.
+        form: ``factory`` or ``gamma``, the weights for a > 0.
         return_counts: also return c of each candidate's patch.
         backend: ``auto``, ``reference`` or ``torch``; both make the same choices for the same seed.
 
-    Returns: tokens ``[B, K]`` in the dtype of `candidates`; level ``[B]`` int64, the n in use where
-        a weight was found (⌊s⌋ if nothing had to be replaced, 0 where the factory form ended in w =
-        c); counts ``[B, N]`` int64 if asked.
+    Returns: tokens ``[B, K]`` in the dtype of `candidates`; level ``[B]`` int64, the n at which a
+        weight was found (⌊s⌋ if none had to be replaced, 0 where the factory form ended in c);
+        counts ``[B, N]`` int64 if asked for.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range.
 
-    Source: CALM, section 5.2, Algorithm 2. Cost: O(B N log N) time and O(B N) memory, no host
-        synchronisation.
+    Source: CALM, Algorithms 1 and 2. Cost: K sorts, O(B N K log N) time and O(B N K) memory; no
+        loop over the batch and no host synchronisation in the torch backend.
     """
     check_tensor("candidates", candidates)
     check_dtype("candidates", candidates, INTEGERS)
@@ -91,7 +92,7 @@ def agreeing_patch(
 
 
 def _split(num_agreeing: int | float | Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """N and a of s = n + a, float64 ``[B]``; s within `TOLERANCE` of an integer is that integer."""
+    """Whole part n and rest a of s = n + a, float64 ``[B]`` each; a is 0 within `TOLERANCE`."""
     batch, device = candidates.shape[0], candidates.device
     if isinstance(num_agreeing, Tensor):
         check_dtype("num_agreeing", num_agreeing, NUMBERS)

@@ -23,7 +23,7 @@ def agreeing_patch_eager(
     vote: Tensor,  # [B]
     is_factory: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Index of the chosen candidate ``[B]``, level ``[B]``, counts ``[B, N]``; see `calm_kernels.agreeing_patch`."""
+    """Index of the choice ``[B]``, level ``[B]`` and counts ``[B, N]``; see the public function."""
     counts, is_first = _occurrences(candidates)
     highest = counts.amax(dim=1).to(torch.float64)
     misses = ((fraction > 0.0) & is_factory).to(torch.float64)  # hits needed beyond m

@@ -16,7 +16,7 @@ def agreeing_patch_reference(
     vote: Tensor,  # [B]
     is_factory: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Index of the chosen candidate ``[B]``, level ``[B]``, counts ``[B, N]``; see `calm_kernels.agreeing_patch`."""
+    """Index of the choice ``[B]``, level ``[B]`` and counts ``[B, N]``; see the public function."""
     chosen, levels, counts = [], [], []
     for row, n, a, u in zip(
         candidates.tolist(), whole.tolist(), fraction.tolist(), vote.tolist(), strict=True
@@ -38,7 +38,7 @@ def agreeing_patch_reference(
 def _cascade(
     counts: list[int], num_candidates: int, n: int, a: float, is_factory: bool
 ) -> tuple[int, list[float]]:
-    """The first level m = n, n-1, ..., 1 with a weight above zero, and the weights; level 0 weighs by the count."""
+    """First level m = n, n-1, ..., 1 with a weight above 0, and the weights; else 0 and counts."""
     for m in range(min(n, num_candidates), 0, -1):
         weights = [_weight(c, num_candidates, m, a, is_factory) for c in counts]
         if sum(weights) > 0.0:
@@ -57,7 +57,7 @@ def _weight(c: int, num_candidates: int, m: int, a: float, is_factory: bool) -> 
 
 
 def _acceptance(hits: int, others: int, a: float) -> float:
-    """Chance that the factory accepts when it meets `hits` matches among `others` draws in random order.
+    """Chance that the factory accepts within `others` draws in random order, `hits` of which match.
 
     Σ_j P(the first match is draw j + 1) · Π_{i<j} (1 - a / (i + 1)): no rejection at any of the j
     misses before it.

@@ -9,6 +9,7 @@ from calm_kernels.checks import check_device, check_dtype, check_shape, check_te
 from calm_kernels.energy_head.eager import energy_head_eager
 from calm_kernels.energy_head.parameters import gather_parameters
 from calm_kernels.energy_head.reference import energy_head_reference
+from calm_kernels.precision import product_dtype
 
 __all__ = ["energy_head"]
 
@@ -24,14 +25,16 @@ def energy_head(
     """Latents of the generative head for given noise.
 
     e₀ = LN(W_n noise + b_n),    c = LN(W_h hidden + b_h)
-    e ← e + W_d (SiLU(g) ⊙ u) + b_d,    [g; u] = W₃ SiLU(W₂ SiLU(W₁ [LN(e); c] + b₁) + b₂) + b₃
-    in each block latent = W_o SiLU(W_f LN(e) + b_f) + b_o
+    in each block: [g; u] = W₃ SiLU(W₂ SiLU(W₁ [LN(e); c] + b₁) + b₂) + b₃
+                   e ← e + W_d (SiLU(g) ⊙ u) + b_d
+    latent = W_o SiLU(W_f LN(e) + b_f) + b_o
 
     Args:
-        hidden: ``[..., H]``, float dtype; differentiable.
+        hidden: ``[..., H]``, any float dtype; H is the head's width C; differentiable.
         noise: one draw a row ``[..., Z]`` or N draws a row ``[N, ..., Z]``, already centred
-            (U[-1/2, 1/2)).
-        parameters: an `EnergyHead`, or its parameters by their published names. Differentiable.
+            (U[-1/2, 1/2)); cast to the dtype of `hidden`, differentiable.
+        parameters: an `EnergyHead`, or its parameters by their published names, in the dtype of
+            `hidden` unless autocast is on; differentiable.
         recompute: keep one array a block for the backward pass instead of all, and compute the
             others again.
         backend: ``auto``, ``reference`` or ``torch``.
@@ -43,9 +46,9 @@ def energy_head(
         TypeError, ValueError: an argument of the wrong type, dtype, device or shape, or a parameter
             missing.
 
-    Source: CALM, section 3.3.3. Cost with width C and D blocks, in weights used: the formula 6 D C²
-        a draw; the torch backend 5 D C² a draw and D C² a row, because ``c`` and its half of W₁ do
-        not depend on the noise.
+    Source: CALM, section 3.3.3. Cost of D blocks in multiplications: 6 D C² a draw as published; in
+        the torch backend 5 D C² a draw and D C² a row, because c and its half of W₁ do not depend
+        on the noise.
     """
     check_tensor("hidden", hidden, min_dim=1)
     check_tensor("noise", noise, min_dim=1)
@@ -61,13 +64,14 @@ def energy_head(
     expected = (noise.shape[0], *lead, noise_size) if has_draws else (*lead, noise_size)
     check_shape("noise", noise, expected, "[..., Z] or [N, ..., Z] for hidden [..., H]")
     check_device("parameters", head.noise_embd.weight, "hidden", hidden)
+    product_dtype("parameters", head.noise_embd.weight, "hidden", hidden)
     chosen = resolve(backend, "energy_head", hidden)
 
     rows = hidden.reshape(-1, width)
     draws = noise.reshape(noise.shape[0] if has_draws else 1, rows.shape[0], noise_size)
     match chosen:
         case Backend.REFERENCE:
-            latent = energy_head_reference(rows, draws, head, recompute)
+            latent = energy_head_reference(rows, draws, named, recompute)
         case _:
             latent = energy_head_eager(rows, draws, head, recompute)
     latent = latent.unflatten(1, lead) if lead else latent[:, 0]

@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from calm_kernels.energy_head.parameters import BlockParameters, HeadParameters, Pair
+from calm_kernels.energy_head.parameters import NORM_EPS, BlockParameters, HeadParameters, Pair
 from calm_kernels.products import linear
 
 __all__ = ["energy_head_eager"]
-
-NORM_EPS = 1e-6
 
 
 def energy_head_eager(

@@ -1,4 +1,4 @@
-"""`EnergyHead`: the parameters under their published names."""
+"""`EnergyHead`: the parameters under their published names, and the draws."""
 
 import math
 from typing import Literal
@@ -9,16 +9,16 @@ from calm_kernels import noise as noise_source
 from calm_kernels.backend import Backend
 from calm_kernels.checks import check_integer, check_tensor
 from calm_kernels.energy_head.api import energy_head
+from calm_kernels.energy_head.parameters import NORM_EPS
 from calm_kernels.noise import Seed, Stream
 
 __all__ = ["EnergyHead", "HeadInit"]
 
-NORM_EPS = 1e-6
 HeadInit = Literal["zero", "scaled"]
 
 
 class EnergyHead(nn.Module):
-    """Residual MLP that turns a hidden state and noise into a latent; the formula is that of `energy_head`.
+    """Residual MLP that turns a hidden state and noise into a latent, see `energy_head`.
 
     Args:
         hidden_size: C, width of the hidden states and of the head.
@@ -56,7 +56,7 @@ class EnergyHead(nn.Module):
         return self.final_layer.linears[-1]  # type: ignore[return-value]
 
     def reset_output(self, init: HeadInit = "zero") -> None:
-        """Initialise the last linear: zero (published), or weights N(0, 1/C), which learns far sooner at small scale."""
+        """Start the last linear at zero (published) or, to learn sooner, with weights N(0, 1/C)."""
         if init not in ("zero", "scaled"):
             raise ValueError(f"init must be 'zero' or 'scaled', got {init!r}")
         nn.init.zeros_(self.output.bias)
@@ -73,7 +73,10 @@ class EnergyHead(nn.Module):
         recompute: bool = False,
         backend: Backend | str = Backend.AUTO,
     ) -> Tensor:
-        """Latents ``[..., L]`` for noise ``[..., Z]``, ``[N, ..., L]`` for ``[N, ..., Z]``; see `energy_head`."""
+        """Latents ``[..., L]`` of noise ``[..., Z]``, or ``[N, ..., L]`` of ``[N, ..., Z]``.
+
+        See `energy_head`.
+        """
         return energy_head(hidden, noise, self, recompute=recompute, backend=backend)
 
     def sample(
@@ -85,7 +88,7 @@ class EnergyHead(nn.Module):
         first_row: int | Tensor = 0,
         noise_scale: float = 1.0,
     ) -> Tensor:
-        """Draw latents; what depends on the rows alone is computed once, however many draws are asked for.
+        """Draw latents; what depends on the rows alone is computed once for all draws.
 
         Args:
             hidden: ``[..., H]``.

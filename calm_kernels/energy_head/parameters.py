@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["BlockParameters", "HeadParameters", "Pair", "gather_parameters"]
+__all__ = ["NORM_EPS", "BlockParameters", "HeadParameters", "Pair", "gather_parameters"]
+
+NORM_EPS = 1e-6
 
 
 class Pair(NamedTuple):
@@ -16,7 +18,7 @@ class Pair(NamedTuple):
 
 
 class BlockParameters(NamedTuple):
-    """One residual block; the columns of `first.weight` ``[C, 2C]`` are those of the sample, then those of the context."""
+    """One residual block; the first half of `first.weight`'s columns belongs to the sample."""
 
     norm: Pair
     first: Pair  # [C, 2C]

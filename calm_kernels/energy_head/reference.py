@@ -1,11 +1,11 @@
-"""The head as published: hidden states repeated for every draw, both halves joined before the first linear."""
+"""The head as published: hidden states repeated for every draw, halves joined before a product."""
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-from calm_kernels.energy_head.parameters import BlockParameters, HeadParameters, Pair
 
 __all__ = ["energy_head_reference"]
 
@@ -15,29 +15,37 @@ NORM_EPS = 1e-6
 def energy_head_reference(
     hidden: Tensor,  # [R, C]
     noise: Tensor,  # [N, R, Z]
-    head: HeadParameters,
+    named: Mapping[str, Tensor],
     recompute: bool,
 ) -> Tensor:
     """Latents ``[N, R, L]``; see `calm_kernels.energy_head`."""
     hidden = hidden.repeat(noise.shape[0], 1, 1)  # [N, R, C]
-    sample = _norm(F.linear(noise.to(hidden.dtype), *head.noise_embd), head.norm_noise)
-    context = _norm(F.linear(hidden, *head.hidden_embd), head.norm_hidden)
-    for block in head.blocks:
+    sample = _norm(_linear(noise.to(hidden.dtype), named, "noise_embd"), named, "norm_noise")
+    context = _norm(_linear(hidden, named, "hidden_embd"), named, "norm_hidden")
+    block = 0
+    while f"mlp_blocks.{block}.in_ln.weight" in named:
+        arguments = (sample, context, named, f"mlp_blocks.{block}")
         if recompute:
-            sample = checkpoint(_block, sample, context, block, use_reentrant=False)
+            sample = checkpoint(_block, *arguments, use_reentrant=False)
         else:
-            sample = _block(sample, context, block)
-    features = F.silu(F.linear(_norm(sample, head.final_norm), *head.final_first))
-    return F.linear(features, *head.final_second)
+            sample = _block(*arguments)
+        block += 1
+    features = _linear(_norm(sample, named, "final_layer.in_ln"), named, "final_layer.linears.0")
+    return _linear(F.silu(features), named, "final_layer.linears.2")
 
 
-def _block(sample: Tensor, context: Tensor, block: BlockParameters) -> Tensor:
-    joined = torch.cat([_norm(sample, block.norm), context], dim=-1)  # [N, R, 2C]
-    features = F.silu(F.linear(joined, *block.first))
-    features = F.silu(F.linear(features, *block.second))
-    gate, up = F.linear(features, *block.gate_up).chunk(2, dim=-1)
-    return sample + F.linear(F.silu(gate) * up, *block.down)
+def _block(sample: Tensor, context: Tensor, named: Mapping[str, Tensor], name: str) -> Tensor:
+    features = torch.cat([_norm(sample, named, f"{name}.in_ln"), context], dim=-1)  # [N, R, 2C]
+    features = F.silu(_linear(features, named, f"{name}.linears.0"))
+    features = F.silu(_linear(features, named, f"{name}.linears.2"))
+    gate, up = _linear(features, named, f"{name}.linears.4").chunk(2, dim=-1)
+    return sample + _linear(F.silu(gate) * up, named, f"{name}.down_proj")
 
 
-def _norm(values: Tensor, norm: Pair) -> Tensor:
-    return F.layer_norm(values, values.shape[-1:], *norm, eps=NORM_EPS)
+def _linear(values: Tensor, named: Mapping[str, Tensor], name: str) -> Tensor:
+    return F.linear(values, named[f"{name}.weight"], named[f"{name}.bias"])
+
+
+def _norm(values: Tensor, named: Mapping[str, Tensor], name: str) -> Tensor:
+    weight, bias = named[f"{name}.weight"], named[f"{name}.bias"]
+    return F.layer_norm(values, values.shape[-1:], weight, bias, eps=NORM_EPS)

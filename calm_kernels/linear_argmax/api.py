@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from calm_kernels.backend import Backend, resolve
-from calm_kernels.checks import check_device, check_dtype, check_shape, check_tensor
 from calm_kernels.linear_argmax.eager import linear_argmax_eager
 from calm_kernels.linear_argmax.reference import linear_argmax_reference
-from calm_kernels.precision import product_dtype
+from calm_kernels.precision import check_projection
 
 __all__ = ["linear_argmax"]
 
@@ -41,17 +40,9 @@ def linear_argmax(
 
     Source: CALM, section 3.3.3 (the autoencoder's decoder). Cost: 2 V H flops a row; the torch
         backend holds one block of logits at a time, never ``[rows, V]``. Half-precision inputs are
-        multiplied exactly and summed in float32.
+        multiplied and summed in float32.
     """
-    check_tensor("hidden", hidden, min_dim=1)
-    check_tensor("weight", weight, min_dim=2)
-    check_dtype("hidden", hidden)
-    check_dtype("weight", weight)
-    check_shape("weight", weight, (weight.shape[0], hidden.shape[-1]), "V rows as wide as hidden")
-    if weight.shape[0] == 0:
-        raise ValueError("weight must have at least one row, got shape " + str(tuple(weight.shape)))
-    check_device("weight", weight, "hidden", hidden)
-    dtype = product_dtype("weight", weight, "hidden", hidden)
+    dtype = check_projection(hidden, weight)
     chosen = resolve(backend, "linear_argmax", hidden)
 
     implementation = linear_argmax_reference if chosen is Backend.REFERENCE else linear_argmax_eager

@@ -1,4 +1,4 @@
-"""The torch backend: blocks of logits, a running maximum and, if asked for, a running log-sum-exp."""
+"""The torch backend: blocks of logits, their running maximum and running log-sum-exp."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def linear_argmax_eager(
     weight: Tensor,  # [V, H]
     with_logsumexp: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Index, largest entry and log-sum-exp of each row, ``[R]`` each; see `calm_kernels.linear_argmax`."""
+    """Index, largest entry and log-sum-exp, ``[R]`` each; see `calm_kernels.linear_argmax`."""
     dtype = accumulation_dtype(rows.dtype)
     index = rows.new_empty(rows.shape[0], dtype=torch.int64)
     largest = rows.new_empty(rows.shape[0], dtype=dtype)

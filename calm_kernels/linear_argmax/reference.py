@@ -12,7 +12,7 @@ def linear_argmax_reference(
     weight: Tensor,  # [V, H]
     with_logsumexp: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Index, largest entry and log-sum-exp of each row, ``[R]`` each; see `calm_kernels.linear_argmax`."""
+    """Index, largest entry and log-sum-exp, ``[R]`` each; see `calm_kernels.linear_argmax`."""
     dtype = accumulation_dtype(rows.dtype)
     logits = rows.to(dtype) @ weight.to(rows.dtype).to(dtype).T  # [R, V]
     index = logits.argmax(dim=-1)

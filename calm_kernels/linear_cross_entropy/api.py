@@ -7,7 +7,7 @@ from calm_kernels.backend import Backend, resolve
 from calm_kernels.checks import check_device, check_dtype, check_shape, check_tensor
 from calm_kernels.linear_cross_entropy.eager import linear_cross_entropy_eager
 from calm_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
-from calm_kernels.precision import product_dtype
+from calm_kernels.precision import check_projection
 
 __all__ = ["linear_cross_entropy"]
 
@@ -22,8 +22,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Mean cross-entropy of ``hidden @ weight.T`` against `labels`.
 
-    loss = mean_{r: label_r ≠ ignore_index} (log Σ_v exp(logit_rv) - logit_{r, label_r}),    logit =
-    hidden @ weightᵀ
+    loss = mean_r (log Σ_v exp(logit_rv) - logit_{r, label_r}) over label_r ≠ ignore_index
 
     Args:
         hidden: ``[..., H]``, any float dtype; differentiable.
@@ -39,23 +38,17 @@ def linear_cross_entropy(
         TypeError, ValueError: an argument of the wrong type, dtype, device or shape; on the CPU
             also a label out of range.
 
-    Source: CALM, section 2.1 (reconstruction loss). Cost: three matrix products (one without
-        gradients); the torch backend holds the logits of one block of rows at a time and computes
-        the gradients in the forward pass, so no ``[rows, V]`` array outlives it. No second
-        derivative, no host synchronisation on a GPU.
+    Source: CALM, section 2.1 (reconstruction loss). Cost: three matrix products, one if no gradient
+        is needed. The torch backend holds the logits of one block of rows at a time, never
+        ``[rows, V]``, and computes the gradients in the forward pass; it has no second derivative
+        and does not synchronise a GPU. Half-precision inputs are multiplied and summed in float32.
     """
-    check_tensor("hidden", hidden, min_dim=1)
-    check_tensor("weight", weight, min_dim=2)
+    dtype = check_projection(hidden, weight)
     check_tensor("labels", labels)
-    check_dtype("hidden", hidden)
-    check_dtype("weight", weight)
     check_dtype("labels", labels, (torch.int64,))
-    check_shape("weight", weight, (weight.shape[0], hidden.shape[-1]), "V rows as wide as hidden")
     check_shape("labels", labels, hidden.shape[:-1], "one per row of hidden")
-    check_device("weight", weight, "hidden", hidden)
     check_device("labels", labels, "hidden", hidden)
     _check_range(labels, weight.shape[0], ignore_index)
-    dtype = product_dtype("weight", weight, "hidden", hidden)
     chosen = resolve(backend, "linear_cross_entropy", hidden)
 
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)

@@ -27,7 +27,7 @@ def reparameterize(
     first_row: int | Tensor = 0,
     backend: Backend | str = Backend.AUTO,
 ) -> tuple[Tensor, Tensor]:
-    """A draw from the autoencoder's posterior, and its KL divergence to N(0, 1) with a floor per dimension.
+    """A draw from the autoencoder's posterior, and its KL divergence with a floor per dimension.
 
     latent = keep / (1 - dropout) * (mean + exp(log_std) * ε),    ε ~ N(0, 1)
     kl     = Σ_d max((mean² + exp(2 log_std) - 1) / 2 - log_std, kl_floor)
@@ -37,8 +37,7 @@ def reparameterize(
             Differentiable; a dimension below the floor gets no gradient from the KL, one at the
             floor does (as `torch.clamp`).
         kl_floor: λ_KL >= 0.
-        dropout: chance in [0, 1) that an element of the latent becomes 0; the others grow by 1 / (1
-            - dropout).
+        dropout: chance in [0, 1) that an element of the latent becomes 0; the others are scaled up.
         latent_noise: ε, ``[..., L]``; leading axes are free, rows count in row-major order. Drawn
             if None.
         latent_keep: kept elements, bool, ``[..., L]`` likewise. Drawn if None and ``dropout > 0``.
@@ -53,8 +52,8 @@ def reparameterize(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range.
 
-    Source: CALM, sections 2.1 and 2.2. Cost: elementwise; torch keeps `latent_states` and ε for the
-        backward pass.
+    Source: CALM, section 2, equations 1 to 4, and its dropout of latents. Cost: elementwise; for
+        the backward pass the torch backend keeps its inputs alone.
     """
     check_tensor("latent_states", latent_states, min_dim=1)
     check_dtype("latent_states", latent_states)

@@ -20,42 +20,46 @@ def reparameterize_eager(
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """Latent ``[..., L]`` and KL divergence ``[...]``; see `calm_kernels.reparameterize`."""
-    return _Reparameterize.apply(latent_states, epsilon, keep, kl_floor, dropout)
+    factor = None if keep is None else keep.to(epsilon.dtype).div_(1.0 - dropout)
+    return _Reparameterize.apply(latent_states, epsilon, factor, kl_floor)
 
 
 class _Reparameterize(Function):
-    """Keeps `latent_states`, ε and the kept elements; exp and the KL are computed again in the backward pass."""
+    """Keeps its inputs for the backward pass; exp and the KL are cheap to compute again."""
 
     @staticmethod
     def forward(
         ctx: Any,
         latent_states: Tensor,
         epsilon: Tensor,
-        keep: Tensor | None,
+        factor: Tensor | None,
         kl_floor: float,
-        dropout: float,
     ) -> tuple[Tensor, Tensor]:
         mean, log_std = _moments(latent_states)
-        std = torch.exp(log_std)
-        latent = _drop(torch.addcmul(mean, std, epsilon), keep, dropout)
+        std = log_std.exp()
+        latent = torch.addcmul(mean, std, epsilon)
+        if factor is not None:
+            latent.mul_(factor)
         kl = _divergence(mean, log_std, std).clamp_(min=kl_floor).sum(dim=-1)
-        ctx.save_for_backward(latent_states, epsilon, keep)
-        ctx.kl_floor, ctx.dropout = kl_floor, dropout
+        ctx.save_for_backward(latent_states, epsilon, factor)
+        ctx.kl_floor = kl_floor
         return latent.to(latent_states.dtype), kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dlatent: Tensor, dkl: Tensor) -> tuple[Tensor | None, ...]:
-        latent_states, epsilon, keep = ctx.saved_tensors
+        latent_states, epsilon, factor = ctx.saved_tensors
         mean, log_std = _moments(latent_states)
-        std = torch.exp(log_std)
-        is_free = _divergence(mean, log_std, std) >= ctx.kl_floor  # torch.clamp's convention
-        dkl = dkl[..., None] * is_free
-        dlatent = _drop(dlatent.to(mean.dtype), keep, ctx.dropout)
+        std = log_std.exp()
+        is_free = _divergence(mean, log_std, std) >= ctx.kl_floor  # the convention of torch.clamp
+        dkl = torch.where(is_free, dkl[..., None], 0.0)
+        dlatent = dlatent.to(mean.dtype)
+        if factor is not None:
+            dlatent = dlatent * factor
         dmean = torch.addcmul(dlatent, dkl, mean)
-        dlog_std = dlatent * epsilon * std + dkl * (std * std - 1.0)
+        dlog_std = (dlatent * epsilon).mul_(std).addcmul_(dkl, std * std - 1.0)
         dstates = torch.cat([dmean, dlog_std], dim=-1).to(latent_states.dtype)
-        return dstates, None, None, None, None
+        return dstates, None, None, None
 
 
 def _moments(latent_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,9 +70,5 @@ def _moments(latent_states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _divergence(mean: Tensor, log_std: Tensor, std: Tensor) -> Tensor:
-    """KL(N(mean, std²) || N(0, 1)) per dimension."""
-    return 0.5 * (mean * mean + std * std - 1.0) - log_std
-
-
-def _drop(latent: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
-    return latent if keep is None else latent * keep * (1.0 / (1.0 - dropout))
+    """KL(N(mean, std²) || N(0, 1)) of each dimension."""
+    return (mean * mean).addcmul_(std, std).sub_(1.0).mul_(0.5).sub_(log_std)
