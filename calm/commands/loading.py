@@ -2,12 +2,15 @@
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from calm.errors import UserError
 
@@ -70,17 +73,32 @@ def load_model(args: argparse.Namespace) -> PreTrainedModel:
 def _load(model_class: Any, folder: Path, dtype: str) -> Any:
     """The model with all of its weights: transformers leaves missing ones random."""
     try:
-        model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        with _quiet_transformers():
+            model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"cannot load {folder}: {error}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(
-            f"{folder} lacks {len(missing)} weights of a {model_class.__name__}, such as "
+            f"{folder} lacks {len(missing)} weights that {model_class.__name__} needs, such as "
             f"{missing[0]}: it is damaged, or another kind of model"
         )
     return model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar of milliseconds, and no report on weights, which `_load` checks itself."""
+    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bar:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer_of(args: argparse.Namespace, model: PreTrainedModel) -> PreTrainedTokenizerBase:

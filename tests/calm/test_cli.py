@@ -1,0 +1,380 @@
+"""The command line: what it prints, what it writes, and one line for every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_baseline, tiny_calm
+
+from calm import Autoencoder, cli
+from calm.commands import generate as generate_command
+from calm.data.tokenizer import BYTE_VOCAB_SIZE, byte_tokenizer, train_bpe_tokenizer
+
+EOS, PAD = 257, 258
+TEXT = "the quick brown fox jumps over the lazy dog and the small cat sleeps\n"
+
+
+def calm(*words):
+    """Exit status of `calm` with these words."""
+    return cli.main([str(word) for word in words])
+
+
+def save(model, folder, tokenizer):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A CALM, a baseline and an autoencoder with a byte tokenizer, and a text."""
+    root = tmp_path_factory.mktemp("runs")
+    special = {"eos_token_id": EOS, "pad_token_id": PAD, "vocab_size": BYTE_VOCAB_SIZE}
+    model = tiny_calm(**special)
+    save(model, root / "calm", byte_tokenizer())
+    save(tiny_baseline(**special, seed=2), root / "baseline", byte_tokenizer())
+    save(Autoencoder(model.config.ae_config), root / "ae", byte_tokenizer())
+    (root / "text.txt").write_text(TEXT * 30, encoding="utf-8")
+    return root
+
+
+def error_of(capsys, *words):
+    """The one line that a mistake is answered with."""
+    assert calm(*words) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    assert captured.out == ""
+    return lines[0]
+
+
+# Help
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as done:
+        calm("--help")
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    for name, command in {**cli.COMMANDS, **cli.TRAINING}.items():
+        assert f"    {name} " in text and command.help in text
+    assert calm() == 0
+    assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize("name", ["env", "prepare", "plan", "eval", "generate"])
+def test_each_command_has_help_with_examples(name, capsys):
+    with pytest.raises(SystemExit) as done:
+        calm(name, "--help")
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: calm {name}" in text and f"\n  calm {name}" in text
+    assert "==SUPPRESS==" not in text
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        calm("--version")
+    assert done.value.code == 0
+    assert capsys.readouterr().out.startswith("calm ")
+
+
+def test_the_console_script_runs():
+    done = subprocess.run(
+        [sys.executable, "-m", "calm.cli", "plan", "no-such-recipe"],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# env
+
+
+def test_env_for_people_and_scripts(capsys):
+    assert calm("env") == 0
+    text = capsys.readouterr().out
+    assert calm("env", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["packages"]["torch"] in text
+    assert set(facts["backend"]["operations"]) >= {"energy_score", "linear_argmax"}
+    expected = {"torch"} if not torch.cuda.is_available() else {"torch", "triton"}
+    assert {entry["chosen"] for entry in facts["backend"]["operations"].values()} <= expected
+    for key in ("gpus", "driver", "triton_cache", "python", "cpu"):
+        assert key in facts
+    assert facts["triton_cache"]["folder"] in text and facts["driver"]["state"] in text
+
+
+def test_env_reports_a_setting_that_cannot_run(capsys, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("Triton runs here")
+    monkeypatch.setenv("CALM_KERNELS_BACKEND", "nonsense")
+    assert calm("env", "--json") == 0
+    backend = json.loads(capsys.readouterr().out)["backend"]
+    assert backend["setting"] == "nonsense"
+    assert "must be one of" in backend["operations"]["energy_score"]["chosen"]
+
+
+# plan
+
+
+def test_plan_counts_the_published_sizes(capsys):
+    assert calm("plan", "calm-m", "--json") == 0
+    counts = json.loads(capsys.readouterr().out)["calm-m"]["calm"]
+    assert counts["total"] == 371_731_584
+    assert counts["its_autoencoder"] == 75_831_552
+    parts = ("embedding", "compressor", "backbone", "head")
+    assert sum(counts[part] for part in parts) == counts["total"]
+    assert calm("plan", "calm-m") == 0
+    assert "371,731,584      371.7M" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("calm-l", 735.3), ("calm-xl", 1829.8), ("baseline-m", 465.1), ("autoencoder", 75.8)],
+)
+def test_plan_of_other_recipes(name, millions, capsys):
+    assert calm("plan", name, "--json") == 0
+    (counts,) = json.loads(capsys.readouterr().out)[name].values()
+    assert round(counts["total"] / 1e6, 1) == millions
+
+
+def test_plan_without_a_name_lists_all(capsys):
+    assert calm("plan") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("calm-10b ") and "10,0" in line for line in lines)
+    assert sum(line.startswith("demo ") for line in lines) == 3
+
+
+@pytest.mark.parametrize("kind", ["calm", "baseline", "ae"])
+def test_plan_of_a_checkpoint_counts_what_it_holds(kind, folders, capsys):
+    assert calm("plan", folders / kind, "--json") == 0
+    (stages,) = json.loads(capsys.readouterr().out).values()
+    (counts,) = stages.values()
+    from safetensors.torch import load_file
+
+    saved = load_file(folders / kind / "model.safetensors")
+    total = sum(tensor.numel() for tensor in saved.values())
+    assert counts["total"] + counts.get("its_autoencoder", 0) == total
+
+
+def test_plan_takes_the_vocabulary(capsys):
+    assert calm("plan", "baseline-s", "--vocab-size", 1000, "--json") == 0
+    counts = json.loads(capsys.readouterr().out)["baseline-s"]["baseline"]
+    assert counts["embedding"] == counts["output"] == 768_000
+
+
+# prepare
+
+
+def test_prepare_saves_a_tokenizer_that_loads(folders, tmp_path, capsys):
+    arguments = ("--data", folders / "text.txt", "--tokenizer", "bpe:300")
+    words = ("prepare", *arguments, "--output", tmp_path / "bpe", "--cache-dir", tmp_path / "cache")
+    assert calm(*words, "--validation-split-percentage", 0) == 0
+    text = capsys.readouterr().out
+    assert "30 documents" in text and f"{30 * len(TEXT):,} characters" in text
+    from calm.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tmp_path / "bpe"))
+    assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT
+
+
+# eval
+
+
+@pytest.mark.parametrize("kind", ["calm", "baseline"])
+def test_eval_prints_a_table_and_writes_the_record(kind, folders, tmp_path, capsys):
+    record = tmp_path / "brier.json"
+    words = ("--model", folders / kind, "--data", folders / "text.txt", "--block-size", 32)
+    assert calm("eval", *words, "--max-blocks", 6, "--seed", 3, "--json", record) == 0
+    table = capsys.readouterr().out
+    assert "BrierLM" in table and "Brier-4 (%)" in table
+    protocol = json.loads(record.read_text(encoding="utf-8"))["protocol"]
+    assert protocol["blocks"] == 6 and protocol["block_size"] == 32 and protocol["seed"] == 3
+    assert protocol["data"] == str(folders / "text.txt")
+    assert calm("eval", *words, "--max-blocks", 6, "--seed", 3, "--batch-size", 1) == 0
+    assert capsys.readouterr().out == table
+
+
+def test_eval_of_an_embedded_corpus_takes_held_out_documents(folders, tmp_path):
+    record = tmp_path / "brier.json"
+    words = ("--model", folders / "calm", "--data", "embedded:topics", "--max-blocks", 2)
+    assert calm("eval", *words, "--block-size", 16, "--num-samples", 2, "--json", record) == 0
+    assert json.loads(record.read_text(encoding="utf-8"))["protocol"]["data"] == "embedded:topics"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--block-size", 30), "block_size must be a multiple of the patch size K=4"),
+        (("--block-size", 4096), "--block-size 4096 exceeds the model's context of 256 tokens"),
+        (("--num-samples", 1), "num_samples be at least 2"),
+        (("--json", "/no/such/folder/x.json"), "cannot be written"),
+        (("--data", "/no/such/file.txt"), "file.txt"),
+        (("--brier-draws", "two"), "invalid int value: 'two' (see `calm eval --help`)"),
+        (("--blocksize", 32), "unrecognized arguments: --blocksize 32"),
+        (("--device", "tpu9000"), "--device must be cpu, cuda"),
+    ],
+    ids=lambda value: value[0].strip("-") if isinstance(value, tuple) else "",
+)
+def test_mistakes_in_eval(words, message, folders, capsys):
+    base = ("--model", folders / "calm", "--data", folders / "text.txt", "--block-size", 32)
+    assert message in error_of(capsys, "eval", *base, *words)
+
+
+# generate
+
+
+@pytest.mark.parametrize("kind", ["calm", "baseline"])
+def test_generate_prints_the_prompt_and_its_continuation(kind, folders, capsys):
+    words = ("--model", folders / kind, "--prompt", "the quick br", "--temperature", 1)
+    assert calm("generate", *words, "--max-new-tokens", 24) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("the quick br") and len(captured.out) > len("the quick br\n")
+    assert "tokens in" in captured.err
+    assert calm("generate", *words, "--max-new-tokens", 24) == 0
+    assert capsys.readouterr().out == captured.out
+    assert calm("generate", *words, "--max-new-tokens", 24, "--seed", 1) == 0
+    assert capsys.readouterr().out != captured.out
+
+
+def test_generate_reads_a_prompt_file(folders, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text("grüße aus", encoding="utf-8")
+    words = ("--model", folders / "calm", "--prompt-file", tmp_path / "prompt.txt")
+    assert calm("generate", *words, "--max-new-tokens", 4, "--prompt-alignment", "pad") == 0
+    assert capsys.readouterr().out.startswith("grüße aus")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--temperature", 2), "temperature must lie in (0, 1], got 2.0"),
+        (("--num-samples", 0), "num_samples must be at least 1, got 0"),
+        (("--prompt", ""), "the prompt is empty"),
+        (("--prompt", "x" * 400), "exceed the context of 256 tokens"),
+        (("--prompt-file", "x"), "not allowed with argument --prompt"),
+    ],
+    ids=["temperature", "num-samples", "empty", "long", "both"],
+)
+def test_mistakes_in_generate(words, message, folders, capsys):
+    base = ("--model", folders / "calm", "--prompt", "the quick br")
+    assert message in error_of(capsys, "generate", *base, *words)
+
+
+def test_generate_wants_a_prompt(folders, capsys):
+    message = "one of the arguments --prompt --prompt-file is required"
+    assert message in error_of(capsys, "generate", "--model", folders / "calm")
+
+
+def test_ctrl_c_keeps_the_text_so_far(folders, capsys, monkeypatch):
+    def interrupted(model, input_ids, streamer, args):
+        streamer.put(input_ids.cpu())
+        streamer.put(torch.tensor([[ord("x"), ord(" ")]]))
+        streamer.end()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_command, "_continue", interrupted)
+    assert calm("generate", "--model", folders / "calm", "--prompt", "the quick br") == 130
+    captured = capsys.readouterr()
+    assert captured.out == "the quick brx \n" and "interrupted" in captured.err
+
+
+# Folders
+
+
+def broken_folder(root, folders, kind):
+    """A folder that holds no model that can be loaded, in one of many ways."""
+    source, folder = folders / "calm", root / "model"
+    if kind == "missing":
+        return folder
+    if kind == "parent":
+        return folders
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    match kind:
+        case "config-damaged":
+            config.write_text('{"model_type": ', encoding="utf-8")
+        case "config-foreign":
+            config.write_text('{"model_type": "bert"}', encoding="utf-8")
+        case "weights-missing":
+            weights.unlink()
+        case "weights-cut":
+            weights.write_bytes(weights.read_bytes()[:-1000])
+        case "weights-of-another":
+            weights.write_bytes((folders / "baseline" / "model.safetensors").read_bytes())
+        case "config-of-another":
+            config.write_bytes((folders / "baseline" / "config.json").read_bytes())
+        case "tokenizer-missing":
+            for file in folder.glob("tokenizer*"):
+                file.unlink()
+        case "tokenizer-larger":
+            train_bpe_tokenizer([TEXT * 30], 300).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # transformers on the weights it does not find
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "no folder"),
+        ("parent", "holds no config.json; it has model folders in it: ae, baseline, calm"),
+        ("config-damaged", "config.json is damaged"),
+        ("config-foreign", "holds a 'bert' model"),
+        ("weights-missing", "cannot load"),
+        ("weights-cut", "cannot load"),
+        ("weights-of-another", "lacks weights of its autoencoder"),
+        ("config-of-another", "weights that BaselineTransformer needs"),
+        ("tokenizer-missing", "holds no tokenizer; pass one with --tokenizer"),
+        ("tokenizer-larger", "more than the vocabulary of the model, 259"),
+    ],
+)
+def test_wrong_folders(kind, message, folders, tmp_path, capsys):
+    folder = broken_folder(tmp_path, folders, kind)
+    capsys.readouterr()
+    assert calm("generate", "--model", folder, "--prompt", "the quick br") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0], errors
+
+
+def test_an_autoencoder_is_no_language_model(folders, capsys):
+    message = error_of(capsys, "generate", "--model", folders / "ae", "--prompt", "the quick br")
+    assert "holds an autoencoder; pass the folder of a language model" in message
+
+
+# The command itself
+
+
+def test_unknown_commands_are_named(capsys):
+    assert "invalid choice: 'evla'" in error_of(capsys, "evla")
+
+
+def test_training_commands_get_their_words(monkeypatch):
+    import importlib
+
+    seen = {}
+    for name, command in cli.TRAINING.items():
+        module = importlib.import_module(command.module)
+        monkeypatch.setattr(
+            module, "main", lambda words, name=name: seen.update({name: words}) or 0
+        )
+    for name in cli.TRAINING:
+        assert calm(name, "--config", "tiny", "--help") == 0
+    assert seen == {name: ["--config", "tiny", "--help"] for name in cli.TRAINING}
+
+
+def test_a_traceback_on_request(capsys):
+    assert calm("--traceback", "plan", "no-such-recipe") == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_golden_checkpoints_can_be_planned(capsys):
+    folder = Path(__file__).parents[1] / "goldens" / "flow-k4"
+    assert calm("plan", folder) == 0
+    assert "its autoencoder" in capsys.readouterr().out
