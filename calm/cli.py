@@ -9,10 +9,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple, NoReturn
 
 from calm.errors import UserError
+from calm_kernels.backend import use_backend
 
 __all__ = ["main"]
 
@@ -48,7 +50,8 @@ TRAINING = {
     "train-ar": Command("calm.training.train_ar", "train the token-by-token baseline"),
 }
 
-USER_ERRORS = (UserError, OSError)
+# What people can mend. The operations, which know nothing of `UserError`, raise plain ValueErrors.
+USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
@@ -92,7 +95,9 @@ def _run(words: list[str]) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    return importlib.import_module(COMMANDS[args.command].module).run(args)
+    backend = getattr(args, "backend", None)
+    with use_backend(backend) if backend else nullcontext():
+        return importlib.import_module(COMMANDS[args.command].module).run(args)
 
 
 def _parser(chosen: str | None) -> Parser:

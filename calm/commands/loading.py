@@ -52,10 +52,7 @@ def load_model(args: argparse.Namespace) -> PreTrainedModel:
         UserError: no such folder, nothing that can be loaded in it, or the wrong kind of model.
     """
     from calm.models import MODEL_CLASSES, BaselineTransformer
-    from calm_kernels.backend import set_backend
 
-    if args.backend is not None:
-        set_backend(args.backend)
     folder = Path(args.model)
     config = read_config(folder)
     kind = model_kind(config)

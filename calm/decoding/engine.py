@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from calm.decoding.prompt import Prompt, align_prompt, check_prompt, fit_context
 from calm.decoding.sampling import advance, draw_completions, draw_patches, row_of, sequence_seeds
-from calm.decoding.temperature import candidates_needed, check_temperature, vote
+from calm.decoding.temperature import candidates_needed, check_sampling, vote
 from calm.decoding.transcript import Transcript, end_tokens
 from calm.errors import UserError
 from calm.models.continuous import ContinuousTransformer
@@ -153,7 +153,7 @@ def generate(
     Source: paper, section 3.3.3 and Algorithm 2.
     """
     begin = time.perf_counter()
-    check_temperature(temperature, num_samples, method)
+    check_sampling(temperature, num_samples, noise_scale, method)
     check_prompt(input_ids, attention_mask, model.config.vocab_size)
     new_tokens = _new_tokens(input_ids.shape[1], max_new_tokens, max_length)
     input_ids = fit_context(

@@ -5,23 +5,27 @@ the model that happen to be equal follow it. Algorithm 2 of the paper looks for 
 N candidates (`calm_kernels.agreeing_patch`).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from calm.errors import UserError
 from calm_kernels.agreeing_patch import agreeing_patch
 
-__all__ = ["METHODS", "candidates_needed", "check_temperature", "vote"]
+__all__ = ["METHODS", "candidates_needed", "check_sampling", "vote"]
 
 METHODS = ("batch",)  # Algorithm 2
 
 
-def check_temperature(temperature: float, num_samples: int, method: str) -> None:
-    """Raise `UserError` unless 0 < T <= 1, N >= 1 and the method is one of `METHODS`."""
+def check_sampling(temperature: float, num_samples: int, noise_scale: float, method: str) -> None:
+    """Raise `UserError` unless 0 < T <= 1, N >= 1, the scale >= 0 and the method in `METHODS`."""
     if not 0.0 < temperature <= 1.0:
         raise UserError(f"temperature must lie in (0, 1], got {temperature}")
     if num_samples < 1:
         raise UserError(f"num_samples must be at least 1, got {num_samples}")
+    if not (noise_scale >= 0.0 and math.isfinite(noise_scale)):
+        raise UserError(f"noise_scale must be finite and at least 0, got {noise_scale}")
     if method not in METHODS:
         raise UserError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
 

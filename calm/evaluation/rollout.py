@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from calm.errors import UserError
+
 __all__ = ["Branches", "Step", "chain_matches", "roll_out"]
 
+MASKED_ATTENTION = ("sdpa", "eager")
 MAX_BRANCHES = 512  # start positions that advance together: bounds the mask and the cache
 
 
@@ -55,7 +58,7 @@ class Branches:
         ).last_hidden_state
 
     def begin(self, starts: Tensor) -> None:
-        """Drop earlier branches and open one after each position in `starts` (int64 ``[Q]``)."""
+        """Drop earlier branches and open one after each position in `starts`, int64 ``[Q]``."""
         branched = self.cache.get_seq_length() - self.length
         if branched:
             self.cache.crop(-branched)
@@ -65,7 +68,17 @@ class Branches:
         self.depth = 0
 
     def extend(self, inputs_embeds: Tensor) -> Tensor:
-        """Append one chunk to each branch, ``[B, Q, H]``; returns its state, ``[B, Q, H]``."""
+        """Append one chunk to each branch, ``[B, Q, H]``; returns its state, ``[B, Q, H]``.
+
+        Raises:
+            UserError: the backbone's attention takes no mask of its own.
+        """
+        attention = self.backbone.config._attn_implementation
+        if attention not in MASKED_ATTENTION:
+            raise UserError(
+                f"rolling out needs attention that takes a mask ({', '.join(MASKED_ATTENTION)}), "
+                f"got {attention!r}; load the model with attn_implementation='sdpa'"
+            )
         own = torch.eye(len(self.starts), dtype=torch.bool, device=self.starts.device)
         self.visible = torch.cat([self.visible, own], dim=1)
         self.depth += 1

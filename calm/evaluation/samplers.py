@@ -22,7 +22,8 @@ from calm_kernels import noise
 __all__ = ["CALMSampler", "ChunkSampler", "TokenSampler", "make_sampler"]
 
 DEPTH_STRIDE = 2**40  # rollout depths draw from disjoint ranges of the seed's offset
-LOGIT_ELEMENTS = 2**25  # logits held at a time by the baseline (128 MB in float32)
+DRAWS_AT_A_TIME = 2**14  # latents that are drawn and decoded together: some 400 MB, published
+LOGITS_AT_A_TIME = 2**25  # logits of the baseline that are held together: 128 MB in float32
 
 
 class ChunkSampler(Protocol):
@@ -91,13 +92,20 @@ class CALMSampler:
     def step(self, hidden: Tensor, target: Tensor | None, rows: Tensor, depth: int) -> Step:
         """Shares of N draws; a rollout continues with the first. See `ChunkSampler`."""
         seed = advance(self.seed, rows.flatten() + depth * DEPTH_STRIDE)
-        draws = draw_patches(
-            self.model,
-            hidden,
-            num_samples=self.num_draws,
-            seed=seed,
-            noise_scale=self.noise_scale,
-        )  # [N, B, Q, K]
+        size = max(1, DRAWS_AT_A_TIME // self.num_draws)
+        parts = [
+            draw_patches(
+                self.model,
+                part,
+                num_samples=self.num_draws,
+                seed=part_seed,
+                noise_scale=self.noise_scale,
+            )
+            for part, part_seed in zip(
+                hidden.flatten(0, 1).split(size), seed.split(size), strict=True
+            )
+        ]
+        draws = torch.cat(parts, dim=1).unflatten(1, rows.shape)  # [N, B, Q, K]
         matches = None
         if target is not None:
             matches = prefix_matches(draws, target)
@@ -142,7 +150,7 @@ class TokenSampler:
             dtype=torch.float64,
         )
         wanted = torch.zeros_like(rows) if target is None else target[..., 0].clamp(min=0)
-        size = max(1, LOGIT_ELEMENTS // self.model.config.vocab_size)
+        size = max(1, LOGITS_AT_A_TIME // self.model.config.vocab_size)
         parts = [
             self._law(*part)
             for part in zip(

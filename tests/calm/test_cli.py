@@ -218,6 +218,7 @@ def test_eval_of_an_embedded_corpus_takes_held_out_documents(folders, tmp_path):
         (("--brier-draws", "two"), "invalid int value: 'two' (see `calm eval --help`)"),
         (("--blocksize", 32), "unrecognized arguments: --blocksize 32"),
         (("--device", "tpu9000"), "--device must be cpu, cuda"),
+        (("--backend", "triton"), "triton"),
     ],
     ids=lambda value: value[0].strip("-") if isinstance(value, tuple) else "",
 )

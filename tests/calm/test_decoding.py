@@ -301,6 +301,7 @@ def test_long_prompts_are_cut_on_request(length, new_tokens, kept):
         ({"temperature": 1.5}, r"temperature must lie in \(0, 1\], got 1.5"),
         ({"temperature": float("nan")}, r"temperature must lie in \(0, 1\], got nan"),
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"noise_scale": -1.0}, "noise_scale must be finite and at least 0, got -1.0"),
         ({"method": "exact"}, "method must be one of batch; got 'exact'"),
         ({"prompt_alignment": "left"}, "prompt_alignment must be one of condition, pad"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),

@@ -11,7 +11,7 @@ from tiny_models import tiny_baseline, tiny_calm
 
 from calm.decoding.sampling import draw_patches
 from calm.errors import UserError
-from calm.evaluation import brier_scores, rollout
+from calm.evaluation import brier_scores, rollout, samplers
 from calm.models import MODEL_CLASSES
 from calm_kernels.noise import as_seed
 
@@ -197,6 +197,32 @@ def test_branches_advance_in_groups_without_changing_the_score(make, monkeypatch
     whole = stacked(brier_scores(model, ids))
     monkeypatch.setattr(rollout, "MAX_BRANCHES", 3)
     torch.testing.assert_close(stacked(brier_scores(model, ids)), whole)
+
+
+def test_draws_in_slices_are_the_same_draws(monkeypatch):
+    model, ids = tiny_calm(), random_ids((2, 24), 5)
+    whole = stacked(brier_scores(model, ids))
+    monkeypatch.setattr(samplers, "DRAWS_AT_A_TIME", 24)  # three rows of eight
+    torch.testing.assert_close(stacked(brier_scores(model, ids)), whole)
+    baseline = tiny_baseline(vocab_size=5)
+    whole = stacked(brier_scores(baseline, ids))
+    monkeypatch.setattr(samplers, "LOGITS_AT_A_TIME", 15)
+    torch.testing.assert_close(stacked(brier_scores(baseline, ids)), whole)
+
+
+@pytest.mark.parametrize("make", [tiny_calm, tiny_baseline], ids=["calm", "baseline"])
+def test_eager_attention_scores_the_same_and_unmasked_attention_is_refused(make):
+    model = make(**({"patch_size": 2} if make is tiny_calm else {}), vocab_size=3)
+    ids = random_ids((2, 20))
+    expected = stacked(brier_scores(model, ids))
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(stacked(brier_scores(model, ids)), expected)
+    backbone = model.transformer if make is tiny_calm else model.model
+    branches = rollout.Branches(backbone, torch.zeros(1, 3, 32))
+    branches.begin(torch.tensor([0]))
+    backbone.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UserError, match="load the model with attn_implementation='sdpa'"):
+        branches.extend(torch.zeros(1, 1, 32))
 
 
 @pytest.mark.parametrize(
