@@ -214,7 +214,7 @@ def _curve_score(trainer: CALMTrainer) -> dict[str, float]:
     }
 
 
-def _evaluate(trainer: CALMTrainer, **settings: int) -> Evaluation:
+def _evaluate(trainer: CALMTrainer, **settings: Any) -> Evaluation:
     blocks: Any = trainer.eval_dataset
     return evaluate(
         trainer.model,
@@ -235,7 +235,7 @@ def _continue(
     options: Any = {"max_new_tokens": SAMPLE_TOKENS, "temperature": temperature, "seed": seed}
     began = time.perf_counter()
     if isinstance(model, BaselineTransformer):
-        sequences = generate_tokens(model, ids, **options)
+        sequences: Any = generate_tokens(model, ids, **options)
     else:
         sequences = generate(model, ids, num_samples=CANDIDATES, **options)
     seconds = time.perf_counter() - began

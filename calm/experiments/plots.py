@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from calm.experiments.report import (
     ORDERS,
@@ -28,8 +29,8 @@ SAMPLE_WIDTH, SAMPLE_LINES = 78, 4
 
 def plot_demo(results: DemoResults, path: Path) -> None:
     """Brier-1 to Brier-4 over training time, losses, reconstruction and a sample, as one PNG."""
-    figure = Figure(figsize=(12.5, 8.2), dpi=140, facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.06, hspace=0.08)
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.06, hspace=0.08)
+    figure = Figure(figsize=(12.5, 8.2), dpi=140, facecolor="white", layout=layout)
     grid = figure.add_gridspec(3, 3, height_ratios=(1.0, 1.35, 0.62))
     _plot_reconstruction(figure.add_subplot(grid[0, 0]), results.autoencoder)
     _plot_energy(figure.add_subplot(grid[0, 1]), results.calm.run)
