@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-# The tensors here are small: a second thread costs more than it brings, above all on a busy machine.
+# The tensors here are small: a second thread costs more than it brings, above all on a busy CPU.
 torch.set_num_threads(1)
 
 

@@ -181,7 +181,7 @@ def expected_distance(
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device, exponent or method.
 
-    Accuracy: relative error at most 5e-6 in fp32, 1e-10 in fp64 (``"series"``: as far as it goes).
+    Accuracy: relative error at most 3e-6 in fp32, 1e-10 in fp64 (``"series"``: as far as it goes).
     """
     check_tensor("offset", offset, min_dim=1)
     check_dtype("offset", offset)

@@ -6,11 +6,11 @@ scales them.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from calm_kernels.energy_score.chunks import Outputs, in_chunks
 from calm_kernels.energy_score.expectation import expected_power
@@ -30,7 +30,9 @@ class _StoredGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: Run, needs: Needs, *inputs: Tensor) -> Outputs:
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        device = inputs[0].device.type
+        has_autocast = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
             outputs, gradients = run(needs)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [tensor.dtype for tensor in inputs]
@@ -38,8 +40,12 @@ class _StoredGradients(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Outputs:
+        if torch.is_grad_enabled():  # create_graph=True; stored gradients would act as constants
+            raise RuntimeError(
+                "the energy score is differentiable once: create_graph=True needs "
+                'backend="reference"'
+            )
         scaled = [
             None if gradient is None else (gradient * _column(upstream, gradient)).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -47,6 +53,7 @@ class _StoredGradients(torch.autograd.Function):
         return (None, None, *scaled)
 
 
+@torch.compiler.disable  # a loop over chunks that depends on the data: nothing to trace
 def _differentiate(run: Run, *inputs: Tensor) -> Any:
     """Outputs of `run` inside autograd; without grad mode it computes values only."""
     needs = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs)

@@ -95,15 +95,17 @@ def series(
     h2 = c2 + r2 * (6 * c4 + 45 * c6 * r2) + 10 * c5 * r3
     h3 = c3 + 10 * c5 * r2
     inner = p * h - 2 * r2 * h2 - 3 * r3 * h3 - 4 * c4 * r4
-    columns = [2 * inner, 8 * h2 * share, 48 * h3 * share**2, 384 * c4 * share**3]
-    outer = mean_square.clamp_min(torch.finfo(unit.dtype).tiny).pow(p - 1) * scale[:, None]
-    coefficients = torch.stack(columns, dim=-1) * outer[..., None]  # [R, N, 4]
+    safe = mean_square.clamp_min(torch.finfo(unit.dtype).tiny)
+    outer = (safe.pow(p - 1) * scale[:, None])[..., None]
+    columns = [8 * h2, 48 * h3 * share, torch.full_like(h, 384 * c4) * share**2]
+    cross = torch.stack(columns, dim=-1) * outer  # [R, N, 3]
+    coefficients = torch.cat([2 * inner[..., None] * outer, cross * share[..., None]], dim=-1)
 
     slope = torch.bmm(coefficients, powers) if need_slope else None
     dvariance = None
     if need_dvariance:
         own = torch.bmm(coefficients.sum(1, keepdim=True), powers)[:, 0]  # terms of A and b
-        cross = torch.bmm((coefficients[..., 1:] / unit[..., None]).mT, offset2)  # of c, [R, 3, L]
-        order = torch.arange(1, 4, dtype=cross.dtype, device=cross.device)[:, None]
-        dvariance = (own + (cross * powers[:, :3] * order).sum(1)) / 2
+        of_offset = torch.bmm(cross.mT, offset2 / safe[..., None])  # terms of c, [R, 3, L]
+        order = torch.arange(1, 4, dtype=own.dtype, device=own.device)[:, None]
+        dvariance = (own + (of_offset * powers[:, :3] * order).sum(1)) / 2
     return GaussianTerm(value, slope, dvariance)

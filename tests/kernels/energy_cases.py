@@ -30,7 +30,7 @@ class Case(NamedTuple):
 
 
 def make_case(num_samples, patches, width, generator, *, std=(0.1, 0.7), reach=1.0):
-    """A posterior with standard deviations in `std` and samples `reach` deviations around its mean."""
+    """A posterior with deviations in `std`, and samples `reach` deviations around its mean."""
     options = {"generator": generator, "dtype": torch.float64}
     mean = torch.randn(*patches, width, **options)
     deviation = std[0] + (std[1] - std[0]) * torch.rand(*patches, width, **options)
@@ -41,7 +41,7 @@ def make_case(num_samples, patches, width, generator, *, std=(0.1, 0.7), reach=1
 def differentiate(score, inputs):
     """Score, and its gradients for upstream factors that differ from patch to patch."""
     factors = torch.linspace(0.5, 1.5, score.numel(), dtype=torch.float64).view(score.shape)
-    gradients = torch.autograd.grad((score * factors.to(score.dtype)).sum(), inputs)
+    gradients = torch.autograd.grad((score * factors.to(score)).sum(), inputs)
     return [score.detach(), *gradients]
 
 

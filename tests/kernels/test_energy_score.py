@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from calm_kernels.energy_score import energy_score, gaussian_energy_score
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
-# Least, odd and usual counts; one dimension, few, a prime beyond a power of two, and the sizes in use.
+# Least, odd and usual counts; one dimension, few, one past a power of two, the sizes in use.
 SAMPLES, TARGETS, WIDTHS = (2, 3, 8), (1, 3, 100), (1, 2, 8, 33, 64, 128)
 SHAPES = list(product(SAMPLES, TARGETS, WIDTHS))
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype)[6:])
@@ -79,7 +79,7 @@ def test_analytic_far_and_near(width, reach, std, exponent, generator):
 @pytest.mark.parametrize("needed", range(8), ids=lambda bits: f"{bits:03b}")
 @pytest.mark.parametrize("targets", ["analytic", "sample"])
 def test_each_set_of_gradients(targets, needed, generator):
-    """A gradient does not depend on which others are asked for; what is not needed is not returned."""
+    """A gradient does not depend on which others are asked for."""
     case = make_case(3, (5,), 64, generator).to(torch.float32)
     options = {"targets": targets, "num_targets": 4, "seed": 1}
     whole = score_and_gradients(case.to(torch.float32, True), "torch", **options)
@@ -122,14 +122,11 @@ def test_any_strides(backend, generator):
         torch.stack([case.samples, -case.samples], dim=-1)[..., 0],
     ]
     for samples in views:
-        strided = Case(samples.detach().requires_grad_(), *expected_parameters(case))
+        parameters = (v.clone().requires_grad_() for v in (case.mean, case.log_std))
+        strided = Case(samples.detach().requires_grad_(), *parameters)
         assert not samples.is_contiguous()
         actual = score_and_gradients(strided, backend)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
-
-
-def expected_parameters(case):
-    return (value.clone().requires_grad_() for value in (case.mean, case.log_std))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +167,7 @@ def test_as_the_published_code(case, index, backend):
 
 
 def test_as_scoringrules(backend, generator):
-    """The fair ensemble estimator of an outside library is minus half our score, target by target."""
+    """The fair ensemble estimator of an outside library is minus half our score."""
     samples = torch.randn(5, 7, 6, generator=generator, dtype=torch.float64)
     targets = torch.randn(4, 7, 6, generator=generator, dtype=torch.float64)
     forecast = samples.movedim(0, -2)
