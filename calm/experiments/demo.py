@@ -177,7 +177,7 @@ def _common_flags(args: argparse.Namespace) -> list[str]:
     flags = [f"--config={args.recipe}", f"--seed={args.seed}"]
     if args.text is not None:
         flags += ["--dataset_name=", f"--train_file={args.text}"]
-        flags += [f"--text_unit={args.text_unit}", "--keep_linebreaks=false"]
+        flags.append(f"--text_unit={args.text_unit}")
     if not torch.cuda.is_available():
         flags.append("--use_cpu=true")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -272,10 +272,13 @@ def _peak_memory_bytes() -> int:
 
 def _commands(args: argparse.Namespace, folder: Path, trainer: CALMTrainer) -> list[str]:
     """What to try next; the second repeats the score of the report."""
-    data = args.text or "embedded:docstrings"
     blocks: Any = trainer.eval_dataset
+    data = args.text or trainer.protocol["dataset"]
+    unit = "" if args.text is None else f" --text-unit {args.text_unit}"
     return [
-        f'calm generate --model {folder / "calm"} --prompt "Returns the " --temperature 0.3333',
-        f"calm eval --model {folder / 'calm'} --data {data} --block-size {blocks.block_size} "
-        f"--skip-repeats --num-samples {FINAL['num_samples']} --max-blocks {FINAL['max_blocks']}",
+        f'calm generate --model {folder / "calm"} --prompt "{PROMPTS[0]}" --temperature 0.3333',
+        f"calm eval --model {folder / 'calm'} --data {data}{unit} --block-size {blocks.block_size} "
+        f"--validation-split-percentage {trainer.protocol['validation_split_percentage']} "
+        f"--skip-repeats --num-samples {FINAL['num_samples']} "
+        f"--max-blocks {min(len(blocks), FINAL['max_blocks'])}",
     ]

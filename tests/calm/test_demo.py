@@ -1,0 +1,101 @@
+"""The demo from its command line to its files, with a model that learns nothing in seconds."""
+
+import json
+import math
+
+import pytest
+from PIL import Image
+
+from calm.cli import main
+
+FILES = ("report.md", "results.json", "curves.png")
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    """Paragraphs that end differently, broken into lines."""
+    path = tmp_path_factory.mktemp("text") / "river.txt"
+    paragraphs = [
+        f"The river ran past mill number {number}\nand the miller counted {number * 7} sacks,\n"
+        f"one of which he kept for the {number}th of the month."
+        for number in range(300)
+    ]
+    path.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(text_file, tmp_path_factory):
+    """The folder of a finished demo, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        status = main(
+            ["demo", "--text", str(text_file), "--recipe", "tiny", "--minutes", "0.06",
+             "--output-dir", str(folder), "--seed", "3"]
+        )  # fmt: skip
+    assert status == 0
+    return folder
+
+
+def test_files(finished):
+    for name in FILES:
+        assert (finished / name).stat().st_size > 0
+    with Image.open(finished / "curves.png") as image:
+        assert image.width > 1000
+
+
+def test_figures_are_finite_and_belong_together(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert 0 < results["accuracy"] <= 1
+    assert results["peak_memory_bytes"] > 2**20
+    for name in ("calm", "baseline"):
+        model = results[name]
+        brier = model["evaluation"]["brier"]
+        assert all(math.isfinite(value) and -1 <= value <= 1 for value in brier.values())
+        assert model["evaluation"]["protocol"]["skip_repeats"] is True
+        assert model["run"]["steps"] > 0
+        assert model["run"]["scores"][-1]["train_seconds"] <= model["run"]["seconds"]
+        assert {sample["temperature"] for sample in model["samples"]} == {1.0, 1 / 3}
+    # Both language models had the same time, but for the step in which it ended.
+    seconds = [results[name]["run"]["seconds"] for name in ("calm", "baseline")]
+    assert max(seconds) < 2 * min(seconds)
+    # Both were scored on the same held-out documents.
+    hashes = {
+        results[name]["evaluation"]["protocol"]["data_sha256"] for name in ("calm", "baseline")
+    }
+    assert len(hashes) == 1
+
+
+def test_report_shows_what_was_measured(finished):
+    results = json.loads((finished / "results.json").read_text())
+    report = (finished / "report.md").read_text()
+    for name in ("calm", "baseline"):
+        assert f"{100 * results[name]['evaluation']['brier']['brier1']:.2f}" in report
+    assert f"{100 * results['accuracy']:.3f} %" in report
+    assert "river.txt" in report
+
+
+@pytest.mark.parametrize("model", ["calm", "baseline"])
+def test_checkpoints_generate(finished, model, capsys):
+    folder = finished / model
+    assert main(["generate", "--model", str(folder), "--prompt", "The rive", "--temperature", "1",
+                 "--max-new-tokens", "8"]) == 0  # fmt: skip
+    assert capsys.readouterr().out.startswith("The rive")
+
+
+def test_evaluation_command_of_the_report_repeats_its_score(finished, text_file, tmp_path):
+    results = json.loads((finished / "results.json").read_text())
+    command = next(line for line in results["commands"] if line.startswith("calm eval"))
+    record = tmp_path / "again.json"
+    assert main([*command.split()[1:], "--json", str(record)]) == 0
+    again = json.loads(record.read_text())
+    first = results["calm"]["evaluation"]
+    assert again["protocol"]["data_sha256"] == first["protocol"]["data_sha256"]
+    for order, value in first["brier"].items():
+        assert again["brier"][order] == pytest.approx(value, abs=1e-6)
+
+
+def test_no_time_is_an_error(capsys):
+    assert main(["demo", "--minutes", "0"]) == 2
+    assert "--minutes must be positive" in capsys.readouterr().err
