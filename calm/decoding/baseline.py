@@ -88,12 +88,17 @@ def _sample(
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        return cast(Any, model).generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            generation_config=config,
-            streamer=streamer,
-        )
+        try:
+            return cast(Any, model).generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                generation_config=config,
+                streamer=streamer,
+            )
+        except BaseException:  # Ctrl-C too: what was generated is shown
+            if streamer is not None:
+                streamer.end()
+            raise
 
 
 def _pad_token_id(model: BaselineTransformer) -> int | None:

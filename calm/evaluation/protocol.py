@@ -56,14 +56,14 @@ class Evaluation:
 
     def to_table(self) -> str:
         """The record as a table for people; Brier-n in percent."""
-        rows = [f"{'':10} {'value':>7}   {'95 % interval':>15}   {'SE':>5}"]
+        rows = [f"{'':12} {'value':>7}   {'95 % interval':>15}   {'SE':>5}"]
         for order in ORDERS:
             rows.append(
-                f"{'Brier-' + order[-1] + ' (%)':10} {100 * self.brier[order]:7.2f}   "
+                f"{'Brier-' + order[-1] + ' (%)':12} {100 * self.brier[order]:7.2f}   "
                 + _interval((self.brier_intervals or {}).get(order), 100.0)
                 + (f"   {100 * self.standard_errors[order]:5.2f}" if self.standard_errors else "")
             )
-        rows.append(f"{'BrierLM':10} {self.brier_lm:7.2f}   {_interval(self.brier_lm_interval)}")
+        rows.append(f"{'BrierLM':12} {self.brier_lm:7.2f}   {_interval(self.brier_lm_interval)}")
         rows.append("")
         rows += [f"{key:14} {_line(value)}" for key, value in self.protocol.items()]
         return "\n".join(rows)
@@ -138,7 +138,8 @@ def evaluate(
         "block_size": length,
         "blocks": len(counts),
         "positions": int(counts.sum()),
-        "rule": _position_rule(sampler),
+        "positions_are": _position_rule(sampler),
+        "estimator": sampler.estimator,
         "skip_repeats": skip_repeats,
         "num_samples": num_samples,
         "brier_draws": "all" if brier_draws is None else brier_draws,
@@ -195,9 +196,11 @@ def _stack(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def _position_rule(sampler: ChunkSampler) -> str:
     """Which n-grams are scored, in words."""
     size = sampler.patch_size
-    if size >= 4:
-        return f"first 4 tokens of every predicted chunk of {size}"
-    return f"from every predicted chunk of {size} but the last {math.ceil(4 / size)}"
+    if size == 1:
+        return "every predicted token but the last 4"
+    if size < 4:
+        return f"every predicted chunk of {size} tokens but the last {math.ceil(4 / size)}"
+    return f"the first 4 tokens of every predicted chunk of {size}"
 
 
 def _versions(device: torch.device) -> dict[str, str]:

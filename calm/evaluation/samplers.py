@@ -22,7 +22,7 @@ from calm_kernels import noise
 __all__ = ["CALMSampler", "ChunkSampler", "TokenSampler", "make_sampler"]
 
 DEPTH_STRIDE = 2**40  # rollout depths draw from disjoint ranges of the seed's offset
-DRAWS_AT_A_TIME = 2**14  # latents that are drawn and decoded together: some 400 MB, published
+DRAWS_AT_A_TIME = 2**13  # latents decoded together: half a gigabyte at the published sizes
 LOGITS_AT_A_TIME = 2**25  # logits of the baseline that are held together: 128 MB in float32
 
 
@@ -36,6 +36,10 @@ class ChunkSampler(Protocol):
     @property
     def patch_size(self) -> int:
         """K."""
+
+    @property
+    def estimator(self) -> str:
+        """How scores are estimated, in words."""
 
     def inputs(self, input_ids: Tensor) -> Tensor:
         """What the backbone reads to predict a sequence ``[B, P * K]``: ``[B, S, H]``.
@@ -78,6 +82,11 @@ class CALMSampler:
         self.patch_size = model.patch_size
         self.num_draws, self.is_published = num_draws, is_published
         self.noise_scale, self.seed = noise_scale, seed
+
+    @property
+    def estimator(self) -> str:
+        """See `ChunkSampler`."""
+        return "two draws, as published" if self.is_published else "pairs among all draws"
 
     def inputs(self, input_ids: Tensor) -> Tensor:
         """Start patch, if any, and all chunks but the last; see `ChunkSampler`."""
@@ -129,6 +138,11 @@ class TokenSampler:
     def __init__(self, model: BaselineTransformer, *, is_published: bool, seed: Tensor) -> None:
         self.model, self.backbone = model, model.model
         self.is_published, self.seed = is_published, seed
+
+    @property
+    def estimator(self) -> str:
+        """See `ChunkSampler`."""
+        return "exact chances, two draws for prefixes" if self.is_published else "exact chances"
 
     def inputs(self, input_ids: Tensor) -> Tensor:
         """All tokens but the last; see `ChunkSampler`."""

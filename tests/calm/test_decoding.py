@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import tiny_baseline, tiny_calm
+from tiny_models import Recorder, prompt, tiny_baseline, tiny_calm
 
 from calm.decoding import Generation, generate, generate_tokens
 from calm.decoding.sampling import advance, draw_patches, sequence_seeds
@@ -18,26 +18,9 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = ["energy-k1", "energy-k2", "energy-k4", "diffusion-k4", "flow-k4"]
 
 
-def prompt(*shape, vocab_size=5, seed=3):
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
-
-
 def likely_prompt(model, batch, length):
     """Text of the model's own: an unfinished chunk at its end has a continuation."""
     return generate(model, prompt(batch, 8), max_length=40, temperature=1.0, seed=1)[:, :length]
-
-
-class Recorder:
-    """A streamer that keeps what it is given."""
-
-    def __init__(self):
-        self.received, self.has_ended = [], False
-
-    def put(self, value):
-        self.received.append(value)
-
-    def end(self):
-        self.has_ended = True
 
 
 @pytest.mark.parametrize("kind", ["whole", "ragged"])
@@ -264,10 +247,11 @@ def test_an_interrupted_stream_is_ended():
             if len(self.received) == 3:
                 raise KeyboardInterrupt
 
-    streamer = Interrupting()
-    with pytest.raises(KeyboardInterrupt):
-        generate(tiny_calm(), prompt(1, 8), max_new_tokens=40, streamer=streamer)
-    assert streamer.has_ended
+    for continue_, model in ((generate, tiny_calm()), (generate_tokens, tiny_baseline())):
+        streamer = Interrupting()
+        with pytest.raises(KeyboardInterrupt):
+            continue_(model, prompt(1, 8, vocab_size=3), max_new_tokens=40, streamer=streamer)
+        assert streamer.has_ended
 
 
 def test_details_say_how_it_went():
@@ -351,59 +335,3 @@ def test_damaged_weights_are_reported():
 def test_seeds_of_sequences_are_not_taken_for_seed_and_offset():
     assert sequence_seeds([3, 4], 2, torch.device("cpu")).tolist() == [[3, 0], [4, 0]]
     assert sequence_seeds(3, 2, torch.device("cpu")).tolist() == [3, 0]
-
-
-# The baseline
-
-
-def test_the_baseline_samples_its_law():
-    model, ids = tiny_baseline(), prompt(1, 5, vocab_size=3)
-    with torch.no_grad():
-        logits = model(ids).logits[0, -1]
-    for temperature in (1.0, 0.5):
-        result = generate_tokens(
-            model, ids.expand(3000, -1), max_new_tokens=1, temperature=temperature, seed=0
-        )
-        law = (logits / temperature).softmax(-1)
-        shares = torch.bincount(result[:, -1], minlength=3) / 3000
-        assert ((shares - law).abs() < 4 * (law * (1 - law) / 3000).sqrt() + 1e-4).all()
-
-
-def test_seeds_of_the_baseline():
-    model, ids = tiny_baseline(eos_token_id=2), prompt(3, 5, vocab_size=2)
-    options = {"max_new_tokens": 12, "temperature": 1.0}
-    torch.manual_seed(5)
-    state = torch.random.get_rng_state()
-    together = generate_tokens(model, ids, seed=[4, 5, 6], **options)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    for row, seed in enumerate([4, 5, 6]):
-        alone = generate_tokens(model, ids[row : row + 1], seed=seed, **options)[0]
-        assert torch.equal(together[row, : len(alone)], alone)
-        assert (together[row, len(alone) :] == 2).all()  # ends where it has no pad token
-
-
-def test_the_baseline_streams_and_cuts():
-    streamer, model = Recorder(), tiny_baseline(max_position_embeddings=16)
-    ids = prompt(1, 12, vocab_size=3)
-    with pytest.raises(UserError, match="exceed the context of 16 tokens"):
-        generate_tokens(model, ids, max_new_tokens=8)
-    result = generate_tokens(model, ids, max_new_tokens=8, truncate=True, seed=0, streamer=streamer)
-    assert torch.equal(result[:, :8], ids[:, -8:]) and streamer.has_ended
-    assert (
-        torch.cat([part.reshape(-1) for part in streamer.received]).tolist() == result[0].tolist()
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ({"seed": [1, 2]}, "seed must hold one number per sequence, 1; got 2"),
-        ({"input_ids": torch.tensor([[3]])}, r"must lie in \[0, 3\)"),
-    ],
-)
-def test_bad_arguments_for_the_baseline(options, message):
-    arguments = {"input_ids": prompt(1, 4, vocab_size=3), "max_new_tokens": 4, **options}
-    with pytest.raises(UserError, match=message):
-        generate_tokens(tiny_baseline(), **arguments)

@@ -123,6 +123,7 @@ def test_the_record_holds_the_protocol():
     assert {key: protocol[key] for key in ("block_size", "blocks", "positions", "seed")} == {
         "block_size": 16, "blocks": 3, "positions": 9, "seed": 9,
     }  # fmt: skip
+    assert protocol["estimator"] == "two draws, as published"
     assert protocol["num_samples"] == 4 and protocol["brier_draws"] == 2
     assert protocol["noise_scale"] == 1.0 and protocol["skip_repeats"] is True
     assert protocol["versions"]["torch"] == torch.__version__

@@ -1,4 +1,4 @@
-"""Random models small enough to enumerate what they say."""
+"""Random models small enough to enumerate what they say, and what tests feed them."""
 
 import torch
 from transformers import LlamaConfig
@@ -58,3 +58,21 @@ def tiny_baseline(*, vocab_size=3, seed=0, **fields):
     model = BaselineTransformer(config).eval()
     torch.nn.init.normal_(model.lm_head.weight, std=0.3)
     return model
+
+
+def prompt(*shape, vocab_size=5, seed=3):
+    """Random token ids of this shape."""
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Recorder:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self):
+        self.received, self.has_ended = [], False
+
+    def put(self, value):
+        self.received.append(value)
+
+    def end(self):
+        self.has_ended = True
