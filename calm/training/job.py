@@ -106,7 +106,7 @@ def _train(trainer: CALMTrainer) -> None:
 
 
 def _last_evaluation(trainer: CALMTrainer) -> dict[str, float] | None:
-    """Metrics of the evaluation that training ended with, if it did and the weights are still those."""
+    """Metrics of the evaluation that training ended with, where the weights are still those."""
     if trainer.args.load_best_model_at_end:
         return None
     for entry in reversed(trainer.state.log_history):

@@ -107,8 +107,12 @@ class FiniteGuard:
         self._values.append(value)
         self._norms[step] = value
 
-    def check(self, gather: Gather, last_good: str | None) -> None:
+    def check(self, gather: Gather, last_good: Callable[[], object]) -> None:
         """Forget what was watched if all of it was finite on every process.
+
+        Args:
+            gather: collects a tensor ``[n]`` of every process.
+            last_good: finds the last good checkpoint, for the message.
 
         Raises:
             NonFiniteLossError: with step, learning rate, gradient norm and position of the first
@@ -125,9 +129,9 @@ class FiniteGuard:
             self._values.clear()
             self._norms = dict(list(self._norms.items())[-1:])
             return
-        raise NonFiniteLossError(self._report(int(index), values, last_good))
+        raise NonFiniteLossError(self._report(int(index), values, last_good()))
 
-    def _report(self, index: int, values: Tensor, last_good: str | None) -> str:
+    def _report(self, index: int, values: Tensor, last_good: object) -> str:
         kept = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint"
         advice = "a smaller learning rate, a longer warm-up or a look at that data may help"
         if index < 0:

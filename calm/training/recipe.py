@@ -72,7 +72,7 @@ def _read(path: Path) -> Recipe:
     sections = {key: content[key] or {} for key in SECTIONS if key in content}
     for name, section in sections.items():
         if not isinstance(section, dict):
-            raise UserError(f"config: {path}: section {name!r} must hold `flag: value` lines")
+            raise UserError(f"config: {path}: section {name} must hold `flag: value` lines")
     if flags:
         sections[COMMON] = _merge(flags, sections.get(COMMON, {}))
     return _merge(_read(_locate(base, path.parent)), sections) if base else sections

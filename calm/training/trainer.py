@@ -31,6 +31,7 @@ from calm.training.clock import TimedProgress, TrainingClock, timed_schedule
 from calm.training.metrics import FiniteGuard, RunningMeans, Throughput
 from calm.training.muon import MuonAdamW
 from calm.training.scoring import metrics_of, score_sequences
+from calm_kernels.noise import as_seed
 
 __all__ = ["PROTOCOL", "CALMTrainer"]
 
@@ -174,8 +175,8 @@ class CALMTrainer(Trainer):
 
     def _check_finite(self) -> None:
         """Stop the run if a loss since the last check was not finite, before anything is kept."""
-        newest = last_good_checkpoint(self.args.folder, set_aside=False)
-        self._guard.check(self.accelerator.gather, None if newest is None else str(newest))
+        find = partial(last_good_checkpoint, self.args.folder, set_aside=False)
+        self._guard.check(self.accelerator.gather, find)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs of training carry the parts of the loss, averaged since the last log, and the
@@ -218,7 +219,7 @@ class CALMTrainer(Trainer):
                 self.accelerator.unwrap_model(model),
                 inputs,
                 outputs,
-                seed=torch.tensor([self.args.eval_seed, 1], device=self.args.device),
+                seed=as_seed(self.args.eval_seed, self.args.device),
                 first_sequence=first,
                 num_samples=self.args.eval_num_samples,
             )

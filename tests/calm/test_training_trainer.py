@@ -1,0 +1,279 @@
+"""The trainer: draws whatever the split of a batch, logs, evaluation, bad losses, time."""
+
+import functools
+import math
+
+import pytest
+import torch
+from training_cases import MODELS, Sequences, history, make_trainer, train
+from transformers import Trainer
+
+from calm.errors import UserError
+from calm.evaluation import evaluate
+from calm.training.arguments import CALMTrainingArguments
+from calm.training.metrics import NonFiniteLossError
+from calm.training.trainer import CALMTrainer
+
+EXACT = {
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "max_grad_norm": 1e9,
+    "lr_scheduler_type": "constant",
+}
+
+
+def same_weights(left, right, **tolerance):
+    pairs = zip(left.state_dict().items(), right.state_dict().values(), strict=True)
+    return all(torch.allclose(a, b, **tolerance) for (_, a), b in pairs)
+
+
+class TestDraws:
+    @pytest.mark.parametrize("name", MODELS)
+    def test_accumulation_changes_nothing(self, tmp_path, name):
+        whole = train(MODELS[name](), tmp_path, per_device_train_batch_size=8, **EXACT)
+        parts = train(
+            MODELS[name](),
+            tmp_path,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+            **EXACT,
+        )
+        for measure in ("loss", "grad_norm"):
+            assert history(parts, measure) == pytest.approx(history(whole, measure), rel=1e-4)
+        assert same_weights(whole.model, parts.model, atol=1e-5)
+
+    @pytest.mark.parametrize("name", ["autoencoder", "energy", "diffusion", "flow"])
+    def test_the_address_of_a_sequence_matters(self, tmp_path, monkeypatch, name):
+        split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, **EXACT}
+        right = train(MODELS[name](), tmp_path, **split)
+        monkeypatch.setattr(CALMTrainer, "_next_first_row", lambda self: 0)
+        wrong = train(MODELS[name](), tmp_path, **split)
+        assert history(right, "loss") != pytest.approx(history(wrong, "loss"), rel=1e-5)
+
+    def test_steps_draw_afresh_and_runs_alike(self, tmp_path):
+        still = {**EXACT, "learning_rate": 0.0, "sequences": 8, "per_device_train_batch_size": 8}
+        first = train(MODELS["energy"](), tmp_path, **still)
+        again = train(MODELS["energy"](), tmp_path, **still)
+        other = train(MODELS["energy"](), tmp_path, **{**still, "seed": 6})
+        one, two = history(first, "loss")
+        assert one != two and history(again, "loss") == [one, two]
+        assert history(other, "loss") != pytest.approx([one, two], rel=1e-6)
+
+    def test_processes_and_micro_batches_share_the_rows_out(self, tmp_path, monkeypatch):
+        trainer = make_trainer(MODELS["energy"](), tmp_path, per_device_train_batch_size=3)
+        monkeypatch.setattr(CALMTrainingArguments, "world_size", 2)
+        rows = []
+        for rank in (0, 1):
+            monkeypatch.setattr(CALMTrainingArguments, "process_index", rank)
+            trainer.state.global_step = 7 + rank  # a new step starts at the first micro-batch
+            rows += [trainer._next_first_row() for _ in range(2)]
+        assert rows == [0, 6, 3, 9]
+
+
+class TestOptimizer:
+    def test_frozen_parameters_stay_out_and_gains_do_not_decay(self, tmp_path):
+        trainer = make_trainer(MODELS["energy"](), tmp_path, weight_decay=0.1)
+        groups = trainer.create_optimizer().param_groups
+        held = {id(weight) for group in groups for weight in group["params"]}
+        frozen = {id(weight) for weight in trainer.model.ae_model.parameters()}
+        trained = {id(weight) for weight in trainer.model.parameters() if weight.requires_grad}
+        assert held == trained and not held & frozen
+        decay = {group["weight_decay"]: group["params"] for group in groups}
+        assert all(weight.dim() == 1 for weight in decay[0.0])
+        assert all(weight.dim() == 2 for weight in decay[0.1])
+
+    def test_the_autoencoder_is_not_touched(self, tmp_path):
+        model = MODELS["energy"]()
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        train(model, tmp_path, learning_rate=0.1)
+        changed = {
+            name for name, weight in model.state_dict().items() if weight.ne(before[name]).any()
+        }
+        assert changed and not any(name.startswith("ae_model") for name in changed)
+
+
+class TestLogs:
+    def test_parts_of_the_energy_loss_and_speed(self, tmp_path):
+        trainer = train(MODELS["energy"](), tmp_path, logging_steps=2)
+        (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert entry["fidelity"] - entry["diversity"] == pytest.approx(entry["loss"], rel=1e-5)
+        assert entry["tokens_per_second"] > 0 and "characters_per_second" not in entry
+
+    def test_parts_of_the_autoencoder_loss(self, tmp_path):
+        trainer = train(MODELS["autoencoder"](), tmp_path)
+        config = trainer.model.config
+        for entry in (entry for entry in trainer.state.log_history if "loss" in entry):
+            total = (
+                config.patch_size * entry["reconstruction_loss"] + config.kl_weight * entry["kl"]
+            )
+            assert total == pytest.approx(entry["loss"], rel=1e-5)
+            assert 0 <= entry["collapsed"] <= 1
+
+    def test_means_run_over_the_logging_interval(self, tmp_path):
+        each = train(MODELS["energy"](), tmp_path, max_steps=4, **EXACT)
+        pairs = train(MODELS["energy"](), tmp_path, max_steps=4, logging_steps=2, **EXACT)
+        singles = history(each, "fidelity")
+        means = [sum(singles[:2]) / 2, sum(singles[2:]) / 2]
+        assert history(pairs, "fidelity") == pytest.approx(means, rel=1e-5)
+
+    def test_characters_a_second(self, tmp_path):
+        trainer = make_trainer(MODELS["energy"](), tmp_path)
+        trainer._throughput.tokens_per_character = 0.25
+        trainer.train()
+        for entry in (entry for entry in trainer.state.log_history if "loss" in entry):
+            assert entry["characters_per_second"] == pytest.approx(4 * entry["tokens_per_second"])
+
+
+class TestEvaluation:
+    @pytest.mark.parametrize("name", ["autoencoder", "energy", "baseline"])
+    def test_moves_nothing(self, tmp_path, name):
+        settings = {"max_steps": 6, "sequences": 4, "per_device_train_batch_size": 2}
+        without = train(MODELS[name](), tmp_path, **settings)
+        with_it = train(MODELS[name](), tmp_path, eval_strategy="steps", eval_steps=1, **settings)
+        assert history(with_it, "loss") == history(without, "loss")
+        assert len(history(with_it, "eval_loss")) == 6
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_does_not_depend_on_the_batch(self, tmp_path, name):
+        model = MODELS[name]()
+        results = []
+        for batch in (8, 3):
+            trainer = make_trainer(model, tmp_path, per_device_eval_batch_size=batch)
+            metrics = trainer.evaluate()
+            results.append({key: value for key, value in metrics.items() if "_per_" not in key})
+        for key in set(results[0]) - {"eval_runtime", "eval_model_preparation_time"}:
+            tolerance = 0.05 if key in ("eval_loss", "eval_kl", "eval_collapsed") else 1e-6
+            assert results[1][key] == pytest.approx(results[0][key], rel=tolerance), key
+
+    @pytest.mark.parametrize("name", ["energy", "baseline"])
+    def test_agrees_with_the_evaluate_command(self, tmp_path, name):
+        model = MODELS[name]()
+        trainer = make_trainer(model, tmp_path, per_device_eval_batch_size=3, eval_num_samples=5)
+        metrics = trainer.evaluate()
+        expected = evaluate(model, Sequences(8), num_samples=5, seed=0, batch_size=8)
+        assert metrics["eval_brier_lm"] == pytest.approx(expected.brier_lm)
+        for order, value in expected.brier.items():
+            assert metrics[f"eval_{order}"] == pytest.approx(value, abs=1e-6)
+            assert metrics[f"eval_{order}_se"] == pytest.approx(expected.standard_errors[order])
+
+    def test_an_untrained_model_scores_zero(self, tmp_path):
+        metrics = make_trainer(MODELS["energy"](), tmp_path).evaluate()
+        assert metrics["eval_brier4"] < 0 and metrics["eval_brier_lm"] == 0
+
+
+class TestNonFiniteLoss:
+    def poisoned(self, tmp_path, monkeypatch, step, value=math.nan, **settings):
+        """A trainer whose loss is `value` in the second micro-batch of `step`."""
+        trainer = make_trainer(
+            MODELS["energy"](),
+            tmp_path,
+            sequences=40,
+            max_steps=8,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=0.01,
+            lr_scheduler_type="constant",
+            **settings,
+        )
+        forward = trainer.model.forward
+
+        @functools.wraps(forward)
+        def bad_forward(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            if (
+                trainer.model.training
+                and trainer.state.global_step + 1 == step
+                and trainer._micro_batch == 2
+            ):
+                output.loss = output.loss * value
+            return output
+
+        monkeypatch.setattr(trainer.model, "forward", bad_forward)
+        return trainer
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_names_step_rate_norm_and_position(self, tmp_path, monkeypatch, value):
+        trainer = self.poisoned(tmp_path, monkeypatch, step=3, value=value, logging_steps=4)
+        with pytest.raises(NonFiniteLossError) as caught:
+            trainer.train()
+        message = str(caught.value)
+        assert message.startswith("loss at sequences 2 to 3 of the batch (process 0, epoch 0.2")
+        assert f"is {value} in step 3: learning rate 0.01, gradient norm " in message
+        assert " at step 2, " in message and f"{math.nan} at step 3" in message
+        assert "there is no checkpoint" in message and trainer.state.global_step == 4
+
+    @pytest.mark.parametrize("step", [4, 5])
+    def test_bad_weights_are_never_saved(self, tmp_path, monkeypatch, step):
+        trainer = self.poisoned(
+            tmp_path, monkeypatch, step, logging_steps=100, save_strategy="steps", save_steps=2
+        )
+        with pytest.raises(
+            NonFiniteLossError, match=f"in step {step}: .*last good checkpoint is .*checkpoint-"
+        ):
+            trainer.train()
+        kept = sorted(folder.name for folder in tmp_path.glob("checkpoint-*"))
+        assert kept == ["checkpoint-2", "checkpoint-4"][: (step - 1) // 2]
+
+    def test_bad_weights_are_never_evaluated_or_left_unnoticed_at_the_end(
+        self, tmp_path, monkeypatch
+    ):
+        for settings in ({"eval_strategy": "steps", "eval_steps": 3}, {}):
+            trainer = self.poisoned(tmp_path, monkeypatch, step=2, logging_steps=100, **settings)
+            with pytest.raises(NonFiniteLossError, match="in step 2"):
+                trainer.train()
+                trainer.save_model()
+            assert not history(trainer, "eval_loss") and not list(tmp_path.glob("*.safetensors"))
+
+    def test_a_gradient_that_is_not_finite_counts(self, tmp_path, monkeypatch):
+        trainer = make_trainer(MODELS["energy"](), tmp_path)
+        clip = Trainer._clip_grad_norm
+        monkeypatch.setattr(
+            Trainer, "_clip_grad_norm", lambda self, model: clip(self, model) * math.inf
+        )
+        with pytest.raises(NonFiniteLossError, match="gradient norm is inf in step 1"):
+            trainer.train()
+
+
+class TestTime:
+    def test_stops_in_time_with_the_schedule_at_its_end(self, tmp_path):
+        trainer = train(
+            MODELS["energy"](),
+            tmp_path,
+            max_steps=10**9,
+            max_train_seconds=1.0,
+            learning_rate=0.01,
+            lr_scheduler_type="linear",
+            warmup_steps=3,
+            eval_strategy="steps",
+            eval_steps=10**6,
+            save_strategy="steps",
+            save_steps=10**6,
+        )
+        steps = trainer.state.global_step
+        assert 5 < steps < 10**5 and 1.0 <= trainer.clock.elapsed < 2.0
+        rates = history(trainer, "learning_rate")
+        assert rates[0] == pytest.approx(0.01 / 3, rel=0.1) and max(rates) > 0.008
+        assert rates[-1] < 0.002
+        assert rates[4:] == sorted(rates[4:], reverse=True)
+        assert len(history(trainer, "eval_loss")) == 1  # a last evaluation and checkpoint
+        assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{steps}"]
+        assert history(trainer, "train_seconds") == sorted(history(trainer, "train_seconds"))
+
+    def test_a_resumed_run_has_the_time_that_is_left(self, tmp_path):
+        settings = {"max_train_seconds": 1000.0, "save_strategy": "steps", "save_steps": 1}
+        spent = train(MODELS["energy"](), tmp_path, max_steps=1, **settings).clock.elapsed
+        trainer = make_trainer(MODELS["energy"](), tmp_path, max_steps=2, **settings)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert trainer.clock.elapsed > spent > 0
+
+    def test_schedules_that_look_at_the_loss_cannot_follow_time(self, tmp_path):
+        with pytest.raises(UserError, match=r"lr_scheduler_type=.*cannot follow max_train_seconds"):
+            train(
+                MODELS["energy"](),
+                tmp_path,
+                max_train_seconds=1.0,
+                eval_strategy="steps",
+                eval_steps=1,
+                metric_for_best_model="loss",
+                lr_scheduler_type="reduce_lr_on_plateau",
+            )
