@@ -148,12 +148,15 @@ def gaussian_energy_score(
     x, flat_mean, flat_log_std = _by_rows(samples), _rows(mean), _rows(log_std)
     flat_weight = None if weight is None else weight.reshape(-1)
     if resolve(backend, "gaussian_energy_score", samples) is Backend.REFERENCE:
-        implementation = reference.gaussian_energy_score
+        noise = None if draws is None else draws.all(*flat_mean.shape)
+        outputs = reference.gaussian_energy_score(
+            x, flat_mean, flat_log_std, exponent, noise, flat_weight
+        )
     else:
-        implementation = eager.gaussian_energy_score
-    score, fidelity, diversity, max_r2 = implementation(
-        x, flat_mean, flat_log_std, exponent, draws, flat_weight
-    )
+        outputs = eager.gaussian_energy_score(
+            x, flat_mean, flat_log_std, exponent, draws, flat_weight
+        )
+    score, fidelity, diversity, max_r2 = outputs
     score = score.view(batch[:-1])
     if not return_diagnostics:
         return score

@@ -35,7 +35,7 @@ class _StoredGradients(torch.autograd.Function):
         with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
             outputs, gradients = run(needs)
         ctx.save_for_backward(*gradients)
-        ctx.dtypes = [tensor.dtype for tensor in inputs]
+        ctx.like = [torch.empty_like(tensor, device="meta") for tensor in inputs]
         ctx.mark_non_differentiable(*(tensor for tensor in outputs[1:] if tensor is not None))
         return outputs
 
@@ -46,10 +46,16 @@ class _StoredGradients(torch.autograd.Function):
                 "the energy score is differentiable once: create_graph=True needs "
                 'backend="reference"'
             )
-        scaled = [
-            None if gradient is None else (gradient * _column(upstream, gradient)).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
+        scaled: list[Tensor | None] = []
+        for gradient, like in zip(ctx.saved_tensors, ctx.like, strict=True):
+            if gradient is None:
+                scaled.append(None)
+                continue
+            # dtype and strides of the input: scaled, rounded and laid out in one pass
+            out = torch.empty_strided(
+                like.shape, like.stride(), dtype=like.dtype, device=gradient.device
+            )
+            scaled.append(torch.mul(gradient, _column(upstream, gradient), out=out))
         return (None, None, *scaled)
 
 
@@ -73,11 +79,11 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
 def _load(
     rows: slice, weight: Tensor | None, dtype: torch.dtype, *tensors: Tensor
 ) -> tuple[Tensor, ...]:
-    """Weight ``[r]`` and inputs of these patches in the compute dtype; zeros where the weight is 0.
+    """Weight ``[r]`` and inputs of these patches, row-major, in the compute dtype.
 
-    A masked patch may hold anything, and 0 · nan is nan: its inputs must go, not only its score.
+    Inputs are zero where the weight is: a masked patch may hold anything, and 0 · nan is nan.
     """
-    loaded = [tensor[rows].to(dtype) for tensor in tensors]
+    loaded = [tensor[rows].to(dtype).contiguous() for tensor in tensors]
     if weight is None:
         return (loaded[0].new_ones(loaded[0].shape[0]), *loaded)
     weight = weight[rows].to(dtype)

@@ -12,8 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-from calm_kernels.energy_score.targets import TargetDraws
-
 __all__ = ["energy_score", "expected_distance", "gaussian_energy_score"]
 
 NODES = 400
@@ -56,25 +54,24 @@ def gaussian_energy_score(
     mean: Tensor,
     log_std: Tensor,
     exponent: float,
-    draws: TargetDraws | None,
+    noise: Tensor | None,
     weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Score, fidelity, diversity and, without draws, the largest r2 of each patch, ``[R]``.
+    """Score, fidelity, diversity and, without noise, the largest r2 of each patch, ``[R]``.
 
-    Targets are mean + exp(log_std) · draws; without draws the expectation over them is exact.
+    Targets are mean + exp(log_std) · noise with noise ``[M, R, L]``; without noise the expectation
+    over them is exact.
     """
     samples, mean, log_std = without_masked(weight, samples, mean, log_std)
     std = torch.exp(log_std)
     max_r2 = None
-    if draws is None:
+    if noise is None:
         max_r2 = relative_variance(samples, mean, std)
         expected = expected_distance(samples - mean, std.expand_as(samples), exponent)
         near = 2 * expected.mean(dim=0).to(samples.dtype)
     else:
-        rows, width = mean.shape
-        is_masked = None if weight is None else weight == 0
-        noise = draws.of(slice(0, rows), width, mean.dtype, is_masked).transpose(0, 1)
-        near = fidelity(samples, mean + std * noise, exponent)
+        (noise,) = without_masked(weight, noise)
+        near = fidelity(samples, mean + std * noise.to(std.dtype), exponent)
     apart = diversity(samples, exponent)
     if weight is not None:
         near, apart = weight * near, weight * apart

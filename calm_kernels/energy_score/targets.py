@@ -19,6 +19,12 @@ class TargetDraws(NamedTuple):
     first_row: int | Tensor = 0
     is_antithetic: bool = False
 
+    def all(self, num_rows: int, width: int) -> Tensor:
+        """Draws of every patch, ``[M, R, L]``."""
+        if self.noise is not None:
+            return self.noise
+        return self.of(slice(0, num_rows), width, torch.float32, None).transpose(0, 1)
+
     def of(self, rows: slice, width: int, dtype: torch.dtype, is_masked: Tensor | None) -> Tensor:
         """Standard normal draws of these patches, ``[r, M, L]``; given ones are 0 where masked."""
         if self.noise is not None:
