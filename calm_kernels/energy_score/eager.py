@@ -59,7 +59,6 @@ class _StoredGradients(torch.autograd.Function):
         return (None, None, *scaled)
 
 
-@torch.compiler.disable  # a loop over chunks that depends on the data: nothing to trace
 def _differentiate(run: Run, *inputs: Tensor) -> Any:
     """Outputs of `run` inside autograd; without grad mode it computes values only."""
     needs = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs)
