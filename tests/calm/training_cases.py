@@ -1,5 +1,7 @@
 """Small texts, flags and models for the tests of training."""
 
+import atexit
+import gc
 import json
 
 import numpy as np
@@ -11,6 +13,10 @@ from calm import BaselineTransformer
 from calm.training import train_ar, train_autoencoder, train_calm
 from calm.training.arguments import CALMTrainingArguments
 from calm.training.trainer import CALMTrainer
+
+# Each `train` collects garbage; what the imports left need not be looked at every time.
+gc.freeze()
+atexit.register(gc.unfreeze)
 
 MAIN = {
     "autoencoder": train_autoencoder.main,
