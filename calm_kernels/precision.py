@@ -20,7 +20,8 @@ def product_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> 
         TypeError: the dtypes differ and autocast is off.
     """
     device = tensor.device.type
-    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
+    has_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if has_autocast and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     if tensor.dtype != other.dtype:
         raise TypeError(

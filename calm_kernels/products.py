@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 __all__ = ["linear", "multiply", "outer"]
 
@@ -22,7 +21,7 @@ MIN_MULTIPLICATIONS = 2**20  # below, oneDNN's call costs more than its product 
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``inputs @ weight.T + bias``, differentiable (once, where oneDNN runs).
+    """``inputs @ weight.T + bias``, differentiable.
 
     Args:
         inputs: ``[..., I]``.
@@ -61,14 +60,18 @@ class _Linear(Function):
         return _onednn(rows, weight, bias).view(*inputs.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, doutputs: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         needs_inputs, needs_weight, needs_bias = ctx.needs_input_grad
         drows = doutputs.reshape(-1, weight.shape[0])
         rows = inputs.reshape(-1, weight.shape[1])
-        dinputs = multiply(drows, weight.T).view(inputs.shape) if needs_inputs else None
-        dweight = outer(drows, rows) if needs_weight else None
+        if torch.is_grad_enabled():  # create_graph=True: these products are differentiated again
+            dinputs, dweight = drows @ weight, drows.T @ rows
+        else:
+            dinputs = multiply(drows, weight.T) if needs_inputs else None
+            dweight = outer(drows, rows) if needs_weight else None
+        if dinputs is not None:
+            dinputs = dinputs.view(inputs.shape)
         return dinputs, dweight, drows.sum(dim=0) if needs_bias else None
 
 

@@ -1,8 +1,8 @@
 """The public function: check, choose, call."""
 
-import torch
 from torch import Tensor
 
+from calm_kernels.autograd import without_autocast
 from calm_kernels.backend import Backend, resolve
 from calm_kernels.linear_argmax.eager import linear_argmax_eager
 from calm_kernels.linear_argmax.reference import linear_argmax_reference
@@ -45,9 +45,13 @@ def linear_argmax(
     dtype = check_projection(hidden, weight)
     chosen = resolve(backend, "linear_argmax", hidden)
 
-    implementation = linear_argmax_reference if chosen is Backend.REFERENCE else linear_argmax_eager
     rows = hidden.detach().reshape(-1, hidden.shape[-1]).to(dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    match chosen:
+        case Backend.REFERENCE:
+            implementation = linear_argmax_reference
+        case _:
+            implementation = linear_argmax_eager
+    with without_autocast(hidden):
         index, largest, logsumexp = implementation(rows, weight.detach(), return_logsumexp)
     lead = hidden.shape[:-1]
     results = [index.view(lead)]

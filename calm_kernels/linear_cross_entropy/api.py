@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from calm_kernels.autograd import without_autocast
 from calm_kernels.backend import Backend, resolve
 from calm_kernels.checks import check_device, check_dtype, check_shape, check_tensor
 from calm_kernels.linear_cross_entropy.eager import linear_cross_entropy_eager
@@ -52,7 +53,7 @@ def linear_cross_entropy(
     chosen = resolve(backend, "linear_cross_entropy", hidden)
 
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         match chosen:
             case Backend.REFERENCE:
                 return linear_cross_entropy_reference(rows, weight, labels, ignore_index, dtype)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from calm_kernels.autograd import refuse_second_derivative
 from calm_kernels.precision import accumulation_dtype
 from calm_kernels.products import multiply, outer
 
@@ -51,7 +51,7 @@ class _LinearCrossEntropy(Function):
         dwords = words.new_zeros(words.shape[::-1]) if needs_weight else None  # [H, V]
         is_counted = labels != ignore_index
         count = is_counted.sum()
-        share = (is_counted / count.clamp(min=1)).to(words.dtype)[:, None]  # [R, 1]
+        share = is_counted[:, None].to(words.dtype) / count.clamp(min=1)  # [R, 1]
         targets = labels.where(is_counted, 0)[:, None]
         losses = words.new_empty(rows.shape[0])
         block_rows = max(MIN_ROWS, LOGITS_PER_BLOCK // max(1, words.shape[0]))
@@ -67,8 +67,8 @@ class _LinearCrossEntropy(Function):
         return losses.where(is_counted, 0.0).sum() / count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("linear_cross_entropy")
         drows, dweight = (None if d is None else d * dloss for d in ctx.saved_tensors)
         return drows, dweight, None, None, None
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from calm_kernels.autograd import refuse_second_derivative
 from calm_kernels.precision import accumulation_dtype
 
 __all__ = ["reparameterize_eager"]
@@ -46,8 +46,8 @@ class _Reparameterize(Function):
         return latent.to(latent_states.dtype), kl
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dlatent: Tensor, dkl: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("reparameterize")
         latent_states, epsilon, factor = ctx.saved_tensors
         mean, log_std = _moments(latent_states)
         std = log_std.exp()

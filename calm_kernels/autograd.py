@@ -1,0 +1,24 @@
+"""What hand-written gradients share."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+__all__ = ["refuse_second_derivative", "without_autocast"]
+
+
+def refuse_second_derivative(operation: str) -> None:
+    """Raise inside a backward pass with ``create_graph=True``: stored values would be constants."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f'{operation} is differentiable once: create_graph=True needs backend="reference"'
+        )
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """A block in which the operations on the device of `tensor` keep their dtypes."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

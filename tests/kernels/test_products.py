@@ -1,0 +1,110 @@
+"""Products through oneDNN are those of `torch.nn.functional.linear`, gradients included."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_no_worse_than_plain, leaf
+
+from calm_kernels import products
+
+SHAPES = [(64, 256, 128), (1001, 97, 257), (33, 512, 64), (7, 1000, 1001)]
+
+
+def layouts():
+    """A matrix of the given shape in every layout that products meet."""
+    return {
+        "contiguous": lambda rows, columns: torch.randn(rows, columns),
+        "transposed": lambda rows, columns: torch.randn(columns, rows).T,
+        "slice": lambda rows, columns: torch.randn(rows, 2 * columns)[:, columns:],
+        "expanded": lambda rows, columns: torch.randn(columns).expand(rows, columns),
+    }
+
+
+def gradients(function, inputs, dtype=torch.float32):
+    inputs = [leaf(value, dtype) if value is not None else None for value in inputs]
+    output = function(*inputs)
+    factors = torch.linspace(-1, 1, output.numel(), dtype=dtype).view(output.shape)
+    wanted = [value for value in inputs if value is not None]
+    return [output.detach(), *torch.autograd.grad((output * factors).sum(), wanted)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "R{}-I{}-O{}".format(*s))
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+def test_linear_and_its_gradients(shape, has_bias):
+    rows, width, out = shape
+    inputs = [torch.randn(rows, width), torch.randn(out, width), torch.randn(out)]
+    inputs[2] = inputs[2] if has_bias else None
+    assert products._use_onednn(*inputs[:2]) == products._has_onednn()
+    assert_no_worse_than_plain(
+        gradients(products.linear, inputs),
+        gradients(F.linear, inputs),
+        gradients(F.linear, inputs, torch.float64),
+    )
+
+
+@pytest.mark.parametrize("left_layout", layouts())
+@pytest.mark.parametrize("right_layout", layouts())
+def test_multiply_and_outer_in_every_layout(left_layout, right_layout):
+    left, right = layouts()[left_layout](256, 96), layouts()[right_layout](130, 96)
+    torch.testing.assert_close(products.multiply(left, right), left @ right.T)
+    left, right = layouts()[left_layout](256, 96), layouts()[right_layout](256, 130)
+    torch.testing.assert_close(products.outer(left, right), left.T @ right, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(products.outer(right, left), right.T @ left, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.skipif(not products._has_onednn(), reason="this torch has no oneDNN product")
+def test_matrices_with_gaps_are_copied_first(monkeypatch):
+    """oneDNN takes them, 50 times slower."""
+    seen = []
+    wrapped = torch.ops.mkldnn._linear_pointwise
+
+    def record(left, right, *rest):
+        seen.extend([left, right])
+        return wrapped(left, right, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", record)
+    weight = torch.randn(128, 256)[:, :128].requires_grad_()
+    inputs = torch.randn(100, 300)[:, 100:228].requires_grad_()
+    products.linear(inputs, weight).sum().backward()
+    assert len(seen) == 6
+    assert all(matrix.is_contiguous() or matrix.T.is_contiguous() for matrix in seen)
+
+
+def test_second_derivatives():
+    inputs, weight = leaf(torch.randn(64, 128)), leaf(torch.randn(128, 128))
+    results = []
+    for function in (products.linear, F.linear):
+        output = function(inputs, weight).square().mean()
+        first = torch.autograd.grad(output, inputs, create_graph=True)[0]
+        results.append(torch.autograd.grad(first.square().sum(), (inputs, weight)))
+    torch.testing.assert_close(*results)
+
+
+def test_leading_dimensions_and_empty_inputs():
+    weight, bias = torch.randn(300, 64), torch.randn(300)
+    inputs = torch.randn(5, 30, 64)
+    torch.testing.assert_close(
+        products.linear(inputs, weight, bias), F.linear(inputs, weight, bias)
+    )
+    assert products.linear(inputs[:0], weight, bias).shape == (0, 30, 300)
+
+
+def test_only_the_gradients_that_are_needed():
+    inputs, weight = torch.randn(100, 128), torch.randn(128, 128, requires_grad=True)
+    products.linear(inputs, weight, torch.zeros(128)).sum().backward()
+    assert inputs.grad is None
+    torch.testing.assert_close(
+        weight.grad, inputs.sum(dim=0).expand(128, 128), atol=1e-4, rtol=1e-5
+    )
+
+
+@pytest.mark.skipif(not products._has_onednn(), reason="this torch has no oneDNN product")
+def test_when_onednn_is_left_alone():
+    left, right = torch.randn(256, 128), torch.randn(128, 128)
+    assert products._use_onednn(left, right)
+    assert not products._use_onednn(left.double(), right.double())
+    assert not products._use_onednn(left[:2], right)
+    with torch.autocast("cpu"):
+        assert not products._use_onednn(left, right)
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        assert not products._use_onednn(left, right)
