@@ -62,7 +62,10 @@ class _StoredGradients(torch.autograd.Function):
 def _differentiate(run: Run, *inputs: Tensor) -> Any:
     """Outputs of `run` inside autograd; without grad mode it computes values only."""
     needs = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs)
-    return _StoredGradients.apply(run, needs, *inputs)
+    apply = _StoredGradients.apply
+    if torch.compiler.is_compiling():  # chunk loops that depend on data
+        apply = torch.compiler.disable(apply)
+    return apply(run, needs, *inputs)
 
 
 def _column(per_row: Tensor, like: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# One rounding of a result to its dtype, as a relative error.
-ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-7, torch.bfloat16: 4e-3}
+# A few roundings in the dtype of the result, as a relative error: where the plain formula is exact
+# by luck, another order of summation need not be.
+ROUNDING = {torch.float64: 1e-13, torch.float32: 5e-7, torch.bfloat16: 4e-3}
 
 
 def relative_error(actual, truth):
@@ -17,7 +18,7 @@ def relative_error(actual, truth):
 def assert_no_worse_than_plain(actual, plain, truth):
     """Each result is as near to its float64 truth as the plain formula in the same dtype.
 
-    Allowed is twice the error of the plain formula (sums may run in another order) and a rounding.
+    Allowed is twice the error of the plain formula (sums may run in another order) and `ROUNDING`.
     """
     assert len(actual) == len(plain) == len(truth)
     for index, (ours, theirs, exact) in enumerate(zip(actual, plain, truth, strict=True)):
