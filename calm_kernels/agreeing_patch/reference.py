@@ -40,20 +40,34 @@ def _cascade(
 ) -> tuple[int, list[float]]:
     """First level m = n, n-1, ..., 1 with a weight above 0, and the weights; else 0 and counts."""
     for m in range(min(n, num_candidates), 0, -1):
-        weights = [_weight(c, num_candidates, m, a, is_factory) for c in counts]
+        weights = _weights(counts, num_candidates, m, a, is_factory)
         if sum(weights) > 0.0:
             return m, weights
     return 0, [float(c) for c in counts]
 
 
-def _weight(c: int, num_candidates: int, m: int, a: float, is_factory: bool) -> float:
-    if c < m:
-        return 0.0
+def _weights(
+    counts: list[int], num_candidates: int, m: int, a: float, is_factory: bool
+) -> list[float]:
+    """Weights of all patches, divided by that of a patch which occurs as often as the commonest."""
+    top = max(counts)
+    if top < m:
+        return [0.0] * len(counts)
+    if a > 0.0 and not is_factory:
+        return [math.exp(_log_ratio(c, m + a) - _log_ratio(top, m + a)) if c >= m else 0.0
+                for c in counts]  # fmt: skip
+    weights = [math.comb(c, m) / math.comb(top, m) for c in counts]
     if a == 0.0:
-        return float(math.comb(c, m))
-    if is_factory:
-        return math.comb(c, m) * _acceptance(c - m, num_candidates - m, a)
-    return math.exp(math.lgamma(c + 1) - math.lgamma(c + 1 - m - a))
+        return weights
+    return [
+        weight * _acceptance(c - m, num_candidates - m, a) if c >= m else 0.0
+        for weight, c in zip(weights, counts, strict=True)
+    ]
+
+
+def _log_ratio(c: int, s: float) -> float:
+    """Logarithm of Γ(c + 1) / Γ(c + 1 - s)."""
+    return math.lgamma(c + 1) - math.lgamma(c + 1 - s)
 
 
 def _acceptance(hits: int, others: int, a: float) -> float:
