@@ -89,10 +89,9 @@ def read_documents(
         path = Path(file)
         read = _read_text if _suffix(path) == ".txt" else _read_json
         found = False
-        for text in read(path, keep_linebreaks, text_unit):
+        for text in filter(None, read(path, keep_linebreaks, text_unit)):
             found = True
-            if text:
-                yield {TEXT_KEY: text}
+            yield {TEXT_KEY: text}
         if not found:
             raise UserError(f"{path}: holds no document; remove it from the list or fill it")
 

@@ -103,6 +103,7 @@ def _as_pretrained(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 def load_tokenizer(
     name: str,
     *,
+    argument: str = "tokenizer_name",
     texts: Iterable[str] | None = None,
     add_pad_token: bool = False,
     **options: Any,
@@ -111,6 +112,7 @@ def load_tokenizer(
 
     Args:
         name: ``bytes``, ``bpe:<n>``, a folder or a hub name.
+        argument: the flag that `name` comes from, for messages.
         texts: documents that ``bpe:<n>`` learns from.
         add_pad_token: append ``[PAD]`` where there is no pad token, as the published scripts do;
             the vocabulary grows by one.
@@ -131,8 +133,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"tokenizer_name: cannot load {name!r} ({error}); pass a folder with a tokenizer, "
-            f"a hub name, {BYTES_NAME!r} or 'bpe:4096'"
+            f"{argument}: cannot load a tokenizer from {name!r} ({error}); pass tokenizer_name: "
+            f"a folder with a tokenizer, a hub name, {BYTES_NAME!r} or 'bpe:4096'"
         ) from error
     return check_tokenizer(tokenizer, name, add_pad_token=add_pad_token)
 

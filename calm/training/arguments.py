@@ -24,6 +24,7 @@ from calm.training.recipe import Stage, load_recipe, recipe_arguments, recipe_na
 from calm_kernels.backend import Backend
 
 __all__ = [
+    "NO_AUTOENCODER",
     "CALMTrainingArguments",
     "DataTrainingArguments",
     "JobArguments",
@@ -33,6 +34,12 @@ __all__ = [
 
 # Tokens of a block where no flag says otherwise, as in the published scripts.
 DEFAULT_BLOCK_SIZE = {Stage.AUTOENCODER: 2048, Stage.CALM: 8192, Stage.BASELINE: 2048}
+
+
+NO_AUTOENCODER = (
+    "a language model needs a trained autoencoder: pass ae_name_or_path (a folder that "
+    "`calm train-ae` wrote), or model_name_or_path to go on with a language model"
+)
 
 
 def _flag(default: Any, text: str) -> Any:

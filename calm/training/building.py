@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.errors import UserError
@@ -51,7 +52,7 @@ def load_pretrained(
         )
     except UserError:
         raise
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise UserError(
             f"{argument}: cannot load {name!r} as {model_class.__name__} ({error})"
         ) from error

@@ -48,6 +48,11 @@ class TrainingClock(TrainerCallback, ExportableState):
         """Share of the budget that is spent, 0 to 1."""
         return min(1.0, self.elapsed / self.budget)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the budget is spent."""
+        return self.elapsed >= self.budget
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"args": {"budget": self.budget, "elapsed": self.elapsed}, "attributes": {}}
@@ -78,7 +83,7 @@ class TrainingClock(TrainerCallback, ExportableState):
             shared = torch.tensor([self.elapsed], dtype=torch.float64, device=args.device)
             dist.broadcast(shared, src=0)
             self.elapsed = shared.item()
-        if self.elapsed >= self.budget:
+        if self.is_over:
             control.should_training_stop = True
             control.should_log = True
             control.should_evaluate = args.eval_strategy != "no"

@@ -19,7 +19,8 @@ from calm.data.packing import (
 )
 from calm.data.tokenizer import load_tokenizer, tokenizer_hash
 from calm.errors import UserError
-from calm.training.arguments import JobArguments
+from calm.training.arguments import NO_AUTOENCODER, JobArguments
+from calm.training.recipe import Stage
 
 __all__ = ["Blocks", "Text", "load_text", "pack_text", "protocol"]
 
@@ -63,11 +64,10 @@ def load_text(arguments: JobArguments) -> Text:
             "there is no text to evaluate on: pass validation_file, or a "
             "validation_split_percentage above 0"
         )
-    name = model.tokenizer_name or model.model_name_or_path or model.ae_name_or_path
-    if name is None:
-        raise UserError("tokenizer_name is needed: a folder, a hub name, 'bytes' or 'bpe:4096'")
+    argument, name = _tokenizer_source(arguments)
     tokenizer = load_tokenizer(
         name,
+        argument=argument,
         texts=_texts(corpus.train),
         add_pad_token=model.add_pad_token,
         use_fast=model.use_fast_tokenizer,
@@ -77,6 +77,16 @@ def load_text(arguments: JobArguments) -> Text:
         trust_remote_code=model.trust_remote_code,
     )
     return Text(corpus, tokenizer, name)
+
+
+def _tokenizer_source(arguments: JobArguments) -> tuple[str, str]:
+    """The flag that says where the tokenizer is, and what it says."""
+    for argument in ("tokenizer_name", "model_name_or_path", "ae_name_or_path"):
+        if name := getattr(arguments.model, argument):
+            return argument, name
+    if arguments.stage is Stage.CALM:
+        raise UserError(NO_AUTOENCODER)
+    raise UserError("tokenizer_name is needed: a folder, a hub name, 'bytes' or 'bpe:4096'")
 
 
 def _texts(documents: Documents | None) -> Any:

@@ -39,8 +39,8 @@ def run_stage(stage: Stage, build_model: BuildModel, argv: list[str] | None) -> 
     disable_progress_bar()  # of weights being written; training has its own
     try:
         run_job(parse_arguments(sys.argv[1:] if argv is None else argv, stage), build_model)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+    except (UserError, OSError) as error:  # what can be mended: input, settings, a full disk
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:
         return 130

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from calm.configuration import HEAD_TYPES, CALMConfig
 from calm.errors import UserError
 from calm.models import MODEL_CLASSES, Autoencoder, ContinuousTransformer
-from calm.training.arguments import JobArguments, ModelArguments
+from calm.training.arguments import NO_AUTOENCODER, JobArguments, ModelArguments
 from calm.training.building import check_vocabulary, load_pretrained, new_config
 from calm.training.job import run_stage
 from calm.training.overrides import parse_overrides
@@ -58,10 +58,7 @@ def _continued(arguments: ModelArguments) -> ContinuousTransformer:
 
 def _new(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> ContinuousTransformer:
     if not arguments.ae_name_or_path:
-        raise UserError(
-            "a language model needs a trained autoencoder: pass ae_name_or_path (a folder that "
-            "`calm train-ae` wrote), or model_name_or_path to go on with a language model"
-        )
+        raise UserError(NO_AUTOENCODER)
     autoencoder = load_pretrained(
         Autoencoder, arguments.ae_name_or_path, arguments, "ae_name_or_path"
     )

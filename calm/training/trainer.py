@@ -114,6 +114,13 @@ class CALMTrainer(Trainer):
         self._throughput.start()
         return super().train(*args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, but a finished run that is started again takes no further step."""
+        if self.state.global_step >= self.state.max_steps or (self.clock and self.clock.is_over):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def compute_loss(
         self,
         model: nn.Module,

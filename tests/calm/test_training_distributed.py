@@ -1,0 +1,75 @@
+"""Two processes on the CPU learn what one process learns from the same batches."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_cases import MAIN, flags, logs, write_corpus
+from transformers import AutoModel
+
+from calm.training.checkpoints import checkpoint_folders
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launch(module, words):
+    """Run a training module under torchrun with two processes."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "-m",
+            f"calm.training.{module}",
+            *words,
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [(), ("--streaming",)], ids=["cached", "streaming"])
+def test_two_processes_are_one_run_with_twice_the_batch(tmp_path, extra):
+    """Different draws on each process (trap 3), every block once, one good checkpoint, one score."""
+    text = write_corpus(tmp_path)
+    evaluation = ("--do_train", "--do_eval", "--eval_strategy=steps", "--eval_steps=2", *extra)
+    common = ("--max_steps=4", "--max_grad_norm=100", "--dataloader_drop_last=True", *evaluation)
+    alone = flags(tmp_path, "autoencoder", "--per_device_train_batch_size=4", *common, text=text)
+    assert MAIN["autoencoder"](alone) == 0
+    single = tmp_path / "autoencoder"
+    single.rename(tmp_path / "alone")
+    together = flags(
+        tmp_path, "autoencoder", "--ddp_find_unused_parameters=False", *common, text=text
+    )
+    status, errors = launch("train_autoencoder", together)
+    assert status == 0, errors
+    for name in ("loss", "grad_norm", "kl"):
+        expected = logs(tmp_path / "alone", name)
+        assert logs(single, name) == pytest.approx(expected, rel=1e-4), name
+    # The sequences of a stream's last, short batch may draw otherwise.
+    for name in ("eval_accuracy", "eval_kl"):
+        assert logs(single, name) == pytest.approx(logs(tmp_path / "alone", name), rel=0.05), name
+    models = [AutoModel.from_pretrained(folder) for folder in (single, tmp_path / "alone")]
+    for left, right in zip(*(model.parameters() for model in models), strict=True):
+        assert left.allclose(right, atol=1e-4)
+    assert [folder.name for folder in checkpoint_folders(single)] == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+    assert (single / "checkpoint-4" / "rng_state_1.pth").is_file()
+
+
+@pytest.mark.slow
+def test_errors_end_all_processes(tmp_path):
+    words = flags(tmp_path, "autoencoder", "--block_size=30")
+    status, errors = launch("train_autoencoder", words)
+    assert status != 0 and "block_size must be a multiple of the patch size" in errors
