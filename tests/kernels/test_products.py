@@ -75,8 +75,9 @@ def test_second_derivatives():
     results = []
     for function in (products.linear, F.linear):
         output = function(inputs, weight).square().mean()
-        first = torch.autograd.grad(output, inputs, create_graph=True)[0]
-        results.append(torch.autograd.grad(first.square().sum(), (inputs, weight)))
+        first = torch.autograd.grad(output, (inputs, weight), create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in first)
+        results.append(torch.autograd.grad(penalty, (inputs, weight)))
     torch.testing.assert_close(*results)
 
 
