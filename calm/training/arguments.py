@@ -12,14 +12,14 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from calm.data.corpus import CorpusOptions
 from calm.errors import UserError
 from calm.training.compatibility import translate_old_flags
-from calm.training.overrides import close_names
+from calm.training.parser import TrainingParser
 from calm.training.recipe import Stage, load_recipe, recipe_arguments, recipe_names
 from calm_kernels.backend import Backend
 
@@ -36,6 +36,12 @@ __all__ = [
 DEFAULT_BLOCK_SIZE = {Stage.AUTOENCODER: 2048, Stage.CALM: 8192, Stage.BASELINE: 2048}
 
 
+# The program of each stage, and what it trains.
+PROGRAMS = {
+    Stage.AUTOENCODER: ("train_autoencoder", "autoencoder"),
+    Stage.CALM: ("train_calm", "continuous language model"),
+    Stage.BASELINE: ("train_ar", "token-by-token baseline"),
+}
 NO_AUTOENCODER = (
     "a language model needs a trained autoencoder: pass ae_name_or_path (a folder that "
     "`calm train-ae` wrote), or model_name_or_path to go on with a language model"
@@ -49,6 +55,8 @@ def _flag(default: Any, text: str) -> Any:
 @dataclass
 class ModelArguments:
     """Which model to train, from what."""
+
+    _argument_group_name = "model"
 
     ae_name_or_path: str | None = _flag(
         None, "Trained autoencoder: folder or hub name (language model only)."
@@ -91,6 +99,8 @@ class ModelArguments:
 class DataTrainingArguments:
     """Which text to train and evaluate on."""
 
+    _argument_group_name = "text"
+
     dataset_name: str | None = _flag(
         None, "Hub dataset, local dataset folder, embedded:docstrings or embedded:topics."
     )
@@ -119,6 +129,8 @@ class DataTrainingArguments:
 @dataclass
 class CALMTrainingArguments(TrainingArguments):
     """transformers' `TrainingArguments` with what continuous language models need besides."""
+
+    _argument_group_name = "training"
 
     backend: str = _flag(Backend.AUTO.value, "Implementation of the operations.")
     eval_num_samples: int = _flag(8, "Draws per position that BrierLM is estimated from.")
@@ -171,29 +183,6 @@ class JobArguments:
         return CorpusOptions(**chosen, token=self.model.token)
 
 
-class _Parser(HfArgumentParser):
-    """Complains with a `UserError` instead of leaving the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def _parser(stage: Stage) -> _Parser:
-    module = {
-        Stage.AUTOENCODER: "train_autoencoder",
-        Stage.CALM: "train_calm",
-        Stage.BASELINE: "train_ar",
-    }
-    groups: Any = [ModelArguments, DataTrainingArguments, CALMTrainingArguments]
-    return _Parser(
-        groups,
-        prog=f"python -m calm.training.{module[stage]}",
-        description=f"Train the {stage.value}. --config <recipe or YAML file> holds flags; those "
-        f"given here override it. Recipes: {', '.join(recipe_names())}.",
-        allow_abbrev=False,
-    )
-
-
 def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
     """Flags of `stage` from the command line `argv` and the recipe that it names.
 
@@ -201,33 +190,26 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
         UserError: unknown flags or recipe entries (with close names), values of the wrong type,
             combinations that do not work.
     """
+    groups: list[Any] = [ModelArguments, DataTrainingArguments, CALMTrainingArguments]
+    module, trained = PROGRAMS[stage]
+    parser = TrainingParser(
+        groups,
+        prog=f"python -m calm.training.{module}",
+        description=f"Train the {trained}. Flags given here override those of --config. "
+        f"Recipes: {', '.join(recipe_names())}.",
+    )
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     before.add_argument("--config")
     chosen, argv = before.parse_known_args(argv)
     recipe = recipe_arguments(load_recipe(chosen.config, stage)) if chosen.config else []
-    parser = _parser(stage)
-    if recipe:
-        _parse(parser, recipe, f"{chosen.config}: ")
+    parser.parse(translate_old_flags(recipe, quiet=True), f"{chosen.config}: ")
     words = translate_old_flags([*recipe, *argv])
-    namespace = _parse(parser, words, "")
+    namespace = parser.parse(words)
     if not any(word.startswith(("--do_", "--do-")) for word in words):
         namespace.do_train = True  # evaluation alone has to be asked for
-    groups = [_construct(group, namespace) for group in parser.dataclass_types]
-    arguments = JobArguments(stage, *groups)
+    arguments = JobArguments(stage, *(_construct(group, namespace) for group in groups))
     _check(arguments)
     return arguments
-
-
-def _parse(parser: _Parser, words: list[str], source: str) -> argparse.Namespace:
-    try:
-        namespace, unknown = parser.parse_known_args(words)
-    except UserError as error:
-        raise UserError(f"{source}{error}") from None
-    if unknown:
-        known = [option for option in parser._option_string_actions if "-" not in option[2:]]
-        hints = [word + close_names(word.partition("=")[0], known) for word in unknown]
-        raise UserError(f"{source}unknown flag {', '.join(hints)}")
-    return namespace
 
 
 def _construct(group: Any, namespace: argparse.Namespace) -> Any:

@@ -28,8 +28,8 @@ WITHOUT_EFFECT = {
 }
 
 
-def translate_old_flags(argv: list[str]) -> list[str]:
-    """`argv` with old flags in the words of transformers 5; one warning lists them all."""
+def translate_old_flags(argv: list[str], *, quiet: bool = False) -> list[str]:
+    """`argv` in the words of transformers 5; unless `quiet`, one warning lists the old flags."""
     translated: list[str] = []
     notes: list[str] = []
     for name, values in _grouped(argv):
@@ -37,7 +37,7 @@ def translate_old_flags(argv: list[str]) -> list[str]:
         translated += flags
         if note:
             notes.append(f"--{name} ({note})")
-    if notes:
+    if notes and not quiet:
         logger.warning("old flags: %s", ", ".join(notes))
     return translated
 

@@ -108,6 +108,12 @@ class TestOldFlags:
         for name in ("--no_cuda", "--save_safetensors", "--warmup_ratio"):
             assert name in record.getMessage()
 
+    def test_recipes_may_hold_them(self, yaml_file, caplog):
+        file = yaml_file("evaluation_strategy: steps\neval_steps: 5\nsave_safetensors: false\n")
+        assert parse("--config", file, "--no_cuda").training.eval_strategy == "steps"
+        (record,) = caplog.records
+        assert "--evaluation_strategy" in record.getMessage() and "--no_cuda" in record.getMessage()
+
     def test_current_flags_pass_unchanged_and_silently(self, caplog):
         words = [
             "--learning_rate",
@@ -266,6 +272,18 @@ class TestOverrides:
     def test_mistakes_are_named(self, text, complaint):
         with pytest.raises(UserError, match=complaint):
             build_config(CALMConfig, parse_overrides(text))
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_help_fits_three_screens_and_shows_each_flag_once(stage, capsys):
+    with pytest.raises(SystemExit) as done:
+        parse("--help", stage=stage)
+    shown = capsys.readouterr().out
+    assert done.value.code == 0 and len(shown.splitlines()) < 150
+    first_words = [line.split()[0] for line in shown.splitlines() if line.strip()]
+    for flag in ("--config", "--train_file", "--max_steps", "--max_train_seconds"):
+        assert first_words.count(flag) == 1
+    assert "--fsdp" not in shown and "TrainingArguments works too" in shown
 
 
 class TestRefused:

@@ -39,7 +39,7 @@ def launch(module, words):
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", [(), ("--streaming",)], ids=["cached", "streaming"])
 def test_two_processes_are_one_run_with_twice_the_batch(tmp_path, extra):
-    """Different draws on each process (trap 3), every block once, one good checkpoint, one score."""
+    """Different draws on each process (trap 3), every block once, whole checkpoints, one score."""
     text = write_corpus(tmp_path)
     evaluation = ("--do_train", "--do_eval", "--eval_strategy=steps", "--eval_steps=2", *extra)
     common = ("--max_steps=4", "--max_grad_norm=100", "--dataloader_drop_last=True", *evaluation)

@@ -1,0 +1,84 @@
+"""The command-line parser of the training programs: short help, complaints as `UserError`."""
+
+import argparse
+import dataclasses
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from calm.errors import UserError
+from calm.training.overrides import close_names
+
+__all__ = ["TrainingParser"]
+
+# Flags of transformers that its help of two hundred would bury.
+SHOWN = """
+output_dir do_train do_eval num_train_epochs max_steps per_device_train_batch_size
+per_device_eval_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps
+weight_decay adam_beta1 adam_beta2 max_grad_norm bf16 seed use_cpu logging_steps eval_strategy
+eval_steps save_strategy save_steps save_total_limit metric_for_best_model load_best_model_at_end
+resume_from_checkpoint report_to
+"""
+THEIRS = {field.name for field in dataclasses.fields(TrainingArguments)}
+METAVARS: dict[Any, str] = {int: "N", float: "X"}
+
+
+class _Help(argparse.HelpFormatter):
+    """One spelling of each flag, and defaults where they say something."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=100)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        name = action.option_strings[-1 if action.nargs == 0 and action.dest == "help" else 0]
+        if action.nargs in (0, "?"):  # switches
+            return name
+        return f"{name} {METAVARS.get(action.type, 'VALUE')}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.dest in THEIRS:  # their first sentence
+            text = text.partition(". ")[0].rstrip(".")
+        says_nothing = action.default in (None, False, argparse.SUPPRESS, "", [])
+        default = getattr(action.default, "value", action.default)
+        return text if says_nothing else f"{text} (default: {str(default).replace('%', '%%')})"
+
+
+class TrainingParser(HfArgumentParser):
+    """Flags from dataclasses, with nothing abbreviated and nothing unknown.
+
+    Args:
+        groups: dataclasses whose fields are flags.
+        options: of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, groups: Any, **options: Any) -> None:
+        super().__init__(
+            groups,
+            usage="%(prog)s [--config RECIPE] [--flag value ...]",
+            epilog="Every other flag of transformers' TrainingArguments works too.",
+            formatter_class=_Help,
+            allow_abbrev=False,
+            **options,
+        )
+        self.add_argument("--config", help="recipe or YAML file of flags")
+        for action in self._actions:
+            is_opposite = any(option.startswith("--no_") for option in action.option_strings)
+            if is_opposite or (action.dest in THEIRS and action.dest not in SHOWN.split()):
+                action.help = argparse.SUPPRESS
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
+        raise UserError(message)
+
+    def parse(self, words: list[str], source: str = "") -> argparse.Namespace:
+        """Values of the flags in `words`; complaints begin with `source`."""
+        try:
+            namespace, unknown = self.parse_known_args(words)
+        except UserError as error:
+            raise UserError(f"{source}{error}") from None
+        if unknown:
+            known = [option for option in self._option_string_actions if "-" not in option[2:]]
+            hints = [word + close_names(word.partition("=")[0], known) for word in unknown]
+            raise UserError(f"{source}unknown flag {', '.join(hints)}")
+        return namespace
