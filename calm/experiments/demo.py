@@ -51,9 +51,9 @@ EMBEDDED_TEXT = "docstrings of Python's standard library, flattened to sentences
 # Shares of the time; what is left goes to reading the text, scoring and sampling.
 AUTOENCODER_SHARE = 0.085
 LANGUAGE_MODEL_SHARE = 0.36
-CURVE_SCORES = 10
-CURVE = {"max_blocks": 32, "num_samples": 8}
-FINAL = {"max_blocks": 320, "num_samples": 16}
+CURVE_SCORES = 8
+CURVE = {"max_blocks": 24, "num_samples": 8}
+FINAL = {"max_blocks": 240, "num_samples": 16}
 SCORE_BATCH = 16
 PROMPTS = ("Returns the ", "This is the ", "If the file ")
 PROMPT_TOKENS = 16  # of held-out text, where the text is the user's

@@ -1,5 +1,6 @@
 """Figures of experiments."""
 
+import math
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 CALM_COLOR, BASELINE_COLOR, AUTOENCODER_COLOR = "#0f766e", "#c2410c", "#4f46e5"
 # One hue a model; the longer the n-gram, the lighter.
 SHADES = (1.0, 0.78, 0.58, 0.4)
-SAMPLE_WIDTH, SAMPLE_LINES = 78, 4
+SMALLEST = 0.03  # Brier-n that is drawn, in percent
+SAMPLE_WIDTH, SAMPLE_LINES = 74, 4
 
 
 def plot_demo(results: DemoResults, path: Path) -> None:
@@ -41,23 +43,30 @@ def plot_demo(results: DemoResults, path: Path) -> None:
     figure.suptitle(
         "A CALM from nothing", x=0.008, ha="left", color=INK, fontsize=17, fontweight="bold"
     )
+    summary = f"{results.text}  ·  {results.machine}  ·  {results.seconds:.0f} s in all"
+    figure.text(0.992, 0.978, summary, ha="right", va="top", color=MUTED, fontsize=9)
     with warnings.catch_warnings():
         # The user's own alphabet may lack in the font: boxes then, in the samples alone.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(path)
 
 
-def _style(axes: Axes, title: str, subtitle: str) -> None:
+def _style(axes: Axes, title: str, note: str) -> None:
     axes.set_title(title, loc="left", color=INK, fontsize=11.5, fontweight="bold", pad=20)
-    note = axes.text(
-        0, 1.03, subtitle, transform=axes.transAxes, color=MUTED, fontsize=8.5, va="bottom"
+    text = axes.text(
+        0, 1.03, note, transform=axes.transAxes, color=MUTED, fontsize=8.5, va="bottom"
     )
-    note.set_in_layout(False)  # long notes may reach over the next panel's margin
+    text.set_in_layout(False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRID)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelsize=8.5, length=0)
+    axes.tick_params(which="both", colors=MUTED, labelsize=8.5, length=0)
+
+
+def _over_time(axes: Axes) -> None:
+    axes.set_xlim(left=0)
+    axes.set_xlabel("seconds of training", loc="right", color=MUTED, fontsize=8.5)
 
 
 def _curve(run: StageRun, name: str) -> tuple[list[float], list[float]]:
@@ -67,63 +76,64 @@ def _curve(run: StageRun, name: str) -> tuple[list[float], list[float]]:
 
 
 def _plot_reconstruction(axes: Axes, run: StageRun) -> None:
-    _style(axes, "Autoencoder", "held-out tokens that do not come back, %  ·  seconds of training")
+    _style(axes, "Autoencoder", "held-out tokens that do not come back, %")
     seconds = [score["train_seconds"] for score in run.scores]
     errors = [max(100 * (1 - score["accuracy"]), 1e-3) for score in run.scores]
     axes.semilogy(seconds, errors, "o-", color=AUTOENCODER_COLOR, markersize=3.5, linewidth=1.8)
-    axes.axhline(0.5, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.annotate(
-        f"{100 - errors[-1]:.2f} % reconstructed", (seconds[-1], errors[-1]), xytext=(0, 9),
-        textcoords="offset points", ha="right", color=AUTOENCODER_COLOR, fontsize=9,
+    axes.text(
+        0.98, 0.95, f"{100 * run.scores[-1]['accuracy']:.2f} % come back", ha="right", va="top",
+        transform=axes.transAxes, color=AUTOENCODER_COLOR, fontsize=9, fontweight="bold",
     )  # fmt: skip
-    axes.set_xlim(left=0)
+    axes.yaxis.set_major_formatter("{x:g}")
+    _over_time(axes)
 
 
 def _plot_energy(axes: Axes, run: StageRun) -> None:
     _style(axes, "CALM", "energy loss: distance to the text − distance among draws")
     axes.plot(*_curve(run, "loss"), color=CALM_COLOR, linewidth=1.8)
-    axes.set_xlim(left=0)
+    _over_time(axes)
 
 
 def _plot_bits(axes: Axes, run: StageRun) -> None:
     _style(axes, "Token by token", "cross-entropy, bits a token")
     seconds, loss = _curve(run, "loss")
-    axes.plot(seconds, [value / 0.6931 for value in loss], color=BASELINE_COLOR, linewidth=1.8)
-    axes.set_xlim(left=0)
+    bits = [value / math.log(2) for value in loss]
+    axes.plot(seconds, bits, color=BASELINE_COLOR, linewidth=1.8)
+    _over_time(axes)
 
 
 def _plot_brier(axes: Axes, models: Sequence[LanguageModelResults]) -> None:
     _style(
-        axes, "What the next tokens are worth",
-        "Brier-n of held-out text, %  ·  seconds of training  ·  bars: ± 2 standard errors",
+        axes, "The next 1, 2, 3 and 4 tokens",
+        "Brier-n of held-out text, %, with two standard errors; numbers say which n",
     )  # fmt: skip
-    for model, color, line in zip(
-        models, (CALM_COLOR, BASELINE_COLOR), ("-", (0, (3, 1.5))), strict=True
+    for model, color, line, shift in zip(
+        models, (CALM_COLOR, BASELINE_COLOR), ("-", (0, (3, 1.5))), (6, 18), strict=True
     ):
         for order, shade in zip(ORDERS, SHADES, strict=True):
             name = f"brier{order}"
-            points = [score for score in model.run.scores if score[name] > 0]
+            points = [score for score in model.run.scores if 100 * score[name] > SMALLEST]
             if not points:
                 continue
             seconds = [score["train_seconds"] for score in points]
             values = [100 * score[name] for score in points]
             spread = [200 * score.get(f"{name}_se", 0.0) for score in points]
-            low = [min(error, 0.9 * value) for error, value in zip(spread, values, strict=True)]
             axes.errorbar(
-                seconds, values, yerr=[low, spread], color=color, alpha=shade, linestyle=line,
+                seconds, values, yerr=spread, color=color, alpha=shade, linestyle=line,
                 linewidth=1.8, marker="o", markersize=3, elinewidth=0.9,
             )  # fmt: skip
             axes.annotate(
-                f"{order}", (seconds[-1], values[-1]), xytext=(6, 0), textcoords="offset points",
-                va="center", color=color, alpha=max(shade, 0.6), fontsize=9, fontweight="bold",
+                f"{order}", (seconds[-1], values[-1]), xytext=(shift, 0), va="center", color=color,
+                textcoords="offset points", fontsize=9, fontweight="bold",
             )  # fmt: skip
-    axes.set_yscale("log")
-    axes.set_xlim(left=0)
+    axes.set_yscale("log", nonpositive="clip")
+    axes.set_ylim(bottom=SMALLEST)
     axes.yaxis.set_major_formatter("{x:g}")
+    _over_time(axes)
 
 
 def _plot_final(axes: Axes, models: Sequence[LanguageModelResults]) -> None:
-    _style(axes, "At the end", "Brier-n, %, with 95 % intervals, same seconds of training each")
+    _style(axes, "At the end", "Brier-n of held-out text, %, with 95 % intervals")
     for offset, (model, color) in enumerate(zip(models, (CALM_COLOR, BASELINE_COLOR), strict=True)):
         values = [100 * model.evaluation.brier[f"brier{order}"] for order in ORDERS]
         places = [order + 0.4 * offset - 0.2 for order in ORDERS]
@@ -150,7 +160,7 @@ def _write_samples(axes: Axes, results: DemoResults) -> None:
         heading = f"{model.name}, T = {temperature_name(sample.temperature)}"
         axes.text(left, 1.0, heading, color=color, fontsize=10, fontweight="bold", **style)
         axes.text(
-            left, 0.8, "\n".join(lines[:SAMPLE_LINES]), color=INK, fontsize=9.5,
+            left, 0.8, "\n".join(lines[:SAMPLE_LINES]), color=INK, fontsize=8.8,
             family="monospace", linespacing=1.35, **style,
         )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """What the demo found, as data, as a page and for the terminal."""
 
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from calm.evaluation import Evaluation
@@ -17,6 +18,7 @@ __all__ = [
 ]
 
 ORDERS = (1, 2, 3, 4)
+WIDTH = 96  # of sample texts
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,8 @@ def to_console(results: DemoResults) -> str:
     """The figures and some samples, as plain text."""
     table = [" ".join(parts) for parts in _aligned(_comparison(results))]
     samples = []
-    for model in (results.calm, results.baseline):
-        for temperature in _temperatures(model):
-            samples.append(f"\n{model.name}, T = {temperature_name(temperature)}")
-            samples += [f"  {line}" for line in _texts(model, temperature, "[{}]{}")]
+    for heading, texts in _samples(results):
+        samples += ["", heading, *(textwrap.indent(text, "  ") for text in texts)]
     return "\n".join(
         [
             "",
@@ -106,11 +106,11 @@ def to_console(results: DemoResults) -> str:
 
 def to_markdown(results: DemoResults) -> str:
     """The report."""
-    ae, calm, baseline = results.autoencoder, results.calm, results.baseline
+    ae = results.autoencoder
     rows = _comparison(results)
     table = ["| " + " | ".join(parts) + " |" for parts in _aligned(rows)]
     rule = "|" + "|".join("-" * (len(part) + 2) for part in _aligned(rows)[0]) + "|"
-    protocol = calm.evaluation.protocol
+    protocol = results.calm.evaluation.protocol
     parts = [
         "# A CALM from nothing",
         f"Text: {results.text}. Machine: {results.machine}. {results.seconds:.0f} s in all, peak "
@@ -128,11 +128,9 @@ def to_markdown(results: DemoResults) -> str:
         "right, 0 for an empty guess, below 0 for certain and wrong.",
         "## Samples",
     ]
-    for model in (calm, baseline):
-        for temperature in _temperatures(model):
-            parts.append(f"**{model.name}, T = {temperature_name(temperature)}**")
-            parts += [f"> {line}" for line in _texts(model, temperature, "**{}**{}")]
-    parts += ["## Next", "```\n" + "\n".join(results.commands) + "\n```"]
+    for heading, texts in _samples(results):
+        parts += [f"{heading}:", "~~~text\n" + "\n".join(texts) + "\n~~~"]
+    parts += ["## Next", "~~~sh\n" + "\n".join(results.commands) + "\n~~~"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -183,14 +181,13 @@ def _aligned(rows: list[list[str]]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def _temperatures(model: LanguageModelResults) -> list[float]:
-    return list(dict.fromkeys(sample.temperature for sample in model.samples))
-
-
-def _texts(model: LanguageModelResults, temperature: float, form: str) -> list[str]:
-    """Samples at `temperature`, one line each; `form` joins prompt and continuation."""
-    return [
-        " ".join(form.format(sample.prompt, sample.continuation).split())
-        for sample in model.samples
-        if sample.temperature == temperature
-    ]
+def _samples(results: DemoResults) -> Iterator[tuple[str, list[str]]]:
+    """Model and temperature, and the texts written at it, prompts in brackets, wrapped."""
+    for model in (results.calm, results.baseline):
+        for temperature in dict.fromkeys(sample.temperature for sample in model.samples):
+            texts = [
+                textwrap.fill(" ".join(f"[{sample.prompt}]{sample.continuation}".split()), WIDTH)
+                for sample in model.samples
+                if sample.temperature == temperature
+            ]
+            yield f"{model.name}, T = {temperature_name(temperature)}", texts
