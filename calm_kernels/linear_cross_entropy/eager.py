@@ -12,8 +12,10 @@ from calm_kernels.products import multiply, outer
 
 __all__ = ["linear_cross_entropy_eager"]
 
-LOGITS_PER_BLOCK = 2**22
-MIN_ROWS = 64
+# A block must fit the cache of a CPU (16 MB), and fill a GPU; each block also reads and writes the
+# gradient of the weight once, so it must not have too few rows.
+LOGITS_PER_BLOCK, LOGITS_PER_GPU_BLOCK = 2**22, 2**28
+MIN_ROWS = 256
 
 
 def linear_cross_entropy_eager(
@@ -54,7 +56,8 @@ class _LinearCrossEntropy(Function):
         share = is_counted[:, None].to(words.dtype) / count.clamp(min=1)  # [R, 1]
         targets = labels.where(is_counted, 0)[:, None]
         losses = words.new_empty(rows.shape[0])
-        block_rows = max(MIN_ROWS, LOGITS_PER_BLOCK // max(1, words.shape[0]))
+        num_logits = LOGITS_PER_BLOCK if rows.device.type == "cpu" else LOGITS_PER_GPU_BLOCK
+        block_rows = max(MIN_ROWS, num_logits // words.shape[0])
         for start in range(0, rows.shape[0], block_rows):
             block = slice(start, start + block_rows)
             inputs = rows[block].to(product_dtype).to(words.dtype)
