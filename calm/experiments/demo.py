@@ -59,7 +59,7 @@ PROMPTS = ("Returns the ", "This is the ", "If the file ")
 PROMPT_TOKENS = 16  # of held-out text, where the text is the user's
 SAMPLE_TOKENS = 160
 TEMPERATURES = (1.0, 1 / 3)
-CANDIDATES = 1000  # of a vote at low temperature
+CANDIDATES = 200  # of a vote at low temperature; more of them repeat more
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
