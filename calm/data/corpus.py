@@ -17,7 +17,7 @@ import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,7 +28,7 @@ from calm.data.embedded import PREFIX, embedded_corpus
 from calm.data.files import TEXT_KEY, TextUnit, expand_files, file_stamp, read_documents
 from calm.errors import UserError
 
-__all__ = ["Corpus", "CorpusOptions", "Documents", "is_held_out", "load_corpus"]
+__all__ = ["Corpus", "CorpusOptions", "Documents", "code_stamp", "is_held_out", "load_corpus"]
 
 Documents: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -87,8 +87,8 @@ def load_corpus(options: CorpusOptions) -> Corpus:
 def _named_splits(options: CorpusOptions) -> dict[str, Documents]:
     name = options.dataset_name
     if name and name.startswith(PREFIX):
-        version = platform.python_version()
-        return {TRAIN: _from_generator(options, _embedded, {"name": name, "stamp": version})}
+        stamp = f"{platform.python_version()} {code_stamp()}"
+        return {TRAIN: _from_generator(options, _embedded, {"name": name, "stamp": stamp})}
     if name:
         return _hub_splits(options, name)
     splits = {}
@@ -103,12 +103,20 @@ def _named_splits(options: CorpusOptions) -> dict[str, Documents]:
     return splits
 
 
+@cache
+def code_stamp() -> str:
+    """Name of this package's code, part of cache keys: a cache does not outlive what filled it."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    content = b"".join(source.read_bytes() for source in sources)
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
 def _from_files(options: CorpusOptions, files: list[str]) -> Documents:
     arguments = {
         "files": files,  # a list: datasets shares it out among processes and loader workers
         "keep_linebreaks": options.keep_linebreaks,
         "text_unit": options.text_unit,
-        "stamp": file_stamp(files),
+        "stamp": f"{file_stamp(files)} {code_stamp()}",
     }
     return _from_generator(options, read_documents, arguments, num_shards=len(files))
 

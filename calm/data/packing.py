@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from calm.data.corpus import Documents
+from calm.data.corpus import Documents, code_stamp
 from calm.data.files import TEXT_KEY
 from calm.data.tokenizer import tokenizer_hash
 from calm.errors import UserError
@@ -110,7 +110,7 @@ def tokenize_documents(
     }
     if isinstance(documents, datasets.IterableDataset):
         return documents.map(encode, **common)
-    key = f"{documents._fingerprint} {tokenizer_hash(tokenizer)} {separator}"
+    key = f"{documents._fingerprint} {tokenizer_hash(tokenizer)} {separator} {code_stamp()}"
     return documents.map(
         encode,
         num_proc=num_proc,

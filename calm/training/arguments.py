@@ -157,6 +157,8 @@ class CALMTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         # A filtered average would hide the loss that stops the run.
         self.logging_nan_inf_filter = False
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every trained parameter is used in every step
         super().__post_init__()
 
 

@@ -19,6 +19,7 @@ from calm.errors import UserError
 
 __all__ = [
     "MANIFEST",
+    "check_usable",
     "checkpoint_folders",
     "damage",
     "discard_checkpoints",

@@ -29,6 +29,13 @@ logger = logging.getLogger(__name__)
 # Documents of a stream that a tokenizer is trained on.
 TOKENIZER_DOCUMENTS = 100_000
 
+# Settings of training that the protocol records.
+RECORDED = """
+learning_rate muon_learning_rate lr_scheduler_type warmup_steps adam_beta1 adam_beta2 adam_epsilon
+weight_decay max_grad_norm per_device_train_batch_size gradient_accumulation_steps world_size
+max_steps num_train_epochs max_train_seconds bf16 fp16
+"""
+
 Packed = PackedBlocks | PackedStream
 
 
@@ -141,6 +148,7 @@ def protocol(
         "seed": training.seed,
         "eval_seed": training.eval_seed,
         "eval_num_samples": training.eval_num_samples,
+        "training": {name: getattr(training, name) for name in RECORDED.split()},
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
     }
 

@@ -102,7 +102,8 @@ class FiniteGuard:
 
     def watch_norm(self, norm: Tensor | float, *, step: int, learning_rate: float) -> None:
         """Watch the gradient norm of `step`."""
-        value = torch.as_tensor(norm, dtype=torch.float32).detach()
+        whole = getattr(norm, "full_tensor", lambda: norm)()  # sharded training gives a DTensor
+        value = torch.as_tensor(whole, dtype=torch.float32).detach()
         self._events.append(_Event(step, learning_rate, "gradient norm"))
         self._values.append(value)
         self._norms[step] = value

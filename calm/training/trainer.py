@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, ProgressCallback, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from calm.data.packing import collate
 from calm.training.arguments import CALMTrainingArguments
@@ -149,8 +150,9 @@ class CALMTrainer(Trainer):
         """Arguments that address the draws of a forward; none for a model that draws nothing."""
         if not self._takes_seed:
             return {}
-        address = torch.tensor([seed, offset], dtype=torch.int64, device=self.args.device)
-        return {"seed": address, "first_row": first_row}
+        # Filled on the device: a copy from the host would wait for it.
+        address = [torch.full((), value, device=self.args.device) for value in (seed, offset)]
+        return {"seed": torch.stack(address), "first_row": first_row}
 
     def _record(self, inputs: dict[str, Tensor], outputs: Any, first_row: int) -> None:
         last_row = first_row + len(inputs["input_ids"]) - 1
@@ -240,6 +242,8 @@ class CALMTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder = Path(output_dir or self.args.folder)
+            # A pickle of paths and access rights of this machine; the protocol says what matters.
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             write_atomically(folder / PROTOCOL, json.dumps(self.protocol, indent=2) + "\n")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -47,9 +47,7 @@ def test_two_processes_are_one_run_with_twice_the_batch(tmp_path, extra):
     assert MAIN["autoencoder"](alone) == 0
     single = tmp_path / "autoencoder"
     single.rename(tmp_path / "alone")
-    together = flags(
-        tmp_path, "autoencoder", "--ddp_find_unused_parameters=False", *common, text=text
-    )
+    together = flags(tmp_path, "autoencoder", *common, text=text)
     status, errors = launch("train_autoencoder", together)
     assert status == 0, errors
     for name in ("loss", "grad_norm", "kl"):

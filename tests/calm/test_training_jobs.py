@@ -61,7 +61,13 @@ class TestResults:
         assert (
             protocol["train_files"] == ["text.jsonl"] and len(protocol["train"]["data_hash"]) == 32
         )
-        assert str(autoencoder.parent) not in (autoencoder / "protocol.json").read_text()
+        assert protocol["training"]["learning_rate"] == 0.01
+
+    def test_nothing_saved_names_a_path_of_this_machine(self, autoencoder):
+        files = [path for path in autoencoder.rglob("*") if path.is_file()]
+        assert len(files) > 20
+        for path in files:
+            assert str(autoencoder.parent).encode() not in path.read_bytes(), path
 
     def test_language_model_stands_alone(self, tmp_path, run, autoencoder):
         status, _ = run("calm", "--eval_strategy=steps", "--eval_steps=2", "--eval_num_samples=3")
