@@ -127,7 +127,7 @@ def _plot_brier(axes: Axes, models: Sequence[LanguageModelResults]) -> None:
                 textcoords="offset points", fontsize=9, fontweight="bold",
             )  # fmt: skip
     axes.set_yscale("log", nonpositive="clip")
-    axes.set_ylim(bottom=SMALLEST)
+    axes.set_ylim(bottom=max(SMALLEST, axes.get_ylim()[0]))
     axes.yaxis.set_major_formatter("{x:g}")
     _over_time(axes)
 
@@ -145,6 +145,7 @@ def _plot_final(axes: Axes, models: Sequence[LanguageModelResults]) -> None:
             high = [100 * end[1] - value for value, end in zip(values, ends, strict=True)]
             axes.errorbar(places, values, yerr=[low, high], fmt="none", color=INK, elinewidth=1)
         axes.bar_label(bars, fmt="%.1f", padding=4, color=color, fontsize=8.5)
+    axes.margins(y=0.12)
     axes.set_xticks(ORDERS, [f"{order} token{'s' if order > 1 else ''}" for order in ORDERS])
     axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 

@@ -94,10 +94,17 @@ def train_stage(
         steps=steps,
         tokens=steps * batch * blocks.block_size,
         seconds=clock.elapsed,
-        logs=[entry for entry in trainer.state.log_history if "loss" in entry],
+        logs=_whole_intervals(trainer),
         scores=curve.scores,
     )
     return trainer, run
+
+
+def _whole_intervals(trainer: CALMTrainer) -> list[dict[str, float]]:
+    """The training log without its last entry, a mean over the few steps left at the end."""
+    every = trainer.state.logging_steps
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [entry for entry in logs if entry["step"] % every == 0] or logs
 
 
 class _ScoreCurve(TrainerCallback):
