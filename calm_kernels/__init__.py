@@ -1,7 +1,7 @@
 """Fused operations for continuous autoregressive language models.
 
-Each operation has a reference that defines it and one or more fast backends; `backend` chooses. The package
-needs torch alone, and Triton only where its backend is chosen.
+Each operation has a reference that defines it and one or more fast backends; `backend` chooses.
+The package needs torch alone, and Triton only where its backend is chosen.
 """
 
 from calm_kernels import noise
