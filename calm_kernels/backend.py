@@ -40,9 +40,10 @@ ENVIRONMENT_VARIABLE = "CALM_KERNELS_BACKEND"
 
 # What each operation implements. A new kernel is announced here and nowhere else.
 _PORTABLE = frozenset({Backend.REFERENCE, Backend.TORCH})
+_FUSED = _PORTABLE | {Backend.TRITON}
 OPERATIONS: dict[str, frozenset[Backend]] = {
-    "energy_score": _PORTABLE,
-    "gaussian_energy_score": _PORTABLE,
+    "energy_score": _FUSED,
+    "gaussian_energy_score": _FUSED,
     "reparameterize": _PORTABLE,
     "energy_head": _PORTABLE,
     "linear_argmax": _PORTABLE,
@@ -97,11 +98,19 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
-def resolve(backend: Backend | str, operation: str, tensor: Tensor) -> Backend:
+def resolve(
+    backend: Backend | str, operation: str, tensor: Tensor, *, obstacle: str | None = None
+) -> Backend:
     """The implementation that `operation` runs on the device of `tensor`; never ``auto``.
 
+    Args:
+        backend: what the caller asked for.
+        operation: a key of `OPERATIONS`.
+        tensor: an input; its device matters.
+        obstacle: why no kernel can run these arguments, None if one can; ``auto`` then takes torch.
+
     Raises:
-        ValueError: unknown name, or a Triton request for a tensor that no kernel can run on.
+        ValueError: unknown name, or a Triton request for arguments that no kernel can run on.
         NotImplementedError: the operation has no such implementation.
         ImportError: Triton was asked for and is not installed.
     """
@@ -109,17 +118,19 @@ def resolve(backend: Backend | str, operation: str, tensor: Tensor) -> Backend:
     if chosen is Backend.AUTO:
         chosen = _default()
     if chosen is Backend.AUTO:
-        return _automatic(operation, tensor)
+        return _automatic(operation, tensor, obstacle)
     if chosen not in OPERATIONS[operation]:
         available = ", ".join(sorted(OPERATIONS[operation]))
         raise NotImplementedError(f"{operation} has no {chosen} backend; available: {available}")
     if chosen is Backend.TRITON:
         _require_triton(operation, tensor)
+        if obstacle is not None:
+            raise ValueError(f'{operation}: backend="triton" {obstacle}; use backend="torch"')
     return chosen
 
 
-def _automatic(operation: str, tensor: Tensor) -> Backend:
-    on_gpu = tensor.device.type == "cuda"
+def _automatic(operation: str, tensor: Tensor, obstacle: str | None) -> Backend:
+    on_gpu = tensor.device.type == "cuda" and obstacle is None
     use_triton = on_gpu and Backend.TRITON in OPERATIONS[operation] and has_triton()
     chosen = Backend.TRITON if use_triton else Backend.TORCH
     if (operation, chosen) not in _logged:

@@ -1,7 +1,9 @@
 """Public functions of the energy score: validate, choose a backend, call it."""
 
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 from calm_kernels.backend import Backend, resolve
@@ -27,6 +29,8 @@ __all__ = [
 Targets = Literal["analytic", "antithetic", "sample"]
 Method = Literal["auto", "series", "quadrature"]
 TARGETS, METHODS = get_args(Targets), get_args(Method)
+# A patch lives in the registers of one program.
+TRITON_MAX_LATENT = 1024
 
 
 class EnergyScoreDiagnostics(NamedTuple):
@@ -76,10 +80,9 @@ def energy_score(
     exponent = check_exponent(exponent)
     x, y = _by_rows(samples), _by_rows(targets)
     flat_weight = None if weight is None else weight.reshape(-1)
-    if resolve(backend, "energy_score", samples) is Backend.REFERENCE:
-        score = reference.energy_score(x, y, exponent, flat_weight)
-    else:
-        score = eager.energy_score(x, y, exponent, flat_weight)
+    obstacle = _obstacle(samples, targets)
+    chosen = resolve(backend, "energy_score", samples, obstacle=obstacle)
+    score = _implementation(chosen).energy_score(x, y, exponent, flat_weight)
     return score.view(samples.shape[1:-1])
 
 
@@ -147,16 +150,14 @@ def gaussian_energy_score(
 
     x, flat_mean, flat_log_std = _by_rows(samples), _rows(mean), _rows(log_std)
     flat_weight = None if weight is None else weight.reshape(-1)
-    if resolve(backend, "gaussian_energy_score", samples) is Backend.REFERENCE:
-        noise = None if draws is None else draws.all(*flat_mean.shape)
-        outputs = reference.gaussian_energy_score(
-            x, flat_mean, flat_log_std, exponent, noise, flat_weight
-        )
-    else:
-        outputs = eager.gaussian_energy_score(
-            x, flat_mean, flat_log_std, exponent, draws, flat_weight
-        )
-    score, fidelity, diversity, max_r2 = outputs
+    obstacle = _obstacle(samples, mean, log_std)
+    chosen = resolve(backend, "gaussian_energy_score", samples, obstacle=obstacle)
+    drawn: TargetDraws | Tensor | None = draws
+    if chosen is Backend.REFERENCE and draws is not None:
+        drawn = draws.all(*flat_mean.shape)
+    score, fidelity, diversity, max_r2 = _implementation(chosen).gaussian_energy_score(
+        x, flat_mean, flat_log_std, exponent, drawn, flat_weight
+    )
     score = score.view(batch[:-1])
     if not return_diagnostics:
         return score
@@ -198,6 +199,28 @@ def expected_distance(
     return eager.expected_distance(_rows(offset), _rows(std), exponent, method).view(
         offset.shape[:-1]
     )
+
+
+def _implementation(backend: Backend) -> ModuleType:
+    """The module of a backend; Triton is imported only where it is chosen."""
+    match backend:
+        case Backend.REFERENCE:
+            return reference
+        case Backend.TRITON:
+            from calm_kernels.energy_score import function
+
+            return function
+        case _:
+            return eager
+
+
+def _obstacle(*inputs: Tensor) -> str | None:
+    """Why the kernels cannot take these inputs, None if they can."""
+    if any(value.dtype == torch.float64 for value in inputs):
+        return "computes in float32 and takes no float64 input"
+    if inputs[0].shape[-1] > TRITON_MAX_LATENT:
+        return f"takes latent sizes up to {TRITON_MAX_LATENT}, got {inputs[0].shape[-1]}"
+    return None
 
 
 def _by_rows(points: Tensor) -> Tensor:

@@ -1,0 +1,65 @@
+"""Device functions shared by the kernels: fast or portable mathematics, powers of distances.
+
+`FAST` selects single special-function instructions by inline assembly (NVIDIA, error about 1e-6). Without it
+the same quantities come from portable code: AMD, and Triton's interpreter, which has no inline assembly.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["exp2", "log2", "power_terms", "reciprocal", "sum_features"]
+
+# Squared distances at or below the smallest normal float32 count as zero.
+_SMALLEST = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def log2(x, FAST: tl.constexpr):
+    """log2(x), x > 0."""
+    if FAST:
+        result = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = tl.log2(x)
+    return result
+
+
+@triton.jit
+def exp2(x, FAST: tl.constexpr):
+    """2^x."""
+    if FAST:
+        result = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = tl.exp2(x)
+    return result
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, x > 0, from the reciprocal square root: one instruction everywhere, where a division is a routine."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
+def power_terms(square, EXPONENT: tl.constexpr, FAST: tl.constexpr):
+    """|v|^α and α|v|^(α-2) from |v|²; both are 0 where v is."""
+    is_apart = square > _SMALLEST
+    safe = tl.where(is_apart, square, 1.0)
+    if EXPONENT == 1.0:
+        slope = tl.rsqrt(safe)
+        value = safe * slope
+    else:
+        logarithm = log2(safe, FAST)
+        value = exp2(EXPONENT / 2 * logarithm, FAST)
+        slope = EXPONENT * exp2((EXPONENT / 2 - 1) * logarithm, FAST)
+    return tl.where(is_apart, value, 0.0), tl.where(is_apart, slope, 0.0)
+
+
+@triton.jit
+def sum_features(tile):
+    """Sum over the features of ``[OUTER, BLOCK_N, LANES, INNER]``, ``[BLOCK_N]``: registers first, lanes last."""
+    return tl.sum(tl.sum(tl.sum(tile, axis=0), axis=2), axis=1)
