@@ -7,7 +7,7 @@ the same quantities come from portable code: AMD, and Triton's interpreter, whic
 import triton
 import triton.language as tl
 
-__all__ = ["exp2", "log2", "power_terms", "reciprocal", "sum_features"]
+__all__ = ["exp2", "log2", "power_terms", "reciprocal", "square_root", "sum_features"]
 
 # Squared distances at or below the smallest normal float32 count as zero.
 _SMALLEST = tl.constexpr(1.1754943508222875e-38)
@@ -42,6 +42,18 @@ def reciprocal(x):
     """1 / x, x > 0, from the reciprocal square root: one instruction everywhere, where a division is a routine."""
     root = tl.rsqrt(x)
     return root * root
+
+
+@triton.jit
+def square_root(x, FAST: tl.constexpr):
+    """√x, x > 0."""
+    if FAST:
+        result = tl.inline_asm_elementwise(
+            "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = tl.sqrt(x)
+    return result
 
 
 @triton.jit

@@ -7,7 +7,7 @@ approximate instructions, whose error is far below the 20 + 12 bits that a norma
 import triton
 import triton.language as tl
 
-from calm_kernels.device import log2
+from calm_kernels.device import log2, square_root
 
 __all__ = ["load_key", "normal_at", "normal_pair", "philox", "uniform_at"]
 
@@ -69,11 +69,11 @@ def _polynomial_sin_cos(step):
 @triton.jit
 def normal_pair(word, FAST: tl.constexpr):
     """Two normals of one word by Box-Muller: radius times cosine, radius times sine."""
-    fraction = ((word >> 12).to(tl.float32) + 0.5) * _RADIUS_STEP
-    radius = tl.sqrt(log2(fraction, FAST) * _MINUS_2_LN_2)
+    fraction = (word >> 12).to(tl.float32) * _RADIUS_STEP + _RADIUS_STEP / 2
+    radius = square_root(log2(fraction, FAST) * _MINUS_2_LN_2, FAST)
     step = (word & 4095).to(tl.int32)
     if FAST:
-        angle = (step.to(tl.float32) + 0.5) * _ANGLE_STEP - _PI
+        angle = step.to(tl.float32) * _ANGLE_STEP + (_ANGLE_STEP / 2 - _PI)
         sine = tl.inline_asm_elementwise(
             "sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
         )

@@ -42,7 +42,7 @@ def _sum_targets(
     offset, mask, targets_ptr, dtargets_ptr, std, feature, mask_feature, num_targets,
     stride_target_m, stride_target_l, dtarget_scale, k0, k1, c1, c2, c3,
     WIDTH: tl.constexpr, EXPONENT: tl.constexpr, IS_GIVEN: tl.constexpr, IS_DRAWN: tl.constexpr,
-    IS_ANTITHETIC: tl.constexpr, IS_FIRST: tl.constexpr, NEED_TARGETS: tl.constexpr,
+    IS_ANTITHETIC: tl.constexpr, IS_SPLIT: tl.constexpr, NEED_TARGETS: tl.constexpr,
     NEED_POSTERIOR: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Σ_m |d_i - z_m|^α of a block of samples and its gradients; stores those of given targets."""
@@ -66,7 +66,7 @@ def _sum_targets(
             )
         if NEED_TARGETS:
             dtarget = dtarget_scale * tl.sum(tl.where(mask, term, 0.0), axis=1)
-            if not IS_FIRST:  # further blocks of samples add to what the first one stored
+            if IS_SPLIT:  # blocks of samples add to one another's; the memory starts as zeros
                 dtarget += load_features(dtargets_ptr, feature, 1, feature < WIDTH, 0.0)
             store_features(dtargets_ptr, dtarget, feature, WIDTH)
             dtargets_ptr += WIDTH
@@ -111,7 +111,7 @@ def direct_kernel(
     diversity = 0.0
     dmean = tl.zeros_like(center)
     dlog_std = tl.zeros_like(center)
-    for start in tl.static_range(0, NUM_SAMPLES, BLOCK_N):
+    for start in range(0, NUM_SAMPLES, BLOCK_N):
         sample = start + tl.arange(0, BLOCK_N)
         mask_n = sample < NUM_SAMPLES
         mask = mask_feature[:, None] & mask_n[None, :, None, None]
@@ -124,13 +124,15 @@ def direct_kernel(
             x - center[:, None], mask, targets_ptr + row * stride_target_r,
             dtargets_ptr + row * num_targets * WIDTH, std, feature, mask_feature, num_draws,
             stride_target_m, stride_target_l, target_scale, k0, k1, c1, c2, c3, WIDTH, EXPONENT,
-            IS_GIVEN, IS_DRAWN, IS_ANTITHETIC, start == 0, NEED_TARGETS, NEED_POSTERIOR, FAST,
+            IS_GIVEN, IS_DRAWN, IS_ANTITHETIC, NUM_SAMPLES > BLOCK_N, NEED_TARGETS, NEED_POSTERIOR, FAST,
         )  # fmt: skip
         fidelity += tl.sum(tl.where(mask_n, total, 0.0))
         if NEED_SAMPLES:
             out_ptr = dsamples_ptr + row * (NUM_SAMPLES * WIDTH)
             gradient = pair_scale * pull - target_scale * slope
             store_samples(out_ptr, gradient, sample, feature, NUM_SAMPLES, WIDTH)
+        if NUM_SAMPLES > BLOCK_N:
+            tl.debug_barrier()
         if NEED_POSTERIOR:
             dmean += tl.sum(tl.where(mask, slope, 0.0), axis=1)
             dlog_std += tl.sum(tl.where(mask, stretch, 0.0), axis=1)

@@ -1,7 +1,8 @@
 """Launches the energy score's kernels and teaches autograd and torch.compile about them.
 
 One launch computes the score together with every gradient that is needed; the gradients are outputs of the operator,
-and backward multiplies them by the upstream gradient of each patch.
+and backward multiplies them by the upstream gradient of each patch. Only row 0 of the terms, the score, is
+differentiated.
 """
 
 from typing import Any
@@ -9,25 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calm_kernels.backend import is_interpreted
+from calm_kernels.energy_score import launch
 from calm_kernels.energy_score.direct_kernels import direct_kernel
-from calm_kernels.energy_score.expectation import SERIES_MIN_LATENT
+from calm_kernels.energy_score.gram_kernels import gram_kernel
 from calm_kernels.energy_score.kernels import analytic_kernel
 from calm_kernels.energy_score.nodes import nodes
-from calm_kernels.energy_score.series import MAX_R2, MAX_SHARE
 from calm_kernels.energy_score.targets import TargetDraws
-from calm_kernels.tuning import architecture, launch_options, patch_tile, setting, use_fast_math
+from calm_kernels.tuning import architecture, use_fast_math
 
 __all__ = ["energy_score", "gaussian_energy_score"]
 
-
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
+Gradients = tuple[Tensor | None, ...]
 
 
 def energy_score(
     samples: Tensor, targets: Tensor, exponent: float, weight: Tensor | None
 ) -> Tensor:
     """Score ``[R]`` of samples ``[N, R, L]`` against given targets ``[M, R, L]``."""
-    terms, *_ = _energy_score(samples, targets, weight, exponent, *_needs(samples, targets))
+    terms, *_ = _given_op(samples, targets, weight, exponent, *_needs(samples, targets))
     return terms[0]
 
 
@@ -38,47 +39,66 @@ def gaussian_energy_score(
     exponent: float,
     draws: TargetDraws | None,
     weight: Tensor | None,
-) -> Outputs:
-    """Score, fidelity, diversity and largest r2 ``[R]`` of samples ``[N, R, L]`` against N(mean, exp(log_std)²)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Score, fidelity, diversity and, without draws, the largest r2 of each patch, ``[R]``.
+
+    Samples are ``[N, R, L]``, mean and log_std ``[R, L]``. Without draws the expectation over targets is exact.
+    """
     needs = _needs(samples, mean, log_std)
     options = (exponent, needs[0], needs[1] or needs[2])
     if draws is None:
-        terms, *_ = _analytic(samples, mean, log_std, weight, *options)
-    else:
-        first_row = draws.first_row
-        if draws.seed is not None and not isinstance(first_row, Tensor):
-            first_row = torch.full((), first_row, dtype=torch.int64, device=samples.device)
-        terms, *_ = _drawn(
-            samples, mean, log_std, weight, draws.noise, draws.seed,
-            first_row if isinstance(first_row, Tensor) else None, draws.num_targets,
-            draws.is_antithetic, *options,
-        )  # fmt: skip
-    return terms[0], terms[1], terms[2], terms[3] if draws is None else None
+        terms, *_ = _analytic_op(samples, mean, log_std, weight, *options)
+        return terms[0], terms[1], terms[2], terms[3]
+    first_row = draws.first_row
+    if not isinstance(first_row, Tensor):
+        first_row = torch.full((), first_row, dtype=torch.int64, device=samples.device)
+    seed = None if draws.seed is None else draws.seed.contiguous()
+    terms, *_ = _drawn_op(
+        samples, mean, log_std, weight, draws.noise, seed, first_row, draws.num_targets,
+        draws.is_antithetic, *options,
+    )  # fmt: skip
+    return terms[0], terms[1], terms[2], None
 
 
 def _needs(*inputs: Tensor) -> tuple[bool, ...]:
     return tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs)
 
 
-def _allocate(samples: Tensor, need_samples: bool) -> tuple[Tensor, Tensor]:
+def _problem(
+    samples: Tensor, weight: Tensor | None, exponent: float, need_samples: bool, need_posterior: bool
+) -> launch.Problem:  # fmt: skip
+    return launch.Problem(
+        num_samples=samples.shape[0],
+        width=samples.shape[2],
+        exponent=exponent,
+        dtype=samples.dtype,
+        need_samples=need_samples,
+        need_posterior=need_posterior,
+        has_weight=weight is not None,
+        arch=architecture(samples.device),
+        has_fast_math=use_fast_math(),
+        can_round=not is_interpreted(),
+    )
+
+
+def _outputs(samples: Tensor, need_samples: bool) -> tuple[Tensor, Tensor]:
     """Terms ``[4, R]`` and the gradient of the samples in patch-major memory ``[R, N, L]``, empty if not needed."""
     num_samples, num_rows, width = samples.shape
     terms = samples.new_empty(4, num_rows, dtype=torch.float32)
-    shape = (num_rows, num_samples, width) if need_samples else (0,)
-    return terms, samples.new_empty(shape)
+    return terms, samples.new_empty((num_rows, num_samples, width) if need_samples else (0,))
 
 
-def _posterior_gradients(mean: Tensor, log_std: Tensor, is_needed: bool) -> tuple[Tensor, Tensor]:
+def _posterior_outputs(mean: Tensor, log_std: Tensor, is_needed: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of mean and log_std in float32, empty if not needed."""
     shape = mean.shape if is_needed else (0,)
-    return mean.new_empty(shape), log_std.new_empty(shape)
+    return mean.new_empty(shape, dtype=torch.float32), log_std.new_empty(shape, dtype=torch.float32)
 
 
-def _geometry(operation: str, samples: Tensor) -> tuple[dict[str, int], dict[str, Any]]:
-    """Tile constants and compiler options for these samples."""
-    num_samples, _, width = samples.shape
-    launch = setting(operation, architecture(samples.device), width)
-    tile = patch_tile(launch, num_samples, width, samples.element_size())
-    return tile.constants(), launch_options(launch, tile.num_warps)
+def _target_output(samples: Tensor, targets: Tensor, is_needed: bool) -> Tensor:
+    """Gradient of given targets ``[R, M, L]`` in float32; zeros, because blocks of samples add to it."""
+    num_targets, num_rows, width = targets.shape
+    shape = (num_rows, num_targets, width) if is_needed else (0,)
+    return targets.new_zeros(shape, dtype=torch.float32)
 
 
 def _weight_arguments(weight: Tensor | None, samples: Tensor) -> tuple[Tensor, int]:
@@ -87,7 +107,7 @@ def _weight_arguments(weight: Tensor | None, samples: Tensor) -> tuple[Tensor, i
 
 
 @torch.library.custom_op("calm_kernels::energy_score", mutates_args=())
-def _energy_score(
+def _given_op(
     samples: Tensor,
     targets: Tensor,
     weight: Tensor | None,
@@ -96,28 +116,26 @@ def _energy_score(
     need_targets: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Terms, the gradient of the samples ``[R, N, L]`` and of the targets ``[R, M, L]`` (float32)."""
-    terms, dsamples = _allocate(samples, need_samples)
-    num_targets, num_rows, width = targets.shape
-    dtargets = targets.new_empty(
-        (num_rows, num_targets, width) if need_targets else (0,), dtype=torch.float32
-    )
+    terms, dsamples = _outputs(samples, need_samples)
+    dtargets = _target_output(samples, targets, need_targets)
+    num_targets, num_rows, _ = targets.shape
     if num_rows:
+        constants, options = launch.direct(
+            _problem(samples, weight, exponent, need_samples, False),
+            is_given=True, is_drawn=False, is_antithetic=False, need_targets=need_targets,
+        )  # fmt: skip
         pointer, stride = _weight_arguments(weight, samples)
-        constants, options = _geometry("energy_score.direct", samples)
         with torch.cuda.device_of(samples):
             direct_kernel[(num_rows,)](
-                samples, targets, samples, samples, pointer, samples, samples, terms,
-                dsamples, dtargets, samples, samples, num_rows, num_targets, num_targets,
-                samples.stride(0), samples.stride(1), samples.stride(2),
-                targets.stride(0), targets.stride(1), targets.stride(2), 0, 0, 0, 0, stride, 0,
-                samples.shape[0], width, exponent, True, False, False, need_samples, need_targets,
-                False, weight is not None, **constants, FAST=use_fast_math(), **options,
+                samples, targets, samples, samples, pointer, samples, samples, terms, dsamples,
+                dtargets, samples, samples, num_rows, num_targets, num_targets, *samples.stride(),
+                *targets.stride(), 0, 0, 0, 0, stride, 0, **constants, **options,
             )  # fmt: skip
     return terms, dsamples, dtargets
 
 
 @torch.library.custom_op("calm_kernels::analytic_energy_score", mutates_args=())
-def _analytic(
+def _analytic_op(
     samples: Tensor,
     mean: Tensor,
     log_std: Tensor,
@@ -127,122 +145,109 @@ def _analytic(
     need_posterior: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Terms and the gradients of samples ``[R, N, L]``, mean and log_std ``[R, L]``."""
-    terms, dsamples = _allocate(samples, need_samples)
-    dmean, dlog_std = _posterior_gradients(mean, log_std, need_posterior)
-    num_samples, num_rows, width = samples.shape
+    terms, dsamples = _outputs(samples, need_samples)
+    dmean, dlog_std = _posterior_outputs(mean, log_std, need_posterior)
+    _, num_rows, width = samples.shape
     if num_rows:
+        constants, options = launch.analytic(
+            _problem(samples, weight, exponent, need_samples, need_posterior)
+        )
         rule = nodes(exponent, width)
-        max_excess = 1.0 if width >= SERIES_MIN_LATENT else -1.0
         pointer, stride = _weight_arguments(weight, samples)
-        constants, options = _geometry("energy_score.analytic", samples)
         with torch.cuda.device_of(samples):
             analytic_kernel[(num_rows,)](
                 samples, mean, log_std, pointer, terms, dsamples, dmean, dlog_std, num_rows,
-                samples.stride(0), samples.stride(1), samples.stride(2), mean.stride(0),
-                mean.stride(1), log_std.stride(0), log_std.stride(1), stride, rule.first,
-                rule.step, rule.log_scale, num_samples, width, exponent, rule.count, MAX_R2,
-                MAX_SHARE, max_excess, need_samples, need_posterior, weight is not None, **constants,
-                FAST=use_fast_math(), **options,
+                *samples.stride(), *mean.stride(), *log_std.stride(), stride, rule.first,
+                rule.step, rule.log_scale, **constants, **options,
             )  # fmt: skip
     return terms, dsamples, dmean, dlog_std
 
 
 @torch.library.custom_op("calm_kernels::drawn_energy_score", mutates_args=())
-def _drawn(
+def _drawn_op(
     samples: Tensor,
     mean: Tensor,
     log_std: Tensor,
     weight: Tensor | None,
     noise: Tensor | None,
     seed: Tensor | None,
-    first_row: Tensor | None,
+    first_row: Tensor,
     num_targets: int,
     is_antithetic: bool,
     exponent: float,
     need_samples: bool,
     need_posterior: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `_analytic` for targets drawn from a seed, or from given noise ``[M, R, L]``."""
-    terms, dsamples = _allocate(samples, need_samples)
-    dmean, dlog_std = _posterior_gradients(mean, log_std, need_posterior)
-    num_samples, num_rows, width = samples.shape
-    if num_rows:
-        pointer, stride = _weight_arguments(weight, samples)
-        strides = (0, 0, 0) if noise is None else noise.stride()
-        is_shared = seed is None or seed.dim() == 1
-        constants, options = _geometry("energy_score.direct", samples)
-        with torch.cuda.device_of(samples):
+    """As `_analytic_op` for targets drawn from a seed, or from given noise ``[M, R, L]``."""
+    terms, dsamples = _outputs(samples, need_samples)
+    dmean, dlog_std = _posterior_outputs(mean, log_std, need_posterior)
+    _, num_rows, width = samples.shape
+    if not num_rows:
+        return terms, dsamples, dmean, dlog_std
+    problem = _problem(samples, weight, exponent, need_samples, need_posterior)
+    pointer, stride = _weight_arguments(weight, samples)
+    stride_seed = 0 if seed is None or seed.dim() == 1 else 2
+    counts = (num_rows, num_targets, num_targets // 2 if is_antithetic else num_targets)
+    strides = (*mean.stride(), *log_std.stride(), stride, stride_seed)
+    with torch.cuda.device_of(samples):
+        if noise is None and width >= launch.GRAM_MIN_WIDTH:
+            constants, options = launch.gram(problem, is_antithetic=is_antithetic)
+            gram_kernel[(num_rows,)](
+                samples, mean, log_std, pointer, seed, first_row, terms, dsamples, dmean,
+                dlog_std, *counts, *samples.stride(), *strides, **constants, **options,
+            )  # fmt: skip
+        else:
+            constants, options = launch.direct(
+                problem, is_given=False, is_drawn=noise is None, is_antithetic=is_antithetic,
+                need_targets=False,
+            )  # fmt: skip
+            noise_strides = (0, 0, 0) if noise is None else noise.stride()
             direct_kernel[(num_rows,)](
                 samples, samples if noise is None else noise, mean, log_std, pointer,
-                samples if seed is None else seed, samples if first_row is None else first_row,
-                terms, dsamples, samples, dmean, dlog_std, num_rows, num_targets,
-                num_targets // 2 if is_antithetic else num_targets, samples.stride(0),
-                samples.stride(1), samples.stride(2), *strides, mean.stride(0), mean.stride(1),
-                log_std.stride(0), log_std.stride(1), stride, 0 if is_shared else seed.stride(0),
-                num_samples, width, exponent, False, noise is None, is_antithetic, need_samples,
-                False, need_posterior, weight is not None, **constants, FAST=use_fast_math(),
+                samples if seed is None else seed, first_row, terms, dsamples, samples, dmean,
+                dlog_std, *counts, *samples.stride(), *noise_strides, *strides, **constants,
                 **options,
             )  # fmt: skip
     return terms, dsamples, dmean, dlog_std
 
 
-@_energy_score.register_fake
+@_given_op.register_fake
 def _(samples, targets, weight, exponent, need_samples, need_targets):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    num_targets, num_rows, width = targets.shape
-    shape = (num_rows, num_targets, width) if need_targets else (0,)
-    return *_allocate(samples, need_samples), targets.new_empty(shape, dtype=torch.float32)
+    return *_outputs(samples, need_samples), _target_output(samples, targets, need_targets)
 
 
-@_analytic.register_fake
-@_drawn.register_fake
+@_analytic_op.register_fake
+@_drawn_op.register_fake
 def _(samples, mean, log_std, *options):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN202
     *_, need_samples, need_posterior = options
-    return *_allocate(samples, need_samples), *_posterior_gradients(mean, log_std, need_posterior)
+    return *_outputs(samples, need_samples), *_posterior_outputs(mean, log_std, need_posterior)
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep the gradients that the launch stored; only the score (row 0 of the terms) is differentiated."""
+    """Keep the gradients that the launch stored."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
     ctx.num_inputs = len(inputs)
-    ctx.target_dtype = inputs[1].dtype
+    ctx.dtypes = [value.dtype for value in inputs[: len(output) - 1]]
 
 
-def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Stored gradient ``[R, ...]`` times upstream ``[R]``; None where none was stored."""
-    if gradient.dim() == 1:
-        return None
-    out = torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(gradient, upstream.view(-1, *[1] * (gradient.dim() - 1)), out=out)
-
-
-def _refuse_double_backward() -> None:
+def _scale_gradients(ctx: Any, dterms: Tensor, *_: Tensor) -> Gradients:
+    """Stored gradients ``[R, ...]`` times upstream ``[R]``; draws come first again, None where none was stored."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "the Triton energy score is differentiable once: create_graph=True is not supported; "
-            'use backend="reference" for gradients of gradients'
+            'backend="reference" has gradients of gradients'
         )
+    scaled: list[Tensor | None] = []
+    for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+        if gradient.dim() == 1:
+            scaled.append(None)
+            continue
+        upstream = dterms[0].view(-1, *[1] * (gradient.dim() - 1))
+        product = torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
+        scaled.append(product.transpose(0, 1) if gradient.dim() == 3 else product)
+    return *scaled, *[None] * (ctx.num_inputs - len(scaled))
 
 
-def _backward_given(ctx: Any, dterms: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    _refuse_double_backward()
-    dsamples, dtargets = (
-        _scaled(gradient, dterms[0], dtype)
-        for gradient, dtype in zip(
-            ctx.saved_tensors, (ctx.saved_tensors[0].dtype, ctx.target_dtype), strict=True
-        )
-    )
-    by_draw = [None if g is None else g.transpose(0, 1) for g in (dsamples, dtargets)]
-    return *by_draw, *[None] * (ctx.num_inputs - 2)
-
-
-def _backward_gaussian(ctx: Any, dterms: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    _refuse_double_backward()
-    dsamples, dmean, dlog_std = (_scaled(g, dterms[0], g.dtype) for g in ctx.saved_tensors)
-    by_draw = None if dsamples is None else dsamples.transpose(0, 1)
-    return by_draw, dmean, dlog_std, *[None] * (ctx.num_inputs - 3)
-
-
-_energy_score.register_autograd(_backward_given, setup_context=_save_gradients)
-_analytic.register_autograd(_backward_gaussian, setup_context=_save_gradients)
-_drawn.register_autograd(_backward_gaussian, setup_context=_save_gradients)
+for _operator in (_given_op, _analytic_op, _drawn_op):
+    _operator.register_autograd(_scale_gradients, setup_context=_save_gradients)

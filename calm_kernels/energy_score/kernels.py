@@ -58,7 +58,9 @@ def _expectation(
     excess = tl.maximum(r2 * (1 / MAX_R2), share * (1 / MAX_SHARE))
     excess = tl.max(tl.where(mask_n & (mean_square > _TINY), excess, -2.0))
     is_far = excess > MAX_EXCESS
-    spread = variance[:, None] + 0.0 * offset2  # zero times the tile keeps both in one register layout
+    spread = (
+        variance[:, None] + 0.0 * offset2
+    )  # zero times the tile keeps both in one register layout
     value, slope, dvariance = series(
         offset2, spread, mean_square, r2, r3, r4, is_far, EXPONENT, NEED_POSTERIOR, FAST
     )
@@ -105,25 +107,26 @@ def analytic_kernel(
         mask_n = sample < NUM_SAMPLES
         mask = mask_feature[:, None] & mask_n[None, :, None, None]
         x = load_samples(row_ptr, sample, feature, stride_n, stride_l, mask)
-        apart, pull = pair_terms(
-            x, row_ptr, feature, mask_feature, stride_n, stride_l, NUM_SAMPLES, EXPONENT, FAST
-        )
-        diversity += tl.sum(tl.where(mask_n, apart, 0.0))
-        offset = x - center[:, None]
         value, slope, bend, block_r2 = _expectation(
-            offset, variance, mask_n, first, step, log_scale, NUM_NODES, MAX_R2, MAX_SHARE,
+            x - center[:, None], variance, mask_n, first, step, log_scale, NUM_NODES, MAX_R2, MAX_SHARE,
             MAX_EXCESS, EXPONENT, NEED_POSTERIOR, FAST,
         )  # fmt: skip
         fidelity += tl.sum(tl.where(mask_n, value, 0.0))
         max_r2 = tl.maximum(max_r2, block_r2)
-        slope = tl.where(mask, target_scale * slope * offset, 0.0)
+        # Read again what the quadrature had no registers to keep.
+        x = load_samples(row_ptr, sample, feature, stride_n, stride_l, mask, "evict_first")
+        slope = tl.where(mask, target_scale * slope * (x - center[:, None]), 0.0)
+        if NEED_POSTERIOR:
+            dmean += tl.sum(slope, axis=1)
+            dvariance += tl.sum(tl.where(mask, bend, 0.0), axis=1)
+        apart, pull = pair_terms(
+            x, row_ptr, feature, mask_feature, stride_n, stride_l, NUM_SAMPLES, EXPONENT, FAST
+        )
+        diversity += tl.sum(tl.where(mask_n, apart, 0.0))
         if NEED_SAMPLES:
             out_ptr = dsamples_ptr + row * (NUM_SAMPLES * WIDTH)
             gradient = pair_scale * pull - slope
             store_samples(out_ptr, gradient, sample, feature, NUM_SAMPLES, WIDTH)
-        if NEED_POSTERIOR:
-            dmean += tl.sum(slope, axis=1)
-            dvariance += tl.sum(tl.where(mask, bend, 0.0), axis=1)
 
     store_terms(
         terms_ptr, row, num_rows, target_scale * fidelity, pair_scale / 2 * diversity, max_r2

@@ -45,11 +45,14 @@ def load_features(pointer, feature, stride, mask, other):
 
 
 @triton.jit
-def load_samples(pointer, sample, feature, stride_n, stride_l, mask):
-    """Samples of one patch in float32, ``[OUTER, BLOCK_N, LANES, INNER]``."""
+def load_samples(pointer, sample, feature, stride_n, stride_l, mask, EVICTION: tl.constexpr = ""):
+    """Samples of one patch in float32, ``[OUTER, BLOCK_N, LANES, INNER]``.
+
+    A second read with another EVICTION is a read; with the same one the compiler keeps the first in registers.
+    """
     offs = sample.to(tl.int64)[None, :, None, None] * stride_n
     offs += (feature.to(tl.int64) * stride_l)[:, None]
-    return tl.load(pointer + offs, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(pointer + offs, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
 
 
 @triton.jit

@@ -1,0 +1,262 @@
+"""The energy score against many drawn targets: distances by products on tensor cores, draws never in memory.
+
+With d_i = x_i - mean and z_m = σ·ε_m, |d_i - z_m|² = |d_i|² + |z_m|² - 2 d_i·z_m. Centred on the mean d and z are nearly
+orthogonal in many dimensions, so nothing cancels; samples among themselves may coincide and are compared directly.
+
+Features are held as eight slices of WORDS = ceil(L / 8): feature k·WORDS + q is output k of word q, as noise.py lays
+normals out, so one Philox call feeds all slices. Samples are the narrow side of every product, which takes eight of
+them without padding. |z|² is a product too, of ε² and σ²: nothing per dimension stays in registers in the loop.
+"""
+
+import triton
+import triton.language as tl
+
+from calm_kernels.device import exp2, power_terms
+from calm_kernels.energy_score.tile_kernels import load_weight, store_terms
+from calm_kernels.noise_kernels import load_key, normal_pair, philox
+
+__all__ = ["gram_kernel"]
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_STREAM_TARGETS = tl.constexpr(1)  # noise.Stream.TARGETS
+
+
+@triton.jit
+def _load_slices(pointer, q, stride_l, width, WORDS: tl.constexpr):
+    """Eight slices ``[BLOCK_Q]`` of one row in float32, zero from `width` on."""
+    slices = ()
+    for k in tl.static_range(8):
+        feature = k * WORDS + q
+        mask = (q < WORDS) & (feature < width)
+        value = tl.load(pointer + feature.to(tl.int64) * stride_l, mask=mask, other=0.0)
+        slices = slices + (value.to(tl.float32),)
+    return slices
+
+
+@triton.jit
+def _load_samples(pointer, q, sample, stride_n, stride_l, width, NUM_SAMPLES: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
+    """Eight slices ``[BLOCK_N, BLOCK_Q]`` of the samples in float32."""
+    slices = ()
+    offs_n = sample.to(tl.int64)[:, None] * stride_n
+    for k in tl.static_range(8):
+        feature = k * WORDS + q
+        mask = ((q < WORDS) & (feature < width))[None, :] & (sample < NUM_SAMPLES)[:, None]
+        offs = offs_n + (feature.to(tl.int64) * stride_l)[None, :]
+        slices = slices + (tl.load(pointer + offs, mask=mask, other=0.0).to(tl.float32),)
+    return slices
+
+
+@triton.jit
+def _load_offsets(x, pointer, q, sample, stride_l, width, NUM_SAMPLES: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
+    """Slices of x - mean; the mean is read for every sample, so that padding is zero."""
+    center = _load_samples(pointer, q, sample, 0, stride_l, width, NUM_SAMPLES, WORDS)
+    d = ()
+    for k in tl.static_range(8):
+        d = d + (x[k] - center[k],)
+    return d
+
+
+@triton.jit
+def _load_std(pointer, q, sample, stride_l, width, NUM_SAMPLES: tl.constexpr, WORDS: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """Slices of the standard deviation, the same for every sample, zero in padding."""
+    log_std = _load_samples(pointer, q, sample, 0, stride_l, width, NUM_SAMPLES, WORDS)
+    std = ()
+    for k in tl.static_range(8):
+        mask = ((q < WORDS) & (k * WORDS + q < width))[None, :] & (sample < NUM_SAMPLES)[:, None]
+        std = std + (tl.where(mask, exp2(log_std[k] * _LOG2_E, FAST), 0.0),)
+    return std
+
+
+@triton.jit
+def _variance_rows(std, DOT_DTYPE: tl.constexpr):
+    """σ² ``[BLOCK_N, BLOCK_Q]`` as a product's operand: rounded in row 0, what rounding lost in row 1."""
+    row = tl.arange(0, std.shape[0])[:, None]
+    variance = std * std
+    rounded = variance.to(DOT_DTYPE)
+    lost = (variance - rounded.to(tl.float32)).to(DOT_DTYPE)
+    zero = tl.zeros_like(rounded)
+    return tl.where(row == 0, rounded, tl.where(row == 1, lost, zero))
+
+
+@triton.jit
+def _pair_slices(x, samples_ptr, q, stride_n, stride_l, width, NUM_SAMPLES: tl.constexpr, WORDS: tl.constexpr, EXPONENT: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """As `tile_kernels.pair_terms` on slices."""
+    total = tl.zeros([x[0].shape[0]], tl.float32)
+    zero = x[0] * 0.0
+    pull = (zero, zero, zero, zero, zero, zero, zero, zero)
+    other_ptr = samples_ptr
+    for _ in range(NUM_SAMPLES):
+        other = _load_slices(other_ptr, q, stride_l, width, WORDS)
+        difference = ()
+        square = zero
+        for k in tl.static_range(8):
+            difference = difference + (x[k] - other[k][None, :],)
+            square += difference[k] * difference[k]
+        value, slope = power_terms(tl.sum(square, axis=1), EXPONENT, FAST)
+        total += value
+        added = ()
+        for k in tl.static_range(8):
+            added = added + (pull[k] + slope[:, None] * difference[k],)
+        pull = added
+        other_ptr += stride_n
+    return total, pull
+
+
+@triton.jit
+def _normal_slices(draw, q, k0, k1, c1, c2, c3, WORDS: tl.constexpr, FAST: tl.constexpr):
+    """Eight slices ``[BLOCK_Q, BLOCK_M]`` of normals of these draws."""
+    c0 = (draw[None, :] * WORDS + q[:, None]).to(tl.uint32)
+    zero = c0 * 0
+    w0, w1, w2, w3 = philox(c0, c1 + zero, c2 + zero, c3 + zero, k0, k1)
+    e0, e1 = normal_pair(w0, FAST)
+    e2, e3 = normal_pair(w1, FAST)
+    e4, e5 = normal_pair(w2, FAST)
+    e6, e7 = normal_pair(w3, FAST)
+    return e0, e1, e2, e3, e4, e5, e6, e7
+
+
+@triton.jit
+def _target_weights(cross, d2, z2, mask, EXPONENT: tl.constexpr, FAST: tl.constexpr):
+    """|d - z|^α and α|d - z|^(α-2), ``[BLOCK_M, BLOCK_N]``; a square that rounding made negative is 0."""
+    square = tl.maximum(d2[None, :] + z2[:, None] - 2 * cross, 0.0)
+    return power_terms(tl.where(mask, square, 0.0), EXPONENT, FAST)
+
+
+@triton.jit
+def _sum_draws(
+    d, std, mask_n, q, num_draws, k0, k1, c1, c2, c3, WORDS: tl.constexpr, BLOCK_M: tl.constexpr,
+    EXPONENT: tl.constexpr, IS_ANTITHETIC: tl.constexpr, NEED_POSTERIOR: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Σ_m |d - z_m|^α and Σ_m w_m, ``[BLOCK_N]``; slices Σ_m w_m ε_m and Σ_m w_m ε_m², ``[BLOCK_Q, BLOCK_N]``."""
+    BLOCK_N: tl.constexpr = d[0].shape[0]
+    BLOCK_Q: tl.constexpr = d[0].shape[1]
+    d2 = d[0] * d[0]
+    for k in tl.static_range(1, 8):
+        d2 += d[k] * d[k]
+    d2 = tl.sum(d2, axis=1)
+    scaled = ()
+    variance = ()
+    for k in tl.static_range(8):
+        scaled = scaled + ((d[k] * std[k]).to(DOT_DTYPE),)
+        variance = variance + (_variance_rows(std[k], DOT_DTYPE),)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    mass = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    none = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
+    pull = (none, none, none, none, none, none, none, none)
+    spread = pull
+    for start in range(0, num_draws, BLOCK_M):
+        draw = start + tl.arange(0, BLOCK_M)
+        noise = _normal_slices(draw, q, k0, k1, c1, c2, c3, WORDS, FAST)
+        cross = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        z2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        rounded = ()
+        for k in tl.static_range(8):
+            rounded = rounded + (noise[k].to(DOT_DTYPE),)
+            turned = tl.trans(rounded[k])
+            cross = tl.dot(turned, tl.trans(scaled[k]), cross, input_precision=PRECISION)
+            z2 = tl.dot(turned * turned, tl.trans(variance[k]), z2, input_precision=PRECISION)
+        mask = (draw < num_draws)[:, None] & mask_n[None, :]
+        z2 = tl.sum(z2, axis=1)
+        value, slope = _target_weights(cross, d2, z2, mask, EXPONENT, FAST)
+        total += value
+        both = slope
+        if IS_ANTITHETIC:
+            value, opposite = _target_weights(-cross, d2, z2, mask, EXPONENT, FAST)
+            total += value
+            both += opposite
+            slope -= opposite
+        mass += both
+        weights = slope.to(DOT_DTYPE)
+        added = ()
+        for k in tl.static_range(8):
+            added = added + (tl.dot(rounded[k], weights, pull[k], input_precision=PRECISION),)
+        pull = added
+        if NEED_POSTERIOR:
+            weights = both.to(DOT_DTYPE)
+            widened = ()
+            for k in tl.static_range(8):
+                widened = widened + (
+                    tl.dot(rounded[k] * rounded[k], weights, spread[k], input_precision=PRECISION),
+                )
+            spread = widened
+    return tl.sum(total, axis=0), tl.sum(mass, axis=0), pull, spread
+
+
+@triton.jit
+def gram_kernel(
+    samples_ptr, mean_ptr, log_std_ptr, weight_ptr, seed_ptr, first_row_ptr, terms_ptr,
+    dsamples_ptr, dmean_ptr, dlog_std_ptr, num_rows, num_targets, num_draws, stride_n, stride_r,
+    stride_l, stride_mean_r, stride_mean_l, stride_std_r, stride_std_l, stride_weight, stride_seed,
+    NUM_SAMPLES: tl.constexpr, WIDTH: tl.constexpr, EXPONENT: tl.constexpr,
+    IS_ANTITHETIC: tl.constexpr, NEED_SAMPLES: tl.constexpr, NEED_POSTERIOR: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """score = mean_{i≠j} |x_i - x_j|^α - 2 mean_{i,m} |x_i - y_m|^α of one patch, times its weight."""
+    WORDS: tl.constexpr = (WIDTH + 7) // 8
+    row = tl.program_id(0).to(tl.int64)
+    weight = load_weight(weight_ptr, row, stride_weight, HAS_WEIGHT)
+    width = tl.where(weight != 0.0, WIDTH, 0)
+    draws = tl.where(weight != 0.0, num_draws, 0)
+    q = tl.arange(0, BLOCK_Q)
+    k0, k1, c1, c2, c3 = load_key(seed_ptr, first_row_ptr, row, stride_seed, _STREAM_TARGETS)
+    row_ptr = samples_ptr + row * stride_r
+    mean_row = mean_ptr + row * stride_mean_r
+    std_row = log_std_ptr + row * stride_std_r
+    pair_scale = weight * (2 / (NUM_SAMPLES * (NUM_SAMPLES - 1)))
+    target_scale = weight * (2 / NUM_SAMPLES) / num_targets
+
+    fidelity = 0.0
+    diversity = 0.0
+    empty = tl.zeros([BLOCK_Q], tl.float32)
+    dmean = (empty, empty, empty, empty, empty, empty, empty, empty)
+    dlog_std = dmean
+    for start in range(0, NUM_SAMPLES, BLOCK_N):
+        sample = start + tl.arange(0, BLOCK_N)
+        mask_n = sample < NUM_SAMPLES
+        x = _load_samples(row_ptr, q, sample, stride_n, stride_l, width, NUM_SAMPLES, WORDS)
+        d = _load_offsets(x, mean_row, q, sample, stride_mean_l, width, NUM_SAMPLES, WORDS)
+        std = _load_std(std_row, q, sample, stride_std_l, width, NUM_SAMPLES, WORDS, FAST)
+        total, mass, pull, spread = _sum_draws(
+            d, std, mask_n, q, draws, k0, k1, c1, c2, c3, WORDS, BLOCK_M, EXPONENT,
+            IS_ANTITHETIC, NEED_POSTERIOR, DOT_DTYPE, PRECISION, FAST,
+        )  # fmt: skip
+        fidelity += tl.sum(total)
+        # Read again what the loop over draws had no registers to keep.
+        x = _load_samples(row_ptr, q, sample, stride_n, stride_l, width, NUM_SAMPLES, WORDS)
+        d = _load_offsets(x, mean_row, q, sample, stride_mean_l, width, NUM_SAMPLES, WORDS)
+        std = _load_std(std_row, q, sample, stride_std_l, width, NUM_SAMPLES, WORDS, FAST)
+        slopes = ()
+        new_dmean = ()
+        new_dlog_std = ()
+        for k in tl.static_range(8):
+            drawn = tl.trans(pull[k]) * std[k]  # Σ_m w_m z_m
+            slope = target_scale * (mass[:, None] * d[k] - drawn)
+            slopes = slopes + (slope,)
+            if NEED_POSTERIOR:
+                own = std[k] * std[k] * tl.trans(spread[k])
+                change = target_scale * tl.sum(d[k] * drawn - own, axis=0)
+                new_dmean = new_dmean + (dmean[k] + tl.sum(slope, axis=0),)
+                new_dlog_std = new_dlog_std + (dlog_std[k] + change,)
+        if NEED_POSTERIOR:
+            dmean = new_dmean
+            dlog_std = new_dlog_std
+        apart, pair_pull = _pair_slices(
+            x, row_ptr, q, stride_n, stride_l, width, NUM_SAMPLES, WORDS, EXPONENT, FAST
+        )
+        diversity += tl.sum(tl.where(mask_n, apart, 0.0))
+        if NEED_SAMPLES:
+            offs_n = (row * NUM_SAMPLES + sample)[:, None] * WIDTH
+            for k in tl.static_range(8):
+                mask = ((q < WORDS) & (k * WORDS + q < WIDTH))[None, :] & mask_n[:, None]
+                values = (pair_scale * pair_pull[k] - slopes[k]).to(dsamples_ptr.dtype.element_ty)
+                tl.store(dsamples_ptr + offs_n + (k * WORDS + q)[None, :], values, mask=mask)
+
+    store_terms(terms_ptr, row, num_rows, target_scale * fidelity, pair_scale / 2 * diversity, 0.0)
+    if NEED_POSTERIOR:
+        for k in tl.static_range(8):
+            offs = row * WIDTH + k * WORDS + q
+            mask = (q < WORDS) & (k * WORDS + q < WIDTH)
+            tl.store(dmean_ptr + offs, dmean[k].to(dmean_ptr.dtype.element_ty), mask=mask)
+            tl.store(dlog_std_ptr + offs, dlog_std[k].to(dlog_std_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,100 @@
+"""Compile-time constants and compiler options of the energy score's kernels, for a launch or a compile report."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from calm_kernels.energy_score.expectation import SERIES_MIN_LATENT
+from calm_kernels.energy_score.nodes import nodes
+from calm_kernels.energy_score.series import MAX_R2, MAX_SHARE
+from calm_kernels.tuning import Launch, launch_options, patch_tile, setting
+
+__all__ = ["GRAM_MIN_WIDTH", "Problem", "analytic", "direct", "gram"]
+
+# Fewer dimensions leave d and z too far from orthogonal for a product of rounded operands.
+GRAM_MIN_WIDTH = 64
+
+Constants = tuple[dict[str, Any], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the choice of constants depends on: sizes, dtypes, gradients, and the machine."""
+
+    num_samples: int
+    width: int
+    exponent: float
+    dtype: torch.dtype
+    need_samples: bool
+    need_posterior: bool
+    has_weight: bool
+    arch: str
+    has_fast_math: bool
+    can_round: bool = True  # the interpreter multiplies bf16 operands of a product as bit patterns
+
+    def setting(self, operation: str) -> Launch:
+        """The table's row for this problem."""
+        name = f"energy_score.{operation}" + (".posterior" if self.need_posterior else "")
+        return setting(name, self.arch, self.width)
+
+    def common(self) -> dict[str, Any]:
+        """Constants that every kernel takes."""
+        return {
+            "NUM_SAMPLES": self.num_samples,
+            "WIDTH": self.width,
+            "EXPONENT": self.exponent,
+            "NEED_SAMPLES": self.need_samples,
+            "NEED_POSTERIOR": self.need_posterior,
+            "HAS_WEIGHT": self.has_weight,
+            "FAST": self.has_fast_math,
+        }
+
+    def tiled(self, operation: str) -> Constants:
+        """Common constants with those of a patch tile, and the options of its launch."""
+        launch = self.setting(operation)
+        tile = patch_tile(launch, self.num_samples, self.width, self.dtype.itemsize)
+        return self.common() | tile.constants(), launch_options(launch, tile.num_warps)
+
+
+def analytic(problem: Problem) -> Constants:
+    """For `kernels.analytic_kernel`."""
+    constants, options = problem.tiled("analytic")
+    constants |= {
+        "NUM_NODES": nodes(problem.exponent, problem.width).count,
+        "MAX_R2": MAX_R2,
+        "MAX_SHARE": MAX_SHARE,
+        "MAX_EXCESS": 1.0 if problem.width >= SERIES_MIN_LATENT else -1.0,
+    }
+    return constants, options
+
+
+def direct(
+    problem: Problem, *, is_given: bool, is_drawn: bool, is_antithetic: bool, need_targets: bool
+) -> Constants:
+    """For `direct_kernels.direct_kernel`."""
+    constants, options = problem.tiled("direct")
+    constants |= {
+        "IS_GIVEN": is_given,
+        "IS_DRAWN": is_drawn,
+        "IS_ANTITHETIC": is_antithetic,
+        "NEED_TARGETS": need_targets,
+    }
+    return constants, options
+
+
+def gram(problem: Problem, *, is_antithetic: bool) -> Constants:
+    """For `gram_kernels.gram_kernel`: products in bf16 for 16-bit inputs, in tf32 for float32 (AMD: float32)."""
+    launch = problem.setting("gram")
+    is_rounded = problem.dtype.itemsize == 2 and problem.can_round
+    words = -(-problem.width // 8)
+    constants = problem.common() | {
+        "IS_ANTITHETIC": is_antithetic,
+        "BLOCK_N": launch.block_n if problem.num_samples <= 8 else 16,
+        "BLOCK_Q": max(16, 1 << (words - 1).bit_length()),
+        "BLOCK_M": launch.block_m,
+        "DOT_DTYPE": tl.bfloat16 if is_rounded else tl.float32,
+        "PRECISION": "tf32" if problem.has_fast_math else "ieee",
+    }
+    return constants, launch_options(launch)
