@@ -44,7 +44,7 @@ _FUSED = _PORTABLE | {Backend.TRITON}
 OPERATIONS: dict[str, frozenset[Backend]] = {
     "energy_score": _FUSED,
     "gaussian_energy_score": _FUSED,
-    "reparameterize": _PORTABLE,
+    "reparameterize": _FUSED,
     "energy_head": _PORTABLE,
     "linear_argmax": _PORTABLE,
     "agreeing_patch": _PORTABLE,

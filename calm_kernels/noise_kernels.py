@@ -9,7 +9,7 @@ import triton.language as tl
 
 from calm_kernels.device import log2, square_root
 
-__all__ = ["load_key", "normal_at", "normal_pair", "philox", "uniform_at"]
+__all__ = ["load_key", "normal_at", "normal_pair", "normal_slices", "philox", "uniform_at"]
 
 _MINUS_2_LN_2 = tl.constexpr(-1.3862943611198906)
 _ANGLE_STEP = tl.constexpr(1.5339807878856412e-3)  # 2π / 2^12
@@ -83,6 +83,17 @@ def normal_pair(word, FAST: tl.constexpr):
     else:
         sine, cosine = _polynomial_sin_cos(step)
     return radius * cosine, radius * sine
+
+
+@triton.jit
+def normal_slices(c0, c1, c2, c3, k0, k1, FAST: tl.constexpr):
+    """The eight normals of one Philox call, in the order of noise.py's slices."""
+    w0, w1, w2, w3 = philox(c0, c1, c2, c3, k0, k1)
+    e0, e1 = normal_pair(w0, FAST)
+    e2, e3 = normal_pair(w1, FAST)
+    e4, e5 = normal_pair(w2, FAST)
+    e6, e7 = normal_pair(w3, FAST)
+    return e0, e1, e2, e3, e4, e5, e6, e7
 
 
 @triton.jit

@@ -45,7 +45,7 @@ TABLE: dict[tuple[str, str, int], Launch] = {
     ("energy_score.gram.posterior", DEFAULT, 1024): Launch(num_warps=8),
     ("energy_score.gram.posterior", "gfx942", 128): Launch(num_warps=2, block_n=16),
     ("energy_score.gram.posterior", "gfx942", 1024): Launch(num_warps=8, block_n=16),
-    ("reparameterize", DEFAULT, 1024): Launch(num_warps=4, block_rows=8),
+    ("reparameterize", DEFAULT, 4096): Launch(num_warps=4, block_rows=8),
 }
 
 

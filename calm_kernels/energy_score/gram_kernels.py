@@ -13,7 +13,7 @@ import triton.language as tl
 
 from calm_kernels.device import exp2, power_terms
 from calm_kernels.energy_score.tile_kernels import load_weight, store_terms
-from calm_kernels.noise_kernels import load_key, normal_pair, philox
+from calm_kernels.noise_kernels import load_key, normal_slices
 
 __all__ = ["gram_kernel"]
 
@@ -103,19 +103,6 @@ def _pair_slices(x, samples_ptr, q, stride_n, stride_l, width, NUM_SAMPLES: tl.c
 
 
 @triton.jit
-def _normal_slices(draw, q, k0, k1, c1, c2, c3, WORDS: tl.constexpr, FAST: tl.constexpr):
-    """Eight slices ``[BLOCK_Q, BLOCK_M]`` of normals of these draws."""
-    c0 = (draw[None, :] * WORDS + q[:, None]).to(tl.uint32)
-    zero = c0 * 0
-    w0, w1, w2, w3 = philox(c0, c1 + zero, c2 + zero, c3 + zero, k0, k1)
-    e0, e1 = normal_pair(w0, FAST)
-    e2, e3 = normal_pair(w1, FAST)
-    e4, e5 = normal_pair(w2, FAST)
-    e6, e7 = normal_pair(w3, FAST)
-    return e0, e1, e2, e3, e4, e5, e6, e7
-
-
-@triton.jit
 def _target_weights(cross, d2, z2, mask, EXPONENT: tl.constexpr, FAST: tl.constexpr):
     """|d - z|^α and α|d - z|^(α-2), ``[BLOCK_M, BLOCK_N]``; a square that rounding made negative is 0."""
     square = tl.maximum(d2[None, :] + z2[:, None] - 2 * cross, 0.0)
@@ -147,7 +134,9 @@ def _sum_draws(
     spread = pull
     for start in range(0, num_draws, BLOCK_M):
         draw = start + tl.arange(0, BLOCK_M)
-        noise = _normal_slices(draw, q, k0, k1, c1, c2, c3, WORDS, FAST)
+        c0 = (draw[None, :] * WORDS + q[:, None]).to(tl.uint32)
+        zero = c0 * 0
+        noise = normal_slices(c0, c1 + zero, c2 + zero, c3 + zero, k0, k1, FAST)
         cross = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         z2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         rounded = ()

@@ -8,12 +8,15 @@ from torch import Tensor
 from calm_kernels import noise
 from calm_kernels.backend import Backend, resolve
 from calm_kernels.checks import check_device, check_dtype, check_fraction, check_tensor
-from calm_kernels.noise import Seed, Stream
+from calm_kernels.noise import Seed, Stream, as_seed
 from calm_kernels.precision import accumulation_dtype
 from calm_kernels.reparameterize.eager import reparameterize_eager
 from calm_kernels.reparameterize.reference import reparameterize_reference
 
 __all__ = ["reparameterize"]
+
+# A row lives in the registers of one program.
+TRITON_MAX_LATENT = 4096
 
 
 def reparameterize(
@@ -44,7 +47,7 @@ def reparameterize(
         seed: of the draws that are not given, see `noise.as_seed`; row r of this call is row
             ``first_row + r``.
         first_row: global index of the first row.
-        backend: ``auto``, ``reference`` or ``torch``.
+        backend: see `calm_kernels.backend`.
 
     Returns: latent ``[..., L]`` in the dtype of `latent_states`, kl ``[...]`` in float32 (float64
         for float64).
@@ -53,7 +56,7 @@ def reparameterize(
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range.
 
     Source: CALM, section 2, equations 1 to 4, and its dropout of latents. Cost: elementwise; for
-        the backward pass the torch backend keeps its inputs alone.
+        the backward pass the torch backend keeps its inputs alone, Triton only the states and seed.
     """
     check_tensor("latent_states", latent_states, min_dim=1)
     check_dtype("latent_states", latent_states)
@@ -65,9 +68,25 @@ def reparameterize(
     if not (kl_floor >= 0.0 and math.isfinite(kl_floor)):
         raise ValueError(f"kl_floor must be finite and at least 0, got {kl_floor}")
     dropout = check_fraction("dropout", dropout)
-    chosen = resolve(backend, "reparameterize", latent_states)
+    latent_size = width // 2
+    chosen = resolve(
+        backend, "reparameterize", latent_states, obstacle=_obstacle(latent_states, latent_size)
+    )
+    shape = (*latent_states.shape[:-1], latent_size)
+    if latent_noise is not None:
+        check_dtype("latent_noise", latent_noise)
+        latent_noise = _reshaped("latent_noise", latent_noise, latent_states, shape).detach()
+    if latent_keep is not None:
+        check_dtype("latent_keep", latent_keep, (torch.bool,))
+        latent_keep = _reshaped("latent_keep", latent_keep, latent_states, shape)
+    is_drawn = latent_noise is None or (latent_keep is None and dropout > 0)
+    seed = as_seed(seed if is_drawn else 0, latent_states.device)
+    if chosen is Backend.TRITON:
+        from calm_kernels.reparameterize import function
 
-    shape = (*latent_states.shape[:-1], width // 2)
+        return function.reparameterize(
+            latent_states, latent_noise, latent_keep, kl_floor, dropout, seed, first_row
+        )
     epsilon = _noise(latent_noise, latent_states, shape, seed, first_row)
     keep = _keep(latent_keep, latent_states, shape, dropout, seed, first_row)
     match chosen:
@@ -77,14 +96,22 @@ def reparameterize(
             return reparameterize_eager(latent_states, epsilon, keep, kl_floor, dropout)
 
 
+def _obstacle(latent_states: Tensor, latent_size: int) -> str | None:
+    """Why the kernels cannot take these states, None if they can."""
+    if latent_states.dtype == torch.float64:
+        return "computes in float32 and takes no float64 input"
+    if latent_size > TRITON_MAX_LATENT:
+        return f"takes latent sizes up to {TRITON_MAX_LATENT}, got {latent_size}"
+    return None
+
+
 def _noise(
     given: Tensor | None, like: Tensor, shape: tuple[int, ...], seed: Seed, first_row: int | Tensor
 ) -> Tensor:
     """ε of `shape`, in the dtype of the sums."""
     dtype = accumulation_dtype(like.dtype)
     if given is not None:
-        check_dtype("latent_noise", given)
-        return _reshaped("latent_noise", given, like, shape).detach().to(dtype)
+        return given.to(dtype)
     drawn = noise.normal(
         math.prod(shape[:-1]), shape[-1], stream=Stream.LATENT, seed=seed, first_row=first_row,
         device=like.device, dtype=dtype,
@@ -98,8 +125,7 @@ def _keep(
 ) -> Tensor | None:  # fmt: skip
     """Kept elements, bool of `shape`; None for all of them."""
     if given is not None:
-        check_dtype("latent_keep", given, (torch.bool,))
-        return _reshaped("latent_keep", given, like, shape)
+        return given
     if dropout == 0.0:
         return None
     drawn = noise.uniform(
