@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calm_kernels.autograd import refuse_second_derivative
 from calm_kernels.backend import is_interpreted
 from calm_kernels.energy_score import launch
 from calm_kernels.energy_score.direct_kernels import direct_kernel
@@ -233,11 +234,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _scale_gradients(ctx: Any, dterms: Tensor, *_: Tensor) -> Gradients:
     """Stored gradients ``[R, ...]`` times upstream ``[R]``; draws come first again, None where none was stored."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the Triton energy score is differentiable once: create_graph=True is not supported; "
-            'backend="reference" has gradients of gradients'
-        )
+    refuse_second_derivative("the energy score")
     scaled: list[Tensor | None] = []
     for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
         if gradient.dim() == 1:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calm_kernels.autograd import refuse_second_derivative
 from calm_kernels.reparameterize.kernels import backward_kernel, forward_kernel
 from calm_kernels.tuning import architecture, launch_options, setting, use_fast_math
 
@@ -153,11 +154,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, dlatent: Tensor, dkl: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the Triton reparameterization is differentiable once: create_graph=True is not "
-            'supported; backend="reference" has gradients of gradients'
-        )
+    refuse_second_derivative("reparameterize")
     dstates = _backward_op(*ctx.saved_tensors, dlatent, dkl, ctx.kl_floor, ctx.dropout)
     return dstates, *[None] * 6
 
