@@ -6,8 +6,8 @@ Every public operation takes ``backend=`` and asks `resolve` which implementatio
 * ``torch``: the best plain PyTorch, any device;
 * ``triton``: fused kernels for NVIDIA and AMD GPUs (CPU tensors only in Triton's interpreter).
 
-``auto`` takes Triton for GPU tensors where the operation has a kernel, else ``torch``, and logs the
-choice once. The process-wide choice comes from `set_backend`, the `use_backend` context or
+``auto`` takes Triton where a kernel can run (GPU tensors; any in the interpreter), else ``torch``,
+and logs the choice once. The process-wide choice comes from `set_backend`, the `use_backend` context or
 ``CALM_KERNELS_BACKEND``; an argument other than ``auto`` overrides it. An explicit choice never
 falls back: it runs or raises.
 """
@@ -130,8 +130,8 @@ def resolve(
 
 
 def _automatic(operation: str, tensor: Tensor, obstacle: str | None) -> Backend:
-    on_gpu = tensor.device.type == "cuda" and obstacle is None
-    use_triton = on_gpu and Backend.TRITON in OPERATIONS[operation] and has_triton()
+    can_run = (tensor.device.type == "cuda" or is_interpreted()) and obstacle is None
+    use_triton = can_run and Backend.TRITON in OPERATIONS[operation] and has_triton()
     chosen = Backend.TRITON if use_triton else Backend.TORCH
     if (operation, chosen) not in _logged:
         _logged.add((operation, chosen))

@@ -58,9 +58,9 @@ def square_root(x, FAST: tl.constexpr):
 
 @triton.jit
 def power_terms(square, EXPONENT: tl.constexpr, FAST: tl.constexpr):
-    """|v|^α and α|v|^(α-2) from |v|²; both are 0 where v is."""
-    is_apart = square > _SMALLEST
-    safe = tl.where(is_apart, square, 1.0)
+    """|v|^α and α|v|^(α-2) from |v|²; both are 0 where v is, and not a number where |v|² is not."""
+    is_zero = square <= _SMALLEST
+    safe = tl.where(is_zero, 1.0, square)
     if EXPONENT == 1.0:
         slope = tl.rsqrt(safe)
         value = safe * slope
@@ -68,7 +68,7 @@ def power_terms(square, EXPONENT: tl.constexpr, FAST: tl.constexpr):
         logarithm = log2(safe, FAST)
         value = exp2(EXPONENT / 2 * logarithm, FAST)
         slope = EXPONENT * exp2((EXPONENT / 2 - 1) * logarithm, FAST)
-    return tl.where(is_apart, value, 0.0), tl.where(is_apart, slope, 0.0)
+    return tl.where(is_zero, 0.0, value), tl.where(is_zero, 0.0, slope)
 
 
 @triton.jit

@@ -28,23 +28,21 @@ class Launch:
     block_rows: int = 8
 
 
-# (operation, architecture, largest width it is for); ".posterior" also differentiates the target.
+# (operation, architecture, largest width it is for); ".heavy" also differentiates the target.
 TABLE: dict[tuple[str, str, int], Launch] = {
     ("energy_score.analytic", DEFAULT, 1024): Launch(),
-    ("energy_score.analytic.posterior", DEFAULT, 1024): Launch(features_per_lane=16),
+    ("energy_score.analytic.heavy", DEFAULT, 1024): Launch(features_per_lane=16),
+    ("energy_score.analytic.heavy", "sm_80", 1024): Launch(features_per_lane=8),
     ("energy_score.direct", DEFAULT, 1024): Launch(),
-    ("energy_score.direct.posterior", DEFAULT, 1024): Launch(features_per_lane=16),
+    ("energy_score.direct.heavy", DEFAULT, 1024): Launch(features_per_lane=16),
     ("energy_score.gram", DEFAULT, 128): Launch(num_warps=1),
     ("energy_score.gram", DEFAULT, 256): Launch(num_warps=2),
-    ("energy_score.gram", DEFAULT, 512): Launch(num_warps=4),
-    ("energy_score.gram", DEFAULT, 1024): Launch(num_warps=8),
-    ("energy_score.gram", "gfx942", 256): Launch(num_warps=1, block_n=16),
-    ("energy_score.gram", "gfx942", 1024): Launch(num_warps=4, block_n=16),
-    ("energy_score.gram.posterior", DEFAULT, 128): Launch(num_warps=2),
-    ("energy_score.gram.posterior", DEFAULT, 256): Launch(num_warps=4),
-    ("energy_score.gram.posterior", DEFAULT, 1024): Launch(num_warps=8),
-    ("energy_score.gram.posterior", "gfx942", 128): Launch(num_warps=2, block_n=16),
-    ("energy_score.gram.posterior", "gfx942", 1024): Launch(num_warps=8, block_n=16),
+    ("energy_score.gram", "gfx942", 128): Launch(num_warps=1, block_n=16),
+    ("energy_score.gram", "gfx942", 256): Launch(num_warps=4, block_n=16),
+    ("energy_score.gram.heavy", DEFAULT, 128): Launch(num_warps=2),
+    ("energy_score.gram.heavy", DEFAULT, 256): Launch(num_warps=4),
+    ("energy_score.gram.heavy", "gfx942", 128): Launch(num_warps=2, block_n=16),
+    ("energy_score.gram.heavy", "gfx942", 256): Launch(num_warps=4, block_n=16),
     ("reparameterize", DEFAULT, 4096): Launch(num_warps=4, block_rows=8),
 }
 

@@ -191,7 +191,7 @@ def _drawn_op(
     counts = (num_rows, num_targets, num_targets // 2 if is_antithetic else num_targets)
     strides = (*mean.stride(), *log_std.stride(), stride, stride_seed)
     with torch.cuda.device_of(samples):
-        if noise is None and width >= launch.GRAM_MIN_WIDTH:
+        if noise is None and width in launch.GRAM_WIDTHS:
             constants, options = launch.gram(problem, is_antithetic=is_antithetic)
             gram_kernel[(num_rows,)](
                 samples, mean, log_std, pointer, seed, first_row, terms, dsamples, dmean,

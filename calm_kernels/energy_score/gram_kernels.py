@@ -104,8 +104,8 @@ def _pair_slices(x, samples_ptr, q, stride_n, stride_l, width, NUM_SAMPLES: tl.c
 
 @triton.jit
 def _target_weights(cross, d2, z2, mask, EXPONENT: tl.constexpr, FAST: tl.constexpr):
-    """|d - z|^α and α|d - z|^(α-2), ``[BLOCK_M, BLOCK_N]``; a square that rounding made negative is 0."""
-    square = tl.maximum(d2[None, :] + z2[:, None] - 2 * cross, 0.0)
+    """|d - z|^α and α|d - z|^(α-2), ``[BLOCK_M, BLOCK_N]``; a square that rounding made negative counts as 0."""
+    square = d2[None, :] + z2[:, None] - 2 * cross
     return power_terms(tl.where(mask, square, 0.0), EXPONENT, FAST)
 
 

@@ -11,10 +11,11 @@ from calm_kernels.energy_score.nodes import nodes
 from calm_kernels.energy_score.series import MAX_R2, MAX_SHARE
 from calm_kernels.tuning import Launch, launch_options, patch_tile, setting
 
-__all__ = ["GRAM_MIN_WIDTH", "Problem", "analytic", "direct", "gram"]
+__all__ = ["GRAM_WIDTHS", "Problem", "analytic", "direct", "gram"]
 
-# Fewer dimensions leave d and z too far from orthogonal for a product of rounded operands.
-GRAM_MIN_WIDTH = 64
+# Fewer dimensions leave d and z too far from orthogonal for a product of rounded operands; more overflow the registers
+# of a program.
+GRAM_WIDTHS = range(64, 257)
 
 Constants = tuple[dict[str, Any], dict[str, Any]]
 
@@ -36,7 +37,8 @@ class Problem:
 
     def setting(self, operation: str) -> Launch:
         """The table's row for this problem."""
-        name = f"energy_score.{operation}" + (".posterior" if self.need_posterior else "")
+        is_heavy = self.need_posterior or (operation == "gram" and self.dtype.itemsize == 4)
+        name = f"energy_score.{operation}" + (".heavy" if is_heavy else "")
         return setting(name, self.arch, self.width)
 
     def common(self) -> dict[str, Any]:

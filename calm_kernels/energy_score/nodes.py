@@ -16,7 +16,7 @@ _LEFT_TAIL = 16.0
 # From this exponent on τ^(1-p) falls so slowly that it takes half as many nodes again.
 _SLOW_EXPONENT = 1.5
 # Least latent size, number of nodes, right end.
-_RULES = ((64, 16, 5.0), (8, 24, 10.0), (1, 32, 16.0))
+_RULES = ((64, 16, 5.0), (8, 24, 10.0), (1, 48, 16.0))
 
 
 class Nodes(NamedTuple):

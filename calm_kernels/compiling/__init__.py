@@ -1,0 +1,1 @@
+"""Compiling kernels for machines that are not here, and reading what the compiler made of them."""

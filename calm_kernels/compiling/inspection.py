@@ -1,0 +1,155 @@
+"""What a compiled kernel costs: registers, spills, shared memory, and instructions from its disassembly.
+
+Instructions are counted dynamically: every instruction once, and those of a loop once per trip. A loop is a backward
+branch without an exit between its ends; its trips are declared by the configuration, in the order of the code. What
+follows the last exit is left out: there the compiler puts the slow path of warp shuffles for diverged warps, which these kernels never take.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Cost", "Loop", "count_instructions", "inspect_kernel", "parse_amdgcn", "parse_sass"]
+
+_SASS_LABEL = re.compile(r"^\.(L_x_\d+):")
+_SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+_SASS_BRANCH = re.compile(r"`\(\.(L_x_\d+)\)")
+# A loop with one of these waits for hardware; it counts once.
+_WAITS = {"NANOSLEEP"}
+_AMD_LABEL = re.compile(r"^(\.LBB\d+_\d+):")
+_AMD_LINE = re.compile(r"^\t([a-z]\w*)(.*)")
+_AMD_BRANCH = re.compile(r"(\.LBB\d+_\d+)")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Instructions ``first..last`` of the listing."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one program of a kernel takes."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    instructions: int  # of one warp
+    num_warps: int
+    num_loops: int
+
+
+def _parse(
+    lines: Sequence[str],
+    label: re.Pattern[str],
+    line: re.Pattern[str],
+    branch: re.Pattern[str],
+    exit_name: str,
+) -> tuple[list[str], list[Loop]]:
+    """Mnemonics up to the last unconditional exit, and the loops among them."""
+    names: list[str] = []
+    places: dict[str, int] = {}
+    loops: list[Loop] = []
+    exits: list[int] = []
+    for text in lines:
+        if found := label.match(text):
+            places[found[1]] = len(names)
+        elif found := line.match(text):
+            name, operands = found[1], found[2]
+            target = branch.search(operands)
+            names.append(name)
+            if target and target[1] in places:
+                loops.append(Loop(places[target[1]], len(names) - 1))
+            if name == exit_name and "@" not in text:
+                exits.append(len(names))
+    end = exits[-1] if exits else len(names)
+    kept = [
+        loop
+        for loop in loops
+        if loop.last < end
+        and not any(loop.first < place <= loop.last for place in exits)
+        and not _WAITS & set(names[loop.first : loop.last + 1])
+    ]
+    return names[:end], sorted(kept, key=lambda loop: loop.first)
+
+
+def parse_sass(listing: str) -> tuple[list[str], list[Loop]]:
+    """Mnemonics and loops of an NVIDIA disassembly, no-operations left out of neither."""
+    return _parse(listing.splitlines(), _SASS_LABEL, _SASS_LINE, _SASS_BRANCH, "EXIT")
+
+
+def parse_amdgcn(listing: str) -> tuple[list[str], list[Loop]]:
+    """Mnemonics and loops of AMD assembly."""
+    return _parse(listing.splitlines(), _AMD_LABEL, _AMD_LINE, _AMD_BRANCH, "s_endpgm")
+
+
+def count_instructions(names: Sequence[str], loops: Sequence[Loop], trips: Sequence[int]) -> int:
+    """Instructions that one warp issues.
+
+    Raises:
+        ValueError: the code has another number of loops than were declared.
+    """
+    if len(loops) != len(trips):
+        raise ValueError(f"{len(loops)} loops in the code, {len(trips)} declared")
+    times = [1] * len(names)
+    for loop, count in zip(loops, trips, strict=True):
+        for index in range(loop.first, loop.last + 1):
+            times[index] *= count
+    return sum(
+        count for name, count in zip(names, times, strict=True) if name not in ("NOP", "s_nop")
+    )
+
+
+@lru_cache(maxsize=1)
+def _tools() -> Path:
+    """Folder of the disassembler that Triton ships."""
+    import triton.backends.nvidia as nvidia
+
+    return Path(str(nvidia.__file__)).parent / "bin"
+
+
+def _run(tool: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [str(_tools() / tool), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def _inspect_nvidia(compiled: Any) -> tuple[int, int, list[str], list[Loop]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage = _run("cuobjdump", "-res-usage", str(path))
+        listing = _run("nvdisasm", "-c", str(path))
+    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
+    stack = int(re.findall(r"STACK:(\d+)", usage)[-1])
+    return registers, stack, *parse_sass(listing)
+
+
+def _inspect_amd(compiled: Any) -> tuple[int, int, list[str], list[Loop]]:
+    listing = compiled.asm["amdgcn"]
+    registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", listing)[-1])
+    spills = int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", listing)[-1])
+    return registers, 4 * spills, *parse_amdgcn(listing)
+
+
+def inspect_kernel(compiled: Any, trips: Sequence[int]) -> Cost:
+    """The cost of a compiled kernel whose loops run `trips` times, in the order of the code."""
+    is_nvidia = "cubin" in compiled.asm
+    inspected = _inspect_nvidia(compiled) if is_nvidia else _inspect_amd(compiled)
+    registers, spilled, names, loops = inspected
+    return Cost(
+        registers=registers,
+        spilled_bytes=spilled,
+        shared_bytes=compiled.metadata.shared,
+        instructions=count_instructions(names, loops, trips),
+        num_warps=compiled.metadata.num_warps,
+        num_loops=len(loops),
+    )

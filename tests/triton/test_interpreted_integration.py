@@ -1,0 +1,163 @@
+"""The kernels inside torch: operator checks, compilation, autocast, a training run."""
+
+import copy
+
+import pytest
+import torch
+
+from calm import Autoencoder, AutoencoderConfig, CALMConfig, EnergyTransformer
+from calm_kernels import energy_score, gaussian_energy_score, reparameterize, use_backend
+from calm_kernels.energy_score import function as energy_function
+from calm_kernels.reparameterize import function as latent_function
+
+OPERATORS = torch.ops.calm_kernels
+ROWS, WIDTH = 2, 8
+
+
+def inputs(requires_grad=True):
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((3, ROWS, WIDTH), (ROWS, WIDTH), (ROWS, WIDTH))
+    return [torch.randn(s, generator=generator).requires_grad_(requires_grad) for s in shapes]
+
+
+def operator_calls():
+    """Each operator with arguments of a real call."""
+    samples, mean, log_std = inputs()
+    targets = samples[:2].detach().clone().requires_grad_()
+    seed, row = torch.tensor([1, 0]), torch.tensor(0)
+    yield OPERATORS.energy_score.default, (samples, targets, None, 1.0, True, True)
+    yield OPERATORS.analytic_energy_score.default, (samples, mean, log_std, None, 1.0, True, True)
+    yield (
+        OPERATORS.drawn_energy_score.default,
+        (samples, mean, log_std, torch.ones(ROWS), None, seed, row, 4, True, 0.5, True, True),
+    )
+    states = torch.randn(ROWS, 2 * WIDTH, requires_grad=True)
+    yield OPERATORS.reparameterize.default, (states, None, None, seed, row, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("call", list(operator_calls()), ids=lambda call: call[0].name())
+def test_operators_keep_their_contract(call):
+    """Schema, fake version and autograd registration, by torch's own checker."""
+    operator, arguments = call
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator, arguments, test_utils=tests)
+
+
+def score_and_latent(samples, mean, log_std):
+    analytic = gaussian_energy_score(samples, mean, log_std, backend="triton")
+    drawn = gaussian_energy_score(
+        samples, mean, log_std, targets="antithetic", num_targets=4, backend="triton",
+        seed=torch.tensor([3, 0]),
+    )  # fmt: skip
+    given = energy_score(samples, samples[:2].detach() + 1, backend="triton")
+    latent, kl = reparameterize(
+        torch.cat([mean, log_std], -1), kl_floor=0.1, dropout=0.25, backend="triton",
+        seed=torch.tensor([4, 0]),
+    )  # fmt: skip
+    return (analytic + drawn + given + kl).sum() + latent.square().sum()
+
+
+def test_one_graph_under_compile():
+    eager = inputs()
+    expected = torch.autograd.grad(score_and_latent(*eager), eager)
+    compiled = torch.compile(score_and_latent, fullgraph=True, backend="aot_eager")
+    traced = inputs()
+    actual = torch.autograd.grad(compiled(*traced), traced)
+    for value, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(value, wanted)
+
+
+@pytest.mark.parametrize("index", range(2), ids=["energy score", "reparameterize"])
+def test_second_derivatives_are_refused(index):
+    samples, mean, log_std = inputs()
+    states = torch.cat([mean, log_std], -1)
+    output = (
+        gaussian_energy_score(samples, mean, log_std, backend="triton")
+        if index == 0
+        else reparameterize(states, kl_floor=0.1, seed=1, backend="triton")[1]
+    )
+    with pytest.raises(RuntimeError, match=r"differentiable once.*reference"):
+        torch.autograd.grad(output.sum(), mean, create_graph=True)
+
+
+def test_autocast_leaves_the_operators_alone():
+    arguments = inputs()
+    expected = score_and_latent(*arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = score_and_latent(*arguments)
+    assert actual.dtype == torch.float32 and torch.equal(actual, expected)
+
+
+class Launches:
+    """Names of the kernels that were launched while it is in use."""
+
+    def __init__(self, monkeypatch):
+        self.names = []
+        for module in (energy_function, latent_function):
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                monkeypatch.setattr(module, name, self._watched(name, getattr(module, name)))
+
+    def _watched(self, name, kernel):
+        class Watched:
+            def __getitem__(_, grid):
+                self.names.append(name)
+                return kernel[grid]
+
+        return Watched()
+
+
+def tiny_autoencoder():
+    torch.manual_seed(0)
+    config = AutoencoderConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, latent_size=8, patch_size=2
+    )
+    return Autoencoder(config)
+
+
+def tiny_model(**changes):
+    torch.manual_seed(0)
+    config = CALMConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_mlp_layers=1, noise_size=8,
+        latent_size=8, patch_size=2, num_samples=3, num_targets=4, head_init="scaled", **changes,
+    )  # fmt: skip
+    return EnergyTransformer.from_autoencoder(tiny_autoencoder(), config)
+
+
+def train(model, backend, steps=3):
+    """Losses of a few steps; draws are addressed by (seed, step). In the interpreter auto is Triton."""
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    generator = torch.Generator().manual_seed(2)
+    losses = []
+    for step in range(steps):
+        tokens = torch.randint(64, (2, 8), generator=generator)
+        labels = tokens.clone()
+        labels[1, 6:] = -100
+        with use_backend(backend):
+            loss = model(tokens, labels=labels, seed=torch.tensor([5, step])).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("targets", ["analytic", "antithetic", "sample"])
+def test_a_training_run_is_that_of_torch(targets, monkeypatch):
+    model = tiny_model(targets=targets)
+    expected = train(model, "torch")
+    launches = Launches(monkeypatch)
+    actual = train(model, "auto")
+    kernel = "analytic_kernel" if targets == "analytic" else "direct_kernel"
+    assert launches.names == [kernel] * len(actual)
+    assert actual == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_autoencoder_run_is_that_of_torch(monkeypatch):
+    model = tiny_autoencoder()
+    expected = train(model, "torch")
+    launches = Launches(monkeypatch)
+    actual = train(model, "auto")
+    assert launches.names == ["forward_kernel", "backward_kernel"] * len(actual)
+    assert actual == pytest.approx(expected, rel=1e-5)
