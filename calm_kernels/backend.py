@@ -7,9 +7,9 @@ Every public operation takes ``backend=`` and asks `resolve` which implementatio
 * ``triton``: fused kernels for NVIDIA and AMD GPUs (CPU tensors only in Triton's interpreter).
 
 ``auto`` takes Triton where a kernel can run (GPU tensors; any in the interpreter), else ``torch``,
-and logs the choice once. The process-wide choice comes from `set_backend`, the `use_backend` context or
-``CALM_KERNELS_BACKEND``; an argument other than ``auto`` overrides it. An explicit choice never
-falls back: it runs or raises.
+and logs the choice once. The process-wide choice comes from `set_backend`, the `use_backend`
+context or ``CALM_KERNELS_BACKEND``; an argument other than ``auto`` overrides it. An explicit
+choice never falls back: it runs or raises.
 """
 
 import importlib.util

@@ -1,8 +1,9 @@
 """What the compiler makes of every kernel that ships, for machines that need not be here.
 
-``python -m calm_kernels.compile_report`` compiles all configurations for all targets and prints registers, spilled
-bytes, shared memory, warp instructions a patch, the time their issue takes and the share of it that memory traffic
-alone would need. It exits with 1 if a kernel spills, exceeds shared memory or its instruction budget.
+``python -m calm_kernels.compile_report`` compiles all configurations for all targets and prints
+registers, spilled bytes, shared memory, warp instructions a patch, the time their issue takes and
+the share of it that memory traffic alone would need. It exits with 1 if a kernel spills, exceeds
+shared memory or its instruction budget.
 
 The issue time assumes that every scheduler issues in every cycle; plan on 65 to 80 % of that rate.
 """
@@ -87,7 +88,10 @@ def report(targets: Iterable[str], prefix: str = "") -> Iterable[Row]:
                 yield measure(configuration, TARGETS[name])
 
 
-_COLUMNS = ("configuration", "target", "registers", "spill B", "shared B", "warps", "instr/patch", "budget", "issue us", "floor us", "floor")  # fmt: skip
+_COLUMNS = (
+    "configuration", "target", "registers", "spill B", "shared B", "warps", "instr/patch",
+    "budget", "issue us", "floor us", "floor",
+)  # fmt: skip
 _LAYOUT = "{:<44} {:<7} {:>9} {:>7} {:>8} {:>5} {:>11} {:>6} {:>8} {:>8} {:>5}  {}"
 
 

@@ -1,7 +1,8 @@
 """Device functions shared by the kernels: fast or portable mathematics, powers of distances.
 
-`FAST` selects single special-function instructions by inline assembly (NVIDIA, error about 1e-6). Without it
-the same quantities come from portable code: AMD, and Triton's interpreter, which has no inline assembly.
+`FAST` selects single special-function instructions by inline assembly (NVIDIA, error about 1e-6).
+Without it the same quantities come from portable code: AMD, and Triton's interpreter, which has no
+inline assembly.
 """
 
 import triton
@@ -39,7 +40,9 @@ def exp2(x, FAST: tl.constexpr):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x, x > 0, from the reciprocal square root: one instruction everywhere, where a division is a routine."""
+    """1 / x, x > 0, from the reciprocal square root: one instruction everywhere, where a division
+    is a routine.
+    """
     root = tl.rsqrt(x)
     return root * root
 
@@ -73,5 +76,7 @@ def power_terms(square, EXPONENT: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def sum_features(tile):
-    """Sum over the features of ``[OUTER, BLOCK_N, LANES, INNER]``, ``[BLOCK_N]``: registers first, lanes last."""
+    """Sum over the features of ``[OUTER, BLOCK_N, LANES, INNER]``, ``[BLOCK_N]``: registers first,
+    lanes last.
+    """
     return tl.sum(tl.sum(tl.sum(tile, axis=0), axis=2), axis=1)

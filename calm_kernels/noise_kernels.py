@@ -1,7 +1,8 @@
 """The random numbers of noise.py inside a kernel: the same Philox bits, the same places.
 
-Floats agree to a few 1e-6 in the portable path; in the `FAST` path (NVIDIA) logarithm, sine and cosine are the
-approximate instructions, whose error is far below the 20 + 12 bits that a normal is made of.
+Floats agree to a few 1e-6 in the portable path; in the `FAST` path (NVIDIA) logarithm, sine and
+cosine are the approximate instructions, whose error is far below the 20 + 12 bits that a normal is
+made of.
 """
 
 import triton
@@ -44,17 +45,20 @@ def load_key(seed_ptr, first_row_ptr, row, stride_seed, STREAM: tl.constexpr):
     offset = tl.load(seed_ptr + row * stride_seed + 1)
     counter = tl.load(first_row_ptr) + tl.where(stride_seed == 0, row, 0)
     k1 = (seed >> 32).to(tl.uint32) ^ STREAM
-    return seed.to(tl.uint32), k1, counter.to(tl.uint32), offset.to(tl.uint32), (offset >> 32).to(tl.uint32)  # fmt: skip
+    c2, c3 = offset.to(tl.uint32), (offset >> 32).to(tl.uint32)
+    return seed.to(tl.uint32), k1, counter.to(tl.uint32), c2, c3
 
 
 @triton.jit
 def _polynomial_sin_cos(step):
-    """sin and cos of (step + 1/2) 2π / 2^12 - π, to 1e-7: the nearest quarter turn, then short polynomials."""
+    """sin and cos of (step + 1/2) 2π / 2^12 - π, to 1e-7: a quarter turn, then polynomials."""
     angle = ((step & 1023).to(tl.float32) + 0.5) * _ANGLE_STEP - _PI / 4  # in (-π/4, π/4)
     square = angle * angle
-    sine = angle * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square / 362880))))  # fmt: skip
-    cosine = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square / 40320)))
-    # The whole angle is that plus quarter · π/2 + π/4 - π; fold the constant -3π/4 into a rotation by 45 degrees.
+    sine = 1 / 120 + square * (-1 / 5040 + square * (1 / 362880))
+    sine = angle * (1 + square * (-1 / 6 + square * sine))
+    cosine = 1 / 24 + square * (-1 / 720 + square * (1 / 40320))
+    cosine = 1 + square * (-1 / 2 + square * cosine)
+    # The whole angle is that plus quarter · π/2 + π/4 - π: rotate by -3π/4, then by quarters.
     root_half: tl.constexpr = 0.7071067811865476
     base_sine = (-sine - cosine) * root_half
     base_cosine = (sine - cosine) * root_half
@@ -62,8 +66,8 @@ def _polynomial_sin_cos(step):
     is_odd = (quarter & 1) != 0
     turned_sine = tl.where(is_odd, base_cosine, base_sine)
     turned_cosine = tl.where(is_odd, -base_sine, base_cosine)
-    is_half = (quarter & 2) != 0
-    return tl.where(is_half, -turned_sine, turned_sine), tl.where(is_half, -turned_cosine, turned_cosine)  # fmt: skip
+    sign = tl.where((quarter & 2) != 0, -1.0, 1.0)
+    return sign * turned_sine, sign * turned_cosine
 
 
 @triton.jit
@@ -103,7 +107,7 @@ def _pick(w0, w1, w2, w3, index):
 
 @triton.jit
 def normal_at(draw, element, k0, k1, c1, c2, c3, WORDS: tl.constexpr, FAST: tl.constexpr):
-    """Normal number `element` of draw `draw` of a row, each lane for itself; WORDS = ceil(width / 8)."""
+    """Normal `element` of draw `draw` of a row, each lane for itself; WORDS = ceil(width / 8)."""
     c0 = (draw * WORDS + element % WORDS).to(tl.uint32)
     zero = c0 * 0
     w0, w1, w2, w3 = philox(c0, c1 + zero, c2 + zero, c3 + zero, k0, k1)
@@ -114,7 +118,7 @@ def normal_at(draw, element, k0, k1, c1, c2, c3, WORDS: tl.constexpr, FAST: tl.c
 
 @triton.jit
 def uniform_at(draw, element, k0, k1, c1, c2, c3, WORDS: tl.constexpr):
-    """Uniform number `element` of draw `draw` of a row, each lane for itself; WORDS = ceil(width / 4)."""
+    """Uniform `element` of draw `draw` of a row, each lane for itself; WORDS = ceil(width / 4)."""
     c0 = (draw * WORDS + element % WORDS).to(tl.uint32)
     zero = c0 * 0
     w0, w1, w2, w3 = philox(c0, c1 + zero, c2 + zero, c3 + zero, k0, k1)

@@ -1,7 +1,8 @@
-"""Launch settings of every kernel, from one table: nothing is tuned at import, at a launch or on sequence length.
+"""Launch settings of every kernel, from one table: nothing is tuned at import, at a launch or on
+sequence length.
 
-A setting is found by operation, architecture and width bucket; an architecture that is not listed takes the default
-row. Results never depend on these numbers, only speed does.
+A setting is found by operation, architecture and width bucket; an architecture that is not listed
+takes the default row. Results never depend on these numbers, only speed does.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,15 @@ import torch
 
 from calm_kernels.backend import is_interpreted
 
-__all__ = ["Launch", "PatchTile", "architecture", "launch_options", "patch_tile", "setting", "use_fast_math"]  # fmt: skip
+__all__ = [
+    "Launch",
+    "PatchTile",
+    "architecture",
+    "launch_options",
+    "patch_tile",
+    "setting",
+    "use_fast_math",
+]
 
 DEFAULT = "default"
 
@@ -72,7 +81,9 @@ def use_fast_math() -> bool:
 
 
 def launch_options(launch: Launch, num_warps: int | None = None) -> dict[str, Any]:
-    """Compiler options of a launch; multiply-add fusion is named because its default changes with Triton 3.10."""
+    """Compiler options of a launch; multiply-add fusion is named because its default changes with
+    Triton 3.10.
+    """
     return {
         "num_warps": launch.num_warps if num_warps is None else num_warps,
         "num_stages": launch.num_stages,
@@ -82,7 +93,9 @@ def launch_options(launch: Launch, num_warps: int | None = None) -> dict[str, An
 
 @dataclass(frozen=True)
 class PatchTile:
-    """A patch's samples in registers, ``[OUTER, BLOCK_N, LANES, INNER]``, and the warps that hold them."""
+    """A patch's samples in registers, ``[OUTER, BLOCK_N, LANES, INNER]``, and the warps that hold
+    them.
+    """
 
     outer: int
     block_n: int
@@ -92,14 +105,15 @@ class PatchTile:
 
     def constants(self) -> dict[str, int]:
         """As the kernels name them."""
-        return {"OUTER": self.outer, "BLOCK_N": self.block_n, "LANES": self.lanes, "INNER": self.inner}  # fmt: skip
+        names = ("OUTER", "BLOCK_N", "LANES", "INNER")
+        return dict(zip(names, (self.outer, self.block_n, self.lanes, self.inner), strict=True))
 
 
 def patch_tile(launch: Launch, num_samples: int, width: int, itemsize: int) -> PatchTile:
     """Split `width` features over lanes: 16 bytes at a time, at most `features_per_lane` in each.
 
-    A lane multiplies its own 1 + 2tσ² in the quadrature, whose nodes reach further for small widths: fewer features
-    keep that product within float32.
+    A lane multiplies its own 1 + 2tσ² in the quadrature, whose nodes reach further for small
+    widths: fewer features keep that product within float32.
     """
     block = 1 << (width - 1).bit_length()
     most = launch.features_per_lane if width >= 64 else 8 if width >= 8 else 4

@@ -1,7 +1,8 @@
-"""The kernel configurations that ship, at the reference size: 8192 patches, N = 8 samples, M = 100 targets, L = 128.
+"""The kernel configurations that ship, at the reference size: 8192 patches, N = 8 samples, M = 100
+targets, L = 128.
 
-A configuration compiles what a launch would: the same constants, the specialisations that Triton derives from aligned
-tensors, strides of contiguous memory.
+A configuration compiles what a launch would: the same constants, the specialisations that Triton
+derives from aligned tensors, strides of contiguous memory.
 """
 
 import math
@@ -49,11 +50,19 @@ class Configuration:
         return self.name.split(".")[0]
 
 
-_FLOAT32 = ("weight_ptr", "terms_ptr", "dmean_ptr", "dlog_std_ptr", "dtargets_ptr", "kl_ptr", "dkl_ptr")  # fmt: skip
+_FLOAT32 = (
+    "weight_ptr", "terms_ptr", "dmean_ptr", "dlog_std_ptr", "dtargets_ptr", "kl_ptr", "dkl_ptr",
+)  # fmt: skip
 _INT64 = ("seed_ptr", "first_row_ptr")
 _FLOATS = ("first", "step", "log_scale", "kl_floor", "dropout")
-_UNIT_STRIDES = ("stride_l", "stride_mean_l", "stride_std_l", "stride_target_l", "stride_weight", "stride_noise_l", "stride_keep_l", "stride_dlatent_l", "stride_dkl")  # fmt: skip
-_ALIGNED = ("num_rows", "stride_n", "stride_r", "stride_mean_r", "stride_std_r", "stride_target_m", "stride_target_r", "stride_noise_r", "stride_keep_r", "stride_dlatent_r")  # fmt: skip
+_UNIT_STRIDES = (
+    "stride_l", "stride_mean_l", "stride_std_l", "stride_target_l", "stride_weight",
+    "stride_noise_l", "stride_keep_l", "stride_dlatent_l", "stride_dkl",
+)  # fmt: skip
+_ALIGNED = (
+    "num_rows", "stride_n", "stride_r", "stride_mean_r", "stride_std_r", "stride_target_m",
+    "stride_target_r", "stride_noise_r", "stride_keep_r", "stride_dlatent_r",
+)  # fmt: skip
 
 
 def _type(name: str, configuration: Configuration) -> str:
@@ -110,7 +119,7 @@ def _analytic(
     name: str, dtype: torch.dtype, *, is_far: bool, budget: int | None = None, **changes: Any
 ) -> Configuration:
     width, exponent = changes.get("width", WIDTH), changes.get("exponent", 1.0)
-    count = nodes(exponent, width).count if is_far else 0
+    count = nodes(exponent, width).num_nodes if is_far else 0
     return Configuration(
         name=f"energy_score.analytic.{name}",
         kernel=analytic_kernel,
@@ -153,7 +162,7 @@ def _direct(
             is_drawn=not is_given,
             is_antithetic=False,
             need_targets=need_targets,
-        ),  # fmt: skip
+        ),
         trips=lambda _: (NUM_SAMPLES, NUM_TARGETS),
         bytes_per_patch=_bytes(dtype, width) + count * NUM_TARGETS * width * dtype.itemsize,
     )

@@ -1,8 +1,10 @@
-"""What a compiled kernel costs: registers, spills, shared memory, and instructions from its disassembly.
+"""What a compiled kernel costs: registers, spills, shared memory, and instructions from its
+disassembly.
 
-Instructions are counted dynamically: every instruction once, and those of a loop once per trip. A loop is a backward
-branch without an exit between its ends; its trips are declared by the configuration, in the order of the code. What
-follows the last exit is left out: there the compiler puts the slow path of warp shuffles for diverged warps, which these kernels never take.
+Instructions are counted dynamically: every instruction once, and those of a loop once per trip. A
+loop is a backward branch without an exit between its ends; its trips are declared by the
+configuration, in the order of the code. What follows the last exit is left out: there the compiler
+puts the slow path of warp shuffles for diverged warps, which these kernels never take.
 """
 
 import re

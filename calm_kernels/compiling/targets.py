@@ -30,7 +30,8 @@ class Target:
         return GPUTarget(self.backend, self.arch, self.warp_size)
 
 
-# A100, H200, B200 and MI300X: processors x schedulers x clock; copies measured at about 85 % of peak.
+# A100, H200, B200 and MI300X: processors x schedulers x clock; copies measured at about 85 % of
+# peak.
 TARGETS = {
     target.name: target
     for target in (

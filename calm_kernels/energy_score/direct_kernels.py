@@ -1,7 +1,8 @@
 """The energy score by direct differences: targets given, or drawn one at a time in registers.
 
-One program a patch. It reads each given target once; drawn targets never exist in memory. Exact in float32 for every
-latent size; gram_kernels.py is the faster way to many drawn targets of many dimensions.
+One program a patch. It reads each given target once; drawn targets never exist in memory. Exact in
+float32 for every latent size; gram_kernels.py is the faster way to many drawn targets of many
+dimensions.
 """
 
 import triton
@@ -27,7 +28,10 @@ _STREAM_TARGETS = tl.constexpr(1)  # noise.Stream.TARGETS
 
 
 @triton.jit
-def _add_target(total, pull, stretch, offset, point, EXPONENT: tl.constexpr, NEED_POSTERIOR: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+def _add_target(
+    total, pull, stretch, offset, point, EXPONENT: tl.constexpr, NEED_POSTERIOR: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
     """Add |d_i - z|^α, its gradient by d and, for log_std, that gradient times z."""
     difference = offset - point[:, None]
     value, slope = power_terms(sum_features(difference * difference), EXPONENT, FAST)
@@ -85,7 +89,7 @@ def direct_kernel(
     OUTER: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """score = mean_{i≠j} |x_i - x_j|^α - 2 mean_{i,m} |x_i - y_m|^α of one patch, times its weight."""
+    """score = mean_{i≠j} |x_i - x_j|^α - 2 mean_{i,m} |x_i - y_m|^α of one patch, weighted."""
     row = tl.program_id(0).to(tl.int64)
     weight = load_weight(weight_ptr, row, stride_weight, HAS_WEIGHT)
     feature = feature_tile(OUTER, LANES, INNER)
@@ -123,8 +127,8 @@ def direct_kernel(
         total, slope, stretch = _sum_targets(
             x - center[:, None], mask, targets_ptr + row * stride_target_r,
             dtargets_ptr + row * num_targets * WIDTH, std, feature, mask_feature, num_draws,
-            stride_target_m, stride_target_l, target_scale, k0, k1, c1, c2, c3, WIDTH, EXPONENT,
-            IS_GIVEN, IS_DRAWN, IS_ANTITHETIC, NUM_SAMPLES > BLOCK_N, NEED_TARGETS, NEED_POSTERIOR, FAST,
+            stride_target_m, stride_target_l, target_scale, k0, k1, c1, c2, c3, WIDTH, EXPONENT, IS_GIVEN, IS_DRAWN,
+            IS_ANTITHETIC, NUM_SAMPLES > BLOCK_N, NEED_TARGETS, NEED_POSTERIOR, FAST,
         )  # fmt: skip
         fidelity += tl.sum(tl.where(mask_n, total, 0.0))
         if NEED_SAMPLES:

@@ -1,4 +1,5 @@
-"""Device code of E|v|^α for v ~ N(m, diag σ²): series.py and quadrature in registers, values and slopes together.
+"""Device code of E|v|^α for v ~ N(m, diag σ²): series.py and quadrature in registers, values and
+slopes together.
 
 Tiles are ``[OUTER, BLOCK_N, LANES, INNER]`` (kernels.py), quantities of a sample ``[BLOCK_N]``.
 """
@@ -21,7 +22,9 @@ def _multiply(left, right):
 
 @triton.jit
 def _product(tile):
-    """Product over the features that a lane holds, ``[BLOCK_N, LANES]``: the launcher keeps it within range."""
+    """Product over the features that a lane holds, ``[BLOCK_N, LANES]``: the launcher keeps it
+    within range.
+    """
     return tl.reduce(tl.reduce(tile, 0, _multiply), 2, _multiply)
 
 
@@ -30,7 +33,9 @@ def series(
     offset2, variance, mean_square, r2, r3, r4, is_far,
     EXPONENT: tl.constexpr, NEED_POSTERIOR: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """E|v|^α = S^p h(r2, r3, r4) and its slopes by the formulas of series.py; all zero where `is_far`."""
+    """E|v|^α = S^p h(r2, r3, r4) and its slopes by the formulas of series.py; all zero where
+    `is_far`.
+    """
     P: tl.constexpr = EXPONENT / 2
     C2: tl.constexpr = P * (P - 1) / 2
     C3: tl.constexpr = C2 * (P - 2) / 3
@@ -63,7 +68,8 @@ def add_quadrature(
     value, slope, dvariance, offset2, variance, mean_square, num_nodes, first, step, log_scale,
     EXPONENT: tl.constexpr, NEED_POSTERIOR: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Add E|v|^α and its slopes by the trapezoid rule in u, tS = exp(u - e^-u): nodes of each sample's own scale.
+    """Add E|v|^α and its slopes by the trapezoid rule in u, tS = exp(u - e^-u): nodes of each
+    sample's own scale.
 
     With no nodes, which is where the series holds, nothing is added and nothing is spent.
     """

@@ -1,8 +1,8 @@
 """Launches the energy score's kernels and teaches autograd and torch.compile about them.
 
-One launch computes the score together with every gradient that is needed; the gradients are outputs of the operator,
-and backward multiplies them by the upstream gradient of each patch. Only row 0 of the terms, the score, is
-differentiated.
+One launch computes the score together with every gradient that is needed; the gradients are outputs
+of the operator, and backward multiplies them by the upstream gradient of each patch. Only row 0 of
+the terms, the score, is differentiated.
 """
 
 from typing import Any
@@ -43,7 +43,8 @@ def gaussian_energy_score(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Score, fidelity, diversity and, without draws, the largest r2 of each patch, ``[R]``.
 
-    Samples are ``[N, R, L]``, mean and log_std ``[R, L]``. Without draws the expectation over targets is exact.
+    Samples are ``[N, R, L]``, mean and log_std ``[R, L]``. Without draws the expectation over
+    targets is exact.
     """
     needs = _needs(samples, mean, log_std)
     options = (exponent, needs[0], needs[1] or needs[2])
@@ -66,8 +67,12 @@ def _needs(*inputs: Tensor) -> tuple[bool, ...]:
 
 
 def _problem(
-    samples: Tensor, weight: Tensor | None, exponent: float, need_samples: bool, need_posterior: bool
-) -> launch.Problem:  # fmt: skip
+    samples: Tensor,
+    weight: Tensor | None,
+    exponent: float,
+    need_samples: bool,
+    need_posterior: bool,
+) -> launch.Problem:
     return launch.Problem(
         num_samples=samples.shape[0],
         width=samples.shape[2],
@@ -83,7 +88,9 @@ def _problem(
 
 
 def _outputs(samples: Tensor, need_samples: bool) -> tuple[Tensor, Tensor]:
-    """Terms ``[4, R]`` and the gradient of the samples in patch-major memory ``[R, N, L]``, empty if not needed."""
+    """Terms ``[4, R]`` and the gradient of the samples in patch-major memory ``[R, N, L]``, empty
+    if not needed.
+    """
     num_samples, num_rows, width = samples.shape
     terms = samples.new_empty(4, num_rows, dtype=torch.float32)
     return terms, samples.new_empty((num_rows, num_samples, width) if need_samples else (0,))
@@ -96,7 +103,9 @@ def _posterior_outputs(mean: Tensor, log_std: Tensor, is_needed: bool) -> tuple[
 
 
 def _target_output(samples: Tensor, targets: Tensor, is_needed: bool) -> Tensor:
-    """Gradient of given targets ``[R, M, L]`` in float32; zeros, because blocks of samples add to it."""
+    """Gradient of given targets ``[R, M, L]`` in float32; zeros, because blocks of samples add to
+    it.
+    """
     num_targets, num_rows, width = targets.shape
     shape = (num_rows, num_targets, width) if is_needed else (0,)
     return targets.new_zeros(shape, dtype=torch.float32)
@@ -116,7 +125,7 @@ def _given_op(
     need_samples: bool,
     need_targets: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Terms, the gradient of the samples ``[R, N, L]`` and of the targets ``[R, M, L]`` (float32)."""
+    """Terms, gradients of the samples ``[R, N, L]`` and of the targets ``[R, M, L]``, float32."""
     terms, dsamples = _outputs(samples, need_samples)
     dtargets = _target_output(samples, targets, need_targets)
     num_targets, num_rows, _ = targets.shape
@@ -213,13 +222,20 @@ def _drawn_op(
 
 
 @_given_op.register_fake
-def _(samples, targets, weight, exponent, need_samples, need_targets):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _(
+    samples: Tensor,
+    targets: Tensor,
+    weight: Tensor | None,
+    exponent: float,
+    need_samples: bool,
+    need_targets: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     return *_outputs(samples, need_samples), _target_output(samples, targets, need_targets)
 
 
 @_analytic_op.register_fake
 @_drawn_op.register_fake
-def _(samples, mean, log_std, *options):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN202
+def _(samples: Tensor, mean: Tensor, log_std: Tensor, *options: Any) -> tuple[Tensor, ...]:
     *_, need_samples, need_posterior = options
     return *_outputs(samples, need_samples), *_posterior_outputs(mean, log_std, need_posterior)
 
@@ -233,7 +249,9 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _scale_gradients(ctx: Any, dterms: Tensor, *_: Tensor) -> Gradients:
-    """Stored gradients ``[R, ...]`` times upstream ``[R]``; draws come first again, None where none was stored."""
+    """Stored gradients ``[R, ...]`` times upstream ``[R]``; draws come first again, None where none
+    was stored.
+    """
     refuse_second_derivative("the energy score")
     scaled: list[Tensor | None] = []
     for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):

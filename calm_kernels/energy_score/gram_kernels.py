@@ -1,11 +1,14 @@
-"""The energy score against many drawn targets: distances by products on tensor cores, draws never in memory.
+"""The energy score against many drawn targets: distances by products on tensor cores, draws never
+in memory.
 
-With d_i = x_i - mean and z_m = σ·ε_m, |d_i - z_m|² = |d_i|² + |z_m|² - 2 d_i·z_m. Centred on the mean d and z are nearly
-orthogonal in many dimensions, so nothing cancels; samples among themselves may coincide and are compared directly.
+With d_i = x_i - mean and z_m = σ·ε_m, |d_i - z_m|² = |d_i|² + |z_m|² - 2 d_i·z_m. Centred on the
+mean d and z are nearly orthogonal in many dimensions, so nothing cancels; samples among themselves
+may coincide and are compared directly.
 
-Features are held as eight slices of WORDS = ceil(L / 8): feature k·WORDS + q is output k of word q, as noise.py lays
-normals out, so one Philox call feeds all slices. Samples are the narrow side of every product, which takes eight of
-them without padding. |z|² is a product too, of ε² and σ²: nothing per dimension stays in registers in the loop.
+Features are held as eight slices of WORDS = ceil(L / 8): feature k·WORDS + q is output k of word q,
+as noise.py lays normals out, so one Philox call feeds all slices. Samples are the narrow side of
+every product, which takes eight of them without padding. |z|² is a product too, of ε² and σ²:
+nothing per dimension stays in registers in the loop.
 """
 
 import triton
@@ -34,7 +37,10 @@ def _load_slices(pointer, q, stride_l, width, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _load_samples(pointer, q, sample, stride_n, stride_l, width, NUM_SAMPLES: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
+def _load_samples(
+    pointer, q, sample, stride_n, stride_l, width, NUM_SAMPLES: tl.constexpr,
+    WORDS: tl.constexpr,
+):  # fmt: skip
     """Eight slices ``[BLOCK_N, BLOCK_Q]`` of the samples in float32."""
     slices = ()
     offs_n = sample.to(tl.int64)[:, None] * stride_n
@@ -47,7 +53,9 @@ def _load_samples(pointer, q, sample, stride_n, stride_l, width, NUM_SAMPLES: tl
 
 
 @triton.jit
-def _load_offsets(x, pointer, q, sample, stride_l, width, NUM_SAMPLES: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
+def _load_offsets(
+    x, pointer, q, sample, stride_l, width, NUM_SAMPLES: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
     """Slices of x - mean; the mean is read for every sample, so that padding is zero."""
     center = _load_samples(pointer, q, sample, 0, stride_l, width, NUM_SAMPLES, WORDS)
     d = ()
@@ -57,7 +65,10 @@ def _load_offsets(x, pointer, q, sample, stride_l, width, NUM_SAMPLES: tl.conste
 
 
 @triton.jit
-def _load_std(pointer, q, sample, stride_l, width, NUM_SAMPLES: tl.constexpr, WORDS: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+def _load_std(
+    pointer, q, sample, stride_l, width, NUM_SAMPLES: tl.constexpr, WORDS: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
     """Slices of the standard deviation, the same for every sample, zero in padding."""
     log_std = _load_samples(pointer, q, sample, 0, stride_l, width, NUM_SAMPLES, WORDS)
     std = ()
@@ -69,7 +80,9 @@ def _load_std(pointer, q, sample, stride_l, width, NUM_SAMPLES: tl.constexpr, WO
 
 @triton.jit
 def _variance_rows(std, DOT_DTYPE: tl.constexpr):
-    """σ² ``[BLOCK_N, BLOCK_Q]`` as a product's operand: rounded in row 0, what rounding lost in row 1."""
+    """σ² ``[BLOCK_N, BLOCK_Q]`` as a product's operand: rounded in row 0, what rounding lost in row
+    1.
+    """
     row = tl.arange(0, std.shape[0])[:, None]
     variance = std * std
     rounded = variance.to(DOT_DTYPE)
@@ -79,7 +92,10 @@ def _variance_rows(std, DOT_DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _pair_slices(x, samples_ptr, q, stride_n, stride_l, width, NUM_SAMPLES: tl.constexpr, WORDS: tl.constexpr, EXPONENT: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+def _pair_slices(
+    x, samples_ptr, q, stride_n, stride_l, width, NUM_SAMPLES: tl.constexpr,
+    WORDS: tl.constexpr, EXPONENT: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """As `tile_kernels.pair_terms` on slices."""
     total = tl.zeros([x[0].shape[0]], tl.float32)
     zero = x[0] * 0.0
@@ -104,7 +120,9 @@ def _pair_slices(x, samples_ptr, q, stride_n, stride_l, width, NUM_SAMPLES: tl.c
 
 @triton.jit
 def _target_weights(cross, d2, z2, mask, EXPONENT: tl.constexpr, FAST: tl.constexpr):
-    """|d - z|^α and α|d - z|^(α-2), ``[BLOCK_M, BLOCK_N]``; a square that rounding made negative counts as 0."""
+    """|d - z|^α and α|d - z|^(α-2), ``[BLOCK_M, BLOCK_N]``; a square that rounding made negative
+    counts as 0.
+    """
     square = d2[None, :] + z2[:, None] - 2 * cross
     return power_terms(tl.where(mask, square, 0.0), EXPONENT, FAST)
 
@@ -115,7 +133,9 @@ def _sum_draws(
     EXPONENT: tl.constexpr, IS_ANTITHETIC: tl.constexpr, NEED_POSTERIOR: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Σ_m |d - z_m|^α and Σ_m w_m, ``[BLOCK_N]``; slices Σ_m w_m ε_m and Σ_m w_m ε_m², ``[BLOCK_Q, BLOCK_N]``."""
+    """Σ_m |d - z_m|^α and Σ_m w_m, ``[BLOCK_N]``; slices Σ_m w_m ε_m and Σ_m w_m ε_m², ``[BLOCK_Q,
+    BLOCK_N]``.
+    """
     BLOCK_N: tl.constexpr = d[0].shape[0]
     BLOCK_Q: tl.constexpr = d[0].shape[1]
     d2 = d[0] * d[0]
@@ -182,7 +202,7 @@ def gram_kernel(
     HAS_WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """score = mean_{i≠j} |x_i - x_j|^α - 2 mean_{i,m} |x_i - y_m|^α of one patch, times its weight."""
+    """score = mean_{i≠j} |x_i - x_j|^α - 2 mean_{i,m} |x_i - y_m|^α of one patch, weighted."""
     WORDS: tl.constexpr = (WIDTH + 7) // 8
     row = tl.program_id(0).to(tl.int64)
     weight = load_weight(weight_ptr, row, stride_weight, HAS_WEIGHT)

@@ -24,7 +24,9 @@ _TINY = tl.constexpr(1.1754943508222875e-38)
 
 @triton.jit
 def _relative_cumulants(offset2, variance):
-    """S = E|v|², the share max σ² / S and r_k = κ_k / S^k of every sample, ``[BLOCK_N]``, as in series.py."""
+    """S = E|v|², the share max σ² / S and r_k = κ_k / S^k of every sample, ``[BLOCK_N]``, as in
+    series.py.
+    """
     unit = tl.maximum(tl.max(variance), _TINY)
     a = variance / unit
     a2 = a * a
@@ -45,12 +47,13 @@ def _relative_cumulants(offset2, variance):
 @triton.jit
 def _expectation(
     offset, variance, mask_n, first, step, log_scale, NUM_NODES: tl.constexpr, MAX_R2: tl.constexpr,
-    MAX_SHARE: tl.constexpr, MAX_EXCESS: tl.constexpr, EXPONENT: tl.constexpr, NEED_POSTERIOR: tl.constexpr, FAST: tl.constexpr,
+    MAX_SHARE: tl.constexpr, MAX_EXCESS: tl.constexpr, EXPONENT: tl.constexpr,
+    NEED_POSTERIOR: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """E|v|^α of a block of samples, slopes over m, derivatives by σ², and the largest r2.
 
-    The series where it holds for all of them, else quadrature: a loop over no nodes or over all. MAX_EXCESS is 1,
-    or -1 for quadrature wherever |v| is not 0.
+    The series where it holds for all of them, else quadrature: a loop over no nodes or over all.
+    MAX_EXCESS is 1, or -1 for quadrature wherever |v| is not 0.
     """
     offset2 = offset * offset
     mean_square, share, r2, r3, r4 = _relative_cumulants(offset2, variance)
@@ -73,13 +76,13 @@ def _expectation(
 
 @triton.jit
 def analytic_kernel(
-    samples_ptr, mean_ptr, log_std_ptr, weight_ptr, terms_ptr, dsamples_ptr, dmean_ptr, dlog_std_ptr,
-    num_rows, stride_n, stride_r, stride_l, stride_mean_r, stride_mean_l, stride_std_r, stride_std_l,
-    stride_weight, first, step, log_scale,
-    NUM_SAMPLES: tl.constexpr, WIDTH: tl.constexpr, EXPONENT: tl.constexpr, NUM_NODES: tl.constexpr,
-    MAX_R2: tl.constexpr, MAX_SHARE: tl.constexpr, MAX_EXCESS: tl.constexpr,
-    NEED_SAMPLES: tl.constexpr, NEED_POSTERIOR: tl.constexpr, HAS_WEIGHT: tl.constexpr, OUTER: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr,
-    INNER: tl.constexpr, FAST: tl.constexpr,
+    samples_ptr, mean_ptr, log_std_ptr, weight_ptr, terms_ptr, dsamples_ptr, dmean_ptr,
+    dlog_std_ptr, num_rows, stride_n, stride_r, stride_l, stride_mean_r, stride_mean_l,
+    stride_std_r, stride_std_l, stride_weight, first, step, log_scale, NUM_SAMPLES: tl.constexpr,
+    WIDTH: tl.constexpr, EXPONENT: tl.constexpr, NUM_NODES: tl.constexpr, MAX_R2: tl.constexpr,
+    MAX_SHARE: tl.constexpr, MAX_EXCESS: tl.constexpr, NEED_SAMPLES: tl.constexpr,
+    NEED_POSTERIOR: tl.constexpr, HAS_WEIGHT: tl.constexpr, OUTER: tl.constexpr,
+    BLOCK_N: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """score = mean_{i≠j} |x_i - x_j|^α - 2 mean_i E|x_i - y|^α of one patch, times its weight."""
     row = tl.program_id(0).to(tl.int64)
@@ -108,8 +111,8 @@ def analytic_kernel(
         mask = mask_feature[:, None] & mask_n[None, :, None, None]
         x = load_samples(row_ptr, sample, feature, stride_n, stride_l, mask)
         value, slope, bend, block_r2 = _expectation(
-            x - center[:, None], variance, mask_n, first, step, log_scale, NUM_NODES, MAX_R2, MAX_SHARE,
-            MAX_EXCESS, EXPONENT, NEED_POSTERIOR, FAST,
+            x - center[:, None], variance, mask_n, first, step, log_scale, NUM_NODES, MAX_R2,
+            MAX_SHARE, MAX_EXCESS, EXPONENT, NEED_POSTERIOR, FAST,
         )  # fmt: skip
         fidelity += tl.sum(tl.where(mask_n, value, 0.0))
         max_r2 = tl.maximum(max_r2, block_r2)

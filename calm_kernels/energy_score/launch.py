@@ -1,4 +1,6 @@
-"""Compile-time constants and compiler options of the energy score's kernels, for a launch or a compile report."""
+"""Compile-time constants and compiler options of the energy score's kernels, for a launch or a
+compile report.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,8 @@ from calm_kernels.tuning import Launch, launch_options, patch_tile, setting
 
 __all__ = ["GRAM_WIDTHS", "Problem", "analytic", "direct", "gram"]
 
-# Fewer dimensions leave d and z too far from orthogonal for a product of rounded operands; more overflow the registers
+# Fewer dimensions leave d and z too far from orthogonal for a product of rounded operands; more
+# overflow the registers
 # of a program.
 GRAM_WIDTHS = range(64, 257)
 
@@ -64,7 +67,7 @@ def analytic(problem: Problem) -> Constants:
     """For `kernels.analytic_kernel`."""
     constants, options = problem.tiled("analytic")
     constants |= {
-        "NUM_NODES": nodes(problem.exponent, problem.width).count,
+        "NUM_NODES": nodes(problem.exponent, problem.width).num_nodes,
         "MAX_R2": MAX_R2,
         "MAX_SHARE": MAX_SHARE,
         "MAX_EXCESS": 1.0 if problem.width >= SERIES_MIN_LATENT else -1.0,
@@ -87,7 +90,9 @@ def direct(
 
 
 def gram(problem: Problem, *, is_antithetic: bool) -> Constants:
-    """For `gram_kernels.gram_kernel`: products in bf16 for 16-bit inputs, in tf32 for float32 (AMD: float32)."""
+    """For `gram_kernels.gram_kernel`: products in bf16 for 16-bit inputs, in tf32 for float32 (AMD:
+    float32).
+    """
     launch = problem.setting("gram")
     is_rounded = problem.dtype.itemsize == 2 and problem.can_round
     words = -(-problem.width // 8)

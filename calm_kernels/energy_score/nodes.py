@@ -1,9 +1,12 @@
-"""Nodes of the kernels' quadrature: trapezoid rule in u with tS = exp(u - e^-u), for E|v|^α at any exponent.
+"""Nodes of the kernels' quadrature: trapezoid rule in u with tS = exp(u - e^-u), for E|v|^α at any
+exponent.
 
-    1/Γ(1-p) ∫ t^-p f(t) dt ≈ Σ_k δ/Γ(1-p) · τ_k^(1-p) (1 + e^-u_k) S^(p-1) f(τ_k / S),    u_k = first + kδ
+    1/Γ(1-p) ∫ t^-p f(t) dt ≈ Σ_k δ/Γ(1-p) · τ_k^(1-p) (1 + e^-u_k) S^(p-1) f(τ_k / S),    u_k =
+    first + kδ
 
-The left end is where τ^(1-p) has fallen to e^-16. The right end grows as the latent size falls: the transform of
-few dimensions has an algebraic tail. Errors stay below 1e-5 up to α = 1.9, below 1e-6 at α = 1 and L >= 64.
+The left end is where τ^(1-p) has fallen to e^-16. The right end grows as the latent size falls: the
+transform of few dimensions has an algebraic tail. Errors stay below 1e-5 up to α = 1.9, below 1e-6
+at α = 1 and L >= 64.
 """
 
 import math
@@ -22,7 +25,7 @@ _RULES = ((64, 16, 5.0), (8, 24, 10.0), (1, 48, 16.0))
 class Nodes(NamedTuple):
     """An equally spaced rule in u, and ln(δ / Γ(1-p)) that all its weights share."""
 
-    count: int
+    num_nodes: int
     first: float
     step: float
     log_scale: float

@@ -1,8 +1,10 @@
-"""Device functions shared by the energy score's kernels: a patch as a register tile, pairs of samples, stores.
+"""Device functions shared by the energy score's kernels: a patch as a register tile, pairs of
+samples, stores.
 
-A patch's samples are a tile ``[OUTER, BLOCK_N, LANES, INNER]`` whose feature axis is split so that a lane holds many
-features of one sample: sums over features stay in registers but for log2(LANES) exchanges. Rows of features without
-the sample axis are ``[OUTER, LANES, INNER]``, quantities of a sample ``[BLOCK_N]``. Padding holds zeros.
+A patch's samples are a tile ``[OUTER, BLOCK_N, LANES, INNER]`` whose feature axis is split so that
+a lane holds many features of one sample: sums over features stay in registers but for log2(LANES)
+exchanges. Rows of features without the sample axis are ``[OUTER, LANES, INNER]``, quantities of a
+sample ``[BLOCK_N]``. Padding holds zeros.
 """
 
 import triton
@@ -48,7 +50,8 @@ def load_features(pointer, feature, stride, mask, other):
 def load_samples(pointer, sample, feature, stride_n, stride_l, mask, EVICTION: tl.constexpr = ""):
     """Samples of one patch in float32, ``[OUTER, BLOCK_N, LANES, INNER]``.
 
-    A second read with another EVICTION is a read; with the same one the compiler keeps the first in registers.
+    A second read with another EVICTION is a read; with the same one the compiler keeps the first in
+    registers.
     """
     offs = sample.to(tl.int64)[None, :, None, None] * stride_n
     offs += (feature.to(tl.int64) * stride_l)[:, None]
@@ -60,7 +63,9 @@ def pair_terms(
     x, samples_ptr, feature, mask_feature, stride_n, stride_l,
     NUM_SAMPLES: tl.constexpr, EXPONENT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Σ_j |x_i - x_j|^α, ``[BLOCK_N]``, and Σ_j α|x_i - x_j|^(α-2) (x_i - x_j); differences are taken directly."""
+    """Σ_j |x_i - x_j|^α, ``[BLOCK_N]``, and Σ_j α|x_i - x_j|^(α-2) (x_i - x_j); differences are
+    taken directly.
+    """
     total = tl.zeros([x.shape[1]], tl.float32)
     pull = tl.zeros_like(x)
     other_ptr = samples_ptr
@@ -75,7 +80,9 @@ def pair_terms(
 
 
 @triton.jit
-def store_samples(pointer, gradient, sample, feature, NUM_SAMPLES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+def store_samples(
+    pointer, gradient, sample, feature, NUM_SAMPLES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Gradient of one patch's samples into patch-major memory ``[N, L]``."""
     offs = sample[None, :, None, None] * WIDTH + feature[:, None]
     mask = (feature < WIDTH)[:, None] & (sample < NUM_SAMPLES)[None, :, None, None]

@@ -1,7 +1,8 @@
-"""Reparameterization in one pass each way: noise and dropout are drawn in registers, and drawn again in the backward.
+"""Reparameterization in one pass each way: noise and dropout are drawn in registers, and drawn
+again in the backward.
 
-A program holds BLOCK_ROWS rows as eight slices ``[BLOCK_ROWS, BLOCK_Q]`` of WORDS = ceil(L / 8) features, which are
-the outputs of one Philox call of noise.py. What was drawn is never stored.
+A program holds BLOCK_ROWS rows as eight slices ``[BLOCK_ROWS, BLOCK_Q]`` of WORDS = ceil(L / 8)
+features, which are the outputs of one Philox call of noise.py. What was drawn is never stored.
 """
 
 import triton
@@ -137,7 +138,9 @@ def backward_kernel(
     WIDTH: tl.constexpr, IS_GIVEN: tl.constexpr, KEEP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_Q: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """dμ = keep/(1-p) dz + [kl >= floor] dkl μ;  dlnσ = keep/(1-p) dz εσ + [kl >= floor] dkl (σ² - 1)."""
+    """dμ = keep/(1-p) dz + [kl >= floor] dkl μ;  dlnσ = keep/(1-p) dz εσ + [kl >= floor] dkl (σ² -
+    1).
+    """
     WORDS: tl.constexpr = (WIDTH + 7) // 8
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     q = tl.arange(0, BLOCK_Q)

@@ -1,4 +1,6 @@
-"""Kernels compiled offline: no spills, shared memory and instruction budgets kept; the report counts right."""
+"""Kernels compiled offline: no spills, shared memory and instruction budgets kept; the report
+counts right.
+"""
 
 import json
 from dataclasses import replace

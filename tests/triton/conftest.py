@@ -1,7 +1,7 @@
 """The kernels in Triton's interpreter: collected only where TRITON_INTERPRET is set.
 
-Triton decides when a kernel is defined whether it is compiled or interpreted, so these tests need a process of their
-own: tests/kernels/test_triton_interpreter.py starts it.
+Triton decides when a kernel is defined whether it is compiled or interpreted, so these tests need a
+process of their own: tests/kernels/test_triton_interpreter.py starts it.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The energy score's kernels against the float64 reference: every mode, every gradient, odd sizes."""
+"""The energy score's kernels against the float64 reference: every mode, every gradient."""
 
 import pytest
 import torch
@@ -93,7 +93,7 @@ def test_coincident_points(mode, width, exponent, generator):
 
 
 def test_coincident_samples_do_not_move_one_another(generator):
-    """A head that starts at zero draws N equal samples: the pair term is 0 and so is its gradient."""
+    """A head that starts at zero draws N equal samples: the pair term and its gradient are 0."""
     point = torch.randn(1, 2, 64, generator=generator)
     samples = point.expand(8, 2, 64).clone().requires_grad_()
     targets = point.detach().clone()

@@ -125,7 +125,9 @@ def tiny_model(**changes):
 
 
 def train(model, backend, steps=3):
-    """Losses of a few steps; draws are addressed by (seed, step). In the interpreter auto is Triton."""
+    """Losses of a few steps; draws are addressed by (seed, step). In the interpreter auto is
+    Triton.
+    """
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     generator = torch.Generator().manual_seed(2)
