@@ -127,8 +127,9 @@ def direct_kernel(
         total, slope, stretch = _sum_targets(
             x - center[:, None], mask, targets_ptr + row * stride_target_r,
             dtargets_ptr + row * num_targets * WIDTH, std, feature, mask_feature, num_draws,
-            stride_target_m, stride_target_l, target_scale, k0, k1, c1, c2, c3, WIDTH, EXPONENT, IS_GIVEN, IS_DRAWN,
-            IS_ANTITHETIC, NUM_SAMPLES > BLOCK_N, NEED_TARGETS, NEED_POSTERIOR, FAST,
+            stride_target_m, stride_target_l, target_scale, k0, k1, c1, c2, c3, WIDTH, EXPONENT,
+            IS_GIVEN, IS_DRAWN, IS_ANTITHETIC, NUM_SAMPLES > BLOCK_N, NEED_TARGETS,
+            NEED_POSTERIOR, FAST,
         )  # fmt: skip
         fidelity += tl.sum(tl.where(mask_n, total, 0.0))
         if NEED_SAMPLES:

@@ -193,6 +193,37 @@ def _sum_draws(
 
 
 @triton.jit
+def _target_gradients(
+    d, std, mass, pull, spread, scale, dmean, dlog_std, NEED_POSTERIOR: tl.constexpr
+):  # fmt: skip
+    """Slices of the fidelity's gradient by the samples; those by the target, added up if needed."""
+    slopes = ()
+    new_dmean = ()
+    new_dlog_std = ()
+    for k in tl.static_range(8):
+        drawn = tl.trans(pull[k]) * std[k]  # Σ_m w_m z_m
+        slope = scale * (mass[:, None] * d[k] - drawn)
+        slopes = slopes + (slope,)
+        if NEED_POSTERIOR:
+            own = std[k] * std[k] * tl.trans(spread[k])
+            change = scale * tl.sum(d[k] * drawn - own, axis=0)
+            new_dmean = new_dmean + (dmean[k] + tl.sum(slope, axis=0),)
+            new_dlog_std = new_dlog_std + (dlog_std[k] + change,)
+    if NEED_POSTERIOR:
+        dmean = new_dmean
+        dlog_std = new_dlog_std
+    return slopes, dmean, dlog_std
+
+
+@triton.jit
+def _store_row(pointer, slices, q, WIDTH: tl.constexpr, WORDS: tl.constexpr):
+    """Eight slices ``[BLOCK_Q]`` into one row of contiguous memory."""
+    for k in tl.static_range(8):
+        mask = (q < WORDS) & (k * WORDS + q < WIDTH)
+        tl.store(pointer + k * WORDS + q, slices[k].to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def gram_kernel(
     samples_ptr, mean_ptr, log_std_ptr, weight_ptr, seed_ptr, first_row_ptr, terms_ptr,
     dsamples_ptr, dmean_ptr, dlog_std_ptr, num_rows, num_targets, num_draws, stride_n, stride_r,
@@ -232,25 +263,9 @@ def gram_kernel(
             IS_ANTITHETIC, NEED_POSTERIOR, DOT_DTYPE, PRECISION, FAST,
         )  # fmt: skip
         fidelity += tl.sum(total)
-        # Read again what the loop over draws had no registers to keep.
-        x = _load_samples(row_ptr, q, sample, stride_n, stride_l, width, NUM_SAMPLES, WORDS)
-        d = _load_offsets(x, mean_row, q, sample, stride_mean_l, width, NUM_SAMPLES, WORDS)
-        std = _load_std(std_row, q, sample, stride_std_l, width, NUM_SAMPLES, WORDS, FAST)
-        slopes = ()
-        new_dmean = ()
-        new_dlog_std = ()
-        for k in tl.static_range(8):
-            drawn = tl.trans(pull[k]) * std[k]  # Σ_m w_m z_m
-            slope = target_scale * (mass[:, None] * d[k] - drawn)
-            slopes = slopes + (slope,)
-            if NEED_POSTERIOR:
-                own = std[k] * std[k] * tl.trans(spread[k])
-                change = target_scale * tl.sum(d[k] * drawn - own, axis=0)
-                new_dmean = new_dmean + (dmean[k] + tl.sum(slope, axis=0),)
-                new_dlog_std = new_dlog_std + (dlog_std[k] + change,)
-        if NEED_POSTERIOR:
-            dmean = new_dmean
-            dlog_std = new_dlog_std
+        slopes, dmean, dlog_std = _target_gradients(
+            d, std, mass, pull, spread, target_scale, dmean, dlog_std, NEED_POSTERIOR
+        )
         apart, pair_pull = _pair_slices(
             x, row_ptr, q, stride_n, stride_l, width, NUM_SAMPLES, WORDS, EXPONENT, FAST
         )
@@ -264,8 +279,5 @@ def gram_kernel(
 
     store_terms(terms_ptr, row, num_rows, target_scale * fidelity, pair_scale / 2 * diversity, 0.0)
     if NEED_POSTERIOR:
-        for k in tl.static_range(8):
-            offs = row * WIDTH + k * WORDS + q
-            mask = (q < WORDS) & (k * WORDS + q < WIDTH)
-            tl.store(dmean_ptr + offs, dmean[k].to(dmean_ptr.dtype.element_ty), mask=mask)
-            tl.store(dlog_std_ptr + offs, dlog_std[k].to(dlog_std_ptr.dtype.element_ty), mask=mask)
+        _store_row(dmean_ptr + row * WIDTH, dmean, q, WIDTH, WORDS)
+        _store_row(dlog_std_ptr + row * WIDTH, dlog_std, q, WIDTH, WORDS)
