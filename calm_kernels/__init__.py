@@ -17,6 +17,7 @@ from calm_kernels.energy_score import (
 from calm_kernels.linear_argmax import linear_argmax
 from calm_kernels.linear_cross_entropy import linear_cross_entropy
 from calm_kernels.reparameterize import reparameterize
+from calm_kernels.warmup import warmup
 
 __all__ = [
     "Backend",
@@ -33,4 +34,5 @@ __all__ = [
     "reparameterize",
     "set_backend",
     "use_backend",
+    "warmup",
 ]

@@ -119,7 +119,7 @@ def direct_kernel(
         sample = start + tl.arange(0, BLOCK_N)
         mask_n = sample < NUM_SAMPLES
         mask = mask_feature[:, None] & mask_n[None, :, None, None]
-        x = load_samples(row_ptr, sample, feature, stride_n, stride_l, mask)
+        x = load_samples(row_ptr, sample, feature, stride_n, stride_l, mask, True)
         apart, pull = pair_terms(
             x, row_ptr, feature, mask_feature, stride_n, stride_l, NUM_SAMPLES, EXPONENT, FAST
         )

@@ -109,7 +109,7 @@ def analytic_kernel(
         sample = start + tl.arange(0, BLOCK_N)
         mask_n = sample < NUM_SAMPLES
         mask = mask_feature[:, None] & mask_n[None, :, None, None]
-        x = load_samples(row_ptr, sample, feature, stride_n, stride_l, mask)
+        x = load_samples(row_ptr, sample, feature, stride_n, stride_l, mask, False)
         value, slope, bend, block_r2 = _expectation(
             x - center[:, None], variance, mask_n, first, step, log_scale, NUM_NODES, MAX_R2,
             MAX_SHARE, MAX_EXCESS, EXPONENT, NEED_POSTERIOR, FAST,
@@ -117,7 +117,7 @@ def analytic_kernel(
         fidelity += tl.sum(tl.where(mask_n, value, 0.0))
         max_r2 = tl.maximum(max_r2, block_r2)
         # Read again what the quadrature had no registers to keep.
-        x = load_samples(row_ptr, sample, feature, stride_n, stride_l, mask, "evict_first")
+        x = load_samples(row_ptr, sample, feature, stride_n, stride_l, mask, True)
         slope = tl.where(mask, target_scale * slope * (x - center[:, None]), 0.0)
         if NEED_POSTERIOR:
             dmean += tl.sum(slope, axis=1)

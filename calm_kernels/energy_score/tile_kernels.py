@@ -47,15 +47,20 @@ def load_features(pointer, feature, stride, mask, other):
 
 
 @triton.jit
-def load_samples(pointer, sample, feature, stride_n, stride_l, mask, EVICTION: tl.constexpr = ""):
+def load_samples(
+    pointer, sample, feature, stride_n, stride_l, mask, IS_LAST: tl.constexpr
+):  # fmt: skip
     """Samples of one patch in float32, ``[OUTER, BLOCK_N, LANES, INNER]``.
 
-    A second read with another EVICTION is a read; with the same one the compiler keeps the first in
-    registers.
+    The last read is marked as such, which also keeps the compiler from holding on to the first.
     """
     offs = sample.to(tl.int64)[None, :, None, None] * stride_n
     offs += (feature.to(tl.int64) * stride_l)[:, None]
-    return tl.load(pointer + offs, mask=mask, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+    if IS_LAST:
+        loaded = tl.load(pointer + offs, mask=mask, other=0.0, eviction_policy="evict_first")
+    else:
+        loaded = tl.load(pointer + offs, mask=mask, other=0.0)
+    return loaded.to(tl.float32)
 
 
 @triton.jit

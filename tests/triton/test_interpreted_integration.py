@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from calm import Autoencoder, AutoencoderConfig, CALMConfig, EnergyTransformer
-from calm_kernels import energy_score, gaussian_energy_score, reparameterize, use_backend
+from calm_kernels import (
+    energy_score,
+    gaussian_energy_score,
+    reparameterize,
+    use_backend,
+    warmup,
+)
 from calm_kernels.energy_score import function as energy_function
 from calm_kernels.reparameterize import function as latent_function
 
@@ -163,3 +169,13 @@ def test_an_autoencoder_run_is_that_of_torch(monkeypatch):
     actual = train(model, "auto")
     assert launches.names == ["forward_kernel", "backward_kernel"] * len(actual)
     assert actual == pytest.approx(expected, rel=1e-5)
+
+
+def test_warmup_launches_what_the_model_will(monkeypatch):
+    launches = Launches(monkeypatch)
+    assert warmup(tiny_model().config, "cpu", dtype=torch.float32) == ["gaussian_energy_score"]
+    assert launches.names == ["analytic_kernel"]
+    assert warmup(tiny_autoencoder().config, "cpu") == ["reparameterize"]
+    assert launches.names[1:] == ["forward_kernel", "backward_kernel"]
+    with use_backend("torch"):
+        assert warmup(tiny_model().config, "cpu") == []
