@@ -8,8 +8,21 @@ inline assembly.
 import triton
 import triton.language as tl
 
-__all__ = ["exp2", "log2", "power_terms", "reciprocal", "square_root", "sum_features"]
+__all__ = [
+    "LANE_AXIS",
+    "exp2",
+    "log2",
+    "power_terms",
+    "reciprocal",
+    "square_root",
+    "sum_features",
+    "sum_log2_features",
+]
 
+# Which feature axis of a patch's tile lies across lanes: between axes that are equally far apart in
+# memory, a coalesced load gives lanes to the last with newer versions of Triton, to the first before.
+_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+LANE_AXIS = tl.constexpr(0 if _VERSION < (3, 7) else 2)
 # Squared distances at or below the smallest normal float32 count as zero.
 _SMALLEST = tl.constexpr(1.1754943508222875e-38)
 
@@ -76,7 +89,26 @@ def power_terms(square, EXPONENT: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def sum_features(tile):
-    """Sum over the features of ``[OUTER, BLOCK_N, LANES, INNER]``, ``[BLOCK_N]``: registers first,
-    lanes last.
-    """
-    return tl.sum(tl.sum(tl.sum(tile, axis=0), axis=2), axis=1)
+    """Sum over the features of ``[OUTER, BLOCK_N, LANES, INNER]``: registers first, lanes last."""
+    if LANE_AXIS == 0:
+        total = tl.sum(tl.sum(tl.sum(tile, axis=2), axis=2), axis=0)
+    else:
+        total = tl.sum(tl.sum(tl.sum(tile, axis=0), axis=2), axis=1)
+    return total
+
+
+@triton.jit
+def _multiply(left, right):
+    return left * right
+
+
+@triton.jit
+def sum_log2_features(tile, FAST: tl.constexpr):
+    """Σ log2 over the features: one logarithm a lane, of its product, which must stay in range."""
+    if LANE_AXIS == 0:
+        product = tl.reduce(tl.reduce(tile, 2, _multiply), 2, _multiply)
+        total = tl.sum(log2(product, FAST), axis=0)
+    else:
+        product = tl.reduce(tl.reduce(tile, 0, _multiply), 2, _multiply)
+        total = tl.sum(log2(product, FAST), axis=1)
+    return total

@@ -93,20 +93,21 @@ def launch_options(launch: Launch, num_warps: int | None = None) -> dict[str, An
 
 @dataclass(frozen=True)
 class PatchTile:
-    """A patch's samples in registers, ``[OUTER, BLOCK_N, LANES, INNER]``, and the warps that hold
-    them.
+    """How the samples of a patch lie in registers, and the warps that hold them.
+
+    A lane has `pieces` times `inner` features of a sample; `lanes` lanes share it.
     """
 
-    outer: int
+    pieces: int
     block_n: int
     lanes: int
     inner: int
     num_warps: int
 
-    def constants(self) -> dict[str, int]:
-        """As the kernels name them."""
-        names = ("OUTER", "BLOCK_N", "LANES", "INNER")
-        return dict(zip(names, (self.outer, self.block_n, self.lanes, self.inner), strict=True))
+    def constants(self, lane_axis: int) -> dict[str, int]:
+        """The tile ``[OUTER, BLOCK_N, LANES, INNER]``; see `calm_kernels.device.LANE_AXIS`."""
+        outer, lanes = (self.lanes, self.pieces) if lane_axis == 0 else (self.pieces, self.lanes)
+        return {"OUTER": outer, "BLOCK_N": self.block_n, "LANES": lanes, "INNER": self.inner}
 
 
 def patch_tile(launch: Launch, num_samples: int, width: int, itemsize: int) -> PatchTile:

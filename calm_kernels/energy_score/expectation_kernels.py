@@ -7,25 +7,18 @@ Tiles are ``[OUTER, BLOCK_N, LANES, INNER]`` (kernels.py), quantities of a sampl
 import triton
 import triton.language as tl
 
-from calm_kernels.device import exp2, log2, power_terms, reciprocal, sum_features
+from calm_kernels.device import (
+    exp2,
+    power_terms,
+    reciprocal,
+    sum_features,
+    sum_log2_features,
+)
 
 __all__ = ["add_quadrature", "series"]
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _TINY = tl.constexpr(1.1754943508222875e-38)
-
-
-@triton.jit
-def _multiply(left, right):
-    return left * right
-
-
-@triton.jit
-def _product(tile):
-    """Product over the features that a lane holds, ``[BLOCK_N, LANES]``: the launcher keeps it
-    within range.
-    """
-    return tl.reduce(tl.reduce(tile, 0, _multiply), 2, _multiply)
 
 
 @triton.jit
@@ -87,7 +80,7 @@ def add_quadrature(
         shrink = reciprocal(denominator)
         pulled = offset2 * shrink
         rate = sum_features((variance + pulled) * shrink)
-        log_determinant = tl.sum(log2(_product(denominator), FAST), axis=1)
+        log_determinant = sum_log2_features(denominator, FAST)
         exponent = log_weight - time * sum_features(pulled)
         density = exp2(exponent * _LOG2_E - 0.5 * log_determinant, FAST) * unit
         value += density * rate

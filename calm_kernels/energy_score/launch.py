@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from calm_kernels.device import LANE_AXIS
 from calm_kernels.energy_score.expectation import SERIES_MIN_LATENT
 from calm_kernels.energy_score.nodes import nodes
 from calm_kernels.energy_score.series import MAX_R2, MAX_SHARE
@@ -60,7 +61,9 @@ class Problem:
         """Common constants with those of a patch tile, and the options of its launch."""
         launch = self.setting(operation)
         tile = patch_tile(launch, self.num_samples, self.width, self.dtype.itemsize)
-        return self.common() | tile.constants(), launch_options(launch, tile.num_warps)
+        return self.common() | tile.constants(LANE_AXIS.value), launch_options(
+            launch, tile.num_warps
+        )
 
 
 def analytic(problem: Problem) -> Constants:
