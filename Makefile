@@ -12,7 +12,8 @@ READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oldest lint format types check bench clean
+.PHONY: help setup demo test test-oldest test-gpu lint format types check bench bench-gpu \
+  compile-report clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +46,9 @@ test-oldest: ## the tests with the oldest supported torch, Triton and transforme
 	$(MAKE) VENV=$(OLDEST) CONSTRAINTS=constraints-oldest.txt setup
 	$(OLDEST)/bin/python -m pytest -q -m "not gpu" $(ARGS)
 
+test-gpu: $(READY) ## the compiled kernels at full size: parity, graphs, torch.compile
+	$(BIN)/python -m pytest -q tests/gpu $(ARGS)
+
 lint: $(READY) ## ruff, format check and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,6 +66,12 @@ check: lint types ## lint, types and the fast tests (under 5 minutes)
 
 bench: $(READY) ## benchmarks on this machine; parity is asserted before anything is timed
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only $(ARGS)
+
+bench-gpu: $(READY) ## benchmarks of the kernels on this GPU; writes benchmarks/results/<device>.json
+	$(BIN)/python -m benchmarks.gpu.run $(ARGS)
+
+compile-report: $(READY) ## compile every kernel for all targets; fails on a spill or a broken budget
+	$(BIN)/python -m calm_kernels.compile_report $(ARGS)
 
 clean: ## remove environments, caches, builds and runs
 	rm -rf $(VENV) $(OLDEST) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks

@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 # Which feature axis of a patch's tile lies across lanes: between axes that are equally far apart in
-# memory, a coalesced load gives lanes to the last with newer versions of Triton, to the first before.
+# memory, a coalesced load gives lanes to the last one, with Triton 3.6 to the first.
 _VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 LANE_AXIS = tl.constexpr(0 if _VERSION < (3, 7) else 2)
 # Squared distances at or below the smallest normal float32 count as zero.
