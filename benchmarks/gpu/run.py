@@ -151,7 +151,7 @@ def reparameterize_rows() -> Iterator[dict]:
             )
 
         def both(index: int) -> object:
-            latent, kl = forward(index)  # noqa: B023  (called before the next backend)
+            latent, kl = forward(index)
             return torch.autograd.grad((latent, kl), buffers[index], (latent, kl))
 
         for work, run in (("forward", forward), ("forward + backward", both)):
