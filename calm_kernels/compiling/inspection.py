@@ -79,7 +79,9 @@ def _parse(
         and not any(loop.first < place <= loop.last for place in exits)
         and not _WAITS & set(names[loop.first : loop.last + 1])
     ]
-    return names[:end], sorted(kept, key=lambda loop: loop.first)
+    # Branches to one place close one loop.
+    ends = {loop.first: loop.last for loop in sorted(kept, key=lambda loop: loop.last)}
+    return names[:end], [Loop(first, ends[first]) for first in sorted(ends)]
 
 
 def parse_sass(listing: str) -> tuple[list[str], list[Loop]]:

@@ -43,6 +43,7 @@ kernel:
 \ts_load_dword s0, s[4:5], 0x0
 .LBB0_1:
 \tv_add_f32 v0, v1, v2
+\ts_cbranch_execz .LBB0_1
 \ts_nop 1
 \ts_cbranch_scc1 .LBB0_1
 ; %bb.2:
@@ -67,8 +68,10 @@ def test_nested_loops_of_sass():
 
 def test_loops_of_amd_assembly():
     names, loops = inspection.parse_amdgcn(AMDGCN)
-    assert [(loop.first, loop.last) for loop in loops] == [(1, 3)]  # a jump to the exit is no loop
-    assert inspection.count_instructions(names, loops, (10,)) == 1 + 10 * 2 + 3
+    assert [(loop.first, loop.last) for loop in loops] == [
+        (1, 4)
+    ]  # two ways back are one loop, a jump to the exit is none
+    assert inspection.count_instructions(names, loops, (10,)) == 1 + 10 * 3 + 3
 
 
 def test_loops_that_were_not_declared():
