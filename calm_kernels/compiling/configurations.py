@@ -149,9 +149,16 @@ def _gram(
 
 
 def _direct(
-    name: str, dtype: torch.dtype, *, is_given: bool, need_targets: bool = False, **changes: Any
+    name: str,
+    dtype: torch.dtype,
+    *,
+    is_given: bool,
+    is_drawn: bool = False,
+    need_targets: bool = False,
+    **changes: Any,
 ) -> Configuration:
-    width, count = changes.get("width", WIDTH), is_given * (2 if need_targets else 1)
+    width = changes.get("width", WIDTH)
+    count = 0 if is_drawn else 2 if need_targets else 1
     return Configuration(
         name=f"energy_score.{name}",
         kernel=direct_kernel,
@@ -159,7 +166,7 @@ def _direct(
         constants=lambda target: launch.direct(
             _problem(target, dtype, **changes),
             is_given=is_given,
-            is_drawn=not is_given,
+            is_drawn=is_drawn,
             is_antithetic=False,
             need_targets=need_targets,
         ),
@@ -168,18 +175,24 @@ def _direct(
     )
 
 
-def _reparameterize(name: str, kernel: Any, traffic: int) -> Configuration:
+def _reparameterize(
+    name: str, kernel: Any, traffic: int, *, is_given: bool = False, budget: int | None = None
+) -> Configuration:
     """Traffic in elements of 16 bits a latent."""
     return Configuration(
         name=f"reparameterize.{name}",
         kernel=kernel,
         dtype=torch.bfloat16,
         constants=lambda target: reparameterize.constants(
-            WIDTH, target.name, is_given=False, keep=2, has_fast_math=target.is_nvidia
+            WIDTH,
+            target.name,
+            is_given=is_given,
+            keep=1 if is_given else 2,
+            has_fast_math=target.is_nvidia,
         ),
         trips=lambda _: (),
         bytes_per_patch=2 * traffic * WIDTH,
-        budget=400,
+        budget=budget,
         patches_per_program=lambda constants: constants["BLOCK_ROWS"],
     )
 
@@ -199,8 +212,11 @@ def configurations() -> Iterator[Configuration]:
     yield _gram("sample.fp32", fp32, is_antithetic=False)
     yield _gram("sample.posterior", bf16, is_antithetic=False, need_posterior=True)
     yield _gram("sample.L256", bf16, is_antithetic=False, width=256)
-    yield _direct("drawn.sample.L1024", bf16, is_given=False, width=1024)
+    yield _direct("drawn.sample.L1024", bf16, is_given=False, is_drawn=True, width=1024)
+    yield _direct("drawn.noise", bf16, is_given=False)
     yield _direct("given.fp32", fp32, is_given=True)
     yield _direct("given.fp32.dtargets", fp32, is_given=True, need_targets=True)
-    yield _reparameterize("forward", forward_kernel, 3)
-    yield _reparameterize("backward", backward_kernel, 5)
+    yield _reparameterize("forward", forward_kernel, 3, budget=400)
+    yield _reparameterize("backward", backward_kernel, 5, budget=400)
+    yield _reparameterize("forward.given", forward_kernel, 4, is_given=True)
+    yield _reparameterize("backward.given", backward_kernel, 6, is_given=True)

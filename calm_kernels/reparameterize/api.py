@@ -80,7 +80,13 @@ def reparameterize(
         check_dtype("latent_keep", latent_keep, (torch.bool,))
         latent_keep = _reshaped("latent_keep", latent_keep, latent_states, shape)
     is_drawn = latent_noise is None or (latent_keep is None and dropout > 0)
-    seed = as_seed(seed if is_drawn else 0, latent_states.device)
+    device = latent_states.device
+    # Zeros are made on the device: an int would be copied there, which a graph cannot capture.
+    unused = torch.zeros(2, dtype=torch.int64, device=device)
+    seed = as_seed(seed, device) if is_drawn else unused
+    rows = math.prod(shape[:-1])
+    if seed.dim() == 2 and seed.shape[0] != rows:
+        raise ValueError(f"seed must have one row per row of latents, {rows}; got {seed.shape[0]}")
     if chosen is Backend.TRITON:
         from calm_kernels.reparameterize import function
 

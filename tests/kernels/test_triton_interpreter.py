@@ -12,7 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path.name for path in (ROOT / "tests" / "triton").glob("test_*.py"))
 
 
-@pytest.mark.parametrize("name", FILES)
+SLOW = ("test_interpreted_energy_score.py", "test_interpreted_integration.py")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FILES]
+)
 def test_in_the_interpreter(name):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/triton/{name}"],

@@ -93,6 +93,9 @@ def test_nothing_drawn_is_kept(generator):
 def test_empty_and_refused():
     latent, kl = reparameterize(torch.zeros(2, 0, 8), kl_floor=0.1, seed=1, backend="triton")
     assert latent.shape == (2, 0, 4) and kl.shape == (2, 0)
+    with pytest.raises(ValueError, match="one row per row of latents, 2; got 3"):
+        seeds = torch.tensor([1, 2, 3])
+        reparameterize(torch.zeros(2, 8), kl_floor=0.1, seed=seeds, backend="triton")
     with pytest.raises(ValueError, match="no float64"):
         reparameterize(torch.zeros(2, 8).double(), kl_floor=0.1, backend="triton")
     with pytest.raises(ValueError, match="latent sizes up to 4096, got 5000"):
