@@ -17,9 +17,9 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 
 __all__ = ["OPERATIONS", "Backend", "resolve", "set_backend", "use_backend"]
@@ -51,8 +51,8 @@ OPERATIONS: dict[str, frozenset[Backend]] = {
     "linear_cross_entropy": _PORTABLE,
 }
 
+# A plain global: torch.compile traces it and compiles again when it changes.
 _process_backend: Backend | None = None
-_context_backend: ContextVar[Backend | None] = ContextVar("calm_kernels_backend", default=None)
 _logged: set[tuple[str, Backend]] = set()
 
 
@@ -73,18 +73,18 @@ def set_backend(backend: Backend | str) -> None:
 
 @contextmanager
 def use_backend(backend: Backend | str) -> Iterator[None]:
-    """Set the backend inside a ``with`` block (this thread or task only)."""
-    token = _context_backend.set(parse(backend))
+    """Set the backend of this process inside a ``with`` block."""
+    global _process_backend
+    before, _process_backend = _process_backend, parse(backend)
     try:
         yield
     finally:
-        _context_backend.reset(token)
+        _process_backend = before
 
 
 def _default() -> Backend:
-    chosen = _context_backend.get() or _process_backend
-    if chosen is not None:
-        return chosen
+    if _process_backend is not None:
+        return _process_backend
     return parse(os.environ.get(ENVIRONMENT_VARIABLE, Backend.AUTO), ENVIRONMENT_VARIABLE)
 
 
@@ -133,7 +133,7 @@ def _automatic(operation: str, tensor: Tensor, obstacle: str | None) -> Backend:
     can_run = (tensor.device.type == "cuda" or is_interpreted()) and obstacle is None
     use_triton = can_run and Backend.TRITON in OPERATIONS[operation] and has_triton()
     chosen = Backend.TRITON if use_triton else Backend.TORCH
-    if (operation, chosen) not in _logged:
+    if not torch.compiler.is_compiling() and (operation, chosen) not in _logged:
         _logged.add((operation, chosen))
         logger.info("%s: backend %s (auto, tensors on %s)", operation, chosen, tensor.device.type)
     return chosen
