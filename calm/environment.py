@@ -79,7 +79,9 @@ def describe(facts: dict[str, Any]) -> str:
 
 
 def installed_version(package: str) -> str | None:
-    """Version of an installed distribution, or None."""
+    """Version of an installed distribution, or None; torch's own, which names the build."""
+    if package == "torch":
+        return str(torch.__version__)
     try:
         return version(package)
     except PackageNotFoundError:

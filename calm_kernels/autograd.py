@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["refuse_second_derivative", "without_autocast"]
+__all__ = ["is_autocast_on", "refuse_second_derivative", "without_autocast"]
 
 
 def refuse_second_derivative(operation: str) -> None:
@@ -16,9 +16,17 @@ def refuse_second_derivative(operation: str) -> None:
         )
 
 
+def is_autocast_on(device: str) -> bool | None:
+    """Whether autocast is on for a type of device; None where there is no autocast at all."""
+    try:
+        return torch.is_autocast_enabled(device)
+    except RuntimeError:  # torch.amp.is_autocast_available would say so, but Dynamo cannot trace it
+        return None
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """A block in which the operations on the device of `tensor` keep their dtypes."""
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device):
+    if is_autocast_on(device) is None:
         return nullcontext()
     return torch.autocast(device, enabled=False)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from calm_kernels.autograd import is_autocast_on
 from calm_kernels.checks import check_device, check_dtype, check_shape, check_tensor
 
 __all__ = ["accumulation_dtype", "check_projection", "product_dtype"]
@@ -20,8 +21,7 @@ def product_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> 
         TypeError: the dtypes differ and autocast is off.
     """
     device = tensor.device.type
-    has_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if has_autocast and tensor.dtype != torch.float64:
+    if is_autocast_on(device) and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     if tensor.dtype != other.dtype:
         raise TypeError(

@@ -10,7 +10,6 @@ import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from calm.environment import installed_version
 from calm.errors import UserError
 from calm.evaluation.bootstrap import bootstrap_interval, brier_lm, corpus_means, standard_errors
 from calm.evaluation.brier import brier_sums, evaluating
@@ -207,16 +207,9 @@ def _versions(device: torch.device) -> dict[str, str]:
     names = ("calm-lm", "torch", "transformers")
     return {
         "python": platform.python_version(),
-        **{name: _version(name) for name in names},
+        **{name: installed_version(name) or "not installed" for name in names},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _interval(ends: tuple[float, float] | None, scale: float = 1.0) -> str:

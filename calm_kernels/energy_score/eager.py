@@ -6,12 +6,12 @@ scales them.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from calm_kernels.autograd import refuse_second_derivative, without_autocast
 from calm_kernels.energy_score.chunks import Outputs, in_chunks
 from calm_kernels.energy_score.expectation import expected_power
 from calm_kernels.energy_score.pairs import between, within
@@ -30,9 +30,7 @@ class _StoredGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: Run, needs: Needs, *inputs: Tensor) -> Outputs:
-        device = inputs[0].device.type
-        has_autocast = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+        with without_autocast(inputs[0]):
             outputs, gradients = run(needs)
         ctx.save_for_backward(*gradients)
         ctx.like = [torch.empty_like(tensor, device="meta") for tensor in inputs]
@@ -41,11 +39,7 @@ class _StoredGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Outputs:
-        if torch.is_grad_enabled():  # create_graph=True; stored gradients would act as constants
-            raise RuntimeError(
-                "the energy score is differentiable once: create_graph=True needs "
-                'backend="reference"'
-            )
+        refuse_second_derivative("the energy score")
         scaled: list[Tensor | None] = []
         for gradient, like in zip(ctx.saved_tensors, ctx.like, strict=True):
             if gradient is None:

@@ -37,13 +37,17 @@ class _Reparameterize(Function):
     ) -> tuple[Tensor, Tensor]:
         mean, log_std = _moments(latent_states)
         std = log_std.exp()
+        # Out of place, and no empty conversion: torch.compile of torch 2.11 loses the gradient of
+        # an output that is either.
         latent = torch.addcmul(mean, std, epsilon)
         if factor is not None:
-            latent.mul_(factor)
+            latent = latent * factor
+        if latent.dtype != latent_states.dtype:
+            latent = latent.to(latent_states.dtype)
         kl = _divergence(mean, log_std, std).clamp_(min=kl_floor).sum(dim=-1)
         ctx.save_for_backward(latent_states, epsilon, factor)
         ctx.kl_floor = kl_floor
-        return latent.to(latent_states.dtype), kl
+        return latent, kl
 
     @staticmethod
     def backward(ctx: Any, dlatent: Tensor, dkl: Tensor) -> tuple[Tensor | None, ...]:

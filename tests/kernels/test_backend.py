@@ -14,8 +14,7 @@ CPU = torch.zeros(2)
 def automatic(monkeypatch):
     monkeypatch.delenv("CALM_KERNELS_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with use_backend("auto"):
-        yield
+    monkeypatch.setattr("calm_kernels.backend._process_backend", None)
 
 
 def test_auto_takes_torch_on_a_cpu_and_says_so_once(caplog, monkeypatch):
@@ -26,7 +25,7 @@ def test_auto_takes_torch_on_a_cpu_and_says_so_once(caplog, monkeypatch):
     assert len(caplog.records) == 1 and "torch" in caplog.text
 
 
-def test_argument_beats_context_beats_process(monkeypatch):
+def test_argument_beats_context_beats_process():
     set_backend("torch")
     with use_backend("reference"):
         assert resolve("auto", "energy_head", CPU) is Backend.REFERENCE
@@ -35,7 +34,6 @@ def test_argument_beats_context_beats_process(monkeypatch):
 
 
 def test_the_environment_sets_the_default(monkeypatch):
-    monkeypatch.setattr("calm_kernels.backend._process_backend", None)
     monkeypatch.setenv("CALM_KERNELS_BACKEND", "reference")
     assert resolve("auto", "energy_head", CPU) is Backend.REFERENCE
     monkeypatch.setenv("CALM_KERNELS_BACKEND", "fast")
