@@ -58,6 +58,8 @@ _logged: set[tuple[str, Backend]] = set()
 
 def parse(backend: Backend | str, source: str = "backend") -> Backend:
     """`Backend` of a string, or a `ValueError` that names `source` and lists the choices."""
+    if isinstance(backend, Backend):
+        return backend
     try:
         return Backend(backend)
     except ValueError:
