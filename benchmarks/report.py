@@ -31,9 +31,10 @@ def markdown_table(results: dict) -> str:
                 f"{info['peak_memory_bytes'] / MEBIBYTE:.1f} / "
                 f"{rival['peak_memory_bytes'] / MEBIBYTE:.1f}"
             )
+            speedup = f"{rival['speedup']:.1f}x"
             lines.append(
                 f"| {entry['group']} | {info['median_ms']:.2f} | {name} | {rival['median_ms']:.1f} "
-                f"| **{rival['speedup']:.1f}x** | {memory} |"
+                f"| {f'**{speedup}**' if rival['speedup'] > 1 else speedup} | {memory} |"
             )
     return "\n".join(lines)
 

@@ -2,7 +2,8 @@
 sequence length.
 
 A setting is found by operation, architecture and width bucket; an architecture that is not listed
-takes the default row. Results never depend on these numbers, only speed does.
+takes the default row. Results never depend on these numbers, beyond rounding and the choice of
+series or quadrature where both are accurate.
 """
 
 from dataclasses import dataclass

@@ -38,7 +38,7 @@ def warmup(
         latent, kl = reparameterize(
             states, kl_floor=config.kl_clamp, dropout=config.ae_dropout, seed=seed
         )
-        (latent.sum() + kl.sum()).backward()
+        (latent.square().sum() + kl.sum()).backward()
         return [operation]
     samples = zeros.new_zeros(2, config.num_samples, width).transpose(0, 1).requires_grad_()
     score = gaussian_energy_score(

@@ -62,6 +62,7 @@ def measure(work: Work, buffers: int, *, can_capture: bool = True) -> Measuremen
     timed call by call, launch gaps included.
     """
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # which fills the buffers
     with torch.cuda.stream(side):
         for index in range(WARMUP):
             work(index % buffers)

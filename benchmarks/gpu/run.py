@@ -115,6 +115,7 @@ def assert_parity(shape: Shape) -> None:
 
 def energy_rows(shape: Shape) -> Iterator[dict]:
     """One row per implementation: forward and gradient of the samples."""
+    torch._dynamo.reset()  # the compiled rival is compiled for each shape
     assert_parity(shape)
     buffers = rotating(lambda seed: make_inputs(shape, seed), shape.traffic() // 2)
     target = TARGETS.get(architecture(torch.device("cuda")))

@@ -92,6 +92,8 @@ def _continue(model: Any, input_ids: Any, streamer: Any, args: argparse.Namespac
     from calm.models import BaselineTransformer
 
     if isinstance(model, BaselineTransformer):
+        if args.noise_scale != 1.0:
+            raise UserError("--noise-scale: the token baseline has no head whose noise to scale")
         return generate_tokens(
             model,
             input_ids,

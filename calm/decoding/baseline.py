@@ -32,7 +32,7 @@ def generate_tokens(
         model: the baseline.
         input_ids: prompts of one length, ``[B, T]``, int64.
         max_new_tokens: tokens to add at most.
-        temperature: T > 0; 1 samples the model. No top-k or top-p.
+        temperature: T in (0, 1]; 1 samples the model. No top-k or top-p.
         truncate: drop the beginning of a prompt that is too long instead of raising.
         seed: an int; one for each sequence, which are then generated one by one; or None for
             torch's default generator.
@@ -42,8 +42,8 @@ def generate_tokens(
     Raises:
         UserError: an argument out of range, ids beyond the vocabulary, no room in the context.
     """
-    if not temperature > 0.0:
-        raise UserError(f"temperature must be positive, got {temperature}")
+    if not 0.0 < temperature <= 1.0:
+        raise UserError(f"temperature must lie in (0, 1], got {temperature}")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     check_prompt(input_ids, None, model.config.vocab_size)

@@ -77,7 +77,7 @@ def _sum_targets(
     return total, pull, stretch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_targets", "num_draws"])
 def direct_kernel(
     samples_ptr, targets_ptr, mean_ptr, log_std_ptr, weight_ptr, seed_ptr, first_row_ptr, terms_ptr,
     dsamples_ptr, dtargets_ptr, dmean_ptr, dlog_std_ptr, num_rows, num_targets, num_draws,

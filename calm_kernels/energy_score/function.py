@@ -89,11 +89,13 @@ def _problem(
 
 def _outputs(samples: Tensor, need_samples: bool) -> tuple[Tensor, Tensor]:
     """Terms ``[4, R]`` and the gradient of the samples in patch-major memory ``[R, N, L]``, empty
-    if not needed.
+    if not needed; in float32 for float16, which would lose it before a loss scale multiplies it.
     """
     num_samples, num_rows, width = samples.shape
     terms = samples.new_empty(4, num_rows, dtype=torch.float32)
-    return terms, samples.new_empty((num_rows, num_samples, width) if need_samples else (0,))
+    dtype = torch.float32 if samples.dtype == torch.float16 else samples.dtype
+    shape = (num_rows, num_samples, width) if need_samples else (0,)
+    return terms, samples.new_empty(shape, dtype=dtype)
 
 
 def _posterior_outputs(mean: Tensor, log_std: Tensor, is_needed: bool) -> tuple[Tensor, Tensor]:

@@ -223,7 +223,7 @@ def _store_row(pointer, slices, q, WIDTH: tl.constexpr, WORDS: tl.constexpr):
         tl.store(pointer + k * WORDS + q, slices[k].to(pointer.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_targets", "num_draws"])
 def gram_kernel(
     samples_ptr, mean_ptr, log_std_ptr, weight_ptr, seed_ptr, first_row_ptr, terms_ptr,
     dsamples_ptr, dmean_ptr, dlog_std_ptr, num_rows, num_targets, num_draws, stride_n, stride_r,

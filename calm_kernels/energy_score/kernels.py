@@ -74,7 +74,7 @@ def _expectation(
     return value, slope, dvariance, max_r2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def analytic_kernel(
     samples_ptr, mean_ptr, log_std_ptr, weight_ptr, terms_ptr, dsamples_ptr, dmean_ptr,
     dlog_std_ptr, num_rows, stride_n, stride_r, stride_l, stride_mean_r, stride_mean_l,

@@ -101,7 +101,7 @@ def gram(problem: Problem, *, is_antithetic: bool) -> Constants:
     words = -(-problem.width // 8)
     constants = problem.common() | {
         "IS_ANTITHETIC": is_antithetic,
-        "BLOCK_N": launch.block_n if problem.num_samples <= 8 else 16,
+        "BLOCK_N": launch.block_n,
         "BLOCK_Q": max(16, 1 << (words - 1).bit_length()),
         "BLOCK_M": launch.block_m,
         "DOT_DTYPE": tl.bfloat16 if is_rounded else tl.float32,

@@ -103,7 +103,11 @@ def store_features(pointer, values, feature, WIDTH: tl.constexpr):
 @triton.jit
 def store_terms(terms_ptr, row, num_rows, fidelity, diversity, max_r2):
     """Score, fidelity, diversity and largest r2 of a patch into ``[4, R]``."""
-    tl.store(terms_ptr + row, diversity - fidelity)
-    tl.store(terms_ptr + num_rows + row, fidelity)
-    tl.store(terms_ptr + 2 * num_rows + row, diversity)
-    tl.store(terms_ptr + 3 * num_rows + row, max_r2)
+    pointer = terms_ptr + row
+    tl.store(pointer, diversity - fidelity)
+    pointer += num_rows  # step by step: 3 * num_rows may not fit into 32 bits
+    tl.store(pointer, fidelity)
+    pointer += num_rows
+    tl.store(pointer, diversity)
+    pointer += num_rows
+    tl.store(pointer, max_r2)

@@ -93,7 +93,7 @@ def _keep_factor(word, dropout):
     return tl.where(drawn >= dropout, 1 / (1 - dropout), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def forward_kernel(
     states_ptr, noise_ptr, keep_ptr, seed_ptr, first_row_ptr, latent_ptr, kl_ptr, num_rows,
     stride_r, stride_l, stride_noise_r, stride_noise_l, stride_keep_r, stride_keep_l, stride_seed,
@@ -130,7 +130,7 @@ def forward_kernel(
     tl.store(kl_ptr + row, tl.sum(kl, axis=1), mask=row < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def backward_kernel(
     states_ptr, noise_ptr, keep_ptr, seed_ptr, first_row_ptr, dlatent_ptr, dkl_ptr, dstates_ptr,
     num_rows, stride_r, stride_l, stride_noise_r, stride_noise_l, stride_keep_r, stride_keep_l,

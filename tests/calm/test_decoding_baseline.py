@@ -49,7 +49,8 @@ def test_the_baseline_streams_and_cuts():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"temperature": 0.0}, r"temperature must lie in \(0, 1\], got 0.0"),
+        ({"temperature": 1.5}, r"temperature must lie in \(0, 1\], got 1.5"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"seed": [1, 2]}, "seed must hold one number per sequence, 1; got 2"),
         ({"input_ids": torch.tensor([[3]])}, r"must lie in \[0, 3\)"),

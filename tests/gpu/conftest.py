@@ -3,14 +3,19 @@
 Fresh memory holds NaN, so an element that a kernel does not write cannot hide.
 """
 
+import os
+
 import pytest
 import torch
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if "tests/gpu/" in item.path.as_posix():
             item.add_marker(pytest.mark.gpu)
+            item.add_marker(pytest.mark.filterwarnings("ignore:TensorFloat32"))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
 
