@@ -7,9 +7,18 @@ process of their own: tests/kernels/test_triton_interpreter.py starts it.
 import sys
 from pathlib import Path
 
+import pytest
+
 from calm_kernels.backend import is_interpreted
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))  # energy_cases
 
 if not is_interpreted():
     collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items):
+    """Triton 3.6's interpreter reads loop bounds in a way that NumPy 2.4 refuses."""
+    for item in items:
+        if "tests/triton/" in item.path.as_posix():
+            item.add_marker(pytest.mark.filterwarnings("ignore:Conversion of an array with ndim"))
