@@ -51,6 +51,15 @@ OPERATIONS: dict[str, frozenset[Backend]] = {
     "linear_cross_entropy": _PORTABLE,
 }
 
+
+def _find_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # what stands in sys.modules under this name is no module
+        return False
+
+
+_HAS_TRITON = _find_triton()  # once: torch.compile of torch 2.11 cannot trace the search
 # A plain global: torch.compile traces it and compiles again when it changes.
 _process_backend: Backend | None = None
 _logged: set[tuple[str, Backend]] = set()
@@ -92,7 +101,7 @@ def _default() -> Backend:
 
 def has_triton() -> bool:
     """Whether Triton can be imported (it is not imported here)."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def is_interpreted() -> bool:
