@@ -1,9 +1,10 @@
 """What the compiler makes of every kernel that ships, for machines that need not be here.
 
 ``python -m calm_kernels.compile_report`` compiles all configurations for all targets and prints
-registers, spilled bytes, shared memory, warp instructions a patch, the time their issue takes and
-the share of it that memory traffic alone would need. It exits with 1 if a kernel spills, exceeds
-shared memory or its instruction budget.
+registers, spilled bytes, shared memory, warp instructions a row (a patch, at the reference size),
+the time their issue takes and the share of it that memory traffic and products alone would need. It
+exits with 1 if a kernel spills, exceeds shared memory or its instruction budget, or does not use
+tensor cores where it should.
 
 The issue time assumes that every scheduler issues in every cycle; plan on 65 to 80 % of that rate.
 """
@@ -11,17 +12,13 @@ The issue time assumes that every scheduler issues in every cycle; plan on 65 to
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from calm_kernels.backend import is_interpreted
-from calm_kernels.compiling.configurations import (
-    PATCHES,
-    Configuration,
-    compile_kernel,
-    configurations,
-)
-from calm_kernels.compiling.inspection import inspect_kernel
+from calm_kernels.compiling.configuration import Configuration, compile_kernel
+from calm_kernels.compiling.configurations import configurations
+from calm_kernels.compiling.inspection import Cost, inspect_kernel
 from calm_kernels.compiling.targets import TARGETS, Target
 
 __all__ = ["Row", "main", "report"]
@@ -37,34 +34,46 @@ class Row:
     spilled_bytes: int
     shared_bytes: int
     num_warps: int
-    instructions: int  # warp instructions a patch
+    instructions: int  # warp instructions a row
     budget: int | None
-    issue_us: float  # of 8192 patches
-    floor_us: float  # their memory traffic
+    issue_us: float  # of all rows
+    floor_us: float  # their memory traffic, or their products
     problems: tuple[str, ...]
 
     @property
     def floor_share(self) -> float:
-        """How much of the larger of issue and memory time is unavoidable traffic."""
+        """How much of the larger of issue and floor time is unavoidable."""
         return self.floor_us / max(self.issue_us, self.floor_us)
+
+
+def _problems(
+    configuration: Configuration, target: Target, cost: Cost, instructions: int, budget: int | None
+) -> Iterator[str]:
+    """What is wrong with a compiled kernel."""
+    if cost.spilled_bytes:
+        yield f"spills {cost.spilled_bytes} bytes"
+    if cost.shared_bytes > target.shared_limit:
+        yield f"shared memory {cost.shared_bytes} > {target.shared_limit}"
+    if budget is not None and instructions > budget:
+        yield f"{instructions} instructions > budget {budget}"
+    needed = configuration.needed.get(target.name)
+    if needed and not any(name.startswith(needed) for name in cost.mnemonics):
+        yield f"no {needed} instruction"
 
 
 def measure(configuration: Configuration, target: Target) -> Row:
     """Compile one configuration for one target and judge it."""
     compiled, constants = compile_kernel(configuration, target)
     cost = inspect_kernel(compiled, configuration.trips(constants))
-    per_program = configuration.patches_per_program(constants)
-    instructions = round(cost.instructions * cost.num_warps / per_program)
+    programs = configuration.num_programs(constants) / configuration.rows
+    instructions = round(cost.instructions * cost.num_warps * programs)
     budget = None
     if configuration.budget is not None:
         budget = round(configuration.budget * target.budget_scale)
-    problems = []
-    if cost.spilled_bytes:
-        problems.append(f"spills {cost.spilled_bytes} bytes")
-    if cost.shared_bytes > target.shared_limit:
-        problems.append(f"shared memory {cost.shared_bytes} > {target.shared_limit}")
-    if budget is not None and instructions > budget:
-        problems.append(f"{instructions} instructions > budget {budget}")
+    floor = max(
+        configuration.bytes_per_row / target.bandwidth,
+        configuration.flops_per_row / target.tensor_rate,
+    )
     return Row(
         configuration=configuration.name,
         target=target.name,
@@ -74,9 +83,9 @@ def measure(configuration: Configuration, target: Target) -> Row:
         num_warps=cost.num_warps,
         instructions=instructions,
         budget=budget,
-        issue_us=PATCHES * instructions / target.issue_rate * 1e6,
-        floor_us=PATCHES * configuration.bytes_per_patch / target.bandwidth * 1e6,
-        problems=tuple(problems),
+        issue_us=configuration.rows * instructions / target.issue_rate * 1e6,
+        floor_us=configuration.rows * floor * 1e6,
+        problems=tuple(_problems(configuration, target, cost, instructions, budget)),
     )
 
 
@@ -89,10 +98,10 @@ def report(targets: Iterable[str], prefix: str = "") -> Iterable[Row]:
 
 
 _COLUMNS = (
-    "configuration", "target", "registers", "spill B", "shared B", "warps", "instr/patch",
+    "configuration", "target", "registers", "spill B", "shared B", "warps", "instr/row",
     "budget", "issue us", "floor us", "floor",
 )  # fmt: skip
-_LAYOUT = "{:<44} {:<7} {:>9} {:>7} {:>8} {:>5} {:>11} {:>6} {:>8} {:>8} {:>5}  {}"
+_LAYOUT = "{:<44} {:<7} {:>9} {:>7} {:>8} {:>5} {:>9} {:>6} {:>8} {:>8} {:>5}  {}"
 
 
 def _line(row: Row) -> str:

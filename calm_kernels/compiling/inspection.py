@@ -46,6 +46,7 @@ class Cost:
     instructions: int  # of one warp
     num_warps: int
     num_loops: int
+    mnemonics: frozenset[str]
 
 
 def _parse(
@@ -156,4 +157,5 @@ def inspect_kernel(compiled: Any, trips: Sequence[int]) -> Cost:
         instructions=count_instructions(names, loops, trips),
         num_warps=compiled.metadata.num_warps,
         num_loops=len(loops),
+        mnemonics=frozenset(names),
     )

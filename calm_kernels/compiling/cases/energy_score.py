@@ -1,0 +1,138 @@
+"""The energy score at 8192 patches, N = 8 samples, M = 100 targets, L = 128."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from calm_kernels.compiling.configuration import Configuration
+from calm_kernels.compiling.targets import Target
+from calm_kernels.energy_score import launch
+from calm_kernels.energy_score.direct_kernels import direct_kernel
+from calm_kernels.energy_score.gram_kernels import gram_kernel
+from calm_kernels.energy_score.kernels import analytic_kernel
+from calm_kernels.energy_score.nodes import nodes
+
+__all__ = ["cases"]
+
+NUM_SAMPLES, NUM_TARGETS, WIDTH = 8, 100, 128
+_FLOAT32 = ("weight_ptr", "terms_ptr", "dmean_ptr", "dlog_std_ptr", "dtargets_ptr")
+_TYPES = (
+    dict.fromkeys(_FLOAT32, "*fp32")
+    | dict.fromkeys(("seed_ptr", "first_row_ptr"), "*i64")
+    | dict.fromkeys(("first", "step", "log_scale"), "fp32")
+)
+_ONES = ("stride_l", "stride_mean_l", "stride_std_l", "stride_target_l", "stride_weight")
+_ALIGNED = (
+    "num_rows", "stride_n", "stride_r", "stride_mean_r", "stride_std_r", "stride_target_m",
+    "stride_target_r",
+)  # fmt: skip
+
+
+def _problem(target: Target, dtype: torch.dtype, **changes: Any) -> launch.Problem:
+    options: dict[str, Any] = {
+        "num_samples": NUM_SAMPLES,
+        "width": WIDTH,
+        "exponent": 1.0,
+        "dtype": dtype,
+        "need_samples": True,
+        "need_posterior": False,
+        "has_weight": True,
+        "arch": target.name,
+        "has_fast_math": target.is_nvidia,
+    }
+    return launch.Problem(**options | changes)
+
+
+def _case(name: str, dtype: torch.dtype, changes: dict[str, Any], **rest: Any) -> Configuration:
+    """What the three kernels share; traffic is samples in and out, mean and log_std in."""
+    width, count = changes.get("width", WIDTH), changes.get("num_samples", NUM_SAMPLES)
+    traffic = (2 * count + 2) * width * dtype.itemsize
+    # The gradient of float16 samples is float32.
+    types = _TYPES | ({"dsamples_ptr": "*fp32"} if dtype == torch.float16 else {})
+    defaults = {"bytes_per_row": traffic, "types": types, "ones": _ONES, "aligned": _ALIGNED}
+    return Configuration(name=f"energy_score.{name}", dtype=dtype, **defaults | rest)
+
+
+def _analytic(
+    name: str, dtype: torch.dtype, *, is_far: bool, budget: int | None = None,
+    is_main: bool = False, **changes: Any,
+) -> Configuration:  # fmt: skip
+    width, exponent = changes.get("width", WIDTH), changes.get("exponent", 1.0)
+    count = nodes(exponent, width).num_nodes if is_far else 0
+    return _case(
+        f"analytic.{name}",
+        dtype,
+        changes,
+        kernel=analytic_kernel,
+        constants=lambda target: launch.analytic(_problem(target, dtype, **changes)),
+        trips=lambda _: (count, NUM_SAMPLES),
+        budget=budget,
+        is_main=is_main,
+    )
+
+
+def _gram(
+    name: str, dtype: torch.dtype, *, is_antithetic: bool, budget: int | None = None,
+    is_main: bool = False, **changes: Any,
+) -> Configuration:  # fmt: skip
+    draws = NUM_TARGETS // 2 if is_antithetic else NUM_TARGETS
+    return _case(
+        f"drawn.{name}",
+        dtype,
+        changes,
+        kernel=gram_kernel,
+        constants=lambda target: launch.gram(
+            _problem(target, dtype, **changes), is_antithetic=is_antithetic
+        ),
+        trips=lambda constants: (math.ceil(draws / constants["BLOCK_M"]), NUM_SAMPLES),
+        budget=budget,
+        is_main=is_main,
+    )
+
+
+def _direct(
+    name: str, dtype: torch.dtype, *, is_given: bool, is_drawn: bool = False,
+    need_targets: bool = False, is_main: bool = False, **changes: Any,
+) -> Configuration:  # fmt: skip
+    width = changes.get("width", WIDTH)
+    passes = 0 if is_drawn else 2 if need_targets else 1
+    targets = passes * NUM_TARGETS * width * dtype.itemsize
+    return _case(
+        name,
+        dtype,
+        changes,
+        kernel=direct_kernel,
+        constants=lambda target: launch.direct(
+            _problem(target, dtype, **changes),
+            is_given=is_given,
+            is_drawn=is_drawn,
+            is_antithetic=False,
+            need_targets=need_targets,
+        ),
+        trips=lambda _: (NUM_SAMPLES, NUM_TARGETS),
+        bytes_per_row=(2 * NUM_SAMPLES + 2) * width * dtype.itemsize + targets,
+        is_main=is_main,
+    )
+
+
+def cases() -> Iterator[Configuration]:
+    """The analytic score, targets drawn by products, and direct differences."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    yield _analytic("series", bf16, is_far=False, budget=3000, is_main=True)
+    yield _analytic("quadrature", bf16, is_far=True, budget=8500, is_main=True)
+    yield _analytic("quadrature.fp32", fp32, is_far=True)
+    yield _analytic("quadrature.exponent-0.5", bf16, is_far=True, exponent=0.5)
+    yield _analytic("quadrature.posterior", bf16, is_far=True, need_posterior=True, is_main=True)
+    yield _analytic("quadrature.posterior.fp32", fp32, is_far=True, need_posterior=True)
+    yield _analytic("series.L1024", bf16, is_far=False, width=1024, is_main=True)
+    yield _gram("antithetic", bf16, is_antithetic=True, budget=9000, is_main=True)
+    yield _gram("sample", bf16, is_antithetic=False, budget=13000, is_main=True)
+    yield _gram("sample.fp32", fp32, is_antithetic=False, is_main=True)
+    yield _gram("sample.posterior", bf16, is_antithetic=False, need_posterior=True)
+    yield _gram("sample.L256", bf16, is_antithetic=False, width=256)
+    yield _direct("drawn.sample.L1024", bf16, is_given=False, is_drawn=True, width=1024)
+    yield _direct("drawn.noise", bf16, is_given=False)
+    yield _direct("given.fp32", fp32, is_given=True, is_main=True)
+    yield _direct("given.fp32.dtargets", fp32, is_given=True, need_targets=True, is_main=True)
