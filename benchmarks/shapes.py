@@ -2,7 +2,17 @@
 
 from dataclasses import dataclass
 
-__all__ = ["ENERGY", "HEAD", "PROJECTION", "REPARAMETERIZE", "STEP", "VOTE", "StepShape"]
+__all__ = [
+    "DECODING",
+    "ENERGY",
+    "HEAD",
+    "PROJECTION",
+    "REPARAMETERIZE",
+    "STEP",
+    "VOTE",
+    "DecodingShape",
+    "StepShape",
+]
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,27 @@ class StepShape:
     block_size: int = 512
 
 
+@dataclass(frozen=True)
+class DecodingShape:
+    """One prompt continued by a small CALM; N candidates a chunk below temperature 1."""
+
+    vocab_size: int = 8192
+    hidden_size: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    intermediate_size: int = 688
+    num_blocks: int = 4
+    noise_size: int = 64
+    latent_size: int = 128
+    ae_hidden_size: int = 256
+    ae_intermediate_size: int = 640
+    patch_size: int = 4
+    prompt_tokens: int = 32
+    new_tokens: int = 64
+    num_samples: int = 200
+
+
+DECODING = DecodingShape()
 ENERGY = EnergyShape()
 HEAD = HeadShape()
 REPARAMETERIZE = ReparameterizeShape()

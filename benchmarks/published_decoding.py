@@ -1,0 +1,89 @@
+"""The published decoding loop, as its paper and code describe it, on the published formulas.
+
+What ours is measured against: every candidate a row of its own through head and decoder, logits
+over the whole vocabulary, a counter for each sequence on the CPU, temperatures 1/n only.
+"""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from calm.models.continuous import ContinuousTransformer
+from calm_kernels import use_backend
+
+__all__ = ["eligible_chunks", "published_candidates", "published_generate", "published_vote"]
+
+Chunk = tuple[int, ...]
+Noise = Callable[[int, int], Tensor]  # (chunk's index, draws) -> noise [draws, B, Z]
+
+
+@torch.no_grad()
+def published_generate(
+    model: ContinuousTransformer,
+    input_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    num_samples: int = 200,
+    noise: Noise | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Prompts of whole chunks ``[B, T]`` continued by Algorithm 2, one chunk at a time.
+
+    Args:
+        model: a CALM with the energy head.
+        input_ids: int64, T a multiple of K.
+        max_new_tokens: a multiple of K.
+        temperature: 1/n.
+        num_samples: N, candidates a chunk; one at temperature 1.
+        noise: of the head, to repeat draws; fresh U[-1/2, 1/2) if None.
+        seed: of the vote.
+    """
+    rng = random.Random(seed)
+    num_agreeing = round(1 / temperature)
+    count = 1 if num_agreeing == 1 else num_samples
+    cache = DynamicCache(config=model.transformer.config)
+    parts = [input_ids]
+    with use_backend("reference"):
+        for index in range(max_new_tokens // model.patch_size):
+            hidden = model.transformer(
+                inputs_embeds=model.embed_patches(parts[-1]), past_key_values=cache, use_cache=True
+            ).last_hidden_state[:, -1]
+            drawn = noise(index, count) if noise else _fresh_noise(model, hidden, count)
+            candidates = published_candidates(model, hidden, drawn)  # [N, B, K]
+            rows = candidates.transpose(0, 1).tolist()
+            voted = [published_vote([tuple(row) for row in few], num_agreeing, rng) for few in rows]
+            parts.append(torch.tensor(voted, device=input_ids.device))
+    return torch.cat(parts, dim=1)
+
+
+def published_candidates(model: ContinuousTransformer, hidden: Tensor, noise: Tensor) -> Tensor:
+    """Chunks ``[N, B, K]`` for states ``[B, H]`` repeated N times and noise ``[N, B, Z]``."""
+    repeated = hidden.expand(*noise.shape[:2], -1).flatten(0, 1)  # [N*B, H]
+    latents = model.generative_head.sample(repeated, noise.flatten(0, 1))  # [N*B, L]
+    logits = model.ae_model.decoder(latent_states=latents[:, None])  # [N*B, K, V]
+    return logits.argmax(-1).view(*noise.shape[:2], -1)
+
+
+def published_vote(candidates: Sequence[Chunk], num_agreeing: int, rng: random.Random) -> Chunk:
+    """Algorithm 2 for one sequence."""
+    counts, level = eligible_chunks(candidates, num_agreeing)
+    weights = [math.comb(count, level) for count in counts.values()]
+    return rng.choices(list(counts), weights)[0]
+
+
+def eligible_chunks(candidates: Sequence[Chunk], num_agreeing: int) -> tuple[dict[Chunk, int], int]:
+    """Chunks that occur m times or more, with their counts, for the largest m <= n; and m."""
+    counts = Counter(candidates)
+    level = min(num_agreeing, max(counts.values()))
+    return {chunk: count for chunk, count in counts.items() if count >= level}, level
+
+
+def _fresh_noise(model: ContinuousTransformer, hidden: Tensor, count: int) -> Tensor:
+    shape = (count, len(hidden), model.config.noise_size)
+    return torch.rand(shape, device=hidden.device, dtype=hidden.dtype) - 0.5
