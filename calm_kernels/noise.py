@@ -44,6 +44,8 @@ class Stream(IntEnum):
     VOTE = 6
     TIMESTEP = 7
     PATH = 8
+    FACTORY = 9
+    SEQUENCE = 10
 
 
 def as_seed(seed: Seed, device: torch.device | str) -> Tensor:

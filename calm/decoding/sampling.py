@@ -7,10 +7,11 @@ from torch import Tensor
 
 from calm.errors import UserError
 from calm.models.continuous import ContinuousTransformer
-from calm_kernels.noise import Seed, as_seed
+from calm_kernels.noise import Seed, Stream, as_seed, philox
 
 __all__ = ["advance", "draw_completions", "draw_patches", "row_of", "sequence_seeds"]
 
+WORD = 0xFFFFFFFF
 ROUND_STRIDE = 2**40  # rounds of one chunk draw from disjoint ranges of the seed's offset
 
 
@@ -99,12 +100,29 @@ def draw_completions(
 
 
 def sequence_seeds(seed: Seed | Sequence[int], batch: int, device: torch.device) -> Tensor:
-    """One seed for the batch, ``[2]``, or from a list one for each sequence, ``[B, 2]``."""
-    if not isinstance(seed, Sequence):
-        return as_seed(seed, device)
-    if len(seed) != batch:
-        raise UserError(f"seed must hold one number per sequence, {batch}; got {len(seed)}")
-    return as_seed(torch.tensor(seed, dtype=torch.int64)[:, None], device)
+    """One seed for each sequence, int64 ``[B, 2]`` of (seed, offset).
+
+    A list gives them. One seed for the batch is that of row 0; row b > 0 gets 64 bits of Philox
+    with the seed as key and b as counter, so that neighbouring seeds share no stream.
+
+    Args:
+        seed: see `calm_kernels.noise.as_seed`, or a list of B ints.
+        batch: B.
+        device: where draws are made.
+    """
+    if isinstance(seed, Sequence):
+        if len(seed) != batch:
+            raise UserError(f"seed must hold one number per sequence, {batch}; got {len(seed)}")
+        return as_seed(torch.tensor(seed, dtype=torch.int64)[:, None], device)
+    common = as_seed(seed, device)
+    if common.dim() == 2:
+        return common
+    value, offset = common.expand(batch, 2).unbind(1)
+    row = torch.arange(batch, device=device)
+    zero = torch.zeros_like(row)
+    key = (value & WORD, ((value >> 32) & WORD) ^ int(Stream.SEQUENCE))
+    low, high, *_ = philox((row, zero, zero, zero), key)
+    return torch.stack([torch.where(row == 0, value, low | (high << 32)), offset], dim=1)
 
 
 def advance(seed: Tensor, steps: int | Tensor) -> Tensor:
