@@ -151,7 +151,8 @@ class CALMConfig(LlamaConfig):
             which learns far sooner at small scale.
         input_type: what a chunk enters the backbone as: its ``tokens`` (published), its ``latent``
             (the autoencoder's mean) or ``both``, summed (section 7.4).
-        has_start_patch: a learned first input, so that the first chunk is predicted too.
+        has_start_patch: a chunk of K begin tokens (bos_token_id) stands before each document, in
+            training and before every prompt, so that first chunks are predicted too.
         initializer, embedding_std: see `AutoencoderConfig`.
         ae_config: configuration of the autoencoder; checkpoints carry it, so that they need no
             other folder.
@@ -216,8 +217,19 @@ class CALMConfig(LlamaConfig):
             self.targets != "antithetic" or self.num_targets % 2 == 0,
             f'num_targets must be even for targets="antithetic", got {self.num_targets}',
         )
+        self._check_start_patch()
         if isinstance(self.ae_config, PreTrainedConfig):
             self._check_pair(self.ae_config)
+
+    def _check_start_patch(self) -> None:
+        token = self.bos_token_id
+        _require(
+            not self.has_start_patch or (isinstance(token, int) and 0 <= token < self.vocab_size),
+            f"has_start_patch needs bos_token_id, a token id below {self.vocab_size} for the chunk "
+            f"before each document, got {token}: give the tokenizer a begin token "
+            "(tokenizer.add_special_tokens({'bos_token': ...})) and save it, or set "
+            "has_start_patch=false",
+        )
 
     def _check_pair(self, ae_config: PreTrainedConfig) -> None:
         for name in ("vocab_size", "patch_size", "latent_size"):

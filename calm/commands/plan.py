@@ -22,7 +22,7 @@ The autoencoder of a language model is counted apart, as in the paper's table 1.
 
 PARTS = {  # part of a language model: modules that belong to it
     "embedding": ("transformer.embed_tokens", "model.embed_tokens"),
-    "compressor": ("embed_proj", "latent_proj", "start_patch"),
+    "compressor": ("embed_proj", "latent_proj"),
     "backbone": ("transformer.layers", "transformer.norm", "model.layers", "model.norm"),
     "head": ("generative_head", "mlp_generator"),
     "output": ("lm_head",),

@@ -224,12 +224,11 @@ def _chunks(
 
 
 def _prompt_embeds(model: ContinuousTransformer, prompt: Prompt) -> Tensor:
-    """Start patch, if the model has one, and whole chunks of the prompt, ``[B, P, H]``."""
-    start = model.start_embeds(len(prompt.input_ids)).to(model.dtype)
-    if prompt.input_ids.shape[1]:
-        return torch.cat([start, model.embed_patches(prompt.input_ids)], dim=1)
-    if start.shape[1]:
-        return start
+    """Start chunk, if the model has one, and whole chunks of the prompt, ``[B, P, H]``."""
+    start = model.start_tokens(len(prompt.input_ids)).to(prompt.input_ids.device)
+    input_ids = torch.cat([start, prompt.input_ids], dim=1)
+    if input_ids.shape[1]:
+        return model.embed_patches(input_ids)
     raise UserError(
         f"the prompt must hold at least one chunk of {model.patch_size} tokens, "
         f'got {prompt.length}; lengthen it, or pass prompt_alignment="pad"'

@@ -42,9 +42,8 @@ class ChunkSampler(Protocol):
         """How scores are estimated, in words."""
 
     def inputs(self, input_ids: Tensor) -> Tensor:
-        """What the backbone reads to predict a sequence ``[B, P * K]``: ``[B, S, H]``.
-
-        S is P - 1, or P where the model predicts the first chunk too.
+        """What the backbone reads to predict all chunks but the first of ``[B, P * K]``:
+        ``[B, P - 1, H]``.
         """
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -89,10 +88,8 @@ class CALMSampler:
         return "two draws, as published" if self.is_published else "pairs among all draws"
 
     def inputs(self, input_ids: Tensor) -> Tensor:
-        """Start patch, if any, and all chunks but the last; see `ChunkSampler`."""
-        embeds = self.embed(input_ids)
-        start = self.model.start_embeds(len(input_ids)).to(embeds.dtype)
-        return torch.cat([start, embeds], dim=1)[:, :-1]
+        """All chunks but the last; see `ChunkSampler`."""
+        return self.embed(input_ids)[:, :-1]
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embedded chunks; see `ChunkSampler`."""

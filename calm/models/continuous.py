@@ -1,7 +1,7 @@
 """What the language models share: a frozen autoencoder, a backbone over chunks, loss and scores.
 
-Shapes: B batch, P chunks of a sequence, S predicted ones (P - 1, or P with a start patch), K tokens
-of a chunk, N draws of the head, L latent size, H hidden size.
+Shapes: B batch, P chunks of a sequence, S = P - 1 predicted ones, K tokens of a chunk, N draws of
+the head, L latent size, H hidden size.
 """
 
 import os
@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal, Self, cast
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from calm.configuration import AutoencoderConfig, CALMConfig, locate_autoencoder
@@ -42,7 +41,7 @@ class CALMOutput(ModelOutput):
         brier2: likewise.
         brier3: likewise.
         brier4: likewise.
-        last_hidden_state: ``[B, P, H]``, one more with a start patch; without labels.
+        last_hidden_state: ``[B, P, H]``; without labels.
     """
 
     loss: Tensor | None = None
@@ -82,8 +81,6 @@ class ContinuousTransformer(CALMPreTrainedModel):
             self.embed_proj = compressor(config.patch_size * width, width)
         if config.input_type != "tokens":
             self.latent_proj = compressor(config.latent_size, width)
-        if config.has_start_patch:
-            self.start_patch = nn.Parameter(torch.empty(width))
         self._build_head(config)
         self.post_init()
         self._freeze_autoencoder()
@@ -111,8 +108,6 @@ class ContinuousTransformer(CALMPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         self.generative_head.initialize(module)
-        if module is self and self.config.has_start_patch:
-            init.normal_(self.start_patch, std=self.config.initializer_range)
 
     # Loading
 
@@ -195,14 +190,18 @@ class ContinuousTransformer(CALMPreTrainedModel):
         """The backbone's token embedding; None with ``input_type="latent"``."""
         return self.transformer.embed_tokens
 
-    def start_embeds(self, batch_size: int) -> Tensor:
-        """The learned first input, ``[B, 1, H]``, or none, ``[B, 0, H]``."""
-        if self.config.has_start_patch:
-            return self.start_patch.expand(batch_size, 1, -1)
-        return self.transformer.norm.weight.new_empty(batch_size, 0, self.config.hidden_size)
+    @property
+    def start_token_id(self) -> int | None:
+        """The token of the chunk that stands before each document; None without such a chunk."""
+        return self.config.bos_token_id if self.config.has_start_patch else None
+
+    def start_tokens(self, batch_size: int) -> Tensor:
+        """The chunk before each document, ``[B, K]``, or none, ``[B, 0]``; read like any other."""
+        size = 0 if self.start_token_id is None else self.patch_size
+        return torch.full((batch_size, size), self.start_token_id or 0, device=self.device)
 
     def embed_patches(self, input_ids: Tensor) -> Tensor:
-        """Token ids ``[B, P*K]`` to the backbone's inputs ``[B, P, H]``, without a start patch."""
+        """Token ids ``[B, P*K]`` to the backbone's inputs ``[B, P, H]``."""
         num_chunks(input_ids, self.patch_size)
         embeds = []
         if self.config.input_type != "latent":
@@ -227,8 +226,8 @@ class ContinuousTransformer(CALMPreTrainedModel):
         return decoder.tokens(decoder.decode(latents))
 
     def _hidden_states(self, input_ids: Tensor) -> Tensor:
-        """Hidden states after the start patch, if there is one, and after each chunk."""
-        inputs = torch.cat([self.start_embeds(len(input_ids)), self.embed_patches(input_ids)], 1)
+        """Hidden states after each chunk."""
+        inputs = self.embed_patches(input_ids)
         return self.transformer(inputs_embeds=inputs, use_cache=False).last_hidden_state
 
     # Training and evaluation
@@ -246,7 +245,7 @@ class ContinuousTransformer(CALMPreTrainedModel):
         if labels is None:
             return CALMOutput(last_hidden_state=self._hidden_states(input_ids))
         targets = self._targets(input_ids, labels)
-        posterior = self._posterior(targets)
+        posterior = self._posterior(input_ids[:, self.patch_size :], targets)
         hidden = self._hidden_states(input_ids[:, : -self.patch_size])  # [B, S, H]
         address: dict[str, Any] = {
             "seed": as_seed(seed, hidden.device), "first_row": first_row * hidden.shape[1],
@@ -257,7 +256,7 @@ class ContinuousTransformer(CALMPreTrainedModel):
             samples = result.samples
             if samples is None:
                 samples = self.generative_head.sample(hidden, sample_noise, BRIER_DRAWS, **address)
-            self._add_brier(output, samples[:BRIER_DRAWS], targets, posterior.weight)
+            self._add_brier(output, samples[:BRIER_DRAWS], targets)
         return output
 
     def _targets(self, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -267,8 +266,6 @@ class ContinuousTransformer(CALMPreTrainedModel):
                 f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, "
                 f"got {tuple(labels.shape)}"
             )
-        if self.config.has_start_patch:
-            return labels
         if num_chunks(input_ids, self.patch_size) < 2:
             raise ValueError(
                 f"input_ids must hold at least two chunks of {self.patch_size} tokens, the second "
@@ -276,19 +273,20 @@ class ContinuousTransformer(CALMPreTrainedModel):
             )
         return labels[:, self.patch_size :]
 
-    def _posterior(self, targets: Tensor) -> Posterior:
-        """The law of the latents to predict; a patch counts unless its first label is -100."""
-        pad = self.config.pad_token_id or 0
-        mean, log_std = self._encode(targets.masked_fill(targets == IGNORED, pad))
+    def _posterior(self, following: Tensor, targets: Tensor) -> Posterior:
+        """The law of the latents to predict; a patch counts unless its first label is -100.
+
+        A token of it without a label is encoded as it will be read, from `following`.
+        """
+        mean, log_std = self._encode(torch.where(targets == IGNORED, following, targets))
         weight = (targets[:, :: self.patch_size] != IGNORED).to(torch.float32)
         return Posterior(mean, log_std, weight)
 
     @torch.no_grad()
-    def _add_brier(
-        self, output: CALMOutput, samples: Tensor, targets: Tensor, weight: Tensor
-    ) -> None:
-        """Brier-1 to Brier-4 of each sequence, averaged over the patches that count."""
+    def _add_brier(self, output: CALMOutput, samples: Tensor, targets: Tensor) -> None:
+        """Brier-1 to Brier-4 of each sequence, averaged over chunks whose first tokens count."""
         by_chunk = rearrange(targets, "b (s k) -> b s k", k=self.patch_size)
+        weight = (by_chunk[..., :MAX_ORDER] != IGNORED).all(-1).to(torch.float32)
         terms = brier_terms(self.decode_latents(samples), by_chunk) * weight[..., None]
         by_sequence = terms.sum(1) / weight.sum(1, keepdim=True).clamp(min=1)  # [B, 4]
         for order, values in enumerate(by_sequence.unbind(-1), start=1):

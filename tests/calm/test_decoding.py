@@ -15,6 +15,7 @@ from calm.models import MODEL_CLASSES
 from calm_kernels.noise import as_seed
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
+START = {"has_start_patch": True, "bos_token_id": 4}
 CASES = ["energy-k1", "energy-k2", "energy-k4", "diffusion-k4", "flow-k4"]
 
 
@@ -43,9 +44,9 @@ def test_the_published_text(case, kind):
 def generate_without_cache(model, ids, chunks, *, temperature, num_samples, seed):
     """The loop in the words of the paper, reading the whole text again for every chunk."""
     for index in range(chunks):
-        inputs = torch.cat([model.start_embeds(len(ids)), model.embed_patches(ids)], dim=1)
+        inputs = model.embed_patches(torch.cat([model.start_tokens(len(ids)), ids], dim=1))
         hidden = model.transformer(inputs_embeds=inputs).last_hidden_state[:, -1]
-        here = advance(as_seed(seed, "cpu"), index)
+        here = advance(sequence_seeds(seed, len(ids), ids.device), index)
         count = 1 if temperature == 1.0 else num_samples
         candidates = draw_patches(model, hidden, num_samples=count, seed=here).transpose(0, 1)
         chunk, _ = vote(candidates, temperature, seed=here)
@@ -56,7 +57,7 @@ def generate_without_cache(model, ids, chunks, *, temperature, num_samples, seed
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 1 / 3, 0.4])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"patch_size": 2}, {"has_start_patch": True}, {"input_type": "both"}, {"head": "flow"}],
+    [{}, {"patch_size": 2}, START, {"input_type": "both"}, {"head": "flow"}],
     ids=lambda fields: "-".join(map(str, fields.values())) or "energy",
 )
 def test_the_cache_changes_nothing(fields, temperature):
@@ -183,7 +184,7 @@ def test_a_published_length_overshoots_by_less_than_a_chunk():
 
 
 def test_a_start_patch_needs_no_whole_chunk():
-    model, ids = tiny_calm(has_start_patch=True), prompt(2, 3)
+    model, ids = tiny_calm(**START), prompt(2, 3)
     result = generate(model, ids, max_new_tokens=9, temperature=1.0, seed=0)
     assert torch.equal(result[:, :3], ids) and result.shape == (2, 12)
     with pytest.raises(UserError, match="the prompt must hold at least one chunk of 4 tokens"):
@@ -330,8 +331,3 @@ def test_damaged_weights_are_reported():
         model.mlp_generator.hidden_embd.weight[0, 0] = float("nan")
     with pytest.raises(UserError, match="latents that are not finite"):
         generate(model, prompt(1, 8), max_new_tokens=4)
-
-
-def test_seeds_of_sequences_are_not_taken_for_seed_and_offset():
-    assert sequence_seeds([3, 4], 2, torch.device("cpu")).tolist() == [[3, 0], [4, 0]]
-    assert sequence_seeds(3, 2, torch.device("cpu")).tolist() == [3, 0]

@@ -225,12 +225,9 @@ def test_eager_attention_scores_the_same_and_unmasked_attention_is_refused(make)
         branches.extend(torch.zeros(1, 1, 32))
 
 
-@pytest.mark.parametrize(
-    ("patch_size", "start_patch", "positions"),
-    [(4, False, 5), (4, True, 6), (8, False, 5), (2, False, 3), (2, True, 4), (3, False, 3)],
-)
-def test_the_published_positions_are_counted(patch_size, start_patch, positions):
-    model = tiny_calm(patch_size=patch_size, has_start_patch=start_patch)
+@pytest.mark.parametrize(("patch_size", "positions"), [(4, 5), (8, 5), (2, 3), (3, 3)])
+def test_the_published_positions_are_counted(patch_size, positions):
+    model = tiny_calm(patch_size=patch_size)
     ids = random_ids((1, 6 * patch_size), 5)
     # Without noise every position scores 1 or -1, so a score is a multiple of 2 / positions.
     score = stacked(brier_scores(model, ids, noise_scale=0.0))

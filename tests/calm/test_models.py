@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 
+from calm.errors import UserError
 from calm.models import MODEL_CLASSES
 from calm.models.agreement import brier_terms
 from calm_kernels import use_backend
@@ -78,14 +79,16 @@ def test_masked_patches_count_for_nothing(head):
     assert nothing == 0
 
 
-def test_labels_within_a_patch_that_do_not_count_are_encoded_as_padding():
-    """As published: a patch counts by its first label; further -100 become the pad token."""
+def test_a_patch_counts_by_its_first_label_and_is_encoded_as_it_is_read():
+    """As published for padded blocks, whose tokens without a label are pad tokens."""
     model = tiny.model()
     ids = tiny.tokens(batch=1)
     labels, padded = ids.clone(), ids.clone()
     labels[0, -2:] = -100
     padded[0, -2:] = model.config.pad_token_id
-    assert torch.equal(model(ids, labels, seed=0).loss, model(ids, padded, seed=0).loss)
+    assert torch.equal(model(ids, labels, seed=0).loss, model(ids, ids, seed=0).loss)
+    assert torch.equal(model(padded, labels, seed=0).loss, model(padded, padded, seed=0).loss)
+    assert not torch.equal(model(ids, labels, seed=0).loss, model(padded, labels, seed=0).loss)
 
 
 # Evaluation
@@ -173,18 +176,16 @@ def test_the_reference_backend_gives_the_same_loss_and_gradients(head):
 
 
 @pytest.mark.parametrize("input_type", ["tokens", "latent", "both"])
-@pytest.mark.parametrize("has_start_patch", [False, True])
-def test_inputs_are_causal_and_every_parameter_learns(input_type, has_start_patch):
-    model = tiny.model(input_type=input_type, has_start_patch=has_start_patch)
+def test_inputs_are_causal_and_every_parameter_learns(input_type):
+    model = tiny.model(input_type=input_type)
     ids = tiny.tokens()
     hidden = model.eval()(ids).last_hidden_state
-    assert hidden.shape == (3, 5 + has_start_patch, 16)
+    assert hidden.shape == (3, 5, 16)
     changed = ids.clone()
     changed[:, 8:12] = (changed[:, 8:12] + 1) % tiny.VOCAB
     difference = (model(changed).last_hidden_state - hidden).abs().amax((0, 2))
-    first_affected = 2 + has_start_patch
-    assert (difference[:first_affected] == 0).all()
-    assert (difference[first_affected:] > 0).all()
+    assert (difference[:2] == 0).all()
+    assert (difference[2:] > 0).all()
     loss_of(model.train(), ids, seed=0).backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -209,19 +210,47 @@ def test_both_inputs_are_summed():
     assert torch.allclose(embeds, tokens + model.embed_patches(ids))
 
 
-def test_a_start_patch_predicts_the_first_chunk_too():
-    model = tiny.model(has_start_patch=True)
-    ids = tiny.tokens(batch=2, chunks=1)
+def test_a_start_patch_is_a_chunk_of_begin_tokens_read_like_any_other():
+    model = tiny.model(has_start_patch=True, bos_token_id=7)
+    assert model.start_token_id == 7
+    assert torch.equal(model.start_tokens(2), torch.full((2, 4), 7))
+    without = tiny.model(bos_token_id=7)
+    assert without.start_token_id is None and without.start_tokens(2).shape == (2, 0)
+    assert model.state_dict().keys() == without.state_dict().keys()
+    ids = tiny.tokens(batch=2)
+    assert torch.equal(model(ids).last_hidden_state, without(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("bos_token_id", [None, tiny.VOCAB, -1])
+def test_a_start_patch_needs_a_begin_token(bos_token_id):
+    with pytest.raises(UserError, match=r"has_start_patch needs bos_token_id.*add_special_tokens"):
+        tiny.config(has_start_patch=True, bos_token_id=bos_token_id)
+
+
+def test_a_start_chunk_is_read_but_not_predicted():
+    """What follows it depends on it; the loss at it does not count."""
+    model, ids = tiny.model(), tiny.tokens(batch=1, chunks=6)
     labels = ids.clone()
-    labels[1] = -100
+    labels[:, 8:12] = -100
     loss = model(ids, labels, seed=0).loss
-    assert torch.allclose(loss, loss_of(model, ids[:1], seed=0))
-    assert not torch.allclose(loss, loss_of(model, ids[1:], seed=0))
-    start = model.start_embeds(2)
-    assert start.shape == (2, 1, 16)
-    expected = model.transformer(inputs_embeds=start).last_hidden_state
-    assert torch.allclose(model(ids).last_hidden_state[:, :1], expected, atol=1e-6)
-    assert tiny.model().start_embeds(2).shape == (2, 0, 16)
+    other = ids.clone()
+    other[:, 8:12] = 1
+    assert not torch.allclose(model(other, labels, seed=0).loss, loss)
+    # Were it predicted, this loss alone would see which token it holds.
+    only_first = labels.clone()
+    only_first[:, 12:] = -100
+    assert torch.equal(model(other, only_first, seed=0).loss, model(ids, only_first, seed=0).loss)
+
+
+def test_an_n_gram_that_leaves_the_document_is_not_scored():
+    model, ids = tiny.model().eval(), tiny.tokens(batch=2)
+    labels = ids.clone()
+    labels[:, 18:] = -100
+    noise = torch.rand(4, 2, 4, 6, generator=torch.Generator().manual_seed(0)) - 0.5
+    ended = model(ids, labels, head_noise=noise, seed=0)
+    shorter = model(ids[:, :16], ids[:, :16], head_noise=noise[:, :, :3], seed=0)
+    for order in range(1, 5):
+        assert torch.allclose(ended[f"brier{order}"], shorter[f"brier{order}"])
 
 
 def test_decoding_takes_the_likeliest_token():

@@ -59,17 +59,16 @@ def test_what_is_not_stored_is_rebuilt_on_loading(tmp_path, head):
 @pytest.mark.parametrize("head_init", ["zero", "scaled"])
 def test_weights_that_a_file_lacks_start_as_they_should(tmp_path, head_init):
     """Trap 5: a last layer set to zero after construction is random if the file lacks it."""
-    model = tiny.model(has_start_patch=True, head_init=head_init, initializer_range=0.02)
+    model = tiny.model(head_init=head_init, initializer_range=0.02)
     model.save_pretrained(tmp_path)
     last = "mlp_generator.final_layer.linears.2"
-    drop_weights(tmp_path, f"{last}.weight", f"{last}.bias", "start_patch")
+    drop_weights(tmp_path, f"{last}.weight", f"{last}.bias")
     loaded, info = EnergyTransformer.from_pretrained(tmp_path, output_loading_info=True)
-    assert set(info["missing_keys"]) == {f"{last}.weight", f"{last}.bias", "start_patch"}
+    assert set(info["missing_keys"]) == {f"{last}.weight", f"{last}.bias"}
     output = loaded.generative_head.output
     assert output.bias.abs().max() == 0
     expected = 0 if head_init == "zero" else 16**-0.5
     assert output.weight.std().item() == pytest.approx(expected, rel=0.3)
-    assert 0 < loaded.start_patch.std() < 0.05
     kept = loaded.generative_head.hidden_embd.weight
     assert torch.equal(kept, model.generative_head.hidden_embd.weight)
 
