@@ -1,0 +1,161 @@
+"""Candidates decoded slot by slot, and only where a token can matter.
+
+A vote asks which of N drawn patches are equal, and one of them is read. A candidate whose first r
+tokens no other shares differs from all, whatever its other tokens are; a group that shares a prefix
+but is smaller than the number of draws that must agree cannot win. Neither needs more of its slots
+projected onto the vocabulary. The choice is, draw by draw, the one that decoding everything makes.
+
+Which slots are left depends on the tokens found so far, so the host reads sizes in between: this is
+the path of a CPU. A GPU decodes all candidates in fixed shapes.
+
+Shapes: B sequences, N candidates, K tokens of a chunk (slots), H hidden size.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from calm_kernels.agreeing_patch import agreeing_patch
+
+__all__ = ["Candidates", "decode_and_vote", "decode_matching"]
+
+Project = Callable[[Tensor], Tensor]  # hidden states [M, H] -> token ids [M]
+_TOKEN_BITS = 32
+_MARGIN = 1e-5  # of 1/T, wider than the tolerance of `agreeing_patch`: it leaves out less
+
+
+class Candidates:
+    """N candidate patches for each of B sequences, in groups that agree as far as they are decoded.
+
+    Args:
+        slots: one hidden state a token, ``[N, B, K, H]``.
+        project: hidden states ``[M, H]`` of any slots to token ids ``[M]`` in [0, 2^32).
+        given: tokens ``[B, K]`` of which the first `given_length` ``[B]`` are those of every
+            candidate, so that they need no decoding; None if nothing is known.
+        given_length: see `given`.
+
+    Attributes:
+        projected: slots that were projected so far.
+    """
+
+    def __init__(
+        self,
+        slots: Tensor,
+        project: Project,
+        given: Tensor | None = None,
+        given_length: Tensor | None = None,
+    ) -> None:
+        num_candidates, batch, patch_size, _ = slots.shape
+        self._slots, self._project = slots.flatten(0, 1), project
+        self._shape = (num_candidates, batch)
+        row = torch.arange(batch, device=slots.device).repeat(num_candidates)  # [N * B]
+        self._row = row
+        self._group, self._num_groups = row.clone(), batch
+        self._size = torch.full_like(row, num_candidates)  # of its group
+        self._depth = torch.zeros_like(row)  # tokens decoded
+        self._tokens = row.new_zeros(len(row), patch_size)
+        if given is not None and given_length is not None:
+            self._depth, self._tokens = given_length[row], given[row]
+        self.projected = 0
+
+    @property
+    def groups(self) -> Tensor:
+        """Which candidates agree, int64 ``[B, N]``: equal numbers for equal tokens so far."""
+        return self._group.view(self._shape).T
+
+    def split(self, size: Tensor | int) -> None:
+        """Decode every group of at least `size` (and two) candidates to the end.
+
+        Args:
+            size: one for all sequences, or ``[B]``. With 2, equal groups are equal patches.
+        """
+        needed = torch.as_tensor(size, device=self._row.device).clamp(min=2).expand(self._shape[1])
+        needed = needed[self._row]
+        for slot in range(self._tokens.shape[1]):
+            index = ((self._depth == slot) & (self._size >= needed)).nonzero()[:, 0]
+            if len(index):
+                self._decode(index, self._depth[index])
+                self._regroup(index, self._tokens[index, slot])
+                self._depth[index] = slot + 1
+
+    def split_largest(self, size: int) -> None:
+        """Decode every group of at least `size` candidates to the end, or where a sequence has no
+        patch that often, its most frequent patches.
+        """
+        needed = self._row.new_full(self._shape[1:], size)
+        while True:
+            self.split(needed)
+            is_open = (self._depth < self._tokens.shape[1]) & (self._size > 1)
+            sizes = self._size.view(self._shape)
+            is_open = is_open.view(self._shape)
+            known = sizes.masked_fill(is_open, 0).amax(0)
+            possible = sizes.masked_fill(~is_open, 0).amax(0)
+            lower = torch.where(known >= needed, needed, torch.maximum(known, possible))
+            if torch.equal(lower, needed):
+                return
+            needed = lower
+
+    def tokens(self, index: Tensor) -> Tensor:
+        """All tokens of candidate `index` ``[B]`` of each sequence, ``[B, K]``."""
+        flat = index * self._shape[1] + torch.arange(self._shape[1], device=index.device)
+        slot = torch.arange(self._tokens.shape[1], device=index.device)
+        missing = (slot >= self._depth[flat][:, None]).nonzero()
+        if len(missing):
+            self._decode(flat[missing[:, 0]], missing[:, 1])
+        return self._tokens[flat]
+
+    def _decode(self, index: Tensor, slot: Tensor) -> None:
+        self._tokens[index, slot] = self._project(self._slots[index, slot])
+        self.projected += len(index)
+
+    def _regroup(self, index: Tensor, tokens: Tensor) -> None:
+        """Split the groups of whole groups `index` by their next token."""
+        key = (self._group[index] << _TOKEN_BITS) | tokens
+        _, place, sizes = key.unique(return_inverse=True, return_counts=True)
+        self._group[index] = self._num_groups + place
+        self._size[index] = sizes[place]
+        self._num_groups += len(sizes)
+
+
+def decode_and_vote(
+    candidates: Candidates, temperature: float, *, seed: Tensor, first_row: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 2 over candidates that are decoded as far as its choice depends on them.
+
+    Args:
+        candidates: N for each of B sequences.
+        temperature: T in (0, 1].
+        seed: of the vote, int64 ``[2]`` or ``[B, 2]``.
+        first_row: global index of the first row.
+
+    Returns: tokens ``[B, K]`` and level ``[B]`` of `calm_kernels.agreeing_patch` on all tokens.
+    """
+    power = 1.0 / temperature
+    candidates.split_largest(math.ceil(power - _MARGIN * power))
+    groups = candidates.groups
+    chosen, level, *_ = agreeing_patch(groups[..., None], power, seed=seed, first_row=first_row)
+    index = (groups == chosen).to(torch.uint8).argmax(1)
+    return candidates.tokens(index), level
+
+
+def decode_matching(slots: Tensor, project: Project, given: Tensor, given_length: Tensor) -> Tensor:
+    """Which candidates begin with tokens that are known; slot by slot, only of those that still do.
+
+    Args:
+        slots: ``[N, B, K, H]``.
+        project: hidden states ``[M, H]`` to token ids ``[M]``.
+        given: ``[B, K]``.
+        given_length: how many of them are known, int64 ``[B]``, 0 to K.
+
+    Returns: bool ``[N, B]``.
+    """
+    num_candidates, batch = slots.shape[:2]
+    row = torch.arange(batch, device=slots.device).repeat(num_candidates)
+    flat, length = slots.flatten(0, 1), given_length[row]
+    fits = torch.ones_like(row, dtype=torch.bool)
+    for slot in range(int(given_length.max())):
+        index = (fits & (length > slot)).nonzero()[:, 0]
+        fits[index] = project(flat[index, slot]) == given[row[index], slot]
+    return fits.view(num_candidates, batch)
