@@ -114,11 +114,12 @@ class HeadSource:
 
     def slots(self, latents: Tensor) -> Tensor:
         """See `Source`."""
-        return self.model.ae_model.decoder.decode(latents)
+        return self.model.ae_model.decoder.expand(latents)
 
     def project(self, slots: Tensor) -> Tensor:
         """See `Source`; the logits are never formed."""
-        return self.model.ae_model.decoder.tokens(slots)
+        decoder = self.model.ae_model.decoder
+        return decoder.tokens(decoder.finish(slots))
 
     def select(self, rows: Tensor) -> "HeadSource":
         """See `Source`."""

@@ -107,16 +107,22 @@ class Decoder(nn.Module):
         """The embedding matrix, ``[V, H]``."""
         return self._tied[0].weight
 
-    def decode(self, latent_states: Tensor) -> Tensor:
-        """Latents ``[..., L]`` to the hidden states that meet the vocabulary, ``[..., K, H]``."""
-        middle = len(self.decoder_layers) // 2
+    def expand(self, latent_states: Tensor) -> Tensor:
+        """Latents ``[..., L]`` to one state for each slot, ``[..., K, H]``: what slots share."""
         hidden = self.latent_to_hidden(latent_states)
-        for block in self.decoder_layers[:middle]:
+        for block in self.decoder_layers[: len(self.decoder_layers) // 2]:
             hidden = block(hidden)
-        hidden = self.expand_layer(hidden).unflatten(-1, (self.patch_size, -1))
-        for block in self.decoder_layers[middle:]:
+        return self.expand_layer(hidden).unflatten(-1, (self.patch_size, -1))
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """States of `expand`, each slot for itself, to those that meet the vocabulary."""
+        for block in self.decoder_layers[len(self.decoder_layers) // 2 :]:
             hidden = block(hidden)
         return self.norm(hidden)
+
+    def decode(self, latent_states: Tensor) -> Tensor:
+        """Latents ``[..., L]`` to the hidden states that meet the vocabulary, ``[..., K, H]``."""
+        return self.finish(self.expand(latent_states))
 
     def forward(self, latent_states: Tensor) -> Tensor:
         """Latents ``[B, P, L]`` to logits ``[B, P*K, V]``."""
