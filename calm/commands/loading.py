@@ -19,10 +19,15 @@ __all__ = ["add_model_arguments", "load_model", "load_tokenizer_of", "read_confi
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which model to load, and where."""
+def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """The flags that say which model to load, and where; `default` is its folder without a flag."""
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="folder of a trained CALM or baseline"
+        "--model",
+        required=default is None,
+        default=default,
+        metavar="DIR",
+        help="folder of a trained CALM or baseline"
+        + ("" if default is None else f" (default: {default})"),
     )
     parser.add_argument(
         "--tokenizer",
