@@ -1,27 +1,89 @@
-"""The GPU benchmark as far as a CPU can run it: shapes, series, plots, refusal without a GPU."""
+"""The GPU benchmark as far as a CPU can run it: rows, buffers, series, plots, refusal without a
+GPU. Its works run once in tests/triton/test_interpreted_benchmark.py.
+"""
+
+import json
+from dataclasses import asdict
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import plots, run
+from benchmarks.gpu import device_time, energy_score, plots, run
+from benchmarks.gpu.work import Measurement, Work, relative_error, row_of
+from calm_kernels.compiling.targets import TARGETS
+
+MEGABYTE = 1 << 20
+
+
+def work(**changes):
+    fields = {
+        "operation": "energy_score", "label": energy_score.ANALYTIC, "name": "triton",
+        "shape": asdict(energy_score.REFERENCE), "run": lambda index: index, "buffers": 3,
+        "traffic": 43 * 10**6,
+    }  # fmt: skip
+    return Work(**fields | changes)
+
+
+def measurement(median=0.1):
+    return Measurement(median, 0.9 * median, 1.1 * median, MEGABYTE, True, 21)
 
 
 def results():
-    """Made-up rows of two implementations over every sweep."""
-    rows = [
-        {"name": name, "shape": run.asdict(shape), "median_ms": 0.1 * factor, "peak_memory_bytes": 1
-        << 20} for name, factor in (("triton, analytic", 1), ("torch, analytic", 5)) for sweep in
-        run.SWEEPS.values() for shape in sweep
-    ]  # fmt: skip
+    """Made-up rows of two implementations over every sweep, and rows that no plot wants."""
+    rows = []
+    for name, factor in (("triton, analytic", 1), ("torch, analytic", 5)):
+        for shape in energy_score.SHAPES:
+            made = work(name=name, shape=asdict(shape))
+            rows.append(row_of(made, measurement(0.1 * factor), TARGETS["sm_90"]))
+    rows.append(row_of(work(label=energy_score.GIVEN), measurement(), None))
+    rows.append(row_of(work(operation="other", shape={"rows": 8192}), measurement(), None))
     return {"environment": {"device": "a device"}, "rows": rows}
+
+
+def test_a_row():
+    row = row_of(work(flops=10**9), measurement(), TARGETS["sm_90"])  # 4.3e12 B/s, 0.79e15 1/s
+    assert row["floor_ms"] == pytest.approx(0.01)
+    assert row["share_of_floor"] == pytest.approx(0.1)
+    assert row["gigabytes_per_second"] == pytest.approx(430)
+    assert row["teraflops"] == pytest.approx(10)
+    bound = row_of(work(flops=79 * 10**9), measurement(), TARGETS["sm_90"])
+    assert bound["floor_ms"] == pytest.approx(0.1)  # products take longer than traffic
+    unknown = row_of(work(), measurement(), None)
+    assert unknown["floor_ms"] is None and unknown["share_of_floor"] is None
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_the_line_of_a_row():
+    row = row_of(work(), measurement(), TARGETS["sm_90"])
+    assert "0.1000 ms" in run.line(row) and "10% of floor" in run.line(row)
+    assert "not captured" not in run.line(row)
+    assert "not captured" in run.line(row | {"is_captured": False, "share_of_floor": None})
+
+
+def test_buffers_leave_the_cache_and_are_used_alike():
+    for bytes_each in (1, 1000, 2 * MEGABYTE, 400 * MEGABYTE):
+        count = device_time.num_buffers(bytes_each, 50 * MEGABYTE)
+        assert count >= 2 and count * bytes_each >= 4 * 50 * MEGABYTE
+        launches = device_time.num_launches(count)
+        assert launches >= 20 and launches % count == 0
+
+
+def test_works_are_timed_one_by_one():
+    def timer(work):
+        return measurement(work.run(2))
+
+    rows = list(run.measured(iter([work(), work(name="rival")]), "sm_90", timer))
+    assert [row["name"] for row in rows] == ["triton", "rival"]
+    assert all(row["median_ms"] == 2 for row in rows)
 
 
 def test_series_follow_one_axis():
     found = plots.series(results(), "num_samples", "median_ms")
     sizes = [size for size, _ in found["triton, analytic"]]
-    assert sizes[0] == 2 and sizes[-1] == 16 and sizes == sorted(sizes)
+    assert sizes == [2, 4, 8, 16]
+    assert set(found) == {"triton, analytic", "torch, analytic"}
 
 
 def test_plots_are_drawn(tmp_path):
@@ -30,8 +92,21 @@ def test_plots_are_drawn(tmp_path):
 
 
 def test_traffic_of_the_reference_shape():
-    assert run.REFERENCE.traffic() == 8192 * 128 * 2 * 18
-    assert run.REFERENCE.eager_bytes() == 3_355_443_200
+    assert energy_score.REFERENCE.traffic() == 8192 * 128 * 2 * 18
+    assert energy_score.REFERENCE.given_traffic() == 8192 * 128 * 2 * 116
+    assert energy_score.REFERENCE.eager_bytes() == 3_355_443_200
+
+
+def test_relative_error():
+    assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
+
+
+def test_every_operation_has_shapes_and_works():
+    modules = run.operations()
+    assert {"energy_score", "reparameterize"} <= set(modules)
+    for module in modules.values():
+        assert set(module.QUICK) <= set(module.SHAPES) and callable(module.works)
+        assert all(isinstance(shape, module.Shape) for shape in module.SHAPES)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

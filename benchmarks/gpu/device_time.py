@@ -1,28 +1,27 @@
 """Time on the device: a captured graph of many launches over rotating buffers, medians."""
 
+import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 
-__all__ = ["Measurement", "measure"]
+from benchmarks.gpu.work import Measurement, Work
+
+__all__ = ["measure", "num_buffers"]
 
 LAUNCHES, REPLAYS, WARMUP = 20, 15, 3
-Work = Callable[[int], object]  # takes the number of a buffer
+CACHE_MULTIPLE = 4  # the buffers of a work together, in sizes of the device's cache
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Milliseconds of one call (median and 20/80 % quantiles) and its peak memory beyond the
-    inputs.
-    """
+def num_buffers(bytes_each: int, cache_bytes: int) -> int:
+    """Sets of inputs so that each has left the cache when its turn comes again; at least two."""
+    return max(2, math.ceil(CACHE_MULTIPLE * cache_bytes / max(1, bytes_each)))
 
-    median_ms: float
-    low_ms: float
-    high_ms: float
-    peak_memory_bytes: int
-    is_captured: bool
+
+def num_launches(buffers: int) -> int:
+    """At least `LAUNCHES`, and every buffer as often as any other."""
+    return math.ceil(LAUNCHES / buffers) * buffers
 
 
 def _timed(run: Callable[[], object], launches: int) -> list[float]:
@@ -37,50 +36,49 @@ def _timed(run: Callable[[], object], launches: int) -> list[float]:
     return times
 
 
-def _capture(work: Work, buffers: int) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
+def _call(work: Work, launches: int) -> None:
+    for index in range(launches):
+        work.run(index % work.buffers)
+
+
+def _capture(work: Work, launches: int) -> tuple[torch.cuda.CUDAGraph, list[object]]:
+    """The graph, and the results: kept, so that no launch writes where the one before it did."""
+    graph, results = torch.cuda.CUDAGraph(), []
     with torch.cuda.graph(graph):
-        for index in range(LAUNCHES):
-            work(index % buffers)
-    return graph
+        for index in range(launches):
+            results.append(work.run(index % work.buffers))
+    return graph, results
 
 
-def peak_memory_bytes(work: Work) -> int:
+def _peak_memory_bytes(work: Work) -> int:
     """Memory that one call needs beyond what is live before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    work(0)
+    result = work.run(0)
     torch.cuda.synchronize()
+    del result
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(work: Work, buffers: int, *, can_capture: bool = True) -> Measurement:
-    """Time `work`, called with buffer numbers below `buffers` in turn.
+def measure(work: Work) -> Measurement:
+    """Time `work` over its buffers in turn.
 
-    Work that cannot be captured (it waits for the device, or needs too much memory twenty times) is
-    timed call by call, launch gaps included.
+    What cannot be captured, because it waits for the device, is timed as it is called, launch gaps
+    included; its row says so.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())  # which fills the buffers
     with torch.cuda.stream(side):
-        for index in range(WARMUP):
-            work(index % buffers)
+        _call(work, WARMUP)
     torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    peak = peak_memory_bytes(work)
-    if can_capture:
-        graph = _capture(work, buffers)
+    peak = _peak_memory_bytes(work)
+    launches = num_launches(work.buffers)
+    if work.can_capture:
+        graph, _results = _capture(work, launches)
         graph.replay()
-        times = _timed(graph.replay, LAUNCHES)
+        times = _timed(graph.replay, launches)
     else:
-        times = _timed(lambda: [work(index % buffers) for index in range(2)], 2)
-    low, *_, high = quantiles = statistics.quantiles(times, n=5)
-    assert len(quantiles) == 4
-    return Measurement(statistics.median(times), low, high, peak, can_capture)
-
-
-def rotating(make: Callable[[int], Sequence[torch.Tensor]], bytes_each: int) -> list:
-    """Enough sets of inputs that together they do not fit into the device's cache."""
-    cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
-    return [make(seed) for seed in range(max(2, min(16, 1 + 3 * cache // max(1, bytes_each))))]
+        times = _timed(lambda: _call(work, launches), launches)
+    low, *_, high = statistics.quantiles(times, n=5)
+    return Measurement(statistics.median(times), low, high, peak, work.can_capture, launches)

@@ -15,7 +15,8 @@ AXES = {
     "num_targets": "targets M",
     "width": "latent size L",
 }
-REFERENCE = {"rows": 8192, "num_samples": 8, "num_targets": 100, "width": 128}
+REFERENCE = {"rows": 8192, "num_samples": 8, "num_targets": 100, "width": 128, "spread": 0.2}
+WORK = "gaussian, forward + gradient"
 
 
 def series(results: dict, axis: str, quantity: str) -> dict[str, list[tuple[int, float]]]:
@@ -23,6 +24,8 @@ def series(results: dict, axis: str, quantity: str) -> dict[str, list[tuple[int,
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in results["rows"]:
         shape = row["shape"]
+        if (row["operation"], row["work"]) != ("energy_score", WORK):
+            continue
         others = {name: size for name, size in REFERENCE.items() if name != axis}
         if axis in shape and all(shape.get(name) == size for name, size in others.items()):
             lines.setdefault(row["name"], []).append((shape[axis], row[quantity]))

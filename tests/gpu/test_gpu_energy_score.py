@@ -1,10 +1,10 @@
-"""The compiled kernels at full size: parity, captured graphs, torch.compile, memory."""
+"""The energy score's kernels at full size: parity, captured graphs, torch.compile, memory."""
 
 import pytest
 import torch
+from gpu_cases import relative_error
 
-from calm_kernels import energy_score, gaussian_energy_score, noise, reparameterize
-from calm_kernels.noise import Stream
+from calm_kernels import energy_score, gaussian_energy_score
 
 MODES = ("analytic", "antithetic", "sample")
 # Relative error of the gradient, norm over norm; scores are compared to a tenth of it.
@@ -21,10 +21,6 @@ def make_inputs(rows, num_samples=8, width=128, dtype=torch.bfloat16, spread=0.2
     samples = (mean[:, None] + 1.3 * offset).to(dtype).transpose(0, 1)
     inputs = (samples, mean.to(dtype), log_std.to(dtype))
     return [value.detach().requires_grad_() for value in inputs]
-
-
-def relative_error(actual, truth):
-    return ((actual.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
 def run(inputs, backend, **options):
@@ -75,29 +71,6 @@ def test_given_targets_and_their_gradient():
         results.append([score, *torch.autograd.grad(score.mean(), (samples, draws))])
     for value, wanted in zip(*results, strict=True):
         assert relative_error(value, wanted) < 1e-5
-
-
-@pytest.mark.parametrize("dtype", GRADIENT, ids=str)
-def test_reparameterize_at_full_size(dtype):
-    states = torch.randn(8192, 256, device="cuda").to(dtype)
-    results = []
-    for backend, kind in (("triton", dtype), ("torch", torch.float32)):
-        leaf = states.to(kind).requires_grad_()
-        latent, kl = reparameterize(leaf, kl_floor=0.5, dropout=0.15, seed=4, backend=backend)
-        total = latent.float().square().mean() + kl.mean()
-        results.append([latent, kl, *torch.autograd.grad(total, leaf)])
-    for value, wanted in zip(*results, strict=True):
-        assert relative_error(value, wanted) < 4e-3
-    assert torch.equal(results[0][0] == 0, results[1][0] == 0)
-
-
-def test_the_fast_noise_is_that_of_torch():
-    """Through a latent with zero mean and unit variance: the noise itself."""
-    states = torch.zeros(512, 256, device="cuda")
-    latent, _ = reparameterize(states, kl_floor=0.0, seed=11, backend="triton")
-    expected = noise.normal(512, 128, stream=Stream.LATENT, seed=11, device="cuda")
-    error = (latent - expected).abs()
-    assert error.mean() < 1e-6 and error.max() < 1e-3  # the logarithm near 1 is the worst
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,0 +1,82 @@
+"""One thing to time, and the row that its measurement becomes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from calm_kernels.compiling.targets import Target
+
+__all__ = ["Measurement", "Work", "assert_close", "cache_bytes", "relative_error", "row_of"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A call to time: what, by whom, at which shape, and what it cannot do without."""
+
+    operation: str
+    label: str  # what is computed: "forward + gradient"
+    name: str  # who computes it: "triton", a rival
+    shape: dict[str, Any]
+    run: Callable[[int], Any]  # takes the number of a buffer
+    buffers: int
+    traffic: int  # bytes that must move, whoever computes it
+    flops: int = 0  # of products on tensor cores
+    can_capture: bool = True  # into a CUDA graph: it never waits for the device
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Milliseconds of one call (median, 20 and 80 % quantiles), its peak memory beyond the inputs,
+    and how it was timed.
+    """
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    peak_memory_bytes: int
+    is_captured: bool
+    launches: int
+
+
+def row_of(work: Work, found: Measurement, target: Target | None) -> dict[str, Any]:
+    """What is written to the results: the floor is that of `target`, None for an unknown device."""
+    floor_ms = None
+    if target is not None:
+        seconds = max(work.traffic / target.bandwidth, work.flops / target.tensor_rate)
+        floor_ms = seconds * 1e3
+    return {
+        "operation": work.operation,
+        "work": work.label,
+        "name": work.name,
+        "shape": work.shape,
+        **asdict(found),
+        "buffers": work.buffers,
+        "gigabytes_per_second": work.traffic / found.median_ms / 1e6,
+        "teraflops": work.flops / found.median_ms / 1e9,
+        "floor_ms": floor_ms,
+        "share_of_floor": None if floor_ms is None else floor_ms / found.median_ms,
+    }
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the device's second-level cache; 0 on a CPU, where nothing is timed."""
+    if device == "cpu":
+        return 0
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def relative_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the truth."""
+    truth = truth.double()
+    return float((actual.double() - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def assert_close(
+    actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], tolerance: float, label: str
+) -> None:
+    """Parity before anything is timed."""
+    for ours, theirs in zip(actual, expected, strict=True):
+        error = relative_error(ours, theirs)
+        assert error < tolerance, f"{label}: relative error {error:.1e}; nothing is timed"

@@ -1,0 +1,48 @@
+"""The works of the GPU benchmark, each run once on tiny shapes; what a graph is to capture never
+waits for the device.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.gpu import energy_score, reparameterize
+
+# Operators that read from the device, or copy to it from ordinary memory.
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::lift_fresh"}
+SHAPES = {
+    "energy_score": (energy_score, energy_score.Shape(3, 2, 4, 64)),
+    "quadrature": (energy_score, energy_score.Shape(2, 3, 4, 32, 1.5)),
+    "reparameterize": (reparameterize, reparameterize.Shape(3, 16)),
+}
+
+
+class Waits(TorchDispatchMode):
+    """Records the operators that would make a GPU wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in WAITS:
+            self.found.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch.compile's imports
+@pytest.mark.parametrize("name", SHAPES)
+def test_works(name):
+    module, shape = SHAPES[name]
+    seen = []
+    for work in module.works([shape], device="cpu"):
+        seen.append((work.label, work.name))
+        assert work.buffers >= 2 and work.traffic > 0
+        if "torch.compile" in work.name:
+            continue  # needs a C++ compiler
+        with Waits() as waits:
+            result = work.run(work.buffers - 1)
+        results = result if isinstance(result, (tuple, list)) else [result]
+        assert all(torch.isfinite(value).all() for value in results)
+        assert not (work.can_capture and waits.found), (work.name, waits.found)
+    assert len(seen) == len(set(seen)) > 4
