@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     """Save the tokenizer, fill the cache, print what there is."""
     from calm.data.corpus import load_corpus
     from calm.data.files import TEXT_KEY
-    from calm.data.packing import tokenize_documents
+    from calm.data.tokenization import tokenize_documents
     from calm.data.tokenizer import load_tokenizer
 
     if args.workers is not None and args.workers < 1:

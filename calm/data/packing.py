@@ -1,18 +1,15 @@
-"""From documents to blocks: tokenize, put the documents end to end, cut every `block_size` tokens;
-drop nothing.
+"""From documents to blocks: put them end to end, cut every `block_size` tokens; drop nothing.
 
-Between documents stands what the tokenizer itself puts there (Llama's begins every text with its
-begin token, as in the published runs); a tokenizer that adds nothing gets its end token after every
-document. The last block of a corpus is filled with pad tokens, whose labels are -100.
+What stands between documents, and which tokens are read without being predicted, is settled in
+`calm.data.tokenization`. The last block of a corpus is filled with pad tokens, whose labels are
+-100.
 
 `PackedBlocks` cuts a tokenized table where it lies, memory-mapped, and copies nothing;
 `PackedStream` packs documents as they arrive. Both give the same blocks for the same documents.
 """
 
 import hashlib
-import logging
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -23,9 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from calm.data.corpus import Documents, code_stamp
-from calm.data.files import TEXT_KEY
-from calm.data.tokenizer import tokenizer_hash
+from calm.data.corpus import Documents
+from calm.data.tokenization import CHARACTERS, TOKENS, align_documents, tokenize_documents
 from calm.errors import UserError
 
 __all__ = [
@@ -35,16 +31,11 @@ __all__ = [
     "PackedStream",
     "check_block_size",
     "collate",
-    "document_separator",
     "pack",
     "pack_documents",
-    "tokenize_documents",
 ]
 
-logger = logging.getLogger(__name__)
-
 IGNORE_INDEX = -100
-TOKENS, CHARACTERS = "input_ids", "num_characters"
 
 Block = dict[str, np.ndarray]
 
@@ -59,73 +50,16 @@ def check_block_size(block_size: int, patch_size: int) -> None:
         )
 
 
-def document_separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The end token where `tokenizer` adds neither begin nor end token by itself, else None."""
-    ids = tokenizer("a")["input_ids"]
-    adds_its_own = ids[0] == tokenizer.bos_token_id or ids[-1] == tokenizer.eos_token_id
-    return None if adds_its_own else tokenizer.eos_token_id
-
-
-def _encode(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, separator: int | None
-) -> dict[str, list[Any]]:
-    # split_special_tokens: a document that spells out a special token is text like any other.
-    encoded = tokenizer(
-        list(texts),
-        verbose=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )
-    end = [] if separator is None else [separator]
-    return {
-        TOKENS: [
-            ids + end if text else [] for ids, text in zip(encoded["input_ids"], texts, strict=True)
-        ],
-        CHARACTERS: [len(text) for text in texts],
-    }
-
-
-def tokenize_documents(
-    documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    num_proc: int | None = None,
-    overwrite_cache: bool = False,
-) -> Documents:
-    """Token ids of every document with its separator (``input_ids``) and its ``num_characters``.
-
-    A cached corpus is tokenized once; documents, tokenizer and separator make the key of the cache.
-    """
-    separator = document_separator(tokenizer)
-    encode = partial(_encode, tokenizer=tokenizer, separator=separator)
-    features = datasets.Features(
-        {TOKENS: datasets.List(datasets.Value("int32")), CHARACTERS: datasets.Value("int64")}
-    )
-    common: dict[str, Any] = {
-        "batched": True,
-        "input_columns": TEXT_KEY,
-        "remove_columns": TEXT_KEY,
-        "features": features,
-    }
-    if isinstance(documents, datasets.IterableDataset):
-        return documents.map(encode, **common)
-    key = f"{documents._fingerprint} {tokenizer_hash(tokenizer)} {separator} {code_stamp()}"
-    return documents.map(
-        encode,
-        num_proc=num_proc,
-        load_from_cache_file=not overwrite_cache,
-        new_fingerprint=hashlib.blake2b(key.encode(), digest_size=8).hexdigest(),
-        desc="tokenizing",
-        **common,
-    )
-
-
 def _block(tokens: np.ndarray, block_size: int, pad_token_id: int) -> Block:
-    """`tokens`, at most `block_size` of them, as inputs and labels; the rest is padding."""
+    """`tokens`, at most `block_size` of them, as inputs and labels; the rest is padding.
+
+    Negative entries are tokens that are only read, see `align_documents`.
+    """
     inputs = np.full(block_size, pad_token_id, dtype=np.int64)
     labels = np.full(block_size, IGNORE_INDEX, dtype=np.int64)
-    inputs[: len(tokens)] = labels[: len(tokens)] = tokens
+    is_label = tokens >= 0
+    inputs[: len(tokens)] = np.where(is_label, tokens, ~tokens)
+    labels[: len(tokens)] = np.where(is_label, tokens, IGNORE_INDEX)
     return {"input_ids": inputs, "labels": labels}
 
 
@@ -152,7 +86,7 @@ class PackedBlocks(Dataset[Block]):
     """Blocks of a tokenized table by index; tokens stay in the memory-mapped file.
 
     Args:
-        documents: a table from `tokenize_documents`.
+        documents: a table from `tokenize_documents` or `align_documents`.
         block_size: tokens a block.
         pad_token_id: fills the last block.
         max_blocks: keep the first blocks only.
@@ -221,7 +155,7 @@ class PackedStream(IterableDataset[Block]):
     several loader workers each packs the files that it reads.
 
     Args:
-        documents: a stream from `tokenize_documents`.
+        documents: a stream from `tokenize_documents` or `align_documents`.
         block_size: tokens a block.
         pad_token_id: fills the last block of each pass.
         max_blocks: keep the first blocks only.
@@ -268,20 +202,39 @@ def pack_documents(
     block_size: int,
     patch_size: int,
     max_blocks: int | None = None,
+    start_token_id: int | None = None,
     repeat: bool = False,
     num_proc: int | None = None,
     overwrite_cache: bool = False,
 ) -> PackedBlocks | PackedStream:
-    """Documents to blocks: `PackedBlocks` of a table, `PackedStream` of a stream (`repeat` applies
-    to streams).
+    """Documents to blocks: `PackedBlocks` of a table, `PackedStream` of a stream.
+
+    Args:
+        documents: texts.
+        tokenizer: theirs.
+        block_size: tokens a block.
+        patch_size: K, which divides it.
+        max_blocks: keep the first blocks only.
+        start_token_id: token of the chunk before each document, which then begins and ends with
+            one (`align_documents`); None puts documents end to end.
+        repeat: start a stream again at its end.
+        num_proc: processes that prepare a table.
+        overwrite_cache: prepare a table again.
 
     Raises:
         UserError: `block_size` is no multiple of `patch_size`, or no data is left.
     """
     check_block_size(block_size, patch_size)
-    tokenized = tokenize_documents(
-        documents, tokenizer, num_proc=num_proc, overwrite_cache=overwrite_cache
-    )
+    preparation: Any = {"num_proc": num_proc, "overwrite_cache": overwrite_cache}
+    tokenized = tokenize_documents(documents, tokenizer, **preparation)
+    if start_token_id is not None:
+        tokenized = align_documents(
+            tokenized,
+            start_token_id=start_token_id,
+            end_token_id=tokenizer.eos_token_id,
+            patch_size=patch_size,
+            **preparation,
+        )
     pad_token_id = tokenizer.pad_token_id
     if isinstance(tokenized, datasets.IterableDataset):
         return PackedStream(tokenized, block_size, pad_token_id, max_blocks, repeat=repeat)

@@ -38,7 +38,9 @@ def brier_scores(
 
     Positions are the published ones, so that numbers compare: with S predicted chunks, every one
     for K >= 4 (n-grams start at chunk starts), the first S - ceil(4 / K) for K < 4, and the first
-    S - 4 of S predicted tokens for the baseline.
+    S - 4 of S predicted tokens for the baseline. A block's first chunk is not predicted. Where a
+    start chunk precedes a document (``has_start_patch``), labels leave out start chunks and what
+    fills last chunks, so the document's first chunk counts and an n-gram never leaves it.
 
     Args:
         model: a CALM with any head and any K, or the token baseline.

@@ -21,7 +21,7 @@ from calm.environment import installed_version
 from calm.errors import UserError
 from calm.evaluation.bootstrap import bootstrap_interval, brier_lm, corpus_means, standard_errors
 from calm.evaluation.brier import brier_sums, evaluating
-from calm.evaluation.samplers import ChunkSampler, make_sampler
+from calm.evaluation.samplers import make_sampler
 from calm_kernels.noise import as_seed
 
 __all__ = ["Evaluation", "evaluate"]
@@ -115,7 +115,7 @@ def evaluate(
     parts, length, first_row = [], 0, 0
     with evaluating(model):
         for input_ids, labels in progress(_batches(islice(blocks, max_blocks), batch_size)):
-            digest.update(labels.numpy().tobytes())
+            digest.update(labels[labels >= 0].numpy().tobytes())  # the text, however it is laid out
             length = length or input_ids.shape[1]
             if input_ids.shape[1] != length:
                 raise UserError(
@@ -138,7 +138,8 @@ def evaluate(
         "block_size": length,
         "blocks": len(counts),
         "positions": int(counts.sum()),
-        "positions_are": _position_rule(sampler),
+        "positions_are": _position_rule(sampler.patch_size),
+        "start_chunks": getattr(model, "start_token_id", None) is not None,
         "estimator": sampler.estimator,
         "skip_repeats": skip_repeats,
         "num_samples": num_samples,
@@ -193,9 +194,8 @@ def _stack(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack(input_ids), torch.stack(labels)
 
 
-def _position_rule(sampler: ChunkSampler) -> str:
+def _position_rule(size: int) -> str:
     """Which n-grams are scored, in words."""
-    size = sampler.patch_size
     if size == 1:
         return "every predicted token but the last 4"
     if size < 4:

@@ -5,24 +5,20 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.data.corpus import Corpus, Documents, load_corpus
 from calm.data.files import TEXT_KEY, expand_files
-from calm.data.packing import (
-    PackedBlocks,
-    PackedStream,
-    document_separator,
-    pack_documents,
-)
+from calm.data.packing import PackedBlocks, PackedStream, pack_documents
+from calm.data.tokenization import document_separator
 from calm.data.tokenizer import load_tokenizer, tokenizer_hash
 from calm.errors import UserError
 from calm.training.arguments import NO_AUTOENCODER, JobArguments
 from calm.training.recipe import Stage
 
-__all__ = ["Blocks", "Text", "load_text", "pack_text", "protocol"]
+__all__ = ["Blocks", "Layout", "Text", "load_text", "pack_text", "protocol"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +42,18 @@ class Text:
     corpus: Corpus
     tokenizer: PreTrainedTokenizerBase
     tokenizer_name: str
+
+
+class Layout(NamedTuple):
+    """How a model wants its blocks: K, and the token of the chunk before each document, if any."""
+
+    patch_size: int
+    start_token_id: int | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Self:
+        """That of `model`; the autoencoder and the baseline read documents end to end."""
+        return cls(getattr(model, "patch_size", 1), getattr(model, "start_token_id", None))
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ def _texts(documents: Documents | None) -> Any:
     return (row[TEXT_KEY] for row in islice(documents, TOKENIZER_DOCUMENTS))
 
 
-def pack_text(arguments: JobArguments, text: Text, patch_size: int) -> Blocks:
+def pack_text(arguments: JobArguments, text: Text, layout: Layout) -> Blocks:
     """Blocks of the documents; streams repeat for as long as training lasts."""
     training, data = arguments.training, arguments.data
 
@@ -113,7 +121,8 @@ def pack_text(arguments: JobArguments, text: Text, patch_size: int) -> Blocks:
             documents,
             text.tokenizer,
             block_size=arguments.block_size,
-            patch_size=patch_size,
+            patch_size=layout.patch_size,
+            start_token_id=layout.start_token_id,
             max_blocks=limit,
             repeat=repeat,
             num_proc=data.preprocessing_num_workers,
@@ -126,15 +135,13 @@ def pack_text(arguments: JobArguments, text: Text, patch_size: int) -> Blocks:
     )
 
 
-def protocol(
-    arguments: JobArguments, text: Text, blocks: Blocks, patch_size: int
-) -> dict[str, Any]:
+def protocol(arguments: JobArguments, text: Text, blocks: Blocks, layout: Layout) -> dict[str, Any]:
     """What was trained on what, for the record beside the weights; names of files, no paths."""
     training, data = arguments.training, arguments.data
     return {
         "stage": arguments.stage.value,
         "block_size": arguments.block_size,
-        "patch_size": patch_size,
+        **layout._asdict(),
         "tokenizer": Path(text.tokenizer_name).name,
         "tokenizer_hash": tokenizer_hash(text.tokenizer),
         "vocab_size": len(text.tokenizer),

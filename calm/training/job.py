@@ -20,7 +20,7 @@ from calm.training.arguments import CALMTrainingArguments, JobArguments, parse_a
 from calm.training.building import weight_dtype
 from calm.training.checkpoints import check_usable, discard_checkpoints, last_good_checkpoint
 from calm.training.clock import UNBOUNDED_STEPS
-from calm.training.inputs import load_text, pack_text, protocol
+from calm.training.inputs import Layout, load_text, pack_text, protocol
 from calm.training.recipe import Stage
 from calm.training.trainer import CALMTrainer
 from calm_kernels.backend import set_backend
@@ -78,13 +78,13 @@ def prepare_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer
     model = build_model(arguments, text.tokenizer)
     if arguments.model.torch_dtype not in (None, "auto"):
         model.to(dtype=weight_dtype(arguments.model.torch_dtype))  # type: ignore[call-arg]
-    patch_size = getattr(model, "patch_size", 1)
+    layout = Layout.of(model)
     with args.main_process_first(desc="packing the text"):
-        blocks = pack_text(arguments, text, patch_size)
+        blocks = pack_text(arguments, text, layout)
     return CALMTrainer(
         model,
         args,
-        protocol=protocol(arguments, text, blocks, patch_size) if args.should_save else None,
+        protocol=protocol(arguments, text, blocks, layout) if args.should_save else None,
         tokens_per_character=getattr(blocks.train, "tokens_per_character", None),
         train_dataset=blocks.train,
         eval_dataset=blocks.validation,

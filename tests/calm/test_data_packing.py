@@ -13,11 +13,10 @@ from calm.data.packing import (
     PackedStream,
     check_block_size,
     collate,
-    document_separator,
     pack,
     pack_documents,
-    tokenize_documents,
 )
+from calm.data.tokenization import align_documents, document_separator, tokenize_documents
 from calm.data.tokenizer import byte_tokenizer
 from calm.errors import UserError
 
@@ -162,6 +161,64 @@ class TestSeparators:
     def test_a_special_token_spelled_out_in_text_stays_text(self):
         tokenized = tokenize_documents(table(["x<|end_of_text|>y"]), TOKENIZER)
         assert tokenized["input_ids"][0] == [*b"x<|end_of_text|>y", EOS]
+
+
+START = TOKENIZER.bos_token_id
+
+
+def aligned(texts, patch_size):
+    """Chunks of every document, and whether each of their tokens has a label."""
+    tokens, has_label = [], []
+    for text in filter(None, texts):
+        fill = -(len(text) + 1) % patch_size
+        tokens += [START] * patch_size + [*text.encode(), EOS] + [EOS] * fill
+        has_label += [False] * patch_size + [True] * (len(text) + 1) + [False] * fill
+    return tokens, has_label
+
+
+class TestStartChunks:
+    @pytest.mark.parametrize(("patch_size", "block_size"), [(1, 8), (3, 12), (4, 64), (8, 4096)])
+    def test_every_document_gets_chunks_of_its_own(self, patch_size, block_size):
+        texts = ["first", "", *random_texts(50)]
+        tokens, has_label = aligned(texts, patch_size)
+        options = {"block_size": block_size, "patch_size": patch_size, "start_token_id": START}
+        for documents in (table(texts), stream(texts)):
+            batch = collate(list(pack_documents(documents, TOKENIZER, **options)))
+            inputs, labels = (batch[name].flatten() for name in ("input_ids", "labels"))
+            assert inputs[: len(tokens)].tolist() == tokens
+            assert (labels[: len(tokens)] >= 0).tolist() == has_label
+            assert torch.equal(labels[labels >= 0], inputs[labels >= 0])
+            assert (inputs[len(tokens) :] == PAD).all() and (labels[len(tokens) :] == -100).all()
+
+    def test_blocks_hold_the_same_text_as_without(self):
+        texts = random_texts(60)
+        options = {"block_size": 16, "patch_size": 4}
+        kept = [
+            unpacked(list(pack_documents(table(texts), TOKENIZER, **options, start_token_id=start)))
+            for start in (None, START)
+        ]
+        assert kept[0][0] == kept[1][0]
+
+    def test_the_tokenizer_s_own_tokens_stay_and_an_end_token_is_never_doubled(self):
+        tokenized = datasets.Dataset.from_dict(
+            {"input_ids": [[START, 7, 8], [9, EOS], []], "num_characters": [2, 1, 0]}
+        )
+        result = align_documents(tokenized, start_token_id=START, end_token_id=EOS, patch_size=2)
+        before = [~START, ~START]
+        assert result["input_ids"][:] == [[*before, START, 7, 8, EOS], [*before, 9, EOS], []]
+        assert result["num_characters"][:] == [2, 1, 0]
+
+    def test_the_cache_knows_one_layout_from_another(self):
+        tokenized = tokenize_documents(table(["abc", "defgh"]), TOKENIZER)
+        layouts = [(START, EOS, 4), (START, EOS, 2), (1, EOS, 4), (START, 2, 4)]
+        names = ("start_token_id", "end_token_id", "patch_size")
+        tables = [
+            align_documents(tokenized, **dict(zip(names, row, strict=True))) for row in layouts
+        ]
+        fingerprints = {tokenized._fingerprint, *(table._fingerprint for table in tables)}
+        assert len(fingerprints) == 5
+        again = align_documents(tokenized, **dict(zip(names, layouts[0], strict=True)))
+        assert again._fingerprint == tables[0]._fingerprint
 
 
 class TestLoading:

@@ -131,6 +131,63 @@ class TestResults:
         assert Autoencoder.from_pretrained(tmp_path / "autoencoder").dtype == torch.bfloat16
 
 
+START = f"--config_overrides={SIZES['calm']},has_start_patch=true"
+
+
+class TestStartPatch:
+    """The language model alone has one; it reads the same documents."""
+
+    @pytest.mark.parametrize("source", ["--streaming=false", "--streaming"])
+    def test_start_chunks_reach_the_model(self, tmp_path, run, monkeypatch, source):
+        batches, compute_loss = [], CALMTrainer.compute_loss
+
+        def spy(self, model, inputs, *args, **kwargs):
+            batches.append({name: value.clone() for name, value in inputs.items()})
+            return compute_loss(self, model, inputs, *args, **kwargs)
+
+        monkeypatch.setattr(CALMTrainer, "compute_loss", spy)
+        assert run("calm", START, source)[0] == 0
+        model = EnergyTransformer.from_pretrained(tmp_path / "calm")
+        assert (model.config.has_start_patch, model.start_token_id) == (True, 256)
+        assert read(tmp_path / "calm" / "protocol.json")["start_token_id"] == 256
+        inputs, labels = (
+            torch.cat([batch[name] for batch in batches]).unflatten(1, (-1, 4))
+            for name in ("input_ids", "labels")
+        )
+        is_text = inputs[..., 0] != 258  # the last block is padded
+        inputs, labels = inputs[is_text], labels[is_text]
+        is_start = (inputs == 256).all(-1)
+        assert is_start.any() and not (inputs[~is_start] == 256).any()
+        assert (labels[is_start] == -100).all() and (labels[~is_start][:, 0] >= 0).all()
+        has_label = labels >= 0
+        assert torch.equal(labels[has_label], inputs[has_label])
+
+    def test_a_stopped_run_goes_on_to_the_bit(self, tmp_path, run):
+        folder = tmp_path / "calm"
+        assert run("calm", START)[0] == 0
+        weights, losses = (folder / "model.safetensors").read_bytes(), logs(folder)
+        shutil.rmtree(folder / "checkpoint-4")
+        assert run("calm", START)[0] == 0
+        assert (folder / "model.safetensors").read_bytes() == weights and logs(folder) == losses
+
+    def test_autoencoder_and_baseline_have_none(self, tmp_path, run, autoencoder):
+        assert read(autoencoder / "protocol.json")["start_token_id"] is None
+        assert run("baseline")[0] == 0
+        assert read(tmp_path / "baseline" / "protocol.json")["start_token_id"] is None
+
+    def test_a_tokenizer_without_begin_token(self, tmp_path, run):
+        words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "#": 2}, unk_token="<unk>"))
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=words, eos_token="</s>", pad_token="#", unk_token="<unk>"
+        )
+        tokenizer.save_pretrained(tmp_path / "t")
+        named = f"--tokenizer_name={tmp_path / 't'}"
+        assert_one_error(
+            *run("calm", START, named), "has_start_patch needs bos_token_id", "add_special_tokens"
+        )
+        assert run("calm", named, "--max_steps=1")[0] == 0
+
+
 class TestStartingAgain:
     def test_a_finished_run_stays_as_it_is(self, tmp_path, run):
         folder = tmp_path / "baseline"
