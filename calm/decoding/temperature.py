@@ -10,12 +10,27 @@ import math
 import torch
 from torch import Tensor
 
+from calm.decoding.rounds import Power
 from calm.errors import UserError
 from calm_kernels.agreeing_patch import agreeing_patch
 
-__all__ = ["METHODS", "candidates_needed", "check_sampling", "vote"]
+__all__ = ["METHODS", "candidates_needed", "check_sampling", "split_power", "vote"]
 
+TOLERANCE = 1e-6  # as in `calm_kernels.agreeing_patch`
 METHODS = ("batch",)  # Algorithm 2
+
+
+def split_power(temperature: float) -> Power:
+    """1/T = n + a with n >= 1 and 0 <= a < 1; a is 0 within rounding, 1e-6 relative.
+
+    Args:
+        temperature: T in (0, 1].
+    """
+    power = 1.0 / temperature
+    nearest = round(power)
+    if abs(power - nearest) <= TOLERANCE * power:
+        return Power(nearest, 0.0)
+    return Power(math.floor(power), power - math.floor(power))
 
 
 def check_sampling(temperature: float, num_samples: int, noise_scale: float, method: str) -> None:
