@@ -45,9 +45,9 @@ OPERATIONS: dict[str, frozenset[Backend]] = {
     "energy_score": _FUSED,
     "gaussian_energy_score": _FUSED,
     "reparameterize": _FUSED,
-    "energy_head": _PORTABLE,
-    "linear_argmax": _PORTABLE,
-    "agreeing_patch": _PORTABLE,
+    "energy_head": _FUSED,
+    "linear_argmax": _FUSED,
+    "agreeing_patch": _FUSED,
     "linear_cross_entropy": _PORTABLE,
 }
 

@@ -18,12 +18,15 @@ __all__ = [
     "PatchTile",
     "architecture",
     "launch_options",
+    "num_processors",
     "patch_tile",
     "setting",
     "use_fast_math",
+    "warp_size",
 ]
 
 DEFAULT = "default"
+MANY = 2**62
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,27 @@ class Launch:
     block_n: int = 8
     block_m: int = 16
     block_rows: int = 8
+    block_words: int = 128
+    block_features: int = 64
+    programs_per_processor: int = 1
 
 
-# (operation, architecture, largest width it is for); ".heavy" also differentiates the target.
+# (operation, architecture, largest width it is for). Suffixes name what takes more registers:
+# ".heavy" also differentiates the target, ".blocks" loops over blocks of samples. Where a name has
+# no row, it serves without its last suffix.
 TABLE: dict[tuple[str, str, int], Launch] = {
+    ("energy_score.analytic", DEFAULT, 512): Launch(block_n=16),
     ("energy_score.analytic", DEFAULT, 1024): Launch(),
-    ("energy_score.analytic.heavy", DEFAULT, 1024): Launch(features_per_lane=16),
-    ("energy_score.analytic.heavy", "sm_80", 1024): Launch(features_per_lane=8),
+    ("energy_score.analytic", "gfx942", 1024): Launch(features_per_lane=16),
+    ("energy_score.analytic.blocks", DEFAULT, 512): Launch(features_per_lane=16),
+    ("energy_score.analytic.blocks", DEFAULT, 1024): Launch(features_per_lane=16, block_n=4),
+    ("energy_score.analytic.heavy", DEFAULT, 512): Launch(features_per_lane=16),
+    ("energy_score.analytic.heavy", DEFAULT, 1024): Launch(features_per_lane=16, block_n=4),
+    ("energy_score.analytic.heavy", "sm_80", 256): Launch(features_per_lane=8),
+    ("energy_score.analytic.heavy", "sm_80", 512): Launch(features_per_lane=8, block_n=4),
+    ("energy_score.analytic.heavy", "sm_80", 1024): Launch(features_per_lane=8, block_n=2),
     ("energy_score.direct", DEFAULT, 1024): Launch(),
+    ("energy_score.direct", "gfx942", 1024): Launch(features_per_lane=16),
     ("energy_score.direct.heavy", DEFAULT, 1024): Launch(features_per_lane=16),
     ("energy_score.gram", DEFAULT, 128): Launch(num_warps=1),
     ("energy_score.gram", DEFAULT, 256): Launch(num_warps=2),
@@ -53,7 +69,47 @@ TABLE: dict[tuple[str, str, int], Launch] = {
     ("energy_score.gram.heavy", DEFAULT, 256): Launch(num_warps=4),
     ("energy_score.gram.heavy", "gfx942", 128): Launch(num_warps=2, block_n=16),
     ("energy_score.gram.heavy", "gfx942", 256): Launch(num_warps=4, block_n=16),
+    ("agreeing_patch.count", DEFAULT, MANY): Launch(num_warps=8, block_n=32, block_rows=64),
+    ("agreeing_patch.choose", DEFAULT, 1024): Launch(num_warps=4),
+    ("agreeing_patch.choose", DEFAULT, 4096): Launch(num_warps=8),
     ("reparameterize", DEFAULT, 4096): Launch(num_warps=4, block_rows=8),
+    # Rows a program; of ".groups", into how many groups of rows the sums over rows are split.
+    ("energy_head.groups", DEFAULT, 4096): Launch(block_rows=264),
+    ("energy_head.groups", "gfx942", 4096): Launch(block_rows=304),
+    ("energy_head.activation", DEFAULT, 4096): Launch(num_warps=4, block_rows=8),
+    ("energy_head.norm", DEFAULT, 1024): Launch(num_warps=4, block_rows=4),
+    ("energy_head.norm", DEFAULT, 4096): Launch(num_warps=8, block_rows=2),
+    ("energy_head.norm.backward", DEFAULT, 1024): Launch(num_warps=8, block_rows=2),
+    ("energy_head.norm.backward", DEFAULT, 4096): Launch(num_warps=8, block_rows=1),
+    ("energy_head.embed", DEFAULT, 1024): Launch(num_warps=8, block_rows=32),
+    ("energy_head.embed", DEFAULT, 4096): Launch(num_warps=8, block_rows=16),
+    ("energy_head.embed.backward", DEFAULT, 1024): Launch(num_warps=8, block_rows=16),
+    ("energy_head.embed.backward", DEFAULT, 4096): Launch(num_warps=16, block_rows=16),
+    # The width of linear_argmax is its number of rows: few of them wait for the weight, many for
+    # the products, and then a block of 256 words reads least from the cache.
+    ("linear_argmax", DEFAULT, 16): Launch(
+        num_warps=4, num_stages=3, block_rows=16, block_features=128, programs_per_processor=3
+    ),
+    ("linear_argmax", "gfx942", 16): Launch(
+        num_warps=4, num_stages=2, block_rows=16, programs_per_processor=3
+    ),
+    ("linear_argmax", DEFAULT, 64): Launch(
+        num_warps=4, num_stages=4, block_rows=64, programs_per_processor=2
+    ),
+    ("linear_argmax", "gfx942", 64): Launch(
+        num_warps=4, num_stages=2, block_rows=64, programs_per_processor=2
+    ),
+    ("linear_argmax", DEFAULT, MANY): Launch(num_warps=8, num_stages=3, block_rows=128),
+    ("linear_argmax", "sm_90", MANY): Launch(
+        num_warps=8, num_stages=3, block_rows=128, block_words=256
+    ),
+    ("linear_argmax", "gfx942", MANY): Launch(num_warps=8, num_stages=2, block_rows=128),
+    ("linear_argmax.fp32", DEFAULT, 16): Launch(
+        num_warps=4, num_stages=3, block_rows=16, block_words=64, programs_per_processor=2
+    ),
+    ("linear_argmax.fp32", DEFAULT, MANY): Launch(
+        num_warps=8, num_stages=2, block_rows=64, block_features=32
+    ),
 }
 
 
@@ -67,12 +123,27 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; off the GPU a few, so that work is split there as well."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def warp_size(arch: str) -> int:
+    """Lanes of a warp."""
+    return 64 if arch.startswith("gfx9") else 32
+
+
 def setting(operation: str, arch: str, width: int) -> Launch:
     """The table's row for `width` features, of this architecture if it has one of its own."""
-    for name in (arch, DEFAULT):
-        widths = [key[2] for key in TABLE if key[:2] == (operation, name) and key[2] >= width]
-        if widths:
-            return TABLE[operation, name, min(widths)]
+    name = operation
+    while name:
+        for owner in (arch, DEFAULT):
+            widths = [key[2] for key in TABLE if key[:2] == (name, owner) and key[2] >= width]
+            if widths:
+                return TABLE[name, owner, min(widths)]
+        name = name.rpartition(".")[0]
     raise ValueError(f"{operation} has no launch setting for width {width}")
 
 
@@ -111,7 +182,9 @@ class PatchTile:
         return {"OUTER": outer, "BLOCK_N": self.block_n, "LANES": lanes, "INNER": self.inner}
 
 
-def patch_tile(launch: Launch, num_samples: int, width: int, itemsize: int) -> PatchTile:
+def patch_tile(
+    launch: Launch, num_samples: int, width: int, itemsize: int, warp_size: int
+) -> PatchTile:
     """Split `width` features over lanes: 16 bytes at a time, at most `features_per_lane` in each.
 
     A lane multiplies its own 1 + 2tσ² in the quadrature, whose nodes reach further for small
@@ -123,4 +196,5 @@ def patch_tile(launch: Launch, num_samples: int, width: int, itemsize: int) -> P
     inner = min(per_lane, 16 // itemsize)
     lanes = block // per_lane
     block_n = min(launch.block_n, 1 << (num_samples - 1).bit_length())
-    return PatchTile(per_lane // inner, block_n, lanes, inner, max(1, block_n * lanes // 32))
+    num_warps = max(1, block_n * lanes // warp_size)
+    return PatchTile(per_lane // inner, block_n, lanes, inner, num_warps)

@@ -1,0 +1,151 @@
+"""The argmax kernels against the torch backend and exact logits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from calm_kernels import linear_argmax, tuning
+from calm_kernels.linear_argmax import function
+
+# Few rows, some, many; vocabularies of one word, of a split that ends inside a block, and odd ones;
+# widths that fill no block of features.
+SHAPES = [(1, 1, 1), (5, 7, 97), (16, 64, 257), (33, 16, 66), (70, 40, 129)]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks of 16 words, so that small vocabularies have many of them."""
+    for key, launch in list(tuning.TABLE.items()):
+        if key[0].startswith("linear_argmax"):
+            rows = min(launch.block_rows, 32)
+            small = replace(launch, block_rows=rows, block_words=16, block_features=32)
+            monkeypatch.setitem(tuning.TABLE, key, small)
+
+
+def shape_id(shape):
+    return "R{}-H{}-V{}".format(*shape)
+
+
+def integers(shape, bound, generator):
+    """Small integers: logits are exact in any order of summation, and ties are common."""
+    return torch.randint(-bound, bound + 1, shape, generator=generator).float()
+
+
+def everything(hidden, weight, backend="triton"):
+    return linear_argmax(hidden, weight, return_max=True, return_logsumexp=True, backend=backend)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_exact_logits_with_ties(shape, dtype, generator):
+    rows, width, vocabulary = shape
+    hidden = integers((rows, width), 1, generator).to(dtype)
+    weight = integers((vocabulary, width), 1, generator).to(dtype)
+    logits = hidden.double() @ weight.double().T
+    index, largest, logsumexp = everything(hidden, weight)
+    assert index.dtype == torch.int64 and largest.dtype == logsumexp.dtype == torch.float32
+    assert torch.equal(index, logits.argmax(dim=-1))  # the first of equals
+    assert torch.equal(largest.double(), logits.amax(dim=-1))
+    torch.testing.assert_close(logsumexp.double(), logits.logsumexp(-1), rtol=1e-6, atol=1e-6)
+    alone = linear_argmax(hidden, weight, backend="triton")
+    assert torch.equal(alone, index)
+
+
+@pytest.mark.parametrize("rows", [4, 80])
+def test_real_logits_are_those_of_torch(rows, generator):
+    hidden = torch.randn(rows, 48, generator=generator)
+    weight = torch.randn(133, 48, generator=generator)
+    actual, expected = everything(hidden, weight), everything(hidden, weight, "torch")
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1:], expected[1:])
+
+
+def test_nan_counts_as_the_largest_and_the_first_one_wins(generator):
+    hidden, weight = integers((20, 8), 2, generator), integers((100, 8), 2, generator)
+    weight[[60, 90]] = torch.nan
+    weight[[40, 61], 0], hidden[:, 0] = torch.inf, 1.0  # +inf before a NaN, in its block and after
+    hidden[3] = torch.nan
+    index, largest, logsumexp = everything(hidden, weight)
+    assert torch.equal(index, (hidden @ weight.T).argmax(dim=-1))
+    assert index[3] == 0 and (index[:3] == 60).all()
+    assert largest.isnan().all() and logsumexp.isnan().all()
+
+
+def test_infinite_logits():
+    hidden, weight = torch.ones(1, 1), torch.full((100, 1), -torch.inf)
+    for expected, changes in ((0, {}), (50, {50: -1e30}), (70, {70: torch.inf, 80: torch.inf})):
+        for word, value in changes.items():
+            weight[word] = value
+        index, largest, logsumexp = everything(hidden, weight)
+        logits = hidden @ weight.T
+        assert index.tolist() == [expected]
+        assert torch.equal(largest, logits.amax(-1))
+        torch.testing.assert_close(logsumexp, logits.logsumexp(-1))
+
+
+def test_logits_far_from_zero():
+    """Sums of exponentials are taken relative to a maximum that grows along the words."""
+    hidden, weight = torch.ones(2, 1), torch.linspace(-3e4, -100.0, 150)[:, None]
+    hidden[1] = -1.0
+    expected = (hidden.double() @ weight.double().T).logsumexp(-1)
+    torch.testing.assert_close(everything(hidden, weight)[2].double(), expected, rtol=1e-6, atol=0)
+
+
+def test_strides_and_leading_dimensions(generator):
+    hidden = integers((2, 3, 20), 2, generator)
+    weight = integers((90, 20), 2, generator)
+    expected = (hidden @ weight.T).argmax(-1)
+    strided = torch.stack([hidden, hidden], -1)[..., 0]
+    turned = weight.T.contiguous().T
+    assert torch.equal(linear_argmax(strided, turned, backend="triton"), expected)
+    apart = torch.zeros(180, 40)
+    apart[::2, ::2] = weight
+    assert torch.equal(linear_argmax(hidden, apart[::2, ::2], backend="triton"), expected)
+    assert linear_argmax(hidden[0, 0], weight, backend="triton").shape == ()
+    assert linear_argmax(hidden[:, :0], weight, backend="triton").shape == (2, 0)
+
+
+def test_autocast_multiplies_in_its_dtype(generator):
+    hidden, weight = torch.randn(6, 32, generator=generator), torch.randn(40, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = everything(hidden, weight)
+    plain = everything(hidden.bfloat16(), weight.bfloat16())
+    for value, wanted in zip(mixed, plain, strict=True):
+        assert torch.equal(value, wanted)
+
+
+def test_float64_goes_to_torch_or_is_refused():
+    hidden, weight = torch.randn(3, 4).double(), torch.randn(5, 4).double()
+    assert linear_argmax(hidden, weight, return_max=True)[1].dtype == torch.float64
+    with pytest.raises(ValueError, match="no float64"):
+        linear_argmax(hidden, weight, backend="triton")
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 800, 100_000])
+@pytest.mark.parametrize("words", [1, 130, 32_001, 128_256])
+def test_splits_cover_the_vocabulary_in_one_wave(rows, words):
+    for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        launch = tuning.setting("linear_argmax", arch, rows)
+        splits, each = function.num_splits(rows, words, torch.bfloat16, arch, 132)
+        assert (splits - 1) * each < words <= splits * each
+        row_blocks = -(-rows // launch.block_rows)
+        assert splits == 1 or splits * row_blocks <= 132 * launch.programs_per_processor
+
+
+def test_the_operator_keeps_its_contract():
+    operator = torch.ops.calm_kernels.linear_argmax.default
+    for with_logsumexp in (True, False):
+        arguments = (torch.randn(3, 8), torch.randn(9, 8), with_logsumexp)
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiles_to_one_graph(generator):
+    hidden, weight = torch.randn(5, 8, generator=generator), torch.randn(30, 8)
+
+    def function(hidden, weight):
+        return everything(2 * hidden, weight)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for value, wanted in zip(compiled(hidden, weight), function(hidden, weight), strict=True):
+        assert torch.equal(value, wanted)
