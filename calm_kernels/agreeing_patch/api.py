@@ -1,4 +1,4 @@
-"""The public function: check, split 1/T, draw one uniform a row, choose, call."""
+"""The public function: check, choose, split 1/T, draw one uniform a row, call."""
 
 import math
 from typing import Literal
@@ -7,17 +7,19 @@ import torch
 from torch import Tensor
 
 from calm_kernels import noise
-from calm_kernels.agreeing_patch.eager import agreeing_patch_eager
+from calm_kernels.agreeing_patch.eager import agreeing_patch_eager, choose
 from calm_kernels.agreeing_patch.reference import agreeing_patch_reference
 from calm_kernels.backend import Backend, resolve
 from calm_kernels.checks import check_device, check_dtype, check_tensor
-from calm_kernels.noise import Seed, Stream
+from calm_kernels.noise import Seed, Stream, as_seed
 
 __all__ = ["agreeing_patch"]
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 NUMBERS = (torch.float64, torch.float32, *INTEGERS)
 TOLERANCE = 1e-6  # relative; 1/T computed in float32 is off by 1e-7
+# One program holds a sequence's candidates; torch chooses among more, once a kernel counted them.
+TRITON_MAX_CANDIDATES = 4096
 
 
 def agreeing_patch(
@@ -54,7 +56,7 @@ def agreeing_patch(
         first_row: global index of the first row.
         form: ``factory`` or ``gamma``, the weights for a > 0.
         return_counts: also return c of each candidate's patch.
-        backend: ``auto``, ``reference`` or ``torch``; both make the same choices for the same seed.
+        backend: see `calm_kernels.backend`; all make the same choices for the same seed.
 
     Returns: tokens ``[B, K]`` in the dtype of `candidates`; level ``[B]`` int64, the n at which a
         weight was found (⌊s⌋ if none had to be replaced, 0 where the factory form ended in c);
@@ -63,8 +65,9 @@ def agreeing_patch(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range.
 
-    Source: CALM, Algorithms 1 and 2. Cost: K sorts, O(B N K log N) time and O(B N K) memory; no
-        loop over the batch and no host synchronisation in the torch backend.
+    Source: CALM, Algorithms 1 and 2. Cost: in torch K sorts, O(B N K log N) time and O(B N K)
+        memory; in Triton two launches, O(B N² K) comparisons over the whole device and O(B N)
+        memory. Neither loops over the batch nor waits for the device.
     """
     check_tensor("candidates", candidates)
     check_dtype("candidates", candidates, INTEGERS)
@@ -74,42 +77,65 @@ def agreeing_patch(
         )
     if form not in ("factory", "gamma"):
         raise ValueError(f"form must be 'factory' or 'gamma', got {form!r}")
-    whole, fraction = _split(num_agreeing, candidates)
+    power = _power(num_agreeing, candidates)
     chosen = resolve(backend, "agreeing_patch", candidates)
+    seed = _checked_seed(seed, candidates)
+    is_factory = form == "factory"
+    if chosen is Backend.TRITON and candidates.shape[1] <= TRITON_MAX_CANDIDATES:
+        from calm_kernels.agreeing_patch import function
 
-    batch = candidates.shape[0]
-    vote = noise.uniform(batch, 1, stream=Stream.VOTE, seed=seed, first_row=first_row,
-                         device=candidates.device, dtype=torch.float64)  # fmt: skip
+        tokens, level, signed = function.agreeing_patch(
+            candidates, power, seed, first_row, is_factory
+        )
+        return (tokens, level, signed.abs().to(torch.int64)) if return_counts else (tokens, level)
+
+    vote = noise.uniform(len(power), 1, stream=Stream.VOTE, seed=seed, first_row=first_row,
+                         device=candidates.device, dtype=torch.float64)[:, 0]  # fmt: skip
+    arguments = (*_split(power), vote, is_factory)
     match chosen:
         case Backend.REFERENCE:
-            implementation = agreeing_patch_reference
+            index, level, counts = agreeing_patch_reference(candidates, *arguments)
+        case Backend.TRITON:
+            from calm_kernels.agreeing_patch import function
+
+            signed = function.count(candidates)
+            counts = signed.abs().to(torch.int64)
+            index, level = choose(counts, signed > 0, *arguments)
         case _:
-            implementation = agreeing_patch_eager
-    is_factory = form == "factory"
-    index, level, counts = implementation(candidates, whole, fraction, vote[:, 0], is_factory)
-    tokens = candidates[torch.arange(batch, device=candidates.device), index]
+            index, level, counts = agreeing_patch_eager(candidates, *arguments)
+    tokens = candidates[torch.arange(len(power), device=candidates.device), index]
     return (tokens, level, counts) if return_counts else (tokens, level)
 
 
-def _split(num_agreeing: int | float | Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole part n and rest a of s = n + a, float64 ``[B]`` each; a is 0 within `TOLERANCE`."""
+def _checked_seed(seed: Seed, candidates: Tensor) -> Tensor:
+    """`seed` as a tensor, with one row per row of `candidates` if it has rows."""
+    seed = as_seed(seed, candidates.device)
+    if seed.dim() == 2 and seed.shape[0] != candidates.shape[0]:
+        raise ValueError(f"seed has {seed.shape[0]} rows for {candidates.shape[0]} of candidates")
+    return seed
+
+
+def _power(num_agreeing: int | float | Tensor, candidates: Tensor) -> Tensor:
+    """The s of each row, float64 ``[B]``, at least 1."""
     batch, device = candidates.shape[0], candidates.device
-    if isinstance(num_agreeing, Tensor):
-        check_dtype("num_agreeing", num_agreeing, NUMBERS)
-        check_device("num_agreeing", num_agreeing, "candidates", candidates)
-        if num_agreeing.shape not in ((), (1,), (batch,)):
-            raise ValueError(
-                f"num_agreeing must hold one number or {batch}, one per row of candidates; "
-                f"got shape {tuple(num_agreeing.shape)}"
-            )
-        if device.type == "cpu" and not torch.compiler.is_compiling():
-            for value in num_agreeing.reshape(-1).tolist():
-                _check_number(value)
-        power = num_agreeing.to(torch.float64).clamp(min=1.0).expand(batch)
-    else:
-        power = torch.full(
-            (batch,), _check_number(num_agreeing), dtype=torch.float64, device=device
+    if not isinstance(num_agreeing, Tensor):
+        number = _check_number(num_agreeing)
+        return torch.full((), number, dtype=torch.float64, device=device).expand(batch)
+    check_dtype("num_agreeing", num_agreeing, NUMBERS)
+    check_device("num_agreeing", num_agreeing, "candidates", candidates)
+    if num_agreeing.shape not in ((), (1,), (batch,)):
+        raise ValueError(
+            f"num_agreeing must hold one number or {batch}, one per row of candidates; "
+            f"got shape {tuple(num_agreeing.shape)}"
         )
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        for value in num_agreeing.reshape(-1).tolist():
+            _check_number(value)
+    return num_agreeing.to(torch.float64).clamp(min=1.0).expand(batch)
+
+
+def _split(power: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole part n and rest a of s = n + a, each ``[B]``; a is 0 within `TOLERANCE`."""
     nearest = power.round()
     is_whole = (power - nearest).abs() <= TOLERANCE * power
     whole = torch.where(is_whole, nearest, power.floor())

@@ -6,14 +6,15 @@ factory's sum is a Chu-Vandermonde series,
     h = Γ(r+1) Γ(R+1-a) / (Γ(R+1) Γ(r+1-a))    for r >= 1, and 0 for r = 0,
 
 so that C(c, m) h = Γ(c+1) / Γ(c+1-s) up to a constant: the factory form is the gamma form without
-the patches that occur exactly m times. And the cascade stops at m = min(n, max count), one lower
-(if a > 0) for the factory.
+the patches that occur exactly m times. From one count to the next it grows by the factor
+1 / (1 - s / (c+1)): one running product, downwards from the highest count, gives the weights of
+all. And the cascade stops at m = min(n, max count), one lower (if a > 0) for the factory.
 """
 
 import torch
 from torch import Tensor
 
-__all__ = ["agreeing_patch_eager"]
+__all__ = ["agreeing_patch_eager", "choose"]
 
 
 def agreeing_patch_eager(
@@ -25,22 +26,36 @@ def agreeing_patch_eager(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Index of the choice ``[B]``, level ``[B]`` and counts ``[B, N]``; see the public function."""
     counts, is_first = _occurrences(candidates)
+    return *choose(counts, is_first, whole, fraction, vote, is_factory), counts
+
+
+def choose(
+    counts: Tensor,  # [B, N]
+    is_first: Tensor,  # [B, N]
+    whole: Tensor,  # [B]
+    fraction: Tensor,  # [B]
+    vote: Tensor,  # [B]
+    is_factory: bool,
+) -> tuple[Tensor, Tensor]:
+    """Index of the choice and level, ``[B]`` each, among patches that occur `counts` times."""
     highest = counts.amax(dim=1).to(torch.float64)
     misses = ((fraction > 0.0) & is_factory).to(torch.float64)  # hits needed beyond m
     level = torch.minimum(whole, highest - misses)
-    weights = _weights(counts.to(torch.float64), level, fraction, misses)
-    cumulative = (weights * is_first).cumsum(dim=1)
+    cumulative = (_weights(counts, highest, level, fraction, misses) * is_first).cumsum(dim=1)
     index = (cumulative > vote[:, None] * cumulative[:, -1:]).to(torch.uint8).argmax(dim=1)
-    return index, level.to(torch.int64), counts
+    return index, level.to(torch.int64)
 
 
-def _weights(counts: Tensor, level: Tensor, fraction: Tensor, misses: Tensor) -> Tensor:
-    """Weights ``[B, N]`` relative to the largest; at level 0 the count, which is Γ(c+1) / Γ(c)."""
+def _weights(
+    counts: Tensor, highest: Tensor, level: Tensor, fraction: Tensor, misses: Tensor
+) -> Tensor:
+    """Weights ``[B, N]`` relative to that of the highest count; at level 0 the count."""
     power = torch.where(level == 0.0, 1.0, level + fraction)[:, None]
-    is_possible = counts >= torch.where(level == 0.0, 0.0, level + misses)[:, None]
-    log_weight = torch.lgamma(counts + 1.0) - torch.lgamma((counts + 1.0 - power).clamp(min=1e-6))
-    log_weight = torch.where(is_possible, log_weight, -torch.inf)
-    return torch.exp(log_weight - log_weight.amax(dim=1, keepdim=True))
+    occurrences = torch.arange(2, counts.shape[1] + 2, dtype=torch.float64, device=counts.device)
+    factors = torch.where(occurrences <= highest[:, None], 1.0 - power / occurrences, 1.0)
+    table = factors.flip(1).cumprod(dim=1).flip(1)  # of count 1, 2, ..., N
+    least = torch.where(level == 0.0, 0.0, level + misses)[:, None]
+    return torch.where(counts >= least, table.gather(1, counts - 1), 0.0)
 
 
 def _occurrences(candidates: Tensor) -> tuple[Tensor, Tensor]:
