@@ -75,7 +75,6 @@ TABLE: dict[tuple[str, str, int], Launch] = {
     ("reparameterize", DEFAULT, 4096): Launch(num_warps=4, block_rows=8),
     # Rows a program; of ".groups", into how many groups of rows the sums over rows are split.
     ("energy_head.groups", DEFAULT, 4096): Launch(block_rows=264),
-    ("energy_head.groups", "gfx942", 4096): Launch(block_rows=304),
     ("energy_head.activation", DEFAULT, 4096): Launch(num_warps=4, block_rows=8),
     ("energy_head.norm", DEFAULT, 1024): Launch(num_warps=4, block_rows=4),
     ("energy_head.norm", DEFAULT, 4096): Launch(num_warps=8, block_rows=2),

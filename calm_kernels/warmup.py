@@ -1,14 +1,18 @@
 """Compiles what a model will launch, before a CUDA graph is captured or a clock starts."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from calm_kernels.agreeing_patch import agreeing_patch
 from calm_kernels.backend import Backend, resolve
 from calm_kernels.energy_score import gaussian_energy_score
 from calm_kernels.reparameterize import reparameterize
 
 __all__ = ["warmup"]
+
+NUM_CANDIDATES = 200  # of a vote, the default of `generate`
 
 
 def warmup(
@@ -20,36 +24,55 @@ def warmup(
 
     Args:
         config: a language model's configuration (`num_samples`, `latent_size`, `beta`, `targets`,
-            `num_targets`), or an autoencoder's (`latent_size`, `kl_clamp`, `ae_dropout`).
+            `num_targets`, `patch_size`), or an autoencoder's (`latent_size`, `kl_clamp`,
+            `ae_dropout`).
         device: where the kernels will run.
         dtype: of the samples or latent states.
 
     Returns: the operations that were run; none where torch runs them.
     """
-    width = config.latent_size
     is_autoencoder = hasattr(config, "kl_clamp")
-    operation = "reparameterize" if is_autoencoder else "gaussian_energy_score"
-    zeros = torch.zeros(2, 2 * width, device=device, dtype=dtype)
-    if resolve(Backend.AUTO, operation, zeros) is not Backend.TRITON:
-        return []
-    seed = torch.zeros(2, dtype=torch.int64, device=device)
-    if is_autoencoder:
-        states = zeros.requires_grad_()
-        latent, kl = reparameterize(
-            states, kl_floor=config.kl_clamp, dropout=config.ae_dropout, seed=seed
-        )
-        (latent.square().sum() + kl.sum()).backward()
-        return [operation]
-    samples = zeros.new_zeros(2, config.num_samples, width).transpose(0, 1).requires_grad_()
+    names = []
+    for name, run in (_AUTOENCODER if is_autoencoder else _LANGUAGE_MODEL).items():
+        nothing = torch.zeros(2, device=device, dtype=dtype)
+        if resolve(Backend.AUTO, name, nothing) is Backend.TRITON:
+            run(config, nothing, torch.zeros(2, dtype=torch.int64, device=device))
+            names.append(name)
+    return names
+
+
+def _reparameterize(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
+    states = like.new_zeros(2, 2 * config.latent_size).requires_grad_()
+    latent, kl = reparameterize(
+        states, kl_floor=config.kl_clamp, dropout=config.ae_dropout, seed=seed
+    )
+    (latent.square().sum() + kl.sum()).backward()
+
+
+def _energy_score(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
+    zeros = like.new_zeros(2, config.latent_size)
+    samples = like.new_zeros(2, config.num_samples, config.latent_size).transpose(0, 1)
     score = gaussian_energy_score(
-        samples,
-        zeros[:, :width],
-        zeros[:, width:],
+        samples.requires_grad_(),
+        zeros,
+        zeros,
         exponent=config.beta,
         targets=config.targets,
         num_targets=config.num_targets,
-        weight=torch.ones(2, device=device),
+        weight=torch.ones_like(zeros[:, 0], dtype=torch.float32),
         seed=seed,
     )
     score.sum().backward()
-    return [operation]
+
+
+def _agreeing_patch(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
+    candidates = seed.new_zeros(2, NUM_CANDIDATES, config.patch_size)
+    agreeing_patch(candidates, torch.full_like(like, 2.0, dtype=torch.float64), seed=seed)
+
+
+_Run = Callable[[Any, torch.Tensor, torch.Tensor], None]
+_AUTOENCODER: dict[str, _Run] = {"reparameterize": _reparameterize}
+_LANGUAGE_MODEL: dict[str, _Run] = {
+    "gaussian_energy_score": _energy_score,
+    "agreeing_patch": _agreeing_patch,
+}

@@ -1,28 +1,45 @@
-"""The public function: check, choose, call."""
+"""The public function: check, draw what was not given, choose, call."""
 
+import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
+from calm_kernels import noise as noise_source
 from calm_kernels.backend import Backend, resolve
-from calm_kernels.checks import check_device, check_dtype, check_shape, check_tensor
+from calm_kernels.checks import (
+    check_device,
+    check_dtype,
+    check_integer,
+    check_shape,
+    check_tensor,
+)
 from calm_kernels.energy_head.eager import energy_head_eager
-from calm_kernels.energy_head.parameters import gather_parameters
+from calm_kernels.energy_head.parameters import HeadParameters, gather_parameters
 from calm_kernels.energy_head.reference import energy_head_reference
+from calm_kernels.noise import Seed, Stream, as_seed
 from calm_kernels.precision import product_dtype
 
 __all__ = ["energy_head"]
 
+# Rows of that many features live in the registers of one program, noise in those of a product.
+TRITON_MAX_WIDTH, TRITON_MAX_NOISE = 4096, 256
+
 
 def energy_head(
     hidden: Tensor,
-    noise: Tensor,
+    noise: Tensor | None,
     parameters: nn.Module | Mapping[str, Tensor],
     *,
+    num_samples: int | None = None,
+    seed: Seed = None,
+    first_row: int | Tensor = 0,
+    noise_scale: float = 1.0,
     recompute: bool = False,
     backend: Backend | str = Backend.AUTO,
 ) -> Tensor:
-    """Latents of the generative head for given noise.
+    """Latents of the generative head for given or drawn noise.
 
     e₀ = LN(W_n noise + b_n),    c = LN(W_h hidden + b_h)
     in each block: [g; u] = W₃ SiLU(W₂ SiLU(W₁ [LN(e); c] + b₁) + b₂) + b₃
@@ -32,47 +49,125 @@ def energy_head(
     Args:
         hidden: ``[..., H]``, any float dtype; H is the head's width C; differentiable.
         noise: one draw a row ``[..., Z]`` or N draws a row ``[N, ..., Z]``, already centred
-            (U[-1/2, 1/2)); cast to the dtype of `hidden`, differentiable.
+            (U[-1/2, 1/2)); cast to the dtype of `hidden`, differentiable. None draws it.
         parameters: an `EnergyHead`, or its parameters by their published names, in the dtype of
             `hidden` unless autocast is on; differentiable.
+        num_samples: N draws a row of noise that is drawn; None for one, without the leading axis.
+            Given noise must have as many, if it is not None.
+        seed: of drawn noise, see `noise.as_seed`; row r of `hidden` is row ``first_row + r``.
+        first_row: global index of the first row.
+        noise_scale: factor on the noise, >= 0; 0 is deterministic.
         recompute: keep one array a block for the backward pass instead of all, and compute the
             others again.
-        backend: ``auto``, ``reference`` or ``torch``.
+        backend: see `calm_kernels.backend`. Triton keeps the residual stream in float32 whatever
+            the dtype of the products, and draws the noise in its kernels.
 
     Returns: ``[..., L]`` or ``[N, ..., L]``; the latter is a view of memory in which the draws of a
         row are neighbours.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, device or shape, or a parameter
-            missing.
+        TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range, or a
+            parameter missing.
 
     Source: CALM, section 3.3.3. Cost of D blocks in multiplications: 6 D C² a draw as published; in
-        the torch backend 5 D C² a draw and D C² a row, because c and its half of W₁ do not depend
+        the other backends 5 D C² a draw and D C² a row, because c and its half of W₁ do not depend
         on the noise.
     """
     check_tensor("hidden", hidden, min_dim=1)
-    check_tensor("noise", noise, min_dim=1)
     check_dtype("hidden", hidden)
-    check_dtype("noise", noise)
-    check_device("noise", noise, "hidden", hidden)
     named = dict(parameters.named_parameters()) if isinstance(parameters, nn.Module) else parameters
     head = gather_parameters(named)
-    width, noise_size = head.noise_embd.weight.shape
-    check_shape("hidden", hidden, (*hidden.shape[:-1], width), "the head's width comes last")
-    has_draws = noise.dim() == hidden.dim() + 1
+    weight = head.noise_embd.weight
+    width, noise_size = weight.shape
     lead = hidden.shape[:-1]
-    expected = (noise.shape[0], *lead, noise_size) if has_draws else (*lead, noise_size)
-    check_shape("noise", noise, expected, "[..., Z] or [N, ..., Z] for hidden [..., H]")
-    check_device("parameters", head.noise_embd.weight, "hidden", hidden)
-    product_dtype("parameters", head.noise_embd.weight, "hidden", hidden)
-    chosen = resolve(backend, "energy_head", hidden)
+    check_shape("hidden", hidden, (*lead, width), "the head's width comes last")
+    check_device("parameters", weight, "hidden", hidden)
+    dtype = product_dtype("parameters", weight, "hidden", hidden)
+    if not (noise_scale >= 0.0 and math.isfinite(noise_scale)):
+        raise ValueError(f"noise_scale must be finite and at least 0, got {noise_scale}")
+    count = _check_draws(noise, num_samples, hidden, noise_size)
+    chosen = resolve(backend, "energy_head", hidden, obstacle=_obstacle(dtype, width, noise_size))
 
     rows = hidden.reshape(-1, width)
-    draws = noise.reshape(noise.shape[0] if has_draws else 1, rows.shape[0], noise_size)
+    draws = 1 if count is None else count
+    if noise is not None:
+        noise = noise.reshape(draws, len(rows), noise_size)
+        noise = noise if noise_scale == 1.0 else noise * noise_scale
+    elif chosen is not Backend.TRITON:
+        noise = _draw(rows, noise_size, draws, seed, first_row, noise_scale)
     match chosen:
+        case Backend.TRITON:
+            latent = _run_kernels(
+                rows, noise, head, draws, seed, first_row, noise_scale, recompute, dtype
+            )
         case Backend.REFERENCE:
-            latent = energy_head_reference(rows, draws, named, recompute)
+            latent = energy_head_reference(rows, noise, named, recompute)
         case _:
-            latent = energy_head_eager(rows, draws, head, recompute)
+            latent = energy_head_eager(rows, noise, head, recompute)
     latent = latent.unflatten(1, lead) if lead else latent[:, 0]
-    return latent if has_draws else latent[0]
+    return latent[0] if count is None else latent
+
+
+def _check_draws(
+    noise: Tensor | None, num_samples: int | None, hidden: Tensor, noise_size: int
+) -> int | None:
+    """Draws a row, None for one without a leading axis."""
+    if num_samples is not None:
+        check_integer("num_samples", num_samples, 0)
+    if noise is None:
+        return num_samples
+    check_tensor("noise", noise, min_dim=1)
+    check_dtype("noise", noise)
+    check_device("noise", noise, "hidden", hidden)
+    has_draws = noise.dim() == hidden.dim() + 1
+    count = noise.shape[0] if has_draws else None
+    if num_samples is not None and num_samples != count:
+        raise ValueError(
+            f"noise must hold num_samples={num_samples} draws for every row of hidden "
+            f"{tuple(hidden.shape)}, got shape {tuple(noise.shape)}"
+        )
+    lead = hidden.shape[:-1]
+    expected = (count, *lead, noise_size) if count is not None else (*lead, noise_size)
+    check_shape("noise", noise, expected, "[..., Z] or [N, ..., Z] for hidden [..., H]")
+    return count
+
+
+def _obstacle(dtype: torch.dtype, width: int, noise_size: int) -> str | None:
+    """Why the kernels cannot take these arguments, None if they can."""
+    if dtype == torch.float64:
+        return "computes in float32 and takes no float64 input"
+    if width > TRITON_MAX_WIDTH:
+        return f"takes widths up to {TRITON_MAX_WIDTH}, got {width}"
+    if noise_size > TRITON_MAX_NOISE:
+        return f"takes noise sizes up to {TRITON_MAX_NOISE}, got {noise_size}"
+    return None
+
+
+def _draw(
+    rows: Tensor, noise_size: int, draws: int, seed: Seed, first_row: int | Tensor, scale: float
+) -> Tensor:
+    """U[-1/2, 1/2) times `scale`, ``[N, R, Z]``."""
+    drawn = noise_source.uniform(
+        len(rows), noise_size, stream=Stream.HEAD, seed=seed, num_draws=draws,
+        first_row=first_row, device=rows.device,
+    )  # fmt: skip
+    drawn = (drawn - 0.5).to(rows.dtype)
+    return drawn if scale == 1.0 else drawn * scale
+
+
+def _run_kernels(
+    rows: Tensor, noise: Tensor | None, head: HeadParameters, draws: int, seed: Seed,
+    first_row: int | Tensor, noise_scale: float, recompute: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Latents ``[N, R, L]``, a view of ``[R, N, L]``."""
+    from calm_kernels.energy_head import function
+
+    # Zeros are made on the device: an int would be copied there, which a graph cannot capture.
+    unused = torch.zeros(2, dtype=torch.int64, device=rows.device)
+    seeds = as_seed(seed, rows.device) if noise is None else unused
+    if seeds.dim() == 2 and len(seeds) != len(rows):
+        raise ValueError(f"seed has {len(seeds)} rows for {len(rows)} rows of noise")
+    latent = function.energy_head(
+        rows, noise, head, recompute, dtype, draws, seeds, first_row, noise_scale
+    )
+    return latent.transpose(0, 1)

@@ -1,16 +1,14 @@
 """`EnergyHead`: the parameters under their published names, and the draws."""
 
-import math
 from typing import Literal
 
 from torch import Tensor, nn
 
-from calm_kernels import noise as noise_source
 from calm_kernels.backend import Backend
-from calm_kernels.checks import check_integer, check_tensor
+from calm_kernels.checks import check_integer
 from calm_kernels.energy_head.api import energy_head
 from calm_kernels.energy_head.parameters import NORM_EPS
-from calm_kernels.noise import Seed, Stream
+from calm_kernels.noise import Seed
 
 __all__ = ["EnergyHead", "HeadInit"]
 
@@ -87,6 +85,9 @@ class EnergyHead(nn.Module):
         seed: Seed = None,
         first_row: int | Tensor = 0,
         noise_scale: float = 1.0,
+        *,
+        recompute: bool = False,
+        backend: Backend | str = Backend.AUTO,
     ) -> Tensor:
         """Draw latents; what depends on the rows alone is computed once for all draws.
 
@@ -99,32 +100,15 @@ class EnergyHead(nn.Module):
             seed: of fresh draws, see `noise.as_seed`; row r of `hidden` is row ``first_row + r``.
             first_row: global index of the first row.
             noise_scale: factor on the noise, >= 0; 0 is deterministic.
+            recompute: see `energy_head`.
+            backend: see `energy_head`.
 
         Returns: ``[..., L]``, or ``[N, ..., L]`` with N draws a row.
         """
-        check_tensor("hidden", hidden, min_dim=1)
-        if not (noise_scale >= 0.0 and math.isfinite(noise_scale)):
-            raise ValueError(f"noise_scale must be finite and at least 0, got {noise_scale}")
-        if noise is None:
-            noise = self._draw(hidden, num_samples, seed, first_row)
-        elif num_samples is not None and noise.shape[:-1] != (num_samples, *hidden.shape[:-1]):
-            raise ValueError(
-                f"noise must hold num_samples={num_samples} draws for every row of hidden "
-                f"{tuple(hidden.shape)}, got shape {tuple(noise.shape)}"
-            )
-        return self(hidden, noise if noise_scale == 1.0 else noise * noise_scale)
-
-    def _draw(
-        self, hidden: Tensor, num_samples: int | None, seed: Seed, first_row: int | Tensor
-    ) -> Tensor:
-        """U[-1/2, 1/2) noise, ``[..., Z]`` or ``[num_samples, ..., Z]``."""
-        lead = hidden.shape[:-1]
-        drawn = noise_source.uniform(
-            math.prod(lead), self.noise_size, stream=Stream.HEAD, seed=seed, num_draws=num_samples,
-            first_row=first_row, device=hidden.device,
+        return energy_head(
+            hidden, noise, self, num_samples=num_samples, seed=seed, first_row=first_row,
+            noise_scale=noise_scale, recompute=recompute, backend=backend,
         )  # fmt: skip
-        shape = lead if num_samples is None else (num_samples, *lead)
-        return (drawn - 0.5).to(hidden.dtype).reshape(*shape, self.noise_size)
 
 
 class _Block(nn.Module):

@@ -1,11 +1,19 @@
 """The head's parameters by their published names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["NORM_EPS", "BlockParameters", "HeadParameters", "Pair", "gather_parameters"]
+__all__ = [
+    "NORM_EPS",
+    "BlockParameters",
+    "HeadParameters",
+    "Pair",
+    "flatten_parameters",
+    "gather_parameters",
+    "unflatten_parameters",
+]
 
 NORM_EPS = 1e-6
 
@@ -78,3 +86,21 @@ def gather_parameters(named: Mapping[str, Tensor]) -> HeadParameters:
         final_first=pair("final_layer.linears.0"),
         final_second=pair("final_layer.linears.2"),
     )
+
+
+def flatten_parameters(head: HeadParameters) -> list[Tensor]:
+    """All tensors: weight and bias of each pair, in the order of the fields."""
+    inputs = (head.noise_embd, head.norm_noise, head.hidden_embd, head.norm_hidden)
+    blocks = [pair for block in head.blocks for pair in block]
+    outputs = (head.final_norm, head.final_first, head.final_second)
+    return [tensor for pair in (*inputs, *blocks, *outputs) for tensor in pair]
+
+
+def unflatten_parameters(tensors: Sequence[Tensor]) -> HeadParameters:
+    """The inverse of `flatten_parameters`."""
+    pairs = [Pair(*tensors[index : index + 2]) for index in range(0, len(tensors), 2)]
+    inputs, inner, outputs = pairs[:4], pairs[4:-3], pairs[-3:]
+    size = len(BlockParameters._fields)
+    blocks = [BlockParameters(*inner[index : index + size]) for index in range(0, len(inner), size)]
+    noise_embd, norm_noise, hidden_embd, norm_hidden = inputs
+    return HeadParameters(noise_embd, norm_noise, hidden_embd, norm_hidden, tuple(blocks), *outputs)

@@ -173,7 +173,10 @@ def test_an_autoencoder_run_is_that_of_torch(monkeypatch):
 
 def test_warmup_launches_what_the_model_will(monkeypatch):
     launches = Launches(monkeypatch)
-    assert warmup(tiny_model().config, "cpu", dtype=torch.float32) == ["gaussian_energy_score"]
+    assert warmup(tiny_model().config, "cpu", dtype=torch.float32) == [
+        "gaussian_energy_score",
+        "energy_head",
+    ]
     assert launches.names == ["analytic_kernel"]
     assert warmup(tiny_autoencoder().config, "cpu") == ["reparameterize"]
     assert launches.names[1:] == ["forward_kernel", "backward_kernel"]

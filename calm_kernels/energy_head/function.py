@@ -1,0 +1,200 @@
+"""The head as one operator each way, for autograd and torch.compile."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calm_kernels.autograd import refuse_second_derivative
+from calm_kernels.energy_head.launch import Noise
+from calm_kernels.energy_head.parameters import (
+    HeadParameters,
+    flatten_parameters,
+    unflatten_parameters,
+)
+from calm_kernels.energy_head.passes import Kept, backward_pass, forward_pass
+from calm_kernels.energy_head.sums import Places, join_gradients
+
+__all__ = ["energy_head"]
+
+_KEEP_NOTHING, _KEEP_STREAMS, _KEEP_ALL = 0, 1, 2
+
+
+def energy_head(
+    hidden: Tensor,
+    noise: Tensor | None,
+    head: HeadParameters,
+    recompute: bool,
+    dtype: torch.dtype,
+    num_draws: int,
+    seed: Tensor,
+    first_row: int | Tensor,
+    noise_scale: float,
+) -> Tensor:
+    """Latents ``[R, N, L]`` of hidden states ``[R, C]``; noise that is not given is drawn.
+
+    Args:
+        hidden: ``[R, C]``.
+        noise: ``[N, R, Z]`` or None.
+        head: its parameters.
+        recompute: keep the residual stream alone for the backward pass.
+        dtype: of products and latents.
+        num_draws: N.
+        seed: of `noise.as_seed`; unused for given noise.
+        first_row: global index of the first row.
+        noise_scale: factor on drawn noise.
+    """
+    if not isinstance(first_row, Tensor):
+        first_row = torch.full((), first_row, dtype=torch.int64, device=hidden.device)
+    parameters = flatten_parameters(head)
+    needed = [hidden, *parameters] if noise is None else [hidden, noise, *parameters]
+    keep = _KEEP_NOTHING
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed):
+        keep = _KEEP_STREAMS if recompute else _KEEP_ALL
+    latent, _ = _forward_op(
+        hidden, noise, parameters, seed.contiguous(), first_row, num_draws, noise_scale, dtype, keep
+    )
+    return latent.unflatten(0, (hidden.shape[0], num_draws))
+
+
+def _cast(parameters: list[Tensor], dtype: torch.dtype) -> HeadParameters:
+    """Weights in the dtype of the products, vectors as they are."""
+    return unflatten_parameters(
+        [(p.to(dtype) if p.dim() == 2 else p).contiguous() for p in parameters]
+    )
+
+
+def _noise(
+    hidden: Tensor, noise: Tensor | None, seed: Tensor, first_row: Tensor, num_draws: int,
+    noise_scale: float,
+) -> Noise:  # fmt: skip
+    return Noise(noise, seed, first_row, num_draws, hidden.shape[0], noise_scale)
+
+
+@torch.library.custom_op("calm_kernels::energy_head", mutates_args=())
+def _forward_op(
+    hidden: Tensor,
+    noise: Tensor | None,
+    parameters: list[Tensor],
+    seed: Tensor,
+    first_row: Tensor,
+    num_draws: int,
+    noise_scale: float,
+    dtype: torch.dtype,
+    keep: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """Latents ``[R N, L]``, and what the backward pass needs."""
+    with torch.cuda.device_of(hidden):
+        latent, kept = forward_pass(
+            hidden.to(dtype),
+            _noise(hidden, noise, seed, first_row, num_draws, noise_scale),
+            _cast(parameters, dtype),
+            keep_streams=keep >= _KEEP_STREAMS,
+            keep_products=keep == _KEEP_ALL,
+        )
+    return latent, kept.tensors() if keep else []
+
+
+@torch.library.custom_op("calm_kernels::energy_head_backward", mutates_args=())
+def _backward_op(
+    dlatent: Tensor,
+    hidden: Tensor,
+    noise: Tensor | None,
+    parameters: list[Tensor],
+    seed: Tensor,
+    first_row: Tensor,
+    kept: list[Tensor],
+    num_draws: int,
+    noise_scale: float,
+    need_noise: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
+    """Gradients of hidden states, noise ``[R N, Z]``, weights, vectors and the last bias."""
+    dtype = dlatent.dtype
+    head = _cast(parameters, dtype)
+    with torch.cuda.device_of(hidden):
+        found = backward_pass(
+            dlatent,
+            hidden.to(dtype),
+            _noise(hidden, noise, seed, first_row, num_draws, noise_scale),
+            head,
+            Kept.of(kept, len(head.blocks)),
+            need_noise=need_noise,
+        )
+    weights = [parameter for parameter in parameters if parameter.dim() == 2]
+    matrices = [
+        gradient.to(weight.dtype) for gradient, weight in zip(found.matrices, weights, strict=True)
+    ]
+    dhidden = found.hidden.to(hidden.dtype)
+    return dhidden, found.noise, matrices, found.vectors, found.output_bias
+
+
+@_forward_op.register_fake
+def _(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    hidden: Tensor, noise: Tensor | None, parameters: list[Tensor], seed: Tensor,
+    first_row: Tensor, num_draws: int, noise_scale: float, dtype: torch.dtype, keep: int,
+):  # fmt: skip
+    head = unflatten_parameters(parameters)
+    num_patches, width = hidden.shape
+    num_rows, num_blocks = num_patches * num_draws, len(head.blocks)
+
+    def empty(rows: int, columns: int, kind: torch.dtype = dtype) -> Tensor:
+        return hidden.new_empty(rows, columns, dtype=kind)
+
+    kept: list[Tensor] = []
+    if keep:
+        kept = [empty(num_patches, width), empty(num_patches, num_blocks * width)]
+        kept += [empty(num_rows, width, torch.float32) for _ in range(num_blocks + 1)]
+    if keep == _KEEP_ALL:
+        widths = [*(width, width, 2 * width) * num_blocks, width]
+        kept += [empty(num_rows, columns) for columns in widths]
+    return empty(num_rows, head.final_second.weight.shape[0]), kept
+
+
+@_backward_op.register_fake
+def _(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    dlatent: Tensor, hidden: Tensor, noise: Tensor | None, parameters: list[Tensor], seed: Tensor,
+    first_row: Tensor, kept: list[Tensor], num_draws: int, noise_scale: float, need_noise: bool,
+):  # fmt: skip
+    head = unflatten_parameters(parameters)
+    noise_size = head.noise_embd.weight.shape[1]
+    shape = (len(dlatent), noise_size) if need_noise else (0,)
+    vectors = hidden.new_empty(Places(len(head.blocks)).count, hidden.shape[1], dtype=torch.float32)
+    return (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format),
+        dlatent.new_empty(shape),
+        [parameter.new_empty(parameter.shape) for parameter in parameters if parameter.dim() == 2],
+        vectors,
+        dlatent.new_empty(dlatent.shape[1], dtype=torch.float32),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    hidden, noise, parameters, seed, first_row, ctx.num_draws, ctx.noise_scale, *_ = inputs
+    _, kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.num_parameters = len(parameters)
+    ctx.save_for_backward(hidden, noise, seed, first_row, *parameters, *kept)
+
+
+def _backward(ctx: Any, dlatent: Tensor, _: list[Tensor]) -> tuple[Any, ...]:
+    refuse_second_derivative("the energy head")
+    hidden, noise, seed, first_row, *others = ctx.saved_tensors
+    parameters, kept = others[: ctx.num_parameters], others[ctx.num_parameters :]
+    need_noise = ctx.needs_input_grad[1]
+    dhidden, dnoise, matrices, vectors, output_bias = _backward_op(
+        dlatent.contiguous(), hidden, noise, parameters, seed, first_row, kept, ctx.num_draws,
+        ctx.noise_scale, need_noise,
+    )  # fmt: skip
+    num_blocks = len(unflatten_parameters(parameters).blocks)
+    gradients = [
+        gradient.to(parameter.dtype)
+        for gradient, parameter in zip(
+            join_gradients(matrices, vectors, output_bias, num_blocks), parameters, strict=True
+        )
+    ]
+    if need_noise:
+        dnoise = dnoise.unflatten(0, (len(hidden), ctx.num_draws)).transpose(0, 1).to(noise.dtype)
+    return dhidden, dnoise if need_noise else None, gradients, *[None] * 6
+
+
+_forward_op.register_autograd(_backward, setup_context=_save)

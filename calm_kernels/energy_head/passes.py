@@ -1,0 +1,197 @@
+"""The head forward and backward: library products, fused kernels between them.
+
+Rows are patch-major, ``[R N, C]``. Products run in the dtype of the weights, the residual stream is
+float32. What depends on the patch alone (the context's half of every block's first product) is
+computed for R rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calm_kernels.energy_head import launch
+from calm_kernels.energy_head.launch import Noise
+from calm_kernels.energy_head.parameters import BlockParameters, HeadParameters
+from calm_kernels.energy_head.sums import Places
+
+__all__ = ["Gradients", "Kept", "backward_pass", "forward_pass"]
+
+
+@dataclass
+class Kept:
+    """What the forward pass leaves for the backward."""
+
+    embedded: Tensor  # [R, C]
+    context: Tensor  # [R, D C]
+    streams: list[Tensor]  # D + 1 of [R N, C], float32: the input of each block and the last
+    products: list[Tensor]  # three of each block and one of the last layer; empty: computed again
+
+    def tensors(self) -> list[Tensor]:
+        """All of them in a list."""
+        return [self.embedded, self.context, *self.streams, *self.products]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor], num_blocks: int) -> "Kept":
+        """The inverse of `tensors`."""
+        embedded, context, *others = tensors
+        return cls(embedded, context, others[: num_blocks + 1], others[num_blocks + 1 :])
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of everything that goes into the head."""
+
+    hidden: Tensor
+    noise: Tensor  # [R N, Z], empty if not needed
+    matrices: list[Tensor]
+    vectors: Tensor  # [Places.count, C]
+    output_bias: Tensor  # [L]
+
+
+def forward_pass(
+    hidden: Tensor, noise: Noise, head: HeadParameters, *, keep_streams: bool, keep_products: bool
+) -> tuple[Tensor, Kept]:
+    """Latents ``[R N, L]`` of hidden states ``[R, C]``, weights and hidden states of one dtype."""
+    dtype, width = hidden.dtype, hidden.shape[1]
+    embedded = _product(hidden, head.hidden_embd.weight)
+    condition = launch.norm(embedded, head.hidden_embd.bias, None, head.norm_hidden, dtype=dtype)
+    context = _product(condition, _context_weight(head))
+    stream, normed = launch.embed(noise, *head.noise_embd, head.norm_noise, _norms(head)[0])
+    kept = Kept(embedded, context, [stream], [])
+    for index, block in enumerate(head.blocks):
+        products = _block_products(normed, context.narrow(1, index * width, width), block)
+        step = _product(launch.swiglu(products[-1], block.gate_up.bias), block.down.weight)
+        after = torch.empty_like(stream) if keep_streams else stream
+        normed = launch.norm(
+            step, block.down.bias, stream, _norms(head)[index + 1], out=after, dtype=dtype
+        )
+        stream = after
+        kept.streams.append(stream)
+        if keep_products:
+            kept.products.extend(products)
+    last = _product(normed, head.final_first.weight)
+    if keep_products:
+        kept.products.append(last)
+    features = launch.silu(last, head.final_first.bias)
+    return _product(features, *head.final_second), kept
+
+
+def backward_pass(
+    dlatent: Tensor, hidden: Tensor, noise: Noise, head: HeadParameters, kept: Kept,
+    *, need_noise: bool,
+) -> Gradients:  # fmt: skip
+    """Gradients of `forward_pass`."""
+    width, at = hidden.shape[1], Places(len(head.blocks))
+    groups = launch.num_groups(noise.num_rows, hidden.device)
+    sums = hidden.new_empty(groups, at.count, width, dtype=torch.float32)
+    dcontext = torch.empty_like(kept.context)
+    step, dstream, matrices = _last_backward(dlatent, head, kept, sums)
+    for index in reversed(range(len(head.blocks))):
+        place = slice(index * width, (index + 1) * width)
+        context = (kept.context[:, place], dcontext[:, place])
+        step, found = _block_backward(step, dstream, head, index, kept, context, sums)
+        matrices = found + matrices
+    dembedded, condition = launch.norm_backward(
+        kept.embedded, head.hidden_embd.bias, head.norm_hidden,
+        dcontext @ _context_weight(head), sums[:, at.hidden], None, has_upstream=False,
+        need_rounded=True,
+    )  # fmt: skip
+    for index in range(len(head.blocks)):  # the context's half of each first weight
+        out = matrices[4 * index][:, width:]
+        torch.mm(dcontext[:, index * width : (index + 1) * width].T, condition, out=out)
+    dproduct, drawn = launch.embed_backward(
+        noise, *head.noise_embd, head.norm_noise.weight, dstream, sums[:, at.noise]
+    )
+    return Gradients(
+        hidden=dembedded @ head.hidden_embd.weight,
+        noise=dproduct @ head.noise_embd.weight if need_noise else hidden.new_empty(0),
+        matrices=[dproduct.T @ drawn, dembedded.T @ hidden, *matrices],
+        vectors=sums.sum(dim=0),
+        output_bias=dlatent.sum(dim=0, dtype=torch.float32),
+    )
+
+
+def _last_backward(
+    dlatent: Tensor, head: HeadParameters, kept: Kept, sums: Tensor
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Gradient of the last stream, rounded and in float32, and of the last layer's weights."""
+    at, stream = Places(len(head.blocks)), kept.streams[-1]
+    if kept.products:
+        product = kept.products[-1]
+    else:
+        normed = launch.norm(None, None, stream, head.final_norm, dtype=dlatent.dtype)
+        product = _product(normed, head.final_first.weight)
+    dproduct, features = launch.silu_backward(
+        product, head.final_first.bias, dlatent @ head.final_second.weight, sums[:, at.final]
+    )
+    dstream = torch.empty_like(stream)
+    rounded, normed = launch.norm_backward(
+        stream, None, head.final_norm, dproduct @ head.final_first.weight,
+        sums[:, at.norm(len(head.blocks))], dstream, has_upstream=False, need_rounded=True,
+    )  # fmt: skip
+    return rounded, dstream, [dproduct.T @ normed, dlatent.T @ features]
+
+
+def _block_backward(
+    step: Tensor, dstream: Tensor, head: HeadParameters, index: int, kept: Kept,
+    context: tuple[Tensor, Tensor], sums: Tensor,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """Rounded gradient of the block's input (of the first block: empty) and of its four weights.
+
+    `step` is the rounded gradient of the block's output. `dstream`, the same in float32, becomes
+    the input's in place; context holds the context and its gradient, which is written.
+    """
+    block, at = head.blocks[index], Places(len(head.blocks))
+    stream, width = kept.streams[index], step.shape[1]
+    if kept.products:
+        first, second, gate_up = kept.products[3 * index : 3 * index + 3]
+    else:
+        normed = launch.norm(None, None, stream, block.norm, dtype=step.dtype)
+        first, second, gate_up = _block_products(normed, context[0], block)
+    dgate_up, features = launch.swiglu_backward(
+        gate_up, block.gate_up.bias, step @ block.down.weight, sums[:, at.gate_up(index)]
+    )
+    down_weight = step.T @ features
+    dsecond, features = launch.silu_backward(
+        second, block.second.bias, dgate_up @ block.gate_up.weight, sums[:, at.second(index)]
+    )
+    gate_up_weight = dgate_up.T @ features
+    dfirst, features = launch.silu_backward(
+        first, block.first.bias, dsecond @ block.second.weight, sums[:, at.first(index)], *context
+    )
+    second_weight = dsecond.T @ features
+    rounded, normed = launch.norm_backward(
+        stream, None, block.norm, dfirst @ block.first.weight[:, :width],
+        sums[:, at.norm(index)], dstream, has_upstream=True, need_rounded=index > 0,
+    )  # fmt: skip
+    first_weight = torch.empty_like(block.first.weight)
+    torch.mm(dfirst.T, normed, out=first_weight[:, :width])
+    return rounded, [first_weight, second_weight, gate_up_weight, down_weight]
+
+
+def _block_products(
+    normed: Tensor, context: Tensor, block: BlockParameters
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A block's three products without their biases: first, second, gate and up."""
+    first = _product(normed, block.first.weight[:, : normed.shape[1]])
+    second = _product(launch.silu(first, block.first.bias, context), block.second.weight)
+    gate_up = _product(launch.silu(second, block.second.bias), block.gate_up.weight)
+    return first, second, gate_up
+
+
+def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if bias is None:
+        return inputs @ weight.T
+    return torch.addmm(bias.to(inputs.dtype), inputs, weight.T)
+
+
+def _norms(head: HeadParameters) -> list:
+    """The LayerNorm before each block and before the last layer."""
+    return [*(block.norm for block in head.blocks), head.final_norm]
+
+
+def _context_weight(head: HeadParameters) -> Tensor:
+    """The context's half of every block's first weight, ``[D C, C]``."""
+    width = head.hidden_embd.weight.shape[0]
+    return torch.cat([block.first.weight[:, width:] for block in head.blocks])
