@@ -1,17 +1,21 @@
-"""Continuous autoregressive language models."""
+"""Continuous autoregressive language models.
 
-from transformers import AutoConfig, AutoModel
+A name below is imported when it is first used, so that `calm --help` need not wait for torch; the
+first one registers all models with transformers' `AutoConfig` and `AutoModel`.
+"""
 
-from calm.configuration import AutoencoderConfig, CALMConfig
-from calm.decoding import generate
-from calm.models import (
-    Autoencoder,
-    BaselineTransformer,
-    ContinuousTransformer,
-    DiffusionTransformer,
-    EnergyTransformer,
-    FlowTransformer,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calm.configuration import AutoencoderConfig, CALMConfig
+    from calm.models import (
+        Autoencoder,
+        BaselineTransformer,
+        DiffusionTransformer,
+        EnergyTransformer,
+        FlowTransformer,
+    )
 
 __all__ = [
     "Autoencoder",
@@ -23,13 +27,13 @@ __all__ = [
     "FlowTransformer",
 ]
 
-AutoConfig.register(AutoencoderConfig.model_type, AutoencoderConfig, exist_ok=True)
-AutoConfig.register(CALMConfig.model_type, CALMConfig, exist_ok=True)
-AutoModel.register(AutoencoderConfig, Autoencoder, exist_ok=True)
-# The class is the one that a checkpoint's `architectures` names.
-AutoModel.register(
-    CALMConfig, (EnergyTransformer, DiffusionTransformer, FlowTransformer), exist_ok=True
-)
 
-# Models know nothing of decoding; this is where the two meet.
-ContinuousTransformer.generate = generate  # type: ignore[attr-defined]
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    models = import_module("calm.models")  # registers them, whichever name is asked for
+    return getattr(import_module("calm.configuration") if name.endswith("Config") else models, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,12 +9,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple, NoReturn
 
 from calm.errors import UserError
-from calm_kernels.backend import use_backend
 
 __all__ = ["main"]
 
@@ -29,19 +27,25 @@ calm COMMAND --help says more about a command.
 
 
 class Command(NamedTuple):
-    """A subcommand: what it does in a line, and the module that does it."""
+    """A subcommand: the module that does it, what it does in a line, extras of the package that it
+    needs.
+    """
 
     module: str
     help: str
+    extras: str = "train"
 
 
 COMMANDS = {
-    "env": Command("calm.commands.env", "versions, devices and the chosen implementations"),
-    "demo": Command("calm.experiments.demo", "train, evaluate and sample a small CALM in minutes"),
+    "env": Command("calm.commands.env", "versions, devices and the chosen implementations", ""),
+    "demo": Command(
+        "calm.experiments.demo", "train, evaluate and sample a small CALM in minutes", "train,plot"
+    ),
     "prepare": Command("calm.commands.prepare", "make a tokenizer, and tokenize a corpus"),
     "plan": Command("calm.commands.plan", "parameter counts of a recipe or a checkpoint"),
     "eval": Command("calm.commands.evaluate", "BrierLM of a model on a text"),
-    "generate": Command("calm.commands.generate", "continue a prompt"),
+    "generate": Command("calm.commands.generate", "continue a prompt", ""),
+    "experiment": Command("calm.commands.experiment", "study a trained model", "train,plot"),
 }
 # These parse their own flags: the same programs run under torchrun.
 TRAINING = {
@@ -82,8 +86,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if wants_traceback:
             traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(_explain(error, words).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def _explain(error: Exception, words: list[str]) -> str:
+    """What went wrong; for a package that is not installed, what to install."""
+    command = {**COMMANDS, **TRAINING}.get(words[0]) if words else None
+    if not isinstance(error, ModuleNotFoundError) or command is None or not command.extras:
+        return str(error)
+    return (
+        f"`calm {words[0]}` needs {error.name}, which is not installed: "
+        f"pip install 'calm-lm[{command.extras}]'"
+    )
 
 
 def _run(words: list[str]) -> int:
@@ -95,9 +110,14 @@ def _run(words: list[str]) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    backend = getattr(args, "backend", None)
-    with use_backend(backend) if backend else nullcontext():
-        return importlib.import_module(COMMANDS[args.command].module).run(args)
+    work: Callable[[argparse.Namespace], int]
+    work = importlib.import_module(COMMANDS[args.command].module).run
+    if not getattr(args, "backend", None):
+        return work(args)
+    from calm_kernels.backend import use_backend  # torch: not for help alone
+
+    with use_backend(args.backend):
+        return work(args)
 
 
 def _parser(chosen: str | None) -> Parser:

@@ -67,6 +67,7 @@ def load_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
         tokenizer,
         block_size=_block_size(args.block_size, model.config.max_position_embeddings * patch_size),
         patch_size=patch_size,
+        start_token_id=getattr(model, "start_token_id", None),
         max_blocks=args.max_blocks,
     )
 

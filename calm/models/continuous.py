@@ -7,6 +7,7 @@ the head, L latent size, H hidden size.
 import os
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
@@ -229,6 +230,11 @@ class ContinuousTransformer(CALMPreTrainedModel):
         """Hidden states after each chunk."""
         inputs = self.embed_patches(input_ids)
         return self.transformer(inputs_embeds=inputs, use_cache=False).last_hidden_state
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """Continue prompts: `calm.decoding.generate` of this model, which has the arguments."""
+        # Imported by name: the models are a layer below.
+        return import_module("calm.decoding").generate(self, *args, **options)
 
     # Training and evaluation
 

@@ -1,7 +1,6 @@
 """Flags of the three training entry points: the published ones, transformers' and a few of ours.
 
-    python -m calm.training.train_calm --config calm-m --ae_name_or_path runs/ae --train_file
-    'pile/*.jsonl'
+    calm train --config calm-m --ae_name_or_path runs/ae --train_file 'pile/*.jsonl'
 
 ``--config`` names a recipe or a YAML file whose entries are flags; flags given on the command line
 override it.
@@ -36,11 +35,11 @@ __all__ = [
 DEFAULT_BLOCK_SIZE = {Stage.AUTOENCODER: 2048, Stage.CALM: 8192, Stage.BASELINE: 2048}
 
 
-# The program of each stage, and what it trains.
-PROGRAMS = {
-    Stage.AUTOENCODER: ("train_autoencoder", "autoencoder"),
-    Stage.CALM: ("train_calm", "continuous language model"),
-    Stage.BASELINE: ("train_ar", "token-by-token baseline"),
+# The command of each stage, and what it trains.
+COMMANDS = {
+    Stage.AUTOENCODER: ("train-ae", "autoencoder"),
+    Stage.CALM: ("train", "continuous language model"),
+    Stage.BASELINE: ("train-ar", "token-by-token baseline"),
 }
 NO_AUTOENCODER = (
     "a language model needs a trained autoencoder: pass ae_name_or_path (a folder that "
@@ -193,10 +192,10 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
             combinations that do not work.
     """
     groups: list[Any] = [ModelArguments, DataTrainingArguments, CALMTrainingArguments]
-    module, trained = PROGRAMS[stage]
+    command, trained = COMMANDS[stage]
     parser = TrainingParser(
         groups,
-        prog=f"python -m calm.training.{module}",
+        prog=f"calm {command}",
         description=f"Train the {trained}. Flags given here override those of --config. "
         f"Recipes: {', '.join(recipe_names())}.",
     )
