@@ -1,6 +1,7 @@
-"""Generation: prompts, temperature, and the loop that draws chunk after chunk."""
+"""Generation: prompts, sampling methods, and the loop that draws chunk after chunk."""
 
-from calm.decoding.baseline import generate_tokens
-from calm.decoding.engine import Generation, generate
+from calm.decoding.baseline import generate_tokens, warmup_tokens
+from calm.decoding.engine import generate, warmup
+from calm.decoding.result import Generation
 
-__all__ = ["Generation", "generate", "generate_tokens"]
+__all__ = ["Generation", "generate", "generate_tokens", "warmup", "warmup_tokens"]

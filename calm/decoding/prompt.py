@@ -1,6 +1,8 @@
-"""Prompts: checking them, cutting them to the context, and lengths that K does not divide."""
+"""Prompts: reading them, cutting them to the context, and lengths that K does not divide."""
 
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,99 +10,235 @@ from torch import Tensor
 
 from calm.errors import UserError
 
-__all__ = ["ALIGNMENTS", "Prompt", "align_prompt", "check_prompt", "fit_context", "pads_last"]
+__all__ = [
+    "ALIGNMENTS",
+    "Prompt",
+    "PromptFormat",
+    "Prompts",
+    "left_aligned",
+    "read_prompts",
+    "right_aligned",
+]
 
 ALIGNMENTS = ("condition", "pad")
+Prompts = Tensor | Sequence[Sequence[int] | Tensor]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as chunks.
+    """One prompt as the model reads it.
 
     Attributes:
-        input_ids: whole chunks, ``[B, P * K]``; padded on the right for the alignment ``pad``.
-        given: the start of the first new chunk, ``[B, r]`` with 0 <= r < K; empty for ``pad``.
+        tokens: what the result begins with.
+        chunks: whole chunks to read, a multiple of K, at least one; with the start chunk.
+        given: the start of the first new chunk, fewer than K tokens.
+        budget: new tokens at most.
     """
 
-    input_ids: Tensor
-    given: Tensor
-
-    @property
-    def length(self) -> int:
-        """Tokens that count towards the length of the result."""
-        return self.input_ids.shape[1] + self.given.shape[1]
+    tokens: list[int]
+    chunks: list[int]
+    given: list[int]
+    budget: int
 
 
-def check_prompt(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> None:
-    """Raise `UserError` unless `input_ids` are token ids ``[B, T]``, T >= 1, without padding."""
+def read_prompts(
+    input_ids: Prompts, attention_mask: Tensor | None, vocab_size: int
+) -> list[list[int]]:
+    """Prompts of any lengths as lists, without padding.
+
+    Args:
+        input_ids: int64 ``[B, T]``, or a list of B prompts: lists of ids or one-dimensional
+            tensors.
+        attention_mask: ``[B, T]``, 0 for padding on the left or on the right.
+        vocab_size: V.
+
+    Raises:
+        UserError: not token ids, or a mask with a hole.
+    """
+    if isinstance(input_ids, Tensor):
+        prompts = _rows(input_ids, attention_mask)
+    else:
+        if attention_mask is not None:
+            raise UserError("attention_mask goes with a tensor; a list of prompts needs none")
+        prompts = [_ids(index, prompt) for index, prompt in enumerate(input_ids)]
+    if not prompts:
+        raise UserError("input_ids must hold at least one prompt, got none")
+    ids = [token for prompt in prompts for token in prompt]
+    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+        raise UserError(
+            f"input_ids must lie in [0, {vocab_size}), the vocabulary; got ids from {min(ids)} to "
+            f"{max(ids)}"
+        )
+    return prompts
+
+
+def _ids(index: int, prompt: Sequence[int] | Tensor) -> list[int]:
+    """One prompt of a list."""
+    ids = prompt.tolist() if isinstance(prompt, Tensor) and prompt.dim() == 1 else prompt
+    if not isinstance(ids, Sequence) or not all(type(token) is int for token in ids):
+        raise UserError(
+            f"input_ids[{index}] must be a list of token ids or a one-dimensional int64 tensor, "
+            f"got {type(prompt).__name__}"
+        )
+    return list(ids)
+
+
+def _rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    """The rows of a tensor, each without what the mask hides."""
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
         raise UserError(
             f"input_ids must be int64 [B, T], got {input_ids.dtype} {tuple(input_ids.shape)}"
         )
-    if input_ids.numel() == 0:
-        raise UserError(f"input_ids must hold a token, got shape {tuple(input_ids.shape)}")
-    low, high = input_ids.min().item(), input_ids.max().item()
-    if low < 0 or high >= vocab_size:
+    rows: list[list[int]] = input_ids.tolist()
+    if attention_mask is None:
+        return rows
+    if attention_mask.shape != input_ids.shape:
         raise UserError(
-            f"input_ids must lie in [0, {vocab_size}), the vocabulary; got ids from {low} to {high}"
+            f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, "
+            f"got {tuple(attention_mask.shape)}"
         )
-    if attention_mask is not None and not attention_mask.bool().all():
-        raise UserError(
-            "attention_mask hides tokens, but prompts of different lengths in one batch are not "
-            "supported; generate them one by one, or group prompts of equal length"
-        )
-
-
-def align_prompt(
-    input_ids: Tensor,
-    *,
-    patch_size: int,
-    alignment: str,
-    pad_token_id: int | None,
-) -> Prompt:
-    """Cut a prompt into chunks of `patch_size` tokens.
-
-    ``condition`` keeps the tokens of an unfinished chunk apart: they condition its sampling.
-    ``pad`` fills it with pad tokens that the model reads like text (published).
-    """
-    if alignment not in ALIGNMENTS:
-        raise UserError(
-            f"prompt_alignment must be one of {', '.join(ALIGNMENTS)}; got {alignment!r}"
-        )
-    rest = input_ids.shape[1] % patch_size
-    if alignment == "pad" and rest:
-        if pad_token_id is None:
+    prompts = []
+    for index, (row, seen) in enumerate(zip(rows, attention_mask.bool().tolist(), strict=True)):
+        first, count = seen.index(True) if any(seen) else 0, sum(seen)
+        if not all(seen[first : first + count]):
             raise UserError(
-                'prompt_alignment="pad" needs config.pad_token_id; set it, or use '
-                '"condition", which pads nothing'
+                f"attention_mask may hide padding on the left and on the right alone, but row "
+                f"{index} has a hole"
             )
-        padding = input_ids.new_full((len(input_ids), patch_size - rest), pad_token_id)
-        input_ids, rest = torch.cat([input_ids, padding], dim=1), 0
-    whole = input_ids.shape[1] - rest
-    return Prompt(input_ids[:, :whole], input_ids[:, whole:])
+        prompts.append(row[first : first + count])
+    return prompts
 
 
-def pads_last(sequences: Tensor, pad_token_id: int) -> Tensor:
-    """Each row ``[B, T]`` with its pad tokens moved to the end, the others in their order."""
-    order = (sequences == pad_token_id).to(torch.uint8).argsort(dim=1, stable=True)
-    return sequences.gather(1, order)
+@dataclass(frozen=True, kw_only=True)
+class PromptFormat:
+    """How prompts become chunks, and how much may follow them.
 
-
-def fit_context(
-    input_ids: Tensor, *, new_tokens: int, patch_size: int, context: int, truncate: bool
-) -> Tensor:
-    """The prompt, if it and `new_tokens` fit into `context` chunks; else its end, or an error.
-
-    What `truncate` leaves is a whole number of chunks.
+    Attributes:
+        patch_size: K.
+        context: chunks that the model can read, in all.
+        start_token_id: of the chunk that stands before each text, or None.
+        pad_token_id: fills a chunk where that is asked for.
+        alignment: ``condition`` keeps the tokens of an unfinished chunk apart: they condition its
+            sampling. ``pad`` fills it with pad tokens that the model reads like text (published).
+        max_new_tokens: tokens to add, or None.
+        max_length: tokens of the result, or None; either must be there.
+        truncate: drop the beginning of a prompt that is too long.
     """
-    room = (context - math.ceil(new_tokens / patch_size)) * patch_size
-    length = input_ids.shape[1]
-    if length <= room:
-        return input_ids
-    if room <= 0 or not truncate:
-        raise UserError(
-            f"the prompt ({length} tokens) and {new_tokens} new tokens exceed the context of "
-            f"{context * patch_size} tokens; ask for fewer"
-            + (", or pass truncate=True to drop the beginning of the prompt" if room > 0 else "")
-        )
-    return input_ids[:, length - room :]
+
+    patch_size: int
+    context: int
+    start_token_id: int | None
+    pad_token_id: int | None
+    alignment: str
+    max_new_tokens: int | None
+    max_length: int | None
+    truncate: bool
+
+    def __post_init__(self) -> None:
+        if self.alignment not in ALIGNMENTS:
+            raise UserError(
+                f"prompt_alignment must be one of {', '.join(ALIGNMENTS)}; got {self.alignment!r}"
+            )
+        if (self.max_new_tokens is None) == (self.max_length is None):
+            raise UserError("pass either max_new_tokens or max_length")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+
+    def apply(self, prompts: list[list[int]]) -> list[Prompt]:
+        """Each prompt as chunks.
+
+        Raises:
+            UserError: an empty prompt without a start chunk, no room in the context, no pad token
+                where one is needed.
+        """
+        formatted = [self._format(tokens) for tokens in prompts]
+        short = [len(prompt) for prompt in prompts if self._is_short(prompt)]
+        if short and self.alignment == "condition":
+            warnings.warn(
+                f"a prompt of {min(short)} tokens is shorter than a chunk of {self.patch_size}: it "
+                "is filled with pad tokens, which this model never saw in training; prompts of "
+                "a chunk or more are exact, as are all with a model trained with a start chunk "
+                "(has_start_patch)",
+                stacklevel=4,
+            )
+        return formatted
+
+    def _is_short(self, tokens: list[int]) -> bool:
+        """Whether nothing could be read before the first new chunk."""
+        return self.start_token_id is None and len(tokens) < self.patch_size
+
+    def _format(self, tokens: list[int]) -> Prompt:
+        if not tokens and self.start_token_id is None:
+            raise UserError(
+                "the prompt is empty, and this model never learned how a text begins: pass at "
+                "least one token, or train with a start chunk (has_start_patch)"
+            )
+        new_tokens = self._new_tokens(len(tokens))
+        kept = self._fit(tokens, new_tokens)
+        is_whole_text = len(kept) == len(tokens)
+        start: list[int] = []
+        if self.start_token_id is not None and (is_whole_text or not kept):
+            start = [self.start_token_id] * self.patch_size  # a text's end is no beginning
+        if self.alignment == "pad":
+            padded = kept + self._padding(-len(kept) % self.patch_size)
+            return Prompt(padded, start + padded, [], self._published_budget(len(padded)))
+        if self._is_short(kept):
+            padded = kept + self._padding(self.patch_size - len(kept))
+            return Prompt(kept, padded, [], new_tokens)
+        whole = len(kept) - len(kept) % self.patch_size
+        return Prompt(kept, start + kept[:whole], kept[whole:], new_tokens)
+
+    def _new_tokens(self, length: int) -> int:
+        """Tokens to generate after a prompt of `length` tokens."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        assert self.max_length is not None
+        if self.max_length <= length:
+            raise UserError(
+                f"max_length must exceed the {length} tokens of the prompt, got {self.max_length}"
+            )
+        return self.max_length - length
+
+    def _published_budget(self, length: int) -> int:
+        """Padding counts towards `max_length`, which the last chunk may overshoot."""
+        if self.max_length is None:
+            return self._new_tokens(length)
+        return max(1, math.ceil((self.max_length - length) / self.patch_size)) * self.patch_size
+
+    def _padding(self, count: int) -> list[int]:
+        if count and self.pad_token_id is None:
+            raise UserError(
+                f"{count} tokens are missing to a whole chunk, and filling them (prompt_alignment="
+                '"pad", or a prompt shorter than a chunk) needs config.pad_token_id; set it, or '
+                "pass a longer prompt"
+            )
+        return [self.pad_token_id or 0] * count
+
+    def _fit(self, tokens: list[int], new_tokens: int) -> list[int]:
+        """The prompt, or its end where it and what follows exceed the context: whole chunks."""
+        context = self.context - (self.start_token_id is not None)
+        room = (context - math.ceil(new_tokens / self.patch_size)) * self.patch_size
+        if len(tokens) <= room:
+            return tokens
+        if room <= 0 or not self.truncate:
+            hint = ", or pass truncate=True to drop the beginning of the prompt"
+            raise UserError(
+                f"the prompt ({len(tokens)} tokens) and {new_tokens} new tokens exceed the context "
+                f"of {context * self.patch_size} tokens; ask for fewer" + (hint if room > 0 else "")
+            )
+        return tokens[len(tokens) - room :]
+
+
+def right_aligned(rows: list[list[int]], size: int) -> tuple[Tensor, list[int]]:
+    """Rows of a multiple of `size` ids that end together, ``[B, T]``, and their first chunks."""
+    longest = max(map(len, rows))
+    missing = [longest - len(row) for row in rows]
+    ids = [[0] * count + row for count, row in zip(missing, rows, strict=True)]
+    return torch.tensor(ids, dtype=torch.int64), [count // size for count in missing]
+
+
+def left_aligned(rows: list[list[int]], fill: int, width: int | None = None) -> Tensor:
+    """Rows that begin together, ``[B, width]``, filled up at their ends; as wide as the longest."""
+    width = max(map(len, rows)) if width is None else width
+    ids = [row + [fill] * (width - len(row)) for row in rows]
+    return torch.tensor(ids, dtype=torch.int64).view(len(rows), width)

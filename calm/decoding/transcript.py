@@ -1,84 +1,104 @@
-"""The text so far: which sequences have ended, what is padding, what a streamer gets to see."""
+"""The text so far: which sequences have ended, and what a streamer gets to see."""
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from calm.decoding.prompt import Prompt, pads_last
+from calm.decoding.prompt import Prompt
+from calm.decoding.step import Record
+from calm.decoding.stopping import StopStrings
 from calm.errors import UserError
 
-__all__ = ["Transcript", "end_tokens"]
-
-
-def end_tokens(eos_token_id: int | list[int] | None, device: torch.device) -> Tensor:
-    """The ids that end a sequence, ``[number of ids]``, possibly none."""
-    ids = [] if eos_token_id is None else eos_token_id
-    return torch.tensor(ids, dtype=torch.int64, device=device).reshape(-1)
+__all__ = ["Transcript"]
 
 
 class Transcript:
-    """Sequences that grow chunk by chunk.
+    """Sequences that grow chunk by chunk, on the host.
 
     Args:
-        prompt: where they begin.
-        end_ids: see `end_tokens`.
-        pad_token_id: follows the end of a sequence; needed where one may end before another.
-        limit: tokens after which no chunk is added; counts the prompt's padding.
-        may_overshoot: keep all tokens of the last chunk instead of cutting at `limit`.
-        streamer: receives new tokens as they are appended.
+        prompts: where they begin.
+        ends: tokens that end a sequence.
+        keeps_tail: keep what follows an end token in its chunk (published).
+        stops: strings that end a sequence, or None.
+        streamer: receives prompt and new tokens; for one sequence.
 
     Attributes:
-        new_tokens: generated tokens of each sequence, ``[B]``.
+        new: generated tokens of each sequence.
+        records: what is known of each of its chunks.
     """
 
     def __init__(
         self,
-        prompt: Prompt,
+        prompts: Sequence[Prompt],
         *,
-        end_ids: Tensor,
-        pad_token_id: int | None,
-        limit: int,
-        may_overshoot: bool,
+        ends: Sequence[int],
+        keeps_tail: bool,
+        stops: StopStrings | None,
         streamer: BaseStreamer | None,
     ) -> None:
-        batch = len(prompt.input_ids)
-        if pad_token_id is None and batch > 1 and len(end_ids):
-            raise UserError(
-                "config.pad_token_id is None, and sequences of a batch may end at different "
-                "places; set it, or generate one at a time"
-            )
-        self.parts = [prompt.input_ids]
-        self.length = prompt.input_ids.shape[1]
-        self.given = prompt.given.shape[1]  # tokens of the next chunk that the prompt holds
-        self.end_ids, self.pad_token_id = end_ids, pad_token_id
-        self.limit, self.may_overshoot = limit, may_overshoot
+        self.prompts = prompts
+        self.ends, self.keeps_tail, self.stops = frozenset(ends), keeps_tail, stops
         self.streamer = streamer
-        self.has_ended = torch.zeros(batch, dtype=torch.bool, device=end_ids.device)
-        self.new_tokens = torch.zeros(batch, dtype=torch.int64, device=end_ids.device)
+        self.new: list[list[int]] = [[] for _ in prompts]
+        self.records: list[list[Record]] = [[] for _ in prompts]
+        self.has_ended = [False] * len(prompts)
+        if streamer is not None:
+            streamer.put(torch.tensor([prompts[0].tokens], dtype=torch.int64))
+
+    def append(self, row: int, record: Record) -> None:
+        """Add a chunk to a sequence; what is behind its end is left out.
+
+        Raises:
+            UserError: it was drawn from numbers that are not finite.
+        """
+        if self.has_ended[row]:
+            return
+        if not record.is_finite:
+            raise UserError(
+                "the model gave latents or logits that are not finite: the weights are damaged or "
+                "training diverged; load an earlier checkpoint"
+            )
+        prompt, new = self.prompts[row], self.new[row]
+        given = 0 if self.records[row] else len(prompt.given)
+        self.records[row].append(record)
+        is_padding = given > 0 and record.is_fallback and record.level == 0
+        if is_padding:  # nothing was found that continues the prompt: read, but no text
+            return
+        known = len(new)
+        new += record.tokens[given:][: prompt.budget - known]
+        self.has_ended[row] = len(new) == prompt.budget
+        self._end(row, known)
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor(new[known:], dtype=torch.int64))
+
+    def _end(self, row: int, known: int) -> None:
+        """End a sequence at an end token or a stop string among its tokens from `known` on."""
+        new = self.new[row]
+        end = next((i for i in range(known, len(new)) if new[i] in self.ends), None)
+        if end is not None:
+            self.has_ended[row] = True
+            if not self.keeps_tail:
+                del new[end + 1 :]
+        if self.stops is not None:
+            end = self.stops.cut(new, len(new) - known)
+            if end is not None:
+                self.has_ended[row] = True
+                del new[end:]
 
     @property
     def is_complete(self) -> bool:
-        """Whether every sequence has ended or is long enough."""
-        return self.length >= self.limit or bool(self.has_ended.all())
+        """Whether every sequence has ended."""
+        return all(self.has_ended)
 
-    def append(self, tokens: Tensor) -> None:
-        """Add one chunk ``[B, K]``; sequences that have ended get padding instead."""
-        if self.pad_token_id is not None:
-            tokens = tokens.masked_fill(self.has_ended[:, None], self.pad_token_id)
-        self.length += tokens.shape[1]
-        surplus = 0 if self.may_overshoot else max(0, self.length - self.limit)
-        tokens = tokens[:, : tokens.shape[1] - surplus]
-        self.parts.append(tokens)
-        fresh = tokens[:, self.given :]
-        self.given = 0
-        self.new_tokens += (~self.has_ended) * fresh.shape[1]
-        self.has_ended |= torch.isin(fresh, self.end_ids).any(-1)
-        if self.streamer is not None:
-            self.streamer.put(fresh.cpu())
+    def sequences(self) -> list[list[int]]:
+        """Prompt and new tokens of each sequence."""
+        pairs = zip(self.prompts, self.new, strict=True)
+        return [prompt.tokens + new for prompt, new in pairs]
 
-    def sequences(self, *, move_padding: bool) -> Tensor:
-        """Prompt and continuation, ``[B, T]``; all pad tokens at the end with `move_padding`."""
-        sequences = torch.cat(self.parts, dim=1)
-        if move_padding and self.pad_token_id is not None:
-            return pads_last(sequences, self.pad_token_id)
-        return sequences
+    def table(self, name: str) -> torch.Tensor:
+        """A field of all records, int64 ``[B, chunks]``; 0 after a sequence's end."""
+        columns: list[Any] = [[getattr(r, name) for r in records] for records in self.records]
+        return torch.tensor(list(zip_longest(*columns, fillvalue=0)), dtype=torch.int64).T

@@ -1,0 +1,131 @@
+"""What generation keeps between calls: the arranged backbone, and steps captured as CUDA graphs.
+
+A step of a small batch on a GPU is hundreds of kernels of a few microseconds; replayed from one
+graph they follow each other without the host. Seeds, tokens and the position in the cache live in
+device memory that the step itself moves on, so every replay draws afresh.
+
+Both are tied to the weights they were made from: when a weight has moved or changed, they are made
+anew.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from calm.decoding.predictors import Predictor
+from calm.decoding.step import State, decode_one_chunk
+from calm.decoding.trunk import Trunk
+from calm_kernels.backend import Backend, resolve
+
+__all__ = ["CapturedStep", "captured_step", "kept_trunk"]
+
+CAPACITY_STEP = 64  # chunks; a graph serves every text that fits its cache
+MAX_GRAPHS = 4  # each holds a cache
+WARMUP_STEPS = 3
+
+
+@dataclass
+class CapturedStep:
+    """A step on fixed memory that replays from a CUDA graph.
+
+    Attributes:
+        state: the memory; `prefill` and `first_chunk` fill it as they fill any other.
+    """
+
+    state: State
+    _graph: torch.cuda.CUDAGraph
+    _record: Tensor
+
+    @classmethod
+    def capture(cls, state: State) -> "CapturedStep":
+        """Capture `decode_one_chunk` on this state, whose cache is fixed; its contents are lost."""
+        device = state.seed.device
+        aside = torch.cuda.Stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), torch.cuda.stream(aside):
+            for _ in range(WARMUP_STEPS):  # compile kernels, fill caches of tables
+                decode_one_chunk(state)
+        torch.cuda.current_stream(device).wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(graph):
+            record = decode_one_chunk(state)
+        torch.cuda.synchronize(device)
+        return cls(state, graph, record)
+
+    def replay(self) -> Tensor:
+        """As `decode_one_chunk`."""
+        self._graph.replay()
+        return self._record.clone()
+
+
+@dataclass
+class _Kept:
+    """What one model keeps; a copy of the model starts with nothing."""
+
+    weights: tuple[Any, ...] = ()
+    trunk: Trunk | None = None
+    steps: dict[tuple[Any, ...], CapturedStep] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Kept":
+        return _Kept()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Kept, ()
+
+
+def kept_trunk(predictor: Predictor) -> Trunk:
+    """The predictor's arranged backbone."""
+    kept = _kept(predictor)
+    if kept.trunk is None:
+        kept.trunk = Trunk(predictor.backbone)
+    return kept.trunk
+
+
+def captured_step(predictor: Predictor, *, batch_size: int, capacity: int) -> CapturedStep:
+    """A captured step for texts of up to `capacity` chunks.
+
+    The last few are kept, each with its cache.
+    """
+    capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+    trunk, steps = kept_trunk(predictor), _kept(predictor).steps
+    backend = resolve(Backend.AUTO, "linear_argmax", trunk.norm)  # a graph holds this choice
+    key = (predictor, batch_size, capacity, backend)
+    if key in steps:
+        steps[key] = steps.pop(key)  # the latest last
+        return steps[key]
+    while len(steps) >= MAX_GRAPHS:
+        del steps[next(iter(steps))]
+    state = State.allocate(
+        predictor, trunk, batch_size=batch_size, capacity=capacity, is_fixed=True
+    )
+    steps[key] = CapturedStep.capture(state)
+    return steps[key]
+
+
+def _kept(predictor: Predictor) -> _Kept:
+    """What the model keeps, if its weights are those it was made from; else nothing yet."""
+    kept = predictor.model.__dict__.setdefault("_kept_for_decoding", _Kept())
+    weights = _fingerprint(predictor)
+    if kept.weights != weights:
+        kept.weights, kept.trunk, kept.steps = weights, None, {}
+    return kept
+
+
+def _fingerprint(predictor: Predictor) -> tuple[Any, ...]:
+    """Changes when weights move or are changed in place.
+
+    Writing through ``weight.data`` (averaged weights swapped in, say) counts as no change there, so
+    a few sums of the backbone's weights are part of it.
+    """
+    first, last = (cast(Any, predictor.backbone.layers[index]) for index in (0, -1))
+    probes = (first.self_attn.q_proj.weight[0], last.mlp.down_proj.weight[0])
+    sums = torch.stack([probe.sum() for probe in probes]).tolist()
+    where = tuple((weight.data_ptr(), _version(weight)) for weight in predictor.model.parameters())
+    return (*sums, *where)
+
+
+def _version(weight: Tensor) -> int:
+    """How often a weight was changed in place; inference tensors do not count."""
+    return 0 if weight.is_inference() else weight._version

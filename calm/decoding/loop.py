@@ -1,0 +1,190 @@
+"""The loop: prompts in, chunk after chunk, text out; with any kind of model.
+
+On a GPU a captured step is replayed, and the text is looked at every few steps, as that stops the
+device. Elsewhere, and for methods that cannot be captured, the same step runs operation by
+operation, and sequences that have ended are left out.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from calm.decoding.graph import CapturedStep, captured_step, kept_trunk
+from calm.decoding.predictors import Predictor
+from calm.decoding.prompt import (
+    Prompt,
+    PromptFormat,
+    Prompts,
+    left_aligned,
+    read_prompts,
+    right_aligned,
+)
+from calm.decoding.result import Generation, Times, assemble
+from calm.decoding.sampling import sequence_seeds
+from calm.decoding.step import State, decode_one_chunk, first_chunk, prefill, read_records
+from calm.decoding.stopping import StopStrings, end_tokens
+from calm.decoding.transcript import Transcript
+from calm.errors import UserError
+from calm_kernels.noise import Seed
+
+__all__ = ["Request", "continue_prompts", "prepare"]
+
+STEPS_PER_LOOK = 8  # of a captured step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to generate, whatever the model; fields as the arguments of `calm.decoding.generate`."""
+
+    input_ids: Prompts
+    attention_mask: Tensor | None = None
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    prompt_alignment: str = "condition"
+    stop_strings: str | list[str] | None = None
+    tokenizer: Any = None
+    truncate: bool = False
+    seed: Seed | Sequence[int] = None
+    streamer: BaseStreamer | None = None
+
+
+@torch.no_grad()
+def continue_prompts(predictor: Predictor, request: Request) -> Generation:
+    """Continue the prompts of a request; see `calm.decoding.generate`."""
+    config, device = predictor.model.config, predictor.model.device
+    prompts = PromptFormat(
+        patch_size=predictor.patch_size,
+        context=config.max_position_embeddings,
+        start_token_id=predictor.start_token_id,
+        pad_token_id=config.pad_token_id,
+        alignment=request.prompt_alignment,
+        max_new_tokens=request.max_new_tokens,
+        max_length=request.max_length,
+        truncate=request.truncate,
+    ).apply(read_prompts(request.input_ids, request.attention_mask, config.vocab_size))
+    ends, stops, streamer = end_tokens(config.eos_token_id), None, request.streamer
+    if request.stop_strings is not None:
+        stops = StopStrings(request.stop_strings, request.tokenizer)
+    if streamer is not None and len(prompts) > 1:
+        raise UserError(f"a streamer shows one sequence, got {len(prompts)} prompts")
+    padding = _padding(config, prompts, may_end=bool(ends or stops))
+    seeds = sequence_seeds(request.seed, len(prompts), device)
+    is_pad = request.prompt_alignment == "pad"
+    transcript = Transcript(prompts, ends=ends, keeps_tail=is_pad, stops=stops, streamer=streamer)
+    try:
+        times = _run(predictor, transcript, seeds, is_watched=bool(streamer or stops))
+    finally:  # after Ctrl-C too: what was generated is shown
+        if streamer is not None:
+            streamer.end()
+    return assemble(transcript, times, padding=padding, moves_padding=is_pad, device=device)
+
+
+@torch.no_grad()
+def prepare(predictor: Predictor, *, batch_size: int, max_length: int) -> float:
+    """Capture the step for texts of up to `max_length` tokens; the seconds it took.
+
+    Where nothing is captured (no GPU, a method without fixed shapes) only the weights are arranged.
+    """
+    begin = time.perf_counter()
+    kept_trunk(predictor)
+    if _is_captured(predictor):
+        chunks = -(-max_length // predictor.patch_size) + 2  # a start chunk, one filled up
+        captured_step(predictor, batch_size=batch_size, capacity=chunks)
+    return time.perf_counter() - begin
+
+
+def _run(predictor: Predictor, transcript: Transcript, seeds: Tensor, *, is_watched: bool) -> Times:
+    """Fill the transcript; one that is watched gets each chunk at once."""
+    times, size = Times(), predictor.patch_size
+    ids, starts = right_aligned([prompt.chunks for prompt in transcript.prompts], size)
+    num_chunks = max(_new_chunks(prompt, size) for prompt in transcript.prompts)
+    batch_size, capacity = len(starts), ids.shape[1] // size + num_chunks
+    begin, captured = time.perf_counter(), None
+    if _is_captured(predictor):
+        captured = captured_step(predictor, batch_size=batch_size, capacity=capacity)
+        state = captured.state
+        times.warmup = time.perf_counter() - begin
+    else:
+        trunk = kept_trunk(predictor)
+        state = State.allocate(predictor, trunk, batch_size=batch_size, capacity=capacity)
+    begin = time.perf_counter()
+    hidden = prefill(state, ids.to(seeds.device), starts, seeds)
+    if seeds.is_cuda:
+        torch.cuda.synchronize(seeds.device)
+    times.prefill = time.perf_counter() - begin
+    begin = time.perf_counter()
+    given = [prompt.given for prompt in transcript.prompts]
+    known = left_aligned(given, fill=_fill(predictor), width=size).to(seeds.device)
+    first = first_chunk(state, hidden, known, [len(tokens) for tokens in given])
+    steps_per_look = STEPS_PER_LOOK if captured is not None and not is_watched else 1
+    _fill_transcript(transcript, state, captured, first, num_chunks, steps_per_look)
+    times.decode = time.perf_counter() - begin
+    return times
+
+
+def _fill_transcript(
+    transcript: Transcript,
+    state: State,
+    captured: CapturedStep | None,
+    first: Tensor,
+    num_chunks: int,
+    steps_per_look: int,
+) -> None:
+    """Step until every sequence has ended, at the latest after `num_chunks` of them."""
+    rows = list(range(len(transcript.prompts)))  # sequences that the state holds
+    unread, num_steps = [first], 1
+    while True:
+        if len(unread) == steps_per_look or num_steps == num_chunks:
+            for records in read_records(unread):
+                for row, record in zip(rows, records, strict=True):
+                    transcript.append(row, record)
+            unread = []
+            if transcript.is_complete:
+                return
+            if captured is None:
+                state, rows = _without_ended(state, rows, transcript)
+        unread.append(decode_one_chunk(state) if captured is None else captured.replay())
+        num_steps += 1
+
+
+def _without_ended(
+    state: State, rows: list[int], transcript: Transcript
+) -> tuple[State, list[int]]:
+    """The sequences that go on, once they are at most half: the cache is copied."""
+    live = [index for index, row in enumerate(rows) if not transcript.has_ended[row]]
+    if 2 * len(live) > len(rows):
+        return state, rows
+    return state.select(live), [rows[index] for index in live]
+
+
+def _is_captured(predictor: Predictor) -> bool:
+    return predictor.is_capturable and predictor.model.device.type == "cuda"
+
+
+def _new_chunks(prompt: Prompt, size: int) -> int:
+    """Chunks to generate at most; one more where the first may be given up for padding."""
+    return -(-(len(prompt.given) + prompt.budget) // size) + bool(prompt.given)
+
+
+def _fill(predictor: Predictor) -> int:
+    """What follows the given tokens of a chunk that no draw completes."""
+    pad = predictor.model.config.pad_token_id
+    return 0 if pad is None else pad
+
+
+def _padding(config: Any, prompts: list[Prompt], *, may_end: bool) -> int | None:
+    """What follows a sequence's end: the pad token, or the (first) end token in its place."""
+    ends = end_tokens(config.eos_token_id)
+    padding = config.pad_token_id if config.pad_token_id is not None else next(iter(ends), None)
+    lengths = {len(prompt.tokens) + prompt.budget for prompt in prompts}
+    if padding is None and (len(lengths) > 1 or (may_end and len(prompts) > 1)):
+        raise UserError(
+            "sequences of this batch may end at different places, but config.pad_token_id and "
+            "config.eos_token_id are None; set one, or generate one at a time"
+        )
+    return padding

@@ -1,0 +1,54 @@
+"""Where a text ends: tokens that end it, and strings that do."""
+
+from typing import Any
+
+from calm.errors import UserError
+
+__all__ = ["StopStrings", "end_tokens"]
+
+MARGIN = 8  # tokens beside those that a stop string can span: what decodes to nothing, half letters
+
+
+def end_tokens(eos_token_id: int | list[int] | None) -> list[int]:
+    """The ids that end a sequence, possibly none."""
+    if eos_token_id is None:
+        return []
+    return eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+
+
+class StopStrings:
+    """Strings that end a text wherever they appear in what is new, across chunk borders too.
+
+    As in transformers, the text ends with the token that completes the string.
+
+    Args:
+        strings: one or more, none of them empty.
+        tokenizer: with `decode`.
+
+    Raises:
+        UserError: no tokenizer, or no string.
+    """
+
+    def __init__(self, strings: str | list[str], tokenizer: Any) -> None:
+        self.strings = [strings] if isinstance(strings, str) else list(strings)
+        if tokenizer is None:
+            raise UserError("stop_strings needs tokenizer=, which turns tokens into text")
+        if not self.strings or not all(isinstance(s, str) and s for s in self.strings):
+            raise UserError(f"stop_strings must be one or more non-empty strings, got {strings!r}")
+        self.tokenizer = tokenizer
+        # A token stands for at least one byte, so that no string spans more tokens than its bytes.
+        self.span = max(len(string.encode()) for string in self.strings) + MARGIN
+
+    def cut(self, tokens: list[int], fresh: int) -> int | None:
+        """How many of `tokens`, whose last `fresh` are new, are left; None where nothing stops."""
+        if not self._is_in(tokens, len(tokens) - fresh, len(tokens)):
+            return None
+        first = len(tokens) - fresh
+        ends = range(first + 1, len(tokens) + 1)
+        return next((end for end in ends if self._is_in(tokens, first, end)), len(tokens))
+
+    def _is_in(self, tokens: list[int], first: int, end: int) -> bool:
+        """Whether a string ends among tokens ``first .. end``."""
+        window = tokens[max(0, first - self.span) : end]
+        text = self.tokenizer.decode(window, skip_special_tokens=False)
+        return any(string in text for string in self.strings)
