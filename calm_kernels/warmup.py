@@ -7,6 +7,7 @@ import torch
 
 from calm_kernels.agreeing_patch import agreeing_patch
 from calm_kernels.backend import Backend, resolve
+from calm_kernels.energy_head import EnergyHead
 from calm_kernels.energy_score import gaussian_energy_score
 from calm_kernels.reparameterize import reparameterize
 
@@ -24,8 +25,8 @@ def warmup(
 
     Args:
         config: a language model's configuration (`num_samples`, `latent_size`, `beta`, `targets`,
-            `num_targets`, `patch_size`), or an autoencoder's (`latent_size`, `kl_clamp`,
-            `ae_dropout`).
+            `num_targets`, `hidden_size`, `noise_size`, `patch_size`), or an autoencoder's
+            (`latent_size`, `kl_clamp`, `ae_dropout`).
         device: where the kernels will run.
         dtype: of the samples or latent states.
 
@@ -65,6 +66,15 @@ def _energy_score(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
     score.sum().backward()
 
 
+def _energy_head(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
+    sizes = (config.hidden_size, config.latent_size, config.noise_size)
+    head = EnergyHead(*sizes, num_blocks=1).to(like)  # further blocks launch the same kernels
+    hidden = like.new_zeros(2, config.hidden_size).requires_grad_()
+    head.sample(hidden, num_samples=config.num_samples, seed=seed).sum().backward()
+    with torch.no_grad():
+        head.sample(hidden, num_samples=NUM_CANDIDATES, seed=seed)
+
+
 def _agreeing_patch(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
     candidates = seed.new_zeros(2, NUM_CANDIDATES, config.patch_size)
     agreeing_patch(candidates, torch.full_like(like, 2.0, dtype=torch.float64), seed=seed)
@@ -74,5 +84,6 @@ _Run = Callable[[Any, torch.Tensor, torch.Tensor], None]
 _AUTOENCODER: dict[str, _Run] = {"reparameterize": _reparameterize}
 _LANGUAGE_MODEL: dict[str, _Run] = {
     "gaussian_energy_score": _energy_score,
+    "energy_head": _energy_head,
     "agreeing_patch": _agreeing_patch,
 }

@@ -22,7 +22,7 @@ _TOLERANCE = tl.constexpr(1e-6)  # of whole numbers, relative, as in api.py
 _UNIFORM_STEP = tl.constexpr(2.0**-24)
 
 
-@triton.jit(do_not_specialize=["num_candidates"])
+@triton.jit(do_not_specialize=["num_candidates", "stride_b", "stride_n"])
 def count_kernel(
     candidates_ptr, counts_ptr, num_candidates, stride_b, stride_n, stride_k,
     PATCH_SIZE: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -79,7 +79,9 @@ def _weights(counts, largest, level, rest, misses, BLOCK: tl.constexpr):
     return tl.where((counts > 0) & (counts.to(tl.float64) >= least), weight, 0.0)
 
 
-@triton.jit(do_not_specialize=["num_candidates"])
+@triton.jit(
+    do_not_specialize=["num_candidates", "stride_b", "stride_n", "stride_power", "stride_seed"]
+)
 def choose_kernel(
     candidates_ptr, counts_ptr, power_ptr, seed_ptr, first_row_ptr, tokens_ptr, level_ptr,
     num_candidates, stride_b, stride_n, stride_k, stride_power, stride_seed,

@@ -176,6 +176,7 @@ def test_warmup_launches_what_the_model_will(monkeypatch):
     assert warmup(tiny_model().config, "cpu", dtype=torch.float32) == [
         "gaussian_energy_score",
         "energy_head",
+        "agreeing_patch",
     ]
     assert launches.names == ["analytic_kernel"]
     assert warmup(tiny_autoencoder().config, "cpu") == ["reparameterize"]
