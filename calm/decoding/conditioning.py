@@ -64,10 +64,18 @@ class Completions(NamedTuple):
     is_finite: Tensor
 
 
-def waves(seed: Tensor, size: int, max_draws: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Seed, draws before and draws of each wave, until `max_draws` are made."""
-    for wave, before in enumerate(range(0, max_draws, size)):
-        yield advance(seed, wave * ROUND_STRIDE), before, min(size, max_draws - before)
+def waves(
+    seed: Tensor, size: int, max_draws: int, *, first: int
+) -> Iterator[tuple[Tensor, int, int]]:
+    """Seed of each wave, draws before it and draws in it, until `max_draws` are made.
+
+    Waves grow twofold from `first` draws to `size`, so that what is found soon costs little.
+    """
+    wave = before = 0
+    while before < max_draws:
+        draws = min(size, first << wave, max_draws - before)
+        yield advance(seed, wave * ROUND_STRIDE), before, draws
+        wave, before = wave + 1, before + draws
 
 
 def draw_fitting(
@@ -112,7 +120,7 @@ def gather_completions(
     count, draws = torch.zeros_like(rows), torch.zeros_like(rows)
     is_finite = torch.ones_like(rows, dtype=torch.bool)
     kept: Tensor | None = None
-    for wave_seed, before, size in waves(seed, wave_size, max_draws):
+    for wave_seed, before, size in waves(seed, wave_size, max_draws, first=wave_size):
         part = draw_fitting(
             source.select(rows), known.select(rows), size, wave_seed[rows], noise_scale
         )

@@ -20,6 +20,8 @@ from calm_kernels.noise import Stream, uniform
 
 __all__ = ["Exact"]
 
+FIRST_WAVE = 16  # draws
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exact:
@@ -32,7 +34,7 @@ class Exact:
 
     Attributes:
         temperature: T in (0, 1].
-        num_samples: W, draws of a wave; the law does not depend on it.
+        num_samples: draws of a wave at most; the law does not depend on it.
         noise_scale: factor on the head's noise.
         max_draws: draws of a chunk at most.
 
@@ -55,7 +57,8 @@ class Exact:
 
     def _search(self, source: Source, known: Known | None, seed: Tensor) -> Chunk:
         search = _Search(self, source, known, seed)
-        for wave_seed, before, size in waves(seed, self.num_samples, self.max_draws):
+        plan = waves(seed, self.num_samples, self.max_draws, first=FIRST_WAVE)
+        for wave_seed, before, size in plan:
             search.draw_wave(wave_seed, before, size)
             if not len(search.rows):
                 break

@@ -124,9 +124,12 @@ class Batch(Direct):
     Attributes:
         temperature: T in (0, 1].
         num_samples: N.
+        is_slotwise: decode slot by slot, with sizes that the host reads; None does so except on a
+            GPU.
     """
 
     temperature: float = 0.5
+    is_slotwise: bool | None = None
 
     @property
     def needed(self) -> int:
@@ -134,7 +137,7 @@ class Batch(Direct):
         return self.num_samples
 
     def _pick(self, source: Source, latents: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-        return vote(source, latents, self.temperature, seed=seed)
+        return vote(source, latents, self.temperature, seed=seed, is_slotwise=self.is_slotwise)
 
     def _pick_completion(
         self, source: Source, found: Completions, known: Known, seed: Tensor
@@ -174,6 +177,7 @@ def medoid(latents: Tensor, count: Tensor) -> Tensor:
     argmin_i Σ_j |x_i - x_j|, the first of equals; the first latent where the count is 0.
     """
     by_row = latents.transpose(0, 1).to(torch.float32)  # [B, N, L]
+    by_row = by_row - by_row.mean(1, keepdim=True)  # small numbers have accurate distances
     is_draw = torch.arange(len(latents), device=count.device) < count[:, None]  # [B, N]
     distances = torch.cdist(by_row, by_row).masked_fill(~is_draw[:, None], 0.0).sum(-1)
     index = distances.masked_fill(~is_draw, math.inf).argmin(1)

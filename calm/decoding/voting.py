@@ -15,12 +15,18 @@ __all__ = ["vote", "vote_by_count"]
 
 
 def vote(
-    source: Source, latents: Tensor, temperature: float, *, seed: Tensor, known: Known | None = None
+    source: Source,
+    latents: Tensor,
+    temperature: float,
+    *,
+    seed: Tensor,
+    known: Known | None = None,
+    is_slotwise: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One of the N candidates of each row, as if 1/T independent draws had agreed on it.
 
-    On a GPU all candidates are decoded, in fixed shapes and without reading anything back;
-    elsewhere slot by slot and only as far as the choice depends on them, which is the same choice.
+    Candidates are decoded slot by slot, only as far as the choice depends on them, or in full, in
+    fixed shapes and without reading anything back; the choice is the same.
 
     Args:
         source: decodes.
@@ -28,11 +34,12 @@ def vote(
         temperature: T in (0, 1].
         seed: int64 ``[B, 2]``.
         known: first tokens that all candidates of a row share.
+        is_slotwise: decode slot by slot; None does so except on a GPU.
 
     Returns: tokens ``[B, K]`` and how many draws agreed, ``[B]``.
     Source: paper, Algorithm 2, and for 1/T that is not whole `calm_kernels.agreeing_patch`.
     """
-    if latents.is_cuda:
+    if not (is_slotwise if is_slotwise is not None else not latents.is_cuda):
         patches = decode(source, latents).transpose(0, 1)  # [B, N, K]
         tokens, level, *_ = agreeing_patch(patches, 1.0 / temperature, seed=seed)
         return tokens, level

@@ -36,7 +36,9 @@ class ToySource:
             len(self), 1, stream=Stream.HEAD, seed=seed, num_draws=num_samples, dtype=torch.float64
         )
         edges = self.chances.cumsum(0)[:-1].contiguous()
-        drawn = torch.searchsorted(edges, value * noise_scale, right=True).to(torch.float32)
+        drawn = torch.searchsorted(edges, (value * noise_scale).contiguous(), right=True).to(
+            torch.float32
+        )
         return drawn.masked_fill(self.damaged[:, None], math.nan)
 
     def slots(self, latents):
