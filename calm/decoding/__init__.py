@@ -1,7 +1,6 @@
 """Generation: prompts, sampling methods, and the loop that draws chunk after chunk."""
 
-from calm.decoding.baseline import generate_tokens, warmup_tokens
 from calm.decoding.engine import generate, warmup
 from calm.decoding.result import Generation
 
-__all__ = ["Generation", "generate", "generate_tokens", "warmup", "warmup_tokens"]
+__all__ = ["Generation", "generate", "warmup"]

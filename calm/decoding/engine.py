@@ -1,4 +1,4 @@
-"""Generation with a CALM: one backbone step, a few head draws and one choice for every K tokens.
+"""Generation: one backbone step, a few head draws and one choice for every K tokens.
 
 Prompts are read once; afterwards the cache, which counts chunks, grows by one a step. A chunk
 enters the backbone as tokens, never as the latent that it was decoded from. What a step does is in
@@ -10,21 +10,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from calm.decoding.loop import Request, continue_prompts, prepare
-from calm.decoding.methods import build_method
-from calm.decoding.predictors import ChunkPredictor
+from calm.decoding.predictors import make_predictor
 from calm.decoding.prompt import Prompts
 from calm.decoding.result import Generation
-from calm.models.continuous import ContinuousTransformer
 from calm_kernels.noise import Seed
 
 __all__ = ["generate", "warmup"]
 
 
 def generate(
-    model: ContinuousTransformer,
+    model: PreTrainedModel,
     input_ids: Prompts,
     attention_mask: Tensor | None = None,
     *,
@@ -49,7 +48,9 @@ def generate(
     its row is padding. No sequence depends on the others of the batch but through its seed.
 
     Args:
-        model: a CALM with any head.
+        model: a CALM with any head, or the token-by-token baseline, whose chunk is one token. The
+            baseline knows its probabilities: every method samples from softmax(logits / T) there,
+            without candidates.
         input_ids: int64 ``[B, T]``, or a list of B prompts: lists of ids or 1-d tensors. A model
             with a start chunk (`has_start_patch`) takes empty ones.
         attention_mask: ``[B, T]``, 0 for a tensor's padding on the left or on the right.
@@ -83,8 +84,9 @@ def generate(
             latents that are not finite.
     Source: paper, section 3.3.3 and Algorithms 1 and 2.
     """
-    chosen = build_method(
-        method,
+    predictor = make_predictor(
+        model,
+        method=method,
         temperature=temperature,
         num_samples=num_samples,
         noise_scale=noise_scale,
@@ -102,29 +104,42 @@ def generate(
         seed=seed,
         streamer=streamer,
     )
-    generation = continue_prompts(ChunkPredictor(model, chosen), request)
+    generation = continue_prompts(predictor, request)
     return generation if return_details else generation.sequences
 
 
 def warmup(
-    model: ContinuousTransformer,
+    model: PreTrainedModel,
     *,
     batch_size: int = 1,
     max_length: int,
+    temperature: float = 0.5,
+    num_samples: int = 200,
     method: str = "batch",
-    **sampling: Any,
+    noise_scale: float = 1.0,
+    max_draws: int | None = None,
 ) -> float:
     """Compile and capture what `generate` will run, so that its first call is as fast as the next.
 
     Args:
-        model: a CALM.
+        model: as in `generate`.
         batch_size: B, prompts of a call.
         max_length: tokens of prompt and continuation; what is captured serves all calls that need
             no more.
-        method: as in `generate`.
-        **sampling: temperature, num_samples, noise_scale, max_draws, as in `generate`.
+        temperature: as in `generate`, like all that follow.
+        num_samples: likewise.
+        method: likewise.
+        noise_scale: likewise.
+        max_draws: likewise.
 
     Returns: the seconds it took. Without a GPU, or for ``exact``, nothing is captured.
     """
-    predictor = ChunkPredictor(model, build_method(method, **sampling))
+    predictor = make_predictor(
+        model,
+        method=method,
+        temperature=temperature,
+        num_samples=num_samples,
+        noise_scale=noise_scale,
+        max_draws=max_draws,
+    )
     return prepare(predictor, batch_size=batch_size, max_length=max_length)

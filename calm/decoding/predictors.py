@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import LlamaModel, PreTrainedModel
 
+from calm.decoding.methods import build_method
 from calm.decoding.source import Chunk, HeadSource, Method
 from calm.errors import UserError
 from calm.models.baseline import BaselineTransformer
 from calm.models.continuous import ContinuousTransformer
 from calm_kernels import noise
 
-__all__ = ["ChunkPredictor", "Predictor", "TokenPredictor"]
+__all__ = ["ChunkPredictor", "Predictor", "TokenPredictor", "make_predictor"]
 
 
 class Predictor(Protocol):
@@ -105,10 +106,6 @@ class TokenPredictor:
     start_token_id = None
     is_capturable = True
 
-    def __post_init__(self) -> None:
-        if not 0.0 < self.temperature <= 1.0:
-            raise UserError(f"temperature must lie in (0, 1], got {self.temperature}")
-
     @property
     def backbone(self) -> Any:
         """See `Predictor`."""
@@ -139,3 +136,32 @@ class TokenPredictor:
     def complete(self, hidden: Tensor, given: Tensor, given_length: Tensor, seed: Tensor) -> Chunk:
         """Nothing of a token can be given."""
         raise NotImplementedError("a chunk of one token has no first part that a prompt could give")
+
+
+def make_predictor(
+    model: PreTrainedModel,
+    *,
+    method: str,
+    temperature: float,
+    num_samples: int,
+    noise_scale: float,
+    max_draws: int | None,
+) -> Predictor:
+    """The predictor of a CALM or of the baseline; arguments as `calm.decoding.generate`."""
+    chosen = build_method(
+        method,
+        temperature=temperature,
+        num_samples=num_samples,
+        noise_scale=noise_scale,
+        max_draws=max_draws,
+    )
+    if isinstance(model, ContinuousTransformer):
+        return ChunkPredictor(model, chosen)
+    if not isinstance(model, BaselineTransformer):
+        raise UserError(f"model must be a CALM or the token baseline, got {type(model).__name__}")
+    if noise_scale != 1:
+        raise UserError(
+            f"noise_scale must be 1 for a {type(model).__name__}, which has no head whose noise "
+            f"could be scaled; got {noise_scale}"
+        )
+    return TokenPredictor(model, temperature)

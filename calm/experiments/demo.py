@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 import transformers
 
-from calm.decoding import generate, generate_tokens
+from calm.decoding import generate
 from calm.errors import UserError
 from calm.evaluation import Evaluation, evaluate
 from calm.experiments.plots import plot_demo
@@ -34,7 +35,6 @@ from calm.experiments.report import (
     to_markdown,
 )
 from calm.experiments.stages import train_stage
-from calm.models import BaselineTransformer
 from calm.training.precision import has_bfloat16_units
 from calm.training.recipe import Stage
 from calm.training.trainer import CALMTrainer
@@ -54,10 +54,11 @@ AUTOENCODER_SHARE = 0.075
 LANGUAGE_MODEL_SHARE = 0.37
 CURVE_SCORES = 8
 CURVE = {"max_blocks": 24, "num_samples": 8}
-FINAL = {"max_blocks": 240, "num_samples": 16}
+FINAL = {"max_blocks": 480, "num_samples": 16}  # all that is held out of the embedded text
 SCORE_BATCH = 16
 PROMPTS = ("Returns the ", "This is the ", "If the file ")
-PROMPT_TOKENS = 16  # of held-out text, where the text is the user's
+PROMPT_TOKENS = 16  # at the beginning of a held-out document, where the text is the user's
+PROMPT_BLOCKS = 32  # in which such beginnings are looked for
 SAMPLE_TOKENS = 160
 TEMPERATURES = (1.0, 1 / 3)
 CANDIDATES = 200  # of a vote at low temperature; more of them repeat more
@@ -159,12 +160,14 @@ def _language_model(
         num_scores=CURVE_SCORES,
     )
     evaluation = _evaluate(trainer, **FINAL)
-    prompts = PROMPTS if args.text is None else _held_out_prompts(trainer)
+    tokenizer: Any = trainer.processing_class
+    prompts = tokenizer(list(PROMPTS))["input_ids"] if args.text is None else _beginnings(trainer)
     samples, speeds = [], {}
     for temperature in TEMPERATURES:
         texts, speed = _continue(trainer, prompts, temperature, args.seed)
         samples += [
-            Sample(temperature, prompt, text) for prompt, text in zip(prompts, texts, strict=True)
+            Sample(temperature, prompt, text)
+            for prompt, text in zip(tokenizer.batch_decode(prompts), texts, strict=True)
         ]
         speeds[temperature_name(temperature)] = speed
     return LanguageModelResults(name, str(folder), run, evaluation, samples, speeds)
@@ -227,30 +230,31 @@ def _evaluate(trainer: CALMTrainer, **settings: Any) -> Evaluation:
 
 
 def _continue(
-    trainer: CALMTrainer, prompts: Sequence[str], temperature: float, seed: int
+    trainer: CALMTrainer, prompts: Sequence[Sequence[int]], temperature: float, seed: int
 ) -> tuple[list[str], float]:
     """Continuations of prompts of equal length, and tokens/s."""
     model: Any = trainer.model.eval()
     tokenizer: Any = trainer.processing_class
-    ids = torch.tensor([tokenizer(prompt)["input_ids"] for prompt in prompts], device=model.device)
+    ids = torch.tensor(prompts, device=model.device)
     options: Any = {"max_new_tokens": SAMPLE_TOKENS, "temperature": temperature, "seed": seed}
     began = time.perf_counter()
-    if isinstance(model, BaselineTransformer):
-        sequences: Any = generate_tokens(model, ids, **options)
-    else:
-        sequences = generate(model, ids, num_samples=CANDIDATES, **options)
+    sequences: Any = generate(model, ids, num_samples=CANDIDATES, **options)
     seconds = time.perf_counter() - began
     new = sequences[:, ids.shape[1] :]
     count = int((new != tokenizer.pad_token_id).sum())
     return tokenizer.batch_decode(new, skip_special_tokens=True), count / seconds
 
 
-def _held_out_prompts(trainer: CALMTrainer) -> list[str]:
-    """The beginnings of some held-out blocks."""
+def _beginnings(trainer: CALMTrainer) -> list[list[int]]:
+    """First tokens of some held-out documents, the same for every layout of the blocks."""
     blocks: Any = trainer.eval_dataset
-    chosen = [blocks[index]["input_ids"][:PROMPT_TOKENS] for index in range(min(3, len(blocks)))]
     tokenizer: Any = trainer.processing_class
-    return tokenizer.batch_decode(chosen)
+    labels = [blocks[index]["labels"] for index in range(min(PROMPT_BLOCKS, len(blocks)))]
+    tokens = np.concatenate(labels)
+    tokens = tokens[tokens >= 0]
+    documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.eos_token_id) + 1)
+    long = [document for document in documents if len(document) > PROMPT_TOKENS]
+    return [document[:PROMPT_TOKENS].tolist() for document in (long or [tokens])[: len(PROMPTS)]]
 
 
 def _quieten() -> None:

@@ -1,5 +1,6 @@
 """The token-by-token baseline: a Llama language model whose loss never forms the logits."""
 
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ __all__ = ["BaselineTransformer"]
 
 
 class BaselineTransformer(LlamaForCausalLM):
-    """`LlamaForCausalLM` (its configuration, weights and `generate`) with a chunked cross-entropy.
+    """`LlamaForCausalLM` (its configuration and weights) with a chunked cross-entropy.
+
+    `generate` is that of the other models, so that they can be compared.
 
     A `LlamaConfig` may carry ``initializer`` and ``embedding_std``, as the other models'
     configurations do.
@@ -33,6 +36,11 @@ class BaselineTransformer(LlamaForCausalLM):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         initialize(module, self.config)
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """Continue prompts: `calm.decoding.generate` of this model, which has the arguments."""
+        # Decoding builds on the models, which know nothing of it until it is asked for.
+        return import_module("calm.decoding").generate(self, *args, **options)
 
     def forward(
         self,
