@@ -48,7 +48,7 @@ OPERATIONS: dict[str, frozenset[Backend]] = {
     "energy_head": _FUSED,
     "linear_argmax": _FUSED,
     "agreeing_patch": _FUSED,
-    "linear_cross_entropy": _PORTABLE,
+    "linear_cross_entropy": _FUSED,
 }
 
 

@@ -1,4 +1,4 @@
-"""Matrix products of the torch backend.
+"""Matrix products of the torch backend, and float32 products of half-precision matrices.
 
 torch sends float32 products on x86 CPUs to MKL, which leaves half the speed of an AMD CPU unused;
 oneDNN, part of the same torch, does not. Products large enough to be worth its call overhead go
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["linear", "multiply", "outer"]
+__all__ = ["add_product", "linear", "multiply", "multiply_wide", "outer"]
 
 MIN_MULTIPLICATIONS = 2**20  # below, oneDNN's call costs more than its product saves
 
@@ -48,6 +48,26 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
     if left.shape[1] <= right.shape[1]:
         return multiply(left.T, right.T)
     return multiply(right.T, left.T).T
+
+
+def multiply_wide(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` in float32, whatever the dtype of the matrices; not differentiable."""
+    if _has_wide_products(left):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right`` in float32, the dtype of `total`."""
+    if _has_wide_products(left):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float(), right.float())
+
+
+def _has_wide_products(matrix: Tensor) -> bool:
+    """Whether the library multiplies this dtype into float32 without a copy of its inputs."""
+    return matrix.device.type == "cuda" and matrix.dtype.itemsize == 2
 
 
 class _Linear(Function):

@@ -109,6 +109,12 @@ TABLE: dict[tuple[str, str, int], Launch] = {
     ("linear_argmax.fp32", DEFAULT, MANY): Launch(
         num_warps=8, num_stages=2, block_rows=64, block_features=32
     ),
+    # The width of linear_cross_entropy is the vocabulary. Of a large one, the more warps share a
+    # row the fewer rows are at work, and the second walk over them finds the cache.
+    ("linear_cross_entropy", DEFAULT, 4096): Launch(num_warps=4, features_per_lane=16),
+    ("linear_cross_entropy", DEFAULT, 32768): Launch(num_warps=16, features_per_lane=16),
+    ("linear_cross_entropy", DEFAULT, MANY): Launch(num_warps=32, features_per_lane=32),
+    ("linear_cross_entropy", "gfx942", MANY): Launch(num_warps=16, features_per_lane=16),
 }
 
 

@@ -30,19 +30,21 @@ def linear_cross_entropy(
         weight: ``[V, H]``, same dtype (under autocast both are cast) and device; differentiable.
         labels: ``[...]`` int64, in [0, V) or `ignore_index`.
         ignore_index: label of a row that counts for nothing.
-        backend: ``auto``, ``reference`` or ``torch``.
+        backend: ``auto``, ``reference``, ``torch`` or ``triton`` (no float64).
 
     Returns: scalar in float32 (float64 for float64). As `torch.nn.functional.cross_entropy` it is
         NaN, with zero gradients, where no label counts.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device or shape; on the CPU
-            also a label out of range.
+            also a label out of range. On a GPU such a label fails an assertion of the torch backend
+            and makes the loss of the Triton backend NaN.
 
     Source: CALM, section 2.1 (reconstruction loss). Cost: three matrix products, one if no gradient
-        is needed. The torch backend holds the logits of one block of rows at a time, never
-        ``[rows, V]``, and computes the gradients in the forward pass; it has no second derivative
-        and does not synchronise a GPU. Half-precision inputs are multiplied and summed in float32.
+        is needed. Torch and Triton hold the logits of one block of rows at a time, never
+        ``[rows, V]``, and compute the gradients in the forward pass; they have no second derivative
+        and do not synchronise a GPU. Half-precision inputs are multiplied and summed in float32,
+        logits and their gradients kept in float32 (Triton: in the dtype of the inputs).
     """
     dtype = check_projection(hidden, weight)
     check_tensor("labels", labels)
@@ -50,15 +52,24 @@ def linear_cross_entropy(
     check_shape("labels", labels, hidden.shape[:-1], "one per row of hidden")
     check_device("labels", labels, "hidden", hidden)
     _check_range(labels, weight.shape[0], ignore_index)
-    chosen = resolve(backend, "linear_cross_entropy", hidden)
+    chosen = resolve(backend, "linear_cross_entropy", hidden, obstacle=_obstacle(dtype))
 
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     with without_autocast(hidden):
         match chosen:
             case Backend.REFERENCE:
                 return linear_cross_entropy_reference(rows, weight, labels, ignore_index, dtype)
+            case Backend.TRITON:
+                from calm_kernels.linear_cross_entropy import function
+
+                return function.linear_cross_entropy(rows, weight, labels, ignore_index, dtype)
             case _:
                 return linear_cross_entropy_eager(rows, weight, labels, ignore_index, dtype)
+
+
+def _obstacle(dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot take this dtype, None if they can."""
+    return "computes in float32 and takes no float64 input" if dtype == torch.float64 else None
 
 
 def _check_range(labels: Tensor, num_words: int, ignore_index: int) -> None:

@@ -1,0 +1,155 @@
+"""Chunks of rows: a product for their logits, one kernel that turns these into losses and
+gradients, and the products that take the gradients on. Autograd is taught to scale what is stored.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calm_kernels.autograd import refuse_second_derivative
+from calm_kernels.linear_cross_entropy.kernels import loss_kernel
+from calm_kernels.products import add_product, multiply_wide
+from calm_kernels.tuning import architecture, launch_options, setting, use_fast_math, warp_size
+
+__all__ = ["chunk_rows", "constants", "linear_cross_entropy", "row_stride"]
+
+# A chunk's logits take at most this; each chunk also reads and writes the weight's gradient.
+LOGITS_BYTES = 2**31
+# Softmax of 1e5 words would lose bits in float16, whose smallest normal number is 6e-5.
+_SCALES = {torch.float16: 1024.0}
+_PADDING = 16  # words; rows then start where 16 bytes are read at once
+
+
+def linear_cross_entropy(
+    rows: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, product_dtype: torch.dtype
+) -> Tensor:
+    """Mean cross-entropy, scalar in float32; see `calm_kernels.linear_cross_entropy`."""
+    needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (rows, weight)]
+    return _loss_op(rows, weight, labels.contiguous(), ignore_index, product_dtype, *needs)[0]
+
+
+def row_stride(num_words: int) -> int:
+    """Words of a row of logits with its padding."""
+    return -(-num_words // _PADDING) * _PADDING
+
+
+def chunk_rows(num_rows: int, num_words: int, itemsize: int) -> int:
+    """Rows of a chunk: as few chunks as memory allows, all of nearly the same size."""
+    most = max(128, LOGITS_BYTES // (row_stride(num_words) * itemsize))
+    chunks = -(-num_rows // most)
+    return min(num_rows, most, -(-num_rows // (128 * chunks)) * 128)
+
+
+def constants(
+    num_words: int, dtype: torch.dtype, arch: str, *, need_gradient: bool, has_fast_math: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compile-time constants and compiler options of the kernel."""
+    launch = setting("linear_cross_entropy", arch, num_words)
+    inner = 16 // dtype.itemsize
+    lanes = launch.num_warps * warp_size(arch) * launch.features_per_lane // inner
+    chosen = {
+        "NEED_GRADIENT": need_gradient,
+        "LANES": lanes,
+        "INNER": inner,
+        "FAST": has_fast_math,
+    }
+    return chosen, launch_options(launch)
+
+
+@torch.library.custom_op("calm_kernels::linear_cross_entropy", mutates_args=())
+def _loss_op(
+    rows: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    product_dtype: torch.dtype,
+    need_rows: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, and with `factor`, a scalar, still to come: gradients of rows and weight in float32,
+    empty if not needed.
+    """
+    loss, factor, drows, dweight = _outputs(rows, weight, need_rows, need_weight)
+    words = weight.to(product_dtype)
+    num_rows, num_words, stride = rows.shape[0], weight.shape[0], row_stride(weight.shape[0])
+    losses = rows.new_zeros(num_rows, dtype=torch.float32)
+    size = chunk_rows(num_rows, num_words, product_dtype.itemsize) if num_rows else 0
+    logits = rows.new_empty(size, stride, dtype=product_dtype)
+    for start in range(0, num_rows, max(1, size)):
+        chunk = slice(start, start + size)
+        inputs = rows[chunk].to(product_dtype)
+        dlogits = logits[: inputs.shape[0], :num_words]
+        torch.mm(inputs, words.T, out=dlogits)
+        _launch(dlogits, labels[chunk], losses[chunk], ignore_index, need_rows or need_weight)
+        if need_rows:
+            drows[chunk] = multiply_wide(dlogits, words)
+        if need_weight:
+            add_product(dweight, dlogits.T, inputs)
+    count = (labels != ignore_index).sum()
+    torch.div(losses.sum(), count, out=loss)
+    torch.reciprocal(count.clamp(min=1) * _SCALES.get(product_dtype, 1.0), out=factor)
+    return loss, factor, drows, dweight
+
+
+def _launch(
+    logits: Tensor, labels: Tensor, losses: Tensor, ignore_index: int, need_gradient: bool
+) -> None:
+    """Losses of a chunk; logits become their gradient."""
+    num_rows, num_words = logits.shape
+    chosen, options = constants(
+        num_words, logits.dtype, architecture(logits.device), need_gradient=need_gradient,
+        has_fast_math=use_fast_math(),
+    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        loss_kernel[(num_rows,)](
+            logits, labels, losses, num_words, logits.stride(0), ignore_index,
+            _SCALES.get(logits.dtype, 1.0), **chosen, **options,
+        )  # fmt: skip
+
+
+def _outputs(
+    rows: Tensor, weight: Tensor, need_rows: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, factor and gradients; the weight's starts at zero, because chunks add to it."""
+    return (
+        rows.new_empty((), dtype=torch.float32),
+        rows.new_empty((), dtype=torch.float32),
+        rows.new_empty(rows.shape if need_rows else (0,), dtype=torch.float32),
+        weight.new_zeros(weight.shape if need_weight else (0,), dtype=torch.float32),
+    )
+
+
+@_loss_op.register_fake
+def _(
+    rows: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    product_dtype: torch.dtype,
+    need_rows: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(rows, weight, need_rows, need_weight)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep the gradients that the chunks left."""
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes = [tensor.dtype for tensor in inputs[:2]]
+    ctx.needs = inputs[-2:]
+
+
+def _backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """Stored gradients times upstream / count, in the dtypes of the inputs."""
+    refuse_second_derivative("linear_cross_entropy")
+    factor, *gradients = ctx.saved_tensors
+    scaled: list[Tensor | None] = []
+    for gradient, dtype, is_needed in zip(gradients, ctx.dtypes, ctx.needs, strict=True):
+        out = torch.empty_like(gradient, dtype=dtype)
+        scaled.append(torch.mul(gradient, dloss * factor, out=out) if is_needed else None)
+    return *scaled, *[None] * 5
+
+
+_loss_op.register_autograd(_backward, setup_context=_save)
