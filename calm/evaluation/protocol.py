@@ -112,10 +112,12 @@ def evaluate(
         seed=as_seed(seed, device),
     )
     digest = hashlib.sha256()
-    parts, length, first_row = [], 0, 0
+    parts, length, first_row, tokens = [], 0, 0, 0
     with evaluating(model):
         for input_ids, labels in progress(_batches(islice(blocks, max_blocks), batch_size)):
-            digest.update(labels[labels >= 0].numpy().tobytes())  # the text, however it is laid out
+            text = labels[labels >= 0]  # however it is laid out
+            digest.update(text.numpy().tobytes())
+            tokens += len(text)
             length = length or input_ids.shape[1]
             if input_ids.shape[1] != length:
                 raise UserError(
@@ -137,6 +139,7 @@ def evaluate(
         **(describe or {}),
         "block_size": length,
         "blocks": len(counts),
+        "tokens": tokens,
         "positions": int(counts.sum()),
         "positions_are": _position_rule(sampler.patch_size),
         "start_chunks": getattr(model, "start_token_id", None) is not None,

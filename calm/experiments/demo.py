@@ -12,7 +12,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import transformers
 
+from calm.data.packing import IGNORE_INDEX, Block
 from calm.decoding import generate
 from calm.errors import UserError
 from calm.evaluation import Evaluation, evaluate
@@ -54,7 +55,7 @@ AUTOENCODER_SHARE = 0.075
 LANGUAGE_MODEL_SHARE = 0.37
 CURVE_SCORES = 8
 CURVE = {"max_blocks": 24, "num_samples": 8}
-FINAL = {"max_blocks": 480, "num_samples": 16}  # all that is held out of the embedded text
+FINAL = {"max_blocks": 240, "num_samples": 16}
 SCORE_BATCH = 16
 PROMPTS = ("Returns the ", "This is the ", "If the file ")
 PROMPT_TOKENS = 16  # at the beginning of a held-out document, where the text is the user's
@@ -134,7 +135,14 @@ def _experiment(args: argparse.Namespace, folder: Path) -> DemoResults:
         [*flags, f"--ae_name_or_path={folder / 'autoencoder'}"],
         args,
     )
-    baseline = _language_model(Stage.BASELINE, "token by token", folder / "baseline", flags, args)
+    baseline = _language_model(
+        Stage.BASELINE,
+        "token by token",
+        folder / "baseline",
+        flags,
+        args,
+        max_tokens=calm.evaluation.protocol["tokens"],
+    )
     return DemoResults(
         text=args.text or EMBEDDED_TEXT,
         machine=_machine(),
@@ -149,9 +157,14 @@ def _experiment(args: argparse.Namespace, folder: Path) -> DemoResults:
 
 
 def _language_model(
-    stage: Stage, name: str, folder: Path, flags: Sequence[str], args: argparse.Namespace
+    stage: Stage,
+    name: str,
+    folder: Path,
+    flags: Sequence[str],
+    args: argparse.Namespace,
+    max_tokens: int | None = None,
 ) -> LanguageModelResults:
-    """Train, evaluate and sample one of the two."""
+    """Train, evaluate (on so many held-out tokens) and sample one of the two."""
     trainer, run = train_stage(
         stage,
         [*flags, *_stage_flags(folder, args.minutes * LANGUAGE_MODEL_SHARE)],
@@ -159,7 +172,7 @@ def _language_model(
         score=_curve_score,
         num_scores=CURVE_SCORES,
     )
-    evaluation = _evaluate(trainer, **FINAL)
+    evaluation = _evaluate(trainer, max_tokens, **FINAL)
     tokenizer: Any = trainer.processing_class
     prompts = tokenizer(list(PROMPTS))["input_ids"] if args.text is None else _beginnings(trainer)
     samples, speeds = [], {}
@@ -218,31 +231,48 @@ def _curve_score(trainer: CALMTrainer) -> dict[str, float]:
     }
 
 
-def _evaluate(trainer: CALMTrainer, **settings: Any) -> Evaluation:
+def _evaluate(trainer: CALMTrainer, max_tokens: int | None = None, **settings: Any) -> Evaluation:
     blocks: Any = trainer.eval_dataset
+    chosen = (blocks[index] for index in range(len(blocks)))
     return evaluate(
         trainer.model,
-        (blocks[index] for index in range(len(blocks))),
+        chosen if max_tokens is None else _first_tokens(chosen, max_tokens),
         skip_repeats=True,
         batch_size=SCORE_BATCH,
         **settings,
     )
 
 
+def _first_tokens(blocks: Iterable[Block], max_tokens: int) -> Iterator[Block]:
+    """The first so many tokens of the text: blocks with start chunks hold fewer than without."""
+    for block in blocks:
+        has_label = block["labels"] >= 0
+        is_past = np.cumsum(has_label) > max_tokens
+        yield {**block, "labels": np.where(is_past, IGNORE_INDEX, block["labels"])}
+        max_tokens -= int(has_label.sum())
+        if max_tokens <= 0:
+            return
+
+
 def _continue(
-    trainer: CALMTrainer, prompts: Sequence[Sequence[int]], temperature: float, seed: int
+    trainer: CALMTrainer, prompts: list[list[int]], temperature: float, seed: int
 ) -> tuple[list[str], float]:
-    """Continuations of prompts of equal length, and tokens/s."""
-    model: Any = trainer.model.eval()
+    """Continuations of the prompts, and tokens/s of all of them together."""
     tokenizer: Any = trainer.processing_class
-    ids = torch.tensor(prompts, device=model.device)
-    options: Any = {"max_new_tokens": SAMPLE_TOKENS, "temperature": temperature, "seed": seed}
-    began = time.perf_counter()
-    sequences: Any = generate(model, ids, num_samples=CANDIDATES, **options)
-    seconds = time.perf_counter() - began
-    new = sequences[:, ids.shape[1] :]
-    count = int((new != tokenizer.pad_token_id).sum())
-    return tokenizer.batch_decode(new, skip_special_tokens=True), count / seconds
+    found: Any = generate(
+        trainer.model.eval(),
+        prompts,
+        max_new_tokens=SAMPLE_TOKENS,
+        temperature=temperature,
+        num_samples=CANDIDATES,
+        seed=seed,
+        return_details=True,
+    )
+    new = [
+        row[len(prompt) : len(prompt) + count]
+        for row, prompt, count in zip(found.sequences, prompts, found.new_tokens, strict=True)
+    ]
+    return tokenizer.batch_decode(new, skip_special_tokens=True), found.tokens_per_second
 
 
 def _beginnings(trainer: CALMTrainer) -> list[list[int]]:

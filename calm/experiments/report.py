@@ -123,9 +123,10 @@ def to_markdown(results: DemoResults) -> str:
         "\n".join([table[0], rule, *table[1:]]),
         f"Held-out documents: {protocol['blocks']} blocks of {protocol['block_size']} tokens, "
         f"{protocol['num_samples']} draws a position, runs of one repeated token left out, 95 % "
-        "bootstrap intervals over blocks. CALM is scored at the starts of chunks, the baseline at "
-        "every token. Brier-n is 2 P(y) - sum P(x)^2 of the next n tokens: 100 for certain and "
-        "right, 0 for an empty guess, below 0 for certain and wrong.",
+        "bootstrap intervals over blocks. CALM is scored at the starts of chunks"
+        + (", the first of a document among them" if protocol["start_chunks"] else "")
+        + ", the baseline at every token. Brier-n is 2 P(y) - sum P(x)^2 of the next n tokens: "
+        "100 for certain and right, 0 for an empty guess, below 0 for certain and wrong.",
         "## Samples",
     ]
     for heading, texts in _samples(results):

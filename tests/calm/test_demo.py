@@ -60,11 +60,26 @@ def test_figures_are_finite_and_belong_together(finished):
     # Both language models had the same time, but for the step in which it ended.
     seconds = [results[name]["run"]["seconds"] for name in ("calm", "baseline")]
     assert max(seconds) < 2 * min(seconds)
-    # Both were scored on the same held-out documents.
+    # Both were scored on the same held-out documents, with start chunks before them or without.
+    layouts = [
+        results[name]["evaluation"]["protocol"]["start_chunks"] for name in ("calm", "baseline")
+    ]
+    assert layouts == [True, False]
     hashes = {
         results[name]["evaluation"]["protocol"]["data_sha256"] for name in ("calm", "baseline")
     }
     assert len(hashes) == 1
+
+
+def test_samples_continue_the_same_held_out_documents(finished, text_file):
+    results = json.loads((finished / "results.json").read_text())
+    paragraphs = text_file.read_text().split("\n\n")
+    prompts = [
+        [sample["prompt"] for sample in results[name]["samples"]] for name in ("calm", "baseline")
+    ]
+    assert prompts[0] == prompts[1] and len(prompts[0]) == 6
+    for prompt in prompts[0]:
+        assert any(paragraph.startswith(prompt) for paragraph in paragraphs)
 
 
 def test_report_shows_what_was_measured(finished):
