@@ -196,11 +196,6 @@ class ContinuousTransformer(CALMPreTrainedModel):
         """The token of the chunk that stands before each document; None without such a chunk."""
         return self.config.bos_token_id if self.config.has_start_patch else None
 
-    def start_tokens(self, batch_size: int) -> Tensor:
-        """The chunk before each document, ``[B, K]``, or none, ``[B, 0]``; read like any other."""
-        size = 0 if self.start_token_id is None else self.patch_size
-        return torch.full((batch_size, size), self.start_token_id or 0, device=self.device)
-
     def embed_patches(self, input_ids: Tensor) -> Tensor:
         """Token ids ``[B, P*K]`` to the backbone's inputs ``[B, P, H]``."""
         num_chunks(input_ids, self.patch_size)
