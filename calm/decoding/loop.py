@@ -75,7 +75,14 @@ def continue_prompts(predictor: Predictor, request: Request) -> Generation:
     padding = _padding(config, prompts, may_end=bool(ends or stops))
     seeds = sequence_seeds(request.seed, len(prompts), device)
     is_pad = request.prompt_alignment == "pad"
-    transcript = Transcript(prompts, ends=ends, keeps_tail=is_pad, stops=stops, streamer=streamer)
+    transcript = Transcript(
+        prompts,
+        ends=ends,
+        keeps_tail=is_pad,
+        fill=0 if config.pad_token_id is None else config.pad_token_id,
+        stops=stops,
+        streamer=streamer,
+    )
     try:
         times = _run(predictor, transcript, seeds, is_watched=bool(streamer or stops))
     finally:  # after Ctrl-C too: what was generated is shown
@@ -119,7 +126,7 @@ def _run(predictor: Predictor, transcript: Transcript, seeds: Tensor, *, is_watc
     times.prefill = time.perf_counter() - begin
     begin = time.perf_counter()
     given = [prompt.given for prompt in transcript.prompts]
-    known = left_aligned(given, fill=_fill(predictor), width=size).to(seeds.device)
+    known = left_aligned(given, fill=transcript.fill, width=size).to(seeds.device)
     first = first_chunk(state, hidden, known, [len(tokens) for tokens in given])
     steps_per_look = STEPS_PER_LOOK if captured is not None and not is_watched else 1
     _fill_transcript(transcript, state, captured, first, num_chunks, steps_per_look)
@@ -169,12 +176,6 @@ def _is_captured(predictor: Predictor) -> bool:
 def _new_chunks(prompt: Prompt, size: int) -> int:
     """Chunks to generate at most; one more where the first may be given up for padding."""
     return -(-(len(prompt.given) + prompt.budget) // size) + bool(prompt.given)
-
-
-def _fill(predictor: Predictor) -> int:
-    """What follows the given tokens of a chunk that no draw completes."""
-    pad = predictor.model.config.pad_token_id
-    return 0 if pad is None else pad
 
 
 def _padding(config: Any, prompts: list[Prompt], *, may_end: bool) -> int | None:

@@ -22,6 +22,7 @@ class Transcript:
         prompts: where they begin.
         ends: tokens that end a sequence.
         keeps_tail: keep what follows an end token in its chunk (published).
+        fill: what follows the prompt's tokens in a chunk that no draw completes.
         stops: strings that end a sequence, or None.
         streamer: receives prompt and new tokens; for one sequence.
 
@@ -36,12 +37,13 @@ class Transcript:
         *,
         ends: Sequence[int],
         keeps_tail: bool,
+        fill: int,
         stops: StopStrings | None,
         streamer: BaseStreamer | None,
     ) -> None:
         self.prompts = prompts
         self.ends, self.keeps_tail, self.stops = frozenset(ends), keeps_tail, stops
-        self.streamer = streamer
+        self.fill, self.streamer = fill, streamer
         self.new: list[list[int]] = [[] for _ in prompts]
         self.records: list[list[Record]] = [[] for _ in prompts]
         self.has_ended = [False] * len(prompts)
@@ -64,11 +66,11 @@ class Transcript:
         prompt, new = self.prompts[row], self.new[row]
         given = 0 if self.records[row] else len(prompt.given)
         self.records[row].append(record)
-        is_padding = given > 0 and record.is_fallback and record.level == 0
-        if is_padding:  # nothing was found that continues the prompt: read, but no text
-            return
+        fresh = record.tokens[given:]
+        if given and record.is_fallback and set(fresh) == {self.fill}:
+            return  # nothing was found that continues the prompt: read by the model, but no text
         known = len(new)
-        new += record.tokens[given:][: prompt.budget - known]
+        new += fresh[: prompt.budget - known]
         self.has_ended[row] = len(new) == prompt.budget
         self._end(row, known)
         if self.streamer is not None:

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import Recorder, prompt, tiny_baseline, tiny_calm
 
-from calm.decoding import Generation, generate, generate_tokens
+from calm.decoding import Generation, generate
+from calm.decoding.methods import build_method
 from calm.decoding.sampling import advance, draw_patches, sequence_seeds
-from calm.decoding.temperature import vote
+from calm.decoding.source import HeadSource
 from calm.errors import UserError
 from calm.models import MODEL_CLASSES
 from calm_kernels.noise import as_seed
@@ -41,31 +42,55 @@ def test_the_published_text(case, kind):
 
 
 @torch.no_grad()
-def generate_without_cache(model, ids, chunks, *, temperature, num_samples, seed):
+def generate_without_cache(model, ids, chunks, *, seed, method="batch", **sampling):
     """The loop in the words of the paper, reading the whole text again for every chunk."""
+    chosen = build_method(method, **sampling)
+    start = ids.new_full((len(ids), model.patch_size), model.start_token_id or 0)
+    text = ids if model.start_token_id is None else torch.cat([start, ids], dim=1)
     for index in range(chunks):
-        inputs = model.embed_patches(torch.cat([model.start_tokens(len(ids)), ids], dim=1))
+        inputs = model.embed_patches(text)
         hidden = model.transformer(inputs_embeds=inputs).last_hidden_state[:, -1]
-        here = advance(sequence_seeds(seed, len(ids), ids.device), index)
-        count = 1 if temperature == 1.0 else num_samples
-        candidates = draw_patches(model, hidden, num_samples=count, seed=here).transpose(0, 1)
-        chunk, _ = vote(candidates, temperature, seed=here)
-        ids = torch.cat([ids, chunk], dim=1)
-    return ids
+        here = advance(sequence_seeds(seed, len(ids), torch.device("cpu")), index)
+        text = torch.cat([text, chosen.choose(HeadSource(model, hidden), here).tokens], dim=1)
+    return text[:, text.shape[1] - ids.shape[1] - chunks * model.patch_size :]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 1 / 3, 0.4])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"patch_size": 2}, START, {"input_type": "both"}, {"head": "flow"}],
-    ids=lambda fields: "-".join(map(str, fields.values())) or "energy",
+    [
+        {},
+        {"patch_size": 2},
+        {"has_start_patch": True, "bos_token_id": 1},
+        {"input_type": "both"},
+    ],
+    ids=["energy", "k2", "start", "both"],
 )
-def test_the_cache_changes_nothing(fields, temperature):
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.5},
+        {"temperature": 0.4},
+        {"temperature": 0.7, "method": "exact"},
+        {"temperature": 0.5, "method": "medoid"},
+        {"temperature": 0.5, "method": "noise_scale"},
+    ],
+    ids=lambda sampling: "-".join(map(str, sampling.values())),
+)
+def test_the_cache_changes_nothing(fields, sampling):
     model = tiny_calm(**fields)
     ids = prompt(2, 3 * model.patch_size)
-    options = {"temperature": temperature, "num_samples": 12, "seed": 5}
-    result = generate(model, ids, max_new_tokens=6 * model.patch_size, **options)
-    assert torch.equal(result, generate_without_cache(model, ids, 6, **options))
+    options = {"num_samples": 12, "seed": 5, **sampling}
+    result = generate(model, ids, max_new_tokens=5 * model.patch_size, **options)
+    assert torch.equal(result, generate_without_cache(model, ids, 5, **options))
+
+
+@pytest.mark.parametrize("head", ["diffusion", "flow"])
+def test_other_heads_take_the_same_loop(head):
+    model, ids = tiny_calm(head=head), prompt(2, 8)
+    options = {"temperature": 0.5, "num_samples": 6, "seed": 5}
+    result = generate(model, ids, max_new_tokens=12, **options)
+    assert torch.equal(result, generate_without_cache(model, ids, 3, **options))
 
 
 def test_one_seed_one_text():
@@ -97,15 +122,6 @@ def test_equal_prompts_in_a_batch_get_different_texts():
     ids = prompt(1, 8).expand(6, -1)
     result = generate(tiny_calm(), ids, max_new_tokens=16, temperature=1.0, seed=0)
     assert len({tuple(row.tolist()) for row in result}) == 6
-
-
-def test_votes_follow_algorithm_2():
-    """Three A and two B, n = 2: weights C(3, 2) = 3 and C(2, 2) = 1 (the paper's worked case)."""
-    candidates = torch.tensor([[1, 1], [2, 2], [1, 1], [2, 2], [1, 1]]).expand(4000, -1, -1)
-    tokens, level = vote(candidates, 0.5, seed=as_seed(0, "cpu"))
-    share = (tokens[:, 0] == 1).double().mean().item()
-    assert share == pytest.approx(0.75, abs=4 * (0.75 * 0.25 / 4000) ** 0.5)
-    assert (level == 2).all()
 
 
 def chunk_law(model, ids, draws=40_000):
@@ -183,36 +199,79 @@ def test_a_published_length_overshoots_by_less_than_a_chunk():
     assert generate(model, ids, max_length=17, temperature=1.0).shape == (1, 17)
 
 
-def test_a_start_patch_needs_no_whole_chunk():
-    model, ids = tiny_calm(**START), prompt(2, 3)
+def test_a_start_chunk_stands_before_every_text():
+    model = tiny_calm(has_start_patch=True, bos_token_id=2, vocab_size=5)
+    ids = prompt(1, 3)
     result = generate(model, ids, max_new_tokens=9, temperature=1.0, seed=0)
-    assert torch.equal(result[:, :3], ids) and result.shape == (2, 12)
-    with pytest.raises(UserError, match="the prompt must hold at least one chunk of 4 tokens"):
-        generate(tiny_calm(), ids, max_new_tokens=9)
+    assert torch.equal(result[:, :3], ids) and result.shape == (1, 12)
+    spelled = torch.full((1, 4), 2)
+    model.config.has_start_patch = False
+    expected = generate(
+        model, torch.cat([spelled, ids], 1), max_new_tokens=9, temperature=1, seed=0
+    )
+    assert torch.equal(result, expected[:, 4:])
 
 
-def ending_model():
+def test_a_start_chunk_begins_texts_from_nothing():
+    model = tiny_calm(has_start_patch=True, bos_token_id=2)
+    model_without = tiny_calm(has_start_patch=False)
+    result = generate(model, [[]], max_new_tokens=8, temperature=1.0, seed=0)
+    options = {"max_new_tokens": 8, "temperature": 1.0, "seed": 0}
+    assert torch.equal(result, generate(model_without, [[2] * 4], **options)[:, 4:])
+    with pytest.raises(UserError, match="the prompt is empty, and this model never learned how"):
+        generate(model_without, [[]], **options)
+
+
+def test_a_short_prompt_without_a_start_chunk_is_padded_with_one_warning():
+    model, ids = tiny_calm(pad_token_id=0), prompt(1, 2).clamp(min=1)
+    options = {"max_new_tokens": 8, "temperature": 1.0, "seed": 0}
+    with pytest.warns(
+        UserWarning, match="a prompt of 2 tokens is shorter than a chunk of 4"
+    ) as all_:
+        result = generate(model, ids.expand(3, -1), **options)
+    assert len(all_) == 1
+    assert torch.equal(result[:, :2], ids.expand(3, -1)) and result.shape == (3, 10)
+    padded = torch.cat([ids, torch.zeros(1, 2, dtype=torch.int64)], 1)
+    assert torch.equal(result[0, 2:], generate(model, padded, **options)[0, 4:])
+
+
+def ending_model(**fields):
     """Ids 3 and 4 end a text, so that sequences end early and at different places."""
-    return tiny_calm(eos_token_id=[3, 4], pad_token_id=0, vocab_size=17)
+    return tiny_calm(eos_token_id=[3, 4], pad_token_id=0, vocab_size=17, **fields)
 
 
-def test_a_sequence_ends_with_the_chunk_of_its_end_token():
+@pytest.mark.parametrize("method", ["batch", "exact"])
+def test_a_sequence_ends_with_its_end_token(method):
     model, ids = ending_model(), prompt(8, 8, vocab_size=3)
-    details = generate(model, ids, max_new_tokens=40, temperature=1.0, seed=0, return_details=True)
+    options = {
+        "max_new_tokens": 24, "temperature": 0.9, "num_samples": 8, "seed": list(range(8)),
+        "method": method,
+    }  # fmt: skip
+    details = generate(model, ids, return_details=True, **options)
     assert isinstance(details, Generation)
     model.config.eos_token_id = None
-    free = generate(model, ids, max_new_tokens=40, temperature=1.0, seed=0)
+    free = generate(model, ids, **options)
     assert len(details.new_tokens.unique()) > 1
-    for row, count, level, expected in zip(
-        details.sequences, details.new_tokens.tolist(), details.levels, free, strict=True
-    ):
+    for row, count, level, draws, expected in zip(
+        details.sequences, details.new_tokens.tolist(), details.levels, details.draws, free,
+        strict=True,
+    ):  # fmt: skip
         new = row[8 : 8 + count]
         assert torch.equal(new, expected[8 : 8 + count])
-        is_end = torch.isin(new, torch.tensor([3, 4])).view(-1, 4).any(-1)
-        assert not is_end[:-1].any() and (is_end[-1] or count == 40)
+        is_end = torch.isin(new, torch.tensor([3, 4]))
+        assert not is_end[:-1].any() and (is_end[-1] or count == 24)
         assert (row[8 + count :] == 0).all()
-        assert (level == (torch.arange(len(level)) < count // 4)).all()
+        is_used = torch.arange(len(level)) < -(-count // 4)
+        assert torch.equal(draws > 0, is_used) and (level[~is_used] == 0).all()
     assert details.sequences.shape[1] == 8 + details.new_tokens.max()
+
+
+def test_the_published_end_keeps_what_follows_in_its_chunk():
+    model, ids = ending_model(), prompt(8, 8, vocab_size=2) + 1
+    options = {"max_new_tokens": 40, "temperature": 1.0, "seed": 0}
+    cut = generate(model, ids, return_details=True, **options)
+    kept = generate(model, ids, return_details=True, prompt_alignment="pad", **options)
+    assert torch.equal(kept.new_tokens, -(-cut.new_tokens // 4) * 4)
 
 
 def test_an_end_token_of_the_prompt_ends_nothing():
@@ -225,20 +284,35 @@ def test_an_end_token_of_the_prompt_ends_nothing():
     assert torch.equal(generate(model, ids, max_new_tokens=7, seed=0), free)
 
 
-def test_a_batch_that_may_end_needs_a_pad_token():
-    model = tiny_calm(eos_token_id=4)
-    generate(model, prompt(1, 8), max_new_tokens=8)
-    with pytest.raises(UserError, match=r"config\.pad_token_id is None"):
-        generate(model, prompt(2, 8), max_new_tokens=8)
+def test_sequences_of_different_lengths_need_a_pad_token():
+    model = tiny_calm()
+    generate(model, prompt(2, 8), max_new_tokens=8)
+    for options in ({"max_new_tokens": 8}, {"max_length": 20}):
+        if "max_new_tokens" in options:
+            ids = [[1] * 8, [1] * 9]
+        else:
+            ids, options["stop_strings"], options["tokenizer"] = prompt(2, 8), "x", object()
+        with pytest.raises(
+            UserError, match=r"may end at different places, but config\.pad_token_id"
+        ):
+            generate(model, ids, **options)
 
 
 @pytest.mark.parametrize("length", [12, 14])
 def test_streams_hold_what_is_returned(length):
     streamer, model = Recorder(), tiny_calm()
-    ids = likely_prompt(model, 2, length)
+    ids = likely_prompt(model, 1, length)
     result = generate(model, ids, max_new_tokens=9, seed=0, streamer=streamer)
-    assert torch.equal(torch.cat(streamer.received, dim=1), result)
     assert torch.equal(streamer.received[0], ids) and streamer.has_ended
+    sizes = [len(part) for part in streamer.received[1:]]
+    assert sizes == [4 - length % 4, 4, 1 + length % 4][: len(sizes)]
+    assert torch.equal(torch.cat([part.view(-1) for part in streamer.received]), result[0])
+
+
+def test_a_stream_shows_one_sequence():
+    streamer = Recorder()
+    with pytest.raises(UserError, match="a streamer shows one sequence, got 2 prompts"):
+        generate(tiny_calm(), prompt(2, 8), max_new_tokens=9, streamer=streamer)
 
 
 def test_an_interrupted_stream_is_ended():
@@ -248,10 +322,10 @@ def test_an_interrupted_stream_is_ended():
             if len(self.received) == 3:
                 raise KeyboardInterrupt
 
-    for continue_, model in ((generate, tiny_calm()), (generate_tokens, tiny_baseline())):
+    for model in (tiny_calm(), tiny_baseline()):
         streamer = Interrupting()
         with pytest.raises(KeyboardInterrupt):
-            continue_(model, prompt(1, 8, vocab_size=3), max_new_tokens=40, streamer=streamer)
+            model.generate(prompt(1, 8, vocab_size=3), max_new_tokens=40, streamer=streamer)
         assert streamer.has_ended
 
 
@@ -260,9 +334,12 @@ def test_details_say_how_it_went():
     details = generate(
         model, ids, max_new_tokens=12, temperature=0.5, num_samples=30, seed=0, return_details=True
     )
-    assert details.levels.shape == (2, 3) and details.draws == 90
+    assert details.levels.shape == (2, 3) and (details.draws == 30).all()
+    assert details.draws.shape == details.saved.shape == (2, 3)
+    assert details.fallbacks.dtype == torch.bool and not details.fallbacks.any()
     assert ((details.levels == 1) | (details.levels == 2)).all()
     assert details.new_tokens.tolist() == [12, 12]
+    assert details.seconds == details.prefill_seconds + details.decode_seconds > 0
     assert details.tokens_per_second == pytest.approx(24 / details.seconds)
 
 
@@ -285,9 +362,11 @@ def test_long_prompts_are_cut_on_request(length, new_tokens, kept):
         ({"temperature": 0.0}, r"temperature must lie in \(0, 1\], got 0.0"),
         ({"temperature": 1.5}, r"temperature must lie in \(0, 1\], got 1.5"),
         ({"temperature": float("nan")}, r"temperature must lie in \(0, 1\], got nan"),
-        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"num_samples": 0}, "num_samples must be at least 1, .*got 0"),
+        ({"method": "direct"}, "temperature must be 1, got 0.5"),
+        ({"method": "exact", "max_draws": 1}, "max_draws must be at least 2"),
         ({"noise_scale": -1.0}, "noise_scale must be finite and at least 0, got -1.0"),
-        ({"method": "exact"}, "method must be one of batch; got 'exact'"),
+        ({"method": "nucleus"}, "method must be one of direct, batch, .*; got 'nucleus'"),
         ({"prompt_alignment": "left"}, "prompt_alignment must be one of condition, pad"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"max_new_tokens": None}, "pass either max_new_tokens or max_length"),
@@ -297,9 +376,15 @@ def test_long_prompts_are_cut_on_request(length, new_tokens, kept):
         ({"seed": [1, 2]}, "seed must hold one number per sequence, 1; got 2"),
         ({"input_ids": torch.tensor([[1, 2, 3, 5]])}, r"must lie in \[0, 5\), the vocabulary"),
         ({"input_ids": torch.tensor([[1, 2, 3, -1]])}, "got ids from -1 to 3"),
-        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "input_ids must hold a token"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "the prompt is empty"),
+        ({"input_ids": torch.zeros(0, 4, dtype=torch.int64)}, "must hold at least one prompt"),
+        ({"input_ids": [[1, 2, 3, 0.5]]}, r"input_ids\[0\] must be a list of token ids"),
+        ({"input_ids": ["text"]}, r"input_ids\[0\] must be a list of token ids"),
         ({"input_ids": torch.zeros(8)}, r"input_ids must be int64 \[B, T\], got torch.float32"),
-        ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]])}, "attention_mask hides"),
+        ({"attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1, 1, 1]])}, "row 0 has a hole"),
+        ({"attention_mask": torch.ones(1, 7)}, "attention_mask must have the shape of input_ids"),
+        ({"stop_strings": "x"}, "stop_strings needs tokenizer="),
+        ({"stop_strings": "", "tokenizer": 1}, "one or more non-empty strings, got ''"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -309,25 +394,29 @@ def test_bad_arguments_are_named(options, message):
 
 
 def test_padding_needs_a_pad_token():
-    with pytest.raises(UserError, match=r'prompt_alignment="pad" needs config\.pad_token_id'):
+    with pytest.raises(UserError, match=r'"pad", .* needs config\.pad_token_id'):
         generate(tiny_calm(), prompt(1, 9), max_new_tokens=4, prompt_alignment="pad")
 
 
 def test_a_prompt_that_nothing_continues():
-    ids = prompt(1, 8)
-    model = tiny_calm()
+    """Its chunk is filled with pad tokens, which the model reads but the text does not hold."""
+    model, ids = tiny_calm(pad_token_id=0), prompt(1, 8)
     deterministic = generate(model, ids, max_new_tokens=4, noise_scale=0.0)
     never = (deterministic[:, 8:9] + 1) % 5
-    with pytest.raises(UserError, match=r"none of 40 draws begins with \[\d\], the tokens at the"):
-        generate(
-            model, torch.cat([ids, never], 1), max_new_tokens=4,
-            noise_scale=0.0, num_samples=20, max_draws=40,
-        )  # fmt: skip
+    options = {"max_new_tokens": 5, "noise_scale": 0.0}
+    details = generate(
+        model, torch.cat([ids, never], 1), num_samples=20, max_draws=40, return_details=True,
+        **options,
+    )  # fmt: skip
+    assert details.fallbacks.tolist() == [[True, False, False]] and details.draws[0, 0] == 40
+    assert details.new_tokens.tolist() == [5] and details.sequences.shape == (1, 14)
+    padded = torch.cat([ids, never, torch.zeros(1, 3, dtype=torch.int64)], dim=1)
+    assert torch.equal(details.sequences[:, 9:], generate(model, padded, **options)[:, 12:])
 
 
 def test_damaged_weights_are_reported():
     model = tiny_calm()
     with torch.no_grad():
         model.mlp_generator.hidden_embd.weight[0, 0] = float("nan")
-    with pytest.raises(UserError, match="latents that are not finite"):
+    with pytest.raises(UserError, match="latents or logits that are not finite"):
         generate(model, prompt(1, 8), max_new_tokens=4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import Recorder, prompt, tiny_baseline
 
-from calm.decoding import generate_tokens
+from calm.decoding import generate
 from calm.errors import UserError
 
 
@@ -13,7 +13,7 @@ def test_the_baseline_samples_its_law():
     with torch.no_grad():
         logits = model(ids).logits[0, -1]
     for temperature in (1.0, 0.5):
-        result = generate_tokens(
+        result = generate(
             model, ids.expand(3000, -1), max_new_tokens=1, temperature=temperature, seed=0
         )
         law = (logits / temperature).softmax(-1)
@@ -22,14 +22,15 @@ def test_the_baseline_samples_its_law():
 
 
 def test_seeds_of_the_baseline():
+    """Where the model has no pad token, its end token stands in."""
     model, ids = tiny_baseline(eos_token_id=2), prompt(3, 5, vocab_size=2)
     options = {"max_new_tokens": 12, "temperature": 1.0}
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
-    together = generate_tokens(model, ids, seed=[4, 5, 6], **options)
+    together = generate(model, ids, seed=[4, 5, 6], **options)
     assert torch.equal(torch.random.get_rng_state(), state)
     for row, seed in enumerate([4, 5, 6]):
-        alone = generate_tokens(model, ids[row : row + 1], seed=seed, **options)[0]
+        alone = generate(model, ids[row : row + 1], seed=seed, **options)[0]
         assert torch.equal(together[row, : len(alone)], alone)
         assert (together[row, len(alone) :] == 2).all()  # ends where it has no pad token
 
@@ -38,8 +39,8 @@ def test_the_baseline_streams_and_cuts():
     streamer, model = Recorder(), tiny_baseline(max_position_embeddings=16)
     ids = prompt(1, 12, vocab_size=3)
     with pytest.raises(UserError, match="exceed the context of 16 tokens"):
-        generate_tokens(model, ids, max_new_tokens=8)
-    result = generate_tokens(model, ids, max_new_tokens=8, truncate=True, seed=0, streamer=streamer)
+        generate(model, ids, max_new_tokens=8)
+    result = generate(model, ids, max_new_tokens=8, truncate=True, seed=0, streamer=streamer)
     assert torch.equal(result[:, :8], ids[:, -8:]) and streamer.has_ended
     assert (
         torch.cat([part.reshape(-1) for part in streamer.received]).tolist() == result[0].tolist()
@@ -54,9 +55,12 @@ def test_the_baseline_streams_and_cuts():
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"seed": [1, 2]}, "seed must hold one number per sequence, 1; got 2"),
         ({"input_ids": torch.tensor([[3]])}, r"must lie in \[0, 3\)"),
+        ({"input_ids": [[1], []]}, "the prompt is empty"),
+        ({"noise_scale": 0.5}, "noise_scale must be 1 for a BaselineTransformer"),
+        ({"method": "direct", "temperature": 0.5}, "temperature must be 1, got 0.5"),
     ],
 )
 def test_bad_arguments_for_the_baseline(options, message):
     arguments = {"input_ids": prompt(1, 4, vocab_size=3), "max_new_tokens": 4, **options}
     with pytest.raises(UserError, match=message):
-        generate_tokens(tiny_baseline(), **arguments)
+        generate(tiny_baseline(), **arguments)
