@@ -1,0 +1,92 @@
+"""From the candidates' latents to the chosen chunk, slot by slot against decoding everything."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from benchmarks.measure import Requirement, compare
+from benchmarks.published_decoding import published_vote
+from benchmarks.shapes import DECODING
+from calm import Autoencoder, AutoencoderConfig
+from calm.decoding.slots import Candidates, decode_and_vote
+from calm_kernels import agreeing_patch, use_backend
+
+PUBLISHED = "published: all logits, a counter"
+TEMPERATURE = 0.5
+ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike the latents are, and what is demanded then."""
+
+    spread: float
+    shared: tuple[float, float]  # candidates that share their first token: at least, at most
+    min_speedup: float
+
+
+AGREEMENTS = {
+    "low agreement": Agreement(30.0, (0.0, 0.1), 2.0),
+    "full agreement": Agreement(1e-4, (1.0, 1.0), 1.0),
+}
+
+
+def make_autoencoder():
+    torch.manual_seed(0)
+    config = AutoencoderConfig(
+        vocab_size=DECODING.vocab_size,
+        hidden_size=DECODING.ae_hidden_size,
+        intermediate_size=DECODING.ae_intermediate_size,
+        latent_size=DECODING.latent_size,
+        patch_size=DECODING.patch_size,
+        initializer="fan_in",
+        embedding_std=1.0,
+    )
+    return Autoencoder(config).eval()
+
+
+def make_latents(spread):
+    """Candidates around one latent, ``[N, 1, L]``."""
+    generator = torch.Generator().manual_seed(1)
+    center = torch.randn(1, 1, DECODING.latent_size, generator=generator)
+    size = (DECODING.num_samples, 1, DECODING.latent_size)
+    return center + spread * torch.randn(size, generator=generator)
+
+
+def published(autoencoder, latents):
+    """Full logits ``[N, K, V]``, their argmax, a counter."""
+    with use_backend("reference"):
+        tokens = autoencoder.decoder(latent_states=latents).argmax(-1)
+    return published_vote(list(map(tuple, tokens.tolist())), 2, random.Random(0))
+
+
+def ours(decoder, latents, seed):
+    candidates = Candidates(
+        decoder.expand(latents), lambda states: decoder.tokens(decoder.finish(states))
+    )
+    return decode_and_vote(candidates, TEMPERATURE, seed=seed)
+
+
+@pytest.mark.parametrize("name", AGREEMENTS)
+@torch.no_grad()
+def bench_decoding_and_voting(benchmark, name):
+    benchmark.group = f"decoding and voting, {name}"
+    agreement, autoencoder, seed = AGREEMENTS[name], make_autoencoder(), torch.tensor([3, 0])
+    latents = make_latents(agreement.spread)
+    patches = autoencoder.decoder(latent_states=latents).argmax(-1).view(DECODING.num_samples, -1)
+    _, place, counts = patches[:, 0].unique(return_inverse=True, return_counts=True)
+    least, most = agreement.shared
+    assert least <= (counts[place] > 1).float().mean() <= most
+    expected = agreeing_patch(patches[None], 1 / TEMPERATURE, seed=seed, backend="reference")
+    for mine, other in zip(ours(autoencoder.decoder, latents, seed), expected, strict=True):
+        assert torch.equal(mine, other)
+    compare(
+        benchmark,
+        lambda: ours(autoencoder.decoder, latents, seed),
+        {PUBLISHED: lambda: published(autoencoder, latents)},
+        shape=DECODING,
+        requirements=(Requirement(PUBLISHED, min_speedup=agreement.min_speedup),),
+        rounds=ROUNDS,
+    )
