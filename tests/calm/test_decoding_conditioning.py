@@ -1,0 +1,105 @@
+"""Draws that fit what is known of a chunk: which are kept, in what order, and when it gives up."""
+
+import pytest
+import torch
+from decoding_laws import ToySource, row_seeds
+
+from calm.decoding.conditioning import Known, draw_fitting, gather_completions, waves
+from calm.decoding.methods import METHODS, build_method
+from calm.decoding.sampling import ROUND_STRIDE, advance
+from calm.decoding.source import decode
+
+CHANCES = (0.4, 0.3, 0.2, 0.1)
+
+
+def build(name, **options):
+    return build_method(name, temperature=1.0 if name == "direct" else 0.4, **options)
+
+
+def test_waves_grow_to_their_size_and_stop_at_the_cap():
+    seed = torch.tensor([[3, 5]])
+    plan = list(waves(seed, 50, 130, first=16))
+    assert [(before, size) for _, before, size in plan] == [(0, 16), (16, 32), (48, 50), (98, 32)]
+    assert [wave_seed.tolist() for wave_seed, *_ in plan] == [
+        [[3, 5 + wave * ROUND_STRIDE]] for wave in range(4)
+    ]
+
+
+def test_draws_that_fit_come_first_in_their_order():
+    rows, size = 40, 30
+    source, seed = ToySource(CHANCES, rows), row_seeds(rows)
+    known = Known(torch.ones(rows, 2, dtype=torch.int64), torch.arange(rows) % 3)
+    part = draw_fitting(source, known, size, seed, 1.0)
+    patches = decode(source, source.latents(size, seed))  # [N, B, K]
+    for row in range(rows):
+        fits = [
+            place for place in range(size) if (patches[place, row, : known.length[row]] == 1).all()
+        ]
+        count = int(part.counts[row])
+        assert part.place[row, :count].tolist() == fits
+        assert torch.equal(decode(source, part.latents[:count, row]), patches[fits, row])
+
+
+def test_completions_are_the_first_that_fit_whatever_the_wave():
+    rows, needed = 30, 14
+    source, seed = ToySource(CHANCES, rows), row_seeds(rows)
+    known = Known(torch.ones(rows, 2, dtype=torch.int64), torch.arange(rows) % 3)
+    found = gather_completions(
+        source, known, needed=needed, wave_size=25, max_draws=60, seed=seed, noise_scale=1.0
+    )
+    everything = torch.cat(
+        [
+            decode(source, source.latents(size, advance(seed, wave * ROUND_STRIDE)))
+            for wave, size in enumerate((25, 25, 10))
+        ]
+    )
+    for row in range(rows):
+        fits = (everything[:, row, : known.length[row]] == 1).all(-1).nonzero()[:, 0]
+        count = min(needed, len(fits))
+        assert found.counts[row] == count
+        assert found.draws[row] == (fits[needed - 1] + 1 if count == needed else 60)
+        assert torch.equal(
+            decode(source, found.latents[:count, row]), everything[fits[:count], row]
+        )
+    assert (found.counts < needed).any() and (found.counts == needed).any()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_chunk_that_knows_nothing_is_chosen_as_any_other(name):
+    rows = 50
+    source, seed = ToySource(CHANCES, rows), row_seeds(rows)
+    method = build(name, num_samples=12)
+    given_length = torch.arange(rows) % 2  # others of the batch know a token
+    chosen = method.choose(source, seed)
+    completed = method.complete(source, torch.zeros(rows, 2).long(), given_length, seed)
+    free = given_length == 0
+    for field in ("tokens", "level", "draws", "is_fallback"):
+        assert torch.equal(getattr(chosen, field)[free], getattr(completed, field)[free]), field
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_was_given_stands_where_no_draw_fits(name):
+    """Token 7 is never drawn; the rest of the chunk is what the caller put there."""
+    rows = 6
+    source, seed = ToySource(CHANCES, rows), row_seeds(rows)
+    given = torch.tensor([[7, 9], [1, 9]]).repeat(3, 1)
+    length = torch.ones(rows, dtype=torch.int64)
+    chunk = build(name, num_samples=10, max_draws=400).complete(source, given, length, seed)
+    never = given[:, 0] == 7
+    if name != "noise_scale":  # which narrows the toy's law to patches that begin with 0
+        assert (chunk.tokens[~never, 1] != 9).all()
+        assert not chunk.is_fallback[~never].any() and (chunk.level[~never] >= 1).all()
+    assert torch.equal(chunk.tokens[never], given[never])
+    assert chunk.is_fallback[never].all() and (chunk.draws[never] == 400).all()
+    assert (chunk.level[never] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["batch", "medoid"])
+def test_fewer_draws_than_asked_for_decide_and_are_flagged(name):
+    rows = 40
+    source, seed = ToySource((0.6, 0.3, 0.06, 0.04), rows), row_seeds(rows)
+    given, length = torch.ones(rows, 2).long(), torch.ones(rows).long()
+    chunk = build(name, num_samples=20, max_draws=40).complete(source, given, length, seed)
+    has_any = chunk.level > 0
+    assert chunk.is_fallback.all() and has_any.any()
+    assert (chunk.tokens[:, 0] == 1).all() and (chunk.tokens[has_any] <= 1).all()

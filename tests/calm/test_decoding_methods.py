@@ -1,0 +1,259 @@
+"""Sampling methods: one law whatever the batch or the backend, caps, heuristics, bad input."""
+
+import pytest
+import torch
+from decoding_laws import ToySource, check_frequencies, row_seeds, sharpened
+from tiny_models import tiny_calm
+
+from calm.decoding.methods import (
+    METHODS,
+    Batch,
+    Direct,
+    Exact,
+    Medoid,
+    NoiseScale,
+    build_method,
+    medoid,
+)
+from calm.decoding.sampling import sequence_seeds
+from calm.decoding.source import HeadSource, decode
+from calm.decoding.temperature import split_power
+from calm.errors import UserError
+from calm_kernels import agreeing_patch
+
+CPU = torch.device("cpu")
+
+
+def head_source(batch, **fields):
+    model = tiny_calm(**fields)
+    hidden = torch.randn(batch, 32, generator=torch.Generator().manual_seed(1))
+    return HeadSource(model, hidden)
+
+
+def build(name, **options):
+    return build_method(name, **{"temperature": 1.0 if name == "direct" else 0.5, **options})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [*((name, head) for name in METHODS for head in ("energy", "flow")), ("direct", "diffusion")],
+)
+def test_a_sequence_does_not_depend_on_its_batch(name, head):
+    batch = 3 if head == "diffusion" else 5
+    source = head_source(batch, head=head)
+    method, seed = build(name, num_samples=12, max_draws=60), sequence_seeds(5, batch, CPU)
+    given = decode(source, source.latents(1, seed)[0])
+    length = torch.arange(batch) % 4
+    together = method.choose(source, seed), method.complete(source, given, length, seed)
+    order = torch.arange(batch).flip(0)
+    backwards = (
+        method.choose(source.select(order), seed[order]),
+        method.complete(source.select(order), given[order], length[order], seed[order]),
+    )
+    for row in range(batch):
+        here = torch.tensor([row])
+        alone = (
+            method.choose(source.select(here), seed[here]),
+            method.complete(source.select(here), given[here], length[here], seed[here]),
+        )
+        for one, other, all_of in zip(alone, backwards, together, strict=True):
+            for name_of, value in all_of._asdict().items():
+                if value is None:
+                    continue
+                assert torch.equal(getattr(one, name_of)[0], value[row]), name_of
+                assert torch.equal(getattr(other, name_of)[batch - 1 - row], value[row]), name_of
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.9, 0.5, 0.3])
+def test_slot_by_slot_chooses_what_decoding_everything_chooses(temperature):
+    source, seed = head_source(64, vocab_size=300), sequence_seeds(2, 64, CPU)
+    latents = source.latents(40, seed)
+    tokens, level = agreeing_patch(
+        source.model.decode_latents(latents).transpose(0, 1), 1 / temperature, seed=seed
+    )
+    for is_slotwise in (True, False, None):
+        method = Batch(temperature=temperature, num_samples=40, is_slotwise=is_slotwise)
+        chunk = method.choose(source, seed)
+        assert torch.equal(chunk.tokens, tokens) and torch.equal(chunk.level, level)
+    assert len(level.unique()) > 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", METHODS)
+def test_one_draw_is_the_same_with_every_method(name):
+    """At T = 1, and for votes and medoids of one candidate."""
+    source, seed = head_source(8), sequence_seeds(3, 8, CPU)
+    plain = decode(source, source.latents(1, seed)[0])
+    at_one = build_method(name, temperature=1.0, num_samples=50)
+    assert isinstance(at_one, Direct) and at_one.is_capturable
+    chunk = at_one.choose(source, seed)
+    assert torch.equal(chunk.tokens, plain)
+    assert (chunk.draws == 1).all() and (chunk.level == 1).all() and not chunk.is_fallback.any()
+    for method in (Batch(num_samples=1), Medoid(num_samples=1), Exact(temperature=1.0)):
+        assert torch.equal(method.choose(source, seed).tokens, plain)
+
+
+@torch.no_grad()
+def test_another_seed_another_chunk():
+    source = head_source(64)
+    for name in METHODS:
+        method = build(name, num_samples=8, max_draws=40)
+        first, second = (method.choose(source, sequence_seeds(s, 64, CPU)) for s in (1, 2))
+        assert not torch.equal(first.tokens, second.tokens), name
+
+
+def hung_source(batch):
+    """A thousand patches of equal chance: agreement of many draws never comes."""
+    number = torch.arange(1000)
+    return ToySource([1e-3] * 1000, batch, torch.stack([number // 40, number % 40], 1))
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.45, 0.011])
+def test_a_hung_low_temperature_ends_at_its_cap(temperature):
+    source = hung_source(5)
+    method = build_method("exact", temperature=temperature, num_samples=50, max_draws=300)
+    chunk = method.choose(source, row_seeds(5))
+    assert chunk.is_fallback.all() and (chunk.draws - chunk.saved == 300).all()
+    assert (chunk.level < 1 / temperature).all() and (chunk.level >= 1).all()
+    assert chunk.saved.min() >= 0 and (chunk.tokens < 40).all()
+
+
+def test_the_fallback_at_the_cap_is_algorithm_2_over_the_draws_made():
+    source, seed = hung_source(40), row_seeds(40)
+    chunk = build_method("exact", temperature=0.25, num_samples=16, max_draws=16).choose(
+        source, seed
+    )
+    expected = Batch(temperature=0.25, num_samples=16).choose(source, seed)
+    assert chunk.is_fallback.all()
+    assert torch.equal(chunk.tokens, expected.tokens) and torch.equal(chunk.level, expected.level)
+
+
+def test_the_medoid_is_the_latent_nearest_to_the_others():
+    latents = torch.randn(9, 7, 5, generator=torch.Generator().manual_seed(0)) + 100.0
+    counts = torch.tensor([9, 9, 4, 3, 2, 1, 0])
+    chosen = medoid(latents, counts)
+    for row, count in enumerate(counts.tolist()):
+        draws = latents[: max(count, 1), row].double()
+        distances = (draws[:, None] - draws).norm(dim=-1).sum(1)
+        assert torch.equal(chosen[row], latents[distances.argmin(), row])
+
+
+def test_the_medoid_decodes_one_candidate_and_narrows_the_law():
+    rows = 20_000
+    chances = (0.1, 0.2, 0.5, 0.2)
+    source = ToySource(chances, rows)
+    chunk = Medoid(num_samples=9).choose(source, row_seeds(rows))
+    assert source.projected == rows * source.patch_size
+    assert (chunk.draws == 9).all()
+    share = torch.bincount(source.numbers(chunk.tokens), minlength=4) / rows
+    assert share[2] > 0.75 and share[0] < 0.02
+
+
+def test_noise_times_the_root_of_t_sharpens_a_normal_law():
+    """Linear in normal noise, the variance of P^(1/T) is T times that of P."""
+    assert NoiseScale(temperature=0.25).head_scale == 0.5
+    assert NoiseScale(temperature=0.25, noise_scale=3.0).head_scale == 1.5
+
+    class Linear(ToySource):
+        def latents(self, num_samples, seed, *, noise_scale=1.0):
+            self.asked = (num_samples, noise_scale)
+            return torch.zeros(num_samples, len(self), 1)
+
+    source = Linear((0.5, 0.5), 3)
+    chunk = NoiseScale(temperature=0.25).choose(source, row_seeds(3))
+    assert source.asked == (1, 0.5) and (chunk.draws == 1).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_noise_is_scaled_for_every_method(name):
+    source = ToySource((0.25, 0.25, 0.25, 0.25), 200)
+    method = build(name, num_samples=8, noise_scale=0.0)
+    chunk = method.choose(source, row_seeds(200))
+    assert (chunk.tokens == 0).all()
+    length = torch.ones(200, dtype=torch.int64)
+    assert (method.complete(source, chunk.tokens, length, row_seeds(200)).tokens == 0).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_latents_that_are_not_finite_are_flagged(name):
+    source, seed = ToySource((0.5, 0.3, 0.1, 0.1), 6, damaged=(1, 4)), row_seeds(6)
+    method = build(name, num_samples=8)
+    zeros = torch.zeros(6, 2, dtype=torch.int64)
+    for chunk in (method.choose(source, seed), method.complete(source, zeros, zeros[:, 0], seed)):
+        assert chunk.is_finite.tolist() == [True, False, True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "power"),
+    [
+        (1.0, (1, 0.0)),
+        (0.5, (2, 0.0)),
+        (1 / 3, (3, 0.0)),
+        (0.33333333, (3, 0.0)),
+        (0.3333334, (3, 0.0)),
+        (0.1, (10, 0.0)),
+        (0.4, (2, 0.5)),
+        (0.8, (1, 0.25)),
+    ],
+)
+def test_whole_and_fraction_of_the_inverse_temperature(temperature, power):
+    whole, fraction = split_power(temperature)
+    assert (whole, fraction) == (power[0], pytest.approx(power[1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, r"temperature must lie in \(0, 1\], got 0.0"),
+        ({"temperature": 1.5}, r"temperature must lie in \(0, 1\], got 1.5"),
+        ({"temperature": float("nan")}, r"temperature must lie in \(0, 1\], got nan"),
+        ({"num_samples": 0}, "num_samples must be at least 1, a whole number; got 0"),
+        ({"num_samples": 2.5}, "num_samples must be at least 1, a whole number; got 2.5"),
+        ({"noise_scale": -1.0}, "noise_scale must be finite and at least 0, got -1.0"),
+        ({"name": "beam"}, "method must be one of direct, batch, exact, medoid, noise_scale; got"),
+        (
+            {"name": "direct"},
+            "temperature must be 1, got 0.5; use batch, exact, medoid, noise_scale",
+        ),
+        ({"max_draws": 199}, "max_draws must be at least 200, which method 'batch' needs"),
+        ({"name": "medoid", "max_draws": 0}, "max_draws must be at least 200"),
+        (
+            {"name": "exact", "temperature": 0.4, "max_draws": 2},
+            "must be at least 3, .* 0.4; got 2",
+        ),
+        ({"name": "noise_scale", "max_draws": 0}, "max_draws must be at least 1"),
+    ],
+)
+def test_bad_input(options, message):
+    with pytest.raises(UserError, match=message):
+        build_method(**{"name": "batch", "temperature": 0.5, "num_samples": 200, **options})
+
+
+def test_the_cap_leaves_room_for_what_a_method_needs():
+    assert build_method("batch", num_samples=40).max_draws == 1000
+    assert build_method("exact", temperature=0.01, num_samples=10).max_draws == 2500
+
+
+def test_seeds_of_sequences():
+    assert sequence_seeds([3, 4], 2, CPU).tolist() == [[3, 0], [4, 0]]
+    assert sequence_seeds(torch.tensor([[3, 9], [4, 9]]), 2, CPU).tolist() == [[3, 9], [4, 9]]
+    one = sequence_seeds(torch.tensor([3, 9]), 3, CPU)
+    assert one[0].tolist() == [3, 9] and (one[:, 1] == 9).all()
+    assert torch.equal(one[:2], sequence_seeds(torch.tensor([3, 9]), 2, CPU))
+    many = torch.cat([sequence_seeds(seed, 100, CPU)[:, 0] for seed in range(-50, 50)])
+    assert len(many.unique()) == 10_000
+    with pytest.raises(UserError, match="seed must hold one number per sequence, 1; got 2"):
+        sequence_seeds([1, 2], 1, CPU)
+
+
+def test_sequences_of_one_seed_draw_independently():
+    """Pairs of neighbours in a batch are equal as often as two independent draws are."""
+    chances = (0.4, 0.3, 0.2, 0.1)
+    source = ToySource(chances, 40_000)
+    numbers = source.numbers(Direct().choose(source, sequence_seeds(7, 40_000, CPU)).tokens)
+    check_frequencies(numbers, sharpened(chances, 1.0))
+    pairs = numbers[:-1:2] * 4 + numbers[1::2]
+    law = torch.tensor(chances, dtype=torch.float64)
+    check_frequencies(pairs, (law[:, None] * law).flatten())

@@ -1,0 +1,119 @@
+"""Algorithm 1 over blocks, against the algorithm as a loop over draws."""
+
+import pytest
+import torch
+from decoding_laws import row_seeds
+
+from calm.decoding.rounds import Power, patience, play
+from calm_kernels.noise import Stream, uniform
+
+
+def loop(draws, bears, power):
+    """Algorithm 1 with early stops: whether a round succeeds, on what draw, used and saved draws.
+
+    The factory of the round that begins at draw i gives up at its draw number `bears[i]`.
+    """
+    whole, fraction = power
+    begin = saved = 0
+    while begin < len(draws):
+        patch, place = draws[begin], begin + 1
+        while place < min(begin + whole, len(draws)) and draws[place] == patch:
+            place += 1
+        if place == len(draws) and place < begin + whole:
+            break
+        if place < begin + whole:
+            saved += begin + whole - (place + 1)
+            begin = place + 1
+            continue
+        if fraction == 0.0:
+            return True, begin, place, saved
+        for count in range(1, len(draws) - place + 2):
+            if place == len(draws):
+                return False, begin, place, saved
+            place += 1
+            if draws[place - 1] == patch:
+                return True, begin, place, saved
+            if count == bears[begin]:
+                break
+        begin = place
+    return False, begin, len(draws), saved
+
+
+def make_blocks(power, rows, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(3, (rows, size), generator=generator)
+    draws = torch.where(torch.rand(rows, size, generator=generator) < 0.4, 0, draws)
+    bears = torch.randint(1, 6, (rows, size), generator=generator)
+    return draws, bears if power.fraction else None
+
+
+POWERS = [Power(1, 0.0), Power(1, 0.3), Power(2, 0.0), Power(2, 0.5), Power(4, 0.0), Power(3, 0.9)]
+
+
+@pytest.mark.parametrize("cuts", [(), (1,), (5, 6), (3, 10, 11, 17)], ids=str)
+@pytest.mark.parametrize("power", POWERS, ids=lambda power: f"{power.whole}+{power.fraction}")
+def test_blocks_play_the_rounds_of_the_loop(power, cuts):
+    rows, size = 300, 24
+    draws, bears = make_blocks(power, rows, size, seed=len(cuts))
+    run = left = torch.zeros(rows, dtype=torch.int64)
+    held = torch.full((rows, 1), 7)
+    used, saved = torch.zeros_like(run), torch.zeros_like(run)
+    is_open = torch.ones(rows, dtype=torch.bool)
+    found, patch = torch.zeros_like(is_open), torch.full((rows,), -1)
+    begin_bears = left  # patience of the unfinished round, drawn where it began
+    for start, stop in zip((0, *cuts), (*cuts, size), strict=True):
+        block = torch.cat([held, draws[:, start:stop]], dim=1)
+        here = None
+        if bears is not None:
+            here = bears[:, start:stop]
+            carried = torch.where(run == power.whole, left, begin_bears)
+            here = torch.cat([carried[:, None].expand(-1, power.whole), here], dim=1)
+        length = torch.full((rows,), stop - start)
+        outcome = play(block, length, power, run=run, bears=here)
+        saved += torch.where(is_open, outcome.saved, 0)
+        new = is_open & outcome.is_accepted
+        patch = torch.where(new, block.gather(1, outcome.first[:, None])[:, 0], patch)
+        used += torch.where(new, outcome.used, torch.where(is_open, stop - start, 0))
+        found, is_open = found | new, is_open & ~new
+        held = block.gather(1, outcome.first[:, None])
+        run, left = torch.where(is_open, outcome.run, 0), outcome.patience
+        if here is not None:
+            index = (outcome.first + power.whole - 1).clamp(min=0)[:, None]
+            begin_bears = here.gather(1, index)[:, 0]
+    for row in range(rows):
+        told = None if bears is None else bears[row].tolist()
+        is_found, begin, count, without = loop(draws[row].tolist(), told, power)
+        assert found[row] == is_found and used[row] == count and saved[row] == without
+        assert not is_found or patch[row] == draws[row, begin]
+    assert found.any() and (power.whole < 3 or not found.all())
+
+
+def test_draws_beyond_the_length_do_not_count():
+    power, rows = Power(2, 0.5), 200
+    draws, bears = make_blocks(power, rows, 20, seed=9)
+    bears = torch.cat([bears[:, :2], bears], dim=1)
+    zero = torch.zeros(rows, dtype=torch.int64)
+    padded = torch.cat([zero[:, None], draws], dim=1)
+    length = torch.arange(rows) % 21
+    padded_outcome = play(padded, length, power, run=zero, bears=bears)
+    for size in range(21):
+        part = play(padded[:, : size + 1], zero + size, power, run=zero, bears=bears[:, : size + 2])
+        same = length == size
+        for name in ("is_accepted", "run", "saved"):
+            assert torch.equal(getattr(part, name)[same], getattr(padded_outcome, name)[same]), name
+        done = same & part.is_accepted
+        assert torch.equal(part.used[done], padded_outcome.used[done])
+        assert torch.equal(part.first[done], padded_outcome.first[done])
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.5, 0.95])
+def test_patience_survives_as_the_factory_does(fraction):
+    """P(patience > k) = prod_{j <= k} (1 - a/j)."""
+    drawn = uniform(200_000, 1, stream=Stream.FACTORY, seed=row_seeds(200_000), dtype=torch.float64)
+    waited = patience(drawn, fraction, 50)
+    survival = 1.0
+    for step in range(1, 51):
+        survival *= 1.0 - fraction / step
+        error = (waited > step).double().mean().item() - survival
+        assert abs(error) < 4 * (survival * (1 - survival) / 200_000) ** 0.5, step
+    assert waited.min() >= 1 and waited.max() == 51
