@@ -23,9 +23,13 @@ def candidates_of(text, batch=1):
     return row.expand(batch, *row.shape)
 
 
-def frequencies(text, num_agreeing, rows=20000, **options):
-    """How often each letter of `text` is chosen, over `rows` independent rows."""
-    tokens, _ = agreeing_patch(candidates_of(text, rows), num_agreeing, seed=7, **options)
+ROWS = {"reference": 20_000, "torch": 100_000}
+
+
+def frequencies(text, num_agreeing, *, backend, **options):
+    """How often each letter of `text` is chosen, over many independent rows."""
+    candidates = candidates_of(text, ROWS[backend])
+    tokens, _ = agreeing_patch(candidates, num_agreeing, seed=7, backend=backend, **options)
     return Counter(chr(token) for token in tokens[:, 0].tolist())
 
 
@@ -85,6 +89,20 @@ def test_law_of_the_gamma_form(a, backend):
     weights = {x: math.gamma(c + 1) / math.gamma(c - 1 - a) for x, c in counts.items()}
     law = normalised(weights)
     assert_follows(frequencies("ABACABBAC", 2 + a, form="gamma", backend=backend), law)
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "law"),
+    [
+        ("AABBC", "factory", {"A": 1 / 2, "B": 1 / 2}),
+        ("ABC", "factory", {"A": 1 / 3, "B": 1 / 3, "C": 1 / 3}),
+        ("AABBC", "gamma", {"A": 1 / 2, "B": 1 / 2}),
+        ("ABC", "gamma", {"A": 1 / 3, "B": 1 / 3, "C": 1 / 3}),
+    ],
+)
+def test_law_at_the_fallback_levels_of_a_fraction(text, form, law, backend):
+    """A level that was fallen to leaves only the most frequent patches, each alike."""
+    assert_follows(frequencies(text, 2.5, form=form, backend=backend), law)
 
 
 def test_the_factory_weight_is_unbiased_but_for_what_it_leaves_undecided():
