@@ -14,8 +14,7 @@ from calm.decoding.conditioning import Fitting, Known, draw_fitting, waves
 from calm.decoding.rounds import Outcome, patience, play
 from calm.decoding.slots import Candidates
 from calm.decoding.source import Chunk, Source
-from calm.decoding.temperature import split_power
-from calm.decoding.voting import vote_by_count
+from calm.decoding.temperature import split_power, vote_by_count
 from calm_kernels.noise import Stream, uniform
 
 __all__ = ["Exact"]

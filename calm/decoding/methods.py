@@ -24,8 +24,7 @@ from torch import Tensor
 from calm.decoding.conditioning import Completions, Known, gather_completions
 from calm.decoding.exact import Exact
 from calm.decoding.source import Chunk, Method, Source, decode
-from calm.decoding.temperature import split_power
-from calm.decoding.voting import vote, vote_by_count
+from calm.decoding.temperature import split_power, vote, vote_by_count
 from calm.errors import UserError
 
 __all__ = ["METHODS", "Batch", "Direct", "Exact", "Medoid", "NoiseScale", "build_method"]

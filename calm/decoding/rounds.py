@@ -22,14 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Outcome", "Power", "patience", "play"]
+from calm.decoding.temperature import Power
 
-
-class Power(NamedTuple):
-    """1/T = whole + fraction."""
-
-    whole: int
-    fraction: float
+__all__ = ["Outcome", "patience", "play"]
 
 
 class Outcome(NamedTuple):

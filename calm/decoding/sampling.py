@@ -1,4 +1,4 @@
-"""Candidates for the next chunk: hidden state -> head -> latents -> tokens."""
+"""Seeds of sequences, chunks and waves; plain draws: hidden state -> head -> latents -> tokens."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from calm.errors import UserError
 from calm.models.continuous import ContinuousTransformer
 from calm_kernels.noise import Seed, Stream, as_seed, philox
 
-__all__ = ["advance", "draw_completions", "draw_patches", "row_of", "sequence_seeds"]
+__all__ = ["ROUND_STRIDE", "advance", "draw_patches", "sequence_seeds"]
 
 WORD = 0xFFFFFFFF
-ROUND_STRIDE = 2**40  # rounds of one chunk draw from disjoint ranges of the seed's offset
+ROUND_STRIDE = 2**40  # waves of one chunk draw from disjoint ranges of the seed's offset
 
 
 def draw_patches(
@@ -48,57 +48,6 @@ def draw_patches(
     return model.decode_latents(latents)
 
 
-def draw_completions(
-    model: ContinuousTransformer,
-    hidden: Tensor,
-    given: Tensor,
-    *,
-    needed: int,
-    num_samples: int,
-    max_draws: int,
-    seed: Tensor,
-    noise_scale: float = 1.0,
-) -> tuple[list[Tensor], int]:
-    """Draws of the next chunk that begin with tokens which are already known, by rejection.
-
-    What is kept follows the model's own law given those tokens. Draws come in rounds of
-    `num_samples` until every row has kept `needed`, or `max_draws` are spent.
-
-    Args:
-        model: a CALM.
-        hidden: ``[B, H]``.
-        given: the first r tokens of the chunk, ``[B, r]``.
-        needed: draws to keep for each row.
-        num_samples: draws a round.
-        max_draws: draws a row at most.
-        seed: int64 ``[2]`` or ``[B, 2]``.
-        noise_scale: factor on the head's noise.
-
-    Returns: for each row the chunks kept, ``[1 .. needed, K]``, in the order drawn; draws a row.
-    Raises:
-        UserError: a row kept none.
-    """
-    kept: list[list[Tensor]] = [[] for _ in range(len(hidden))]
-    drawn = 0
-    while drawn < max_draws and min(map(_total, kept)) < needed:
-        round_seed = advance(seed, drawn // num_samples * ROUND_STRIDE)
-        candidates = draw_patches(
-            model, hidden, num_samples=num_samples, seed=round_seed, noise_scale=noise_scale
-        )  # [N, B, K]
-        fits = (candidates[..., : given.shape[1]] == given).all(-1)
-        for row, chunks in enumerate(kept):
-            chunks.append(candidates[fits[:, row], row])
-        drawn += num_samples
-    for row, chunks in enumerate(kept):
-        if _total(chunks) == 0:
-            raise UserError(
-                f"none of {drawn} draws begins with {given[row].tolist()}, the tokens at the end "
-                "of the prompt that fill no whole chunk; raise max_draws, or pass "
-                'prompt_alignment="pad"'
-            )
-    return [torch.cat(chunks)[:needed] for chunks in kept], drawn
-
-
 def sequence_seeds(seed: Seed | Sequence[int], batch: int, device: torch.device) -> Tensor:
     """One seed for each sequence, int64 ``[B, 2]`` of (seed, offset).
 
@@ -129,12 +78,3 @@ def advance(seed: Tensor, steps: int | Tensor) -> Tensor:
     """The seed `steps` further on: other draws, addressed by `steps` alone."""
     offset = seed[..., 1] + steps
     return torch.stack([seed[..., 0].expand_as(offset), offset], dim=-1)
-
-
-def row_of(seed: Tensor, row: int) -> tuple[Tensor, int]:
-    """Seed and first row with which row `row` of a batch draws alone what it draws in the batch."""
-    return (seed, row) if seed.dim() == 1 else (seed[row : row + 1], 0)
-
-
-def _total(chunks: list[Tensor]) -> int:
-    return sum(map(len, chunks))

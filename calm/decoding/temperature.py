@@ -1,23 +1,33 @@
 """Temperature for a model that can only be sampled: 1/T draws that agree.
 
 A law sharpened to P(x)^(1/T) cannot be computed without probabilities, but 1/T independent draws of
-the model that happen to be equal follow it. Algorithm 2 of the paper looks for such agreement among
-N candidates (`calm_kernels.agreeing_patch`).
+the model that happen to be equal follow it. `calm.decoding.exact` waits for such agreement
+(Algorithm 1); the vote here looks for it among N candidates (Algorithm 2,
+`calm_kernels.agreeing_patch`).
+
+Shapes: B sequences, N candidates, L latent size, K tokens of a chunk.
 """
 
 import math
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from torch import Tensor, zeros_like
 
-from calm.decoding.rounds import Power
-from calm.errors import UserError
+from calm.decoding.conditioning import Known
+from calm.decoding.slots import Candidates, decode_and_vote
+from calm.decoding.source import Source, decode
 from calm_kernels.agreeing_patch import agreeing_patch
 
-__all__ = ["METHODS", "candidates_needed", "check_sampling", "split_power", "vote"]
+__all__ = ["Power", "split_power", "vote", "vote_by_count"]
 
 TOLERANCE = 1e-6  # as in `calm_kernels.agreeing_patch`
-METHODS = ("batch",)  # Algorithm 2
+
+
+class Power(NamedTuple):
+    """1/T = whole + fraction."""
+
+    whole: int
+    fraction: float
 
 
 def split_power(temperature: float) -> Power:
@@ -33,41 +43,69 @@ def split_power(temperature: float) -> Power:
     return Power(math.floor(power), power - math.floor(power))
 
 
-def check_sampling(temperature: float, num_samples: int, noise_scale: float, method: str) -> None:
-    """Raise `UserError` unless 0 < T <= 1, N >= 1, the scale >= 0 and the method in `METHODS`."""
-    if not 0.0 < temperature <= 1.0:
-        raise UserError(f"temperature must lie in (0, 1], got {temperature}")
-    if num_samples < 1:
-        raise UserError(f"num_samples must be at least 1, got {num_samples}")
-    if not (noise_scale >= 0.0 and math.isfinite(noise_scale)):
-        raise UserError(f"noise_scale must be finite and at least 0, got {noise_scale}")
-    if method not in METHODS:
-        raise UserError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-
-
-def candidates_needed(temperature: float, num_samples: int) -> int:
-    """Draws a chunk: one at temperature 1, else N."""
-    return 1 if temperature == 1.0 else num_samples
-
-
 def vote(
-    candidates: Tensor, temperature: float, *, seed: Tensor, first_row: int = 0
+    source: Source,
+    latents: Tensor,
+    temperature: float,
+    *,
+    seed: Tensor,
+    known: Known | None = None,
+    is_slotwise: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One of the candidates of each row, as if 1/T independent draws had agreed on it.
+    """One of the N candidates of each row, as if 1/T independent draws had agreed on it.
+
+    Candidates are decoded slot by slot, only as far as the choice depends on them, or in full, in
+    fixed shapes and without reading anything back; the choice is the same.
 
     Args:
-        candidates: token ids ``[B, N, K]``.
-        temperature: T in (0, 1]; 1 takes the first candidate.
-        seed: int64 ``[2]``, or ``[B, 2]``.
-        first_row: global index of the first row.
+        source: decodes.
+        latents: ``[N, B, L]``.
+        temperature: T in (0, 1].
+        seed: int64 ``[B, 2]``.
+        known: first tokens that all candidates of a row share.
+        is_slotwise: decode slot by slot; None does so except on a GPU.
 
-    Returns: tokens ``[B, K]`` and how many draws agreed, ``[B]`` (less than 1/T where no patch
-        occurred that often).
+    Returns: tokens ``[B, K]`` and how many draws agreed, ``[B]``.
     Source: paper, Algorithm 2, and for 1/T that is not whole `calm_kernels.agreeing_patch`.
     """
-    if temperature == 1.0:
-        return candidates[:, 0], torch.ones_like(candidates[:, 0, 0])
-    tokens, level, *_ = agreeing_patch(
-        candidates, 1.0 / temperature, seed=seed, first_row=first_row
-    )
+    if not (is_slotwise if is_slotwise is not None else not latents.is_cuda):
+        patches = decode(source, latents).transpose(0, 1)  # [B, N, K]
+        tokens, level, *_ = agreeing_patch(patches, 1.0 / temperature, seed=seed)
+        return tokens, level
+    candidates = Candidates(source.slots(latents), source.project, *(known or ()))
+    return decode_and_vote(candidates, temperature, seed=seed)
+
+
+def vote_by_count(
+    source: Source,
+    latents: Tensor,
+    count: Tensor,
+    temperature: float,
+    *,
+    seed: Tensor,
+    known: Known,
+) -> tuple[Tensor, Tensor]:
+    """`vote` where rows have different numbers of candidates; rows of equal numbers vote together.
+
+    Args:
+        source: decodes.
+        latents: ``[N, B, L]``, of which the first `count` of a row are candidates.
+        count: ``[B]``, 0 to N.
+        temperature: T in (0, 1].
+        seed: int64 ``[B, 2]``.
+        known: first tokens of all candidates; without candidates, its tokens are the result.
+
+    Returns: tokens ``[B, K]`` and level ``[B]``, 0 without candidates.
+    """
+    tokens, level = known.tokens.clone(), zeros_like(count)
+    for size in count.unique().tolist():
+        rows = (count == size).nonzero()[:, 0]
+        if size:
+            tokens[rows], level[rows] = vote(
+                source.select(rows),
+                latents[:size, rows],
+                temperature,
+                seed=seed[rows],
+                known=known.select(rows),
+            )
     return tokens, level

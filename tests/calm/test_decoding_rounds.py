@@ -4,7 +4,8 @@ import pytest
 import torch
 from decoding_laws import row_seeds
 
-from calm.decoding.rounds import Power, patience, play
+from calm.decoding.rounds import patience, play
+from calm.decoding.temperature import Power
 from calm_kernels.noise import Stream, uniform
 
 
