@@ -63,12 +63,14 @@ def vote(
         temperature: T in (0, 1].
         seed: int64 ``[B, 2]``.
         known: first tokens that all candidates of a row share.
-        is_slotwise: decode slot by slot; None does so except on a GPU.
+        is_slotwise: decode slot by slot; None does so on a CPU.
 
     Returns: tokens ``[B, K]`` and how many draws agreed, ``[B]``.
     Source: paper, Algorithm 2, and for 1/T that is not whole `calm_kernels.agreeing_patch`.
     """
-    if not (is_slotwise if is_slotwise is not None else not latents.is_cuda):
+    if is_slotwise is None:
+        is_slotwise = latents.device.type == "cpu"
+    if not is_slotwise:
         patches = decode(source, latents).transpose(0, 1)  # [B, N, K]
         tokens, level, *_ = agreeing_patch(patches, 1.0 / temperature, seed=seed)
         return tokens, level
