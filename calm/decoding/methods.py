@@ -123,8 +123,7 @@ class Batch(Direct):
     Attributes:
         temperature: T in (0, 1].
         num_samples: N.
-        is_slotwise: decode slot by slot, with sizes that the host reads; None does so except on a
-            GPU.
+        is_slotwise: decode slot by slot, with sizes that the host reads; None does so on a CPU.
     """
 
     temperature: float = 0.5
@@ -230,11 +229,11 @@ def build_method(
     }
     needed = 1 if is_plain else least.get(name, 1)
     if max_draws is None:
-        max_draws = MAX_WAVES * max(num_samples, needed)
+        max_draws = MAX_WAVES * num_samples
     if max_draws < needed:
         raise UserError(
             f"max_draws must be at least {needed}, which method {name!r} needs for a chunk at "
-            f"temperature {temperature}; got {max_draws}"
+            f"temperature {temperature}; got {max_draws} (by default {MAX_WAVES} num_samples)"
         )
     common = _Common(num_samples=num_samples, noise_scale=noise_scale, max_draws=max_draws)
     if is_plain:

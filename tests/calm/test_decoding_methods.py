@@ -4,6 +4,7 @@ import pytest
 import torch
 from decoding_laws import ToySource, check_frequencies, row_seeds, sharpened
 from tiny_models import tiny_calm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm.decoding.methods import (
     METHODS,
@@ -231,9 +232,43 @@ def test_bad_input(options, message):
         build_method(**{"name": "batch", "temperature": 0.5, "num_samples": 200, **options})
 
 
-def test_the_cap_leaves_room_for_what_a_method_needs():
+def test_the_cap_is_25_waves_unless_given():
     assert build_method("batch", num_samples=40).max_draws == 1000
-    assert build_method("exact", temperature=0.01, num_samples=10).max_draws == 2500
+    assert build_method("exact", temperature=0.01, num_samples=10).max_draws == 250
+    with pytest.raises(UserError, match=r"at least 1000, .* got 250 \(by default 25 num_samples\)"):
+        build_method("exact", temperature=0.001, num_samples=10)
+
+
+HOST_READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2"}
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises where the host would wait for a device, or a shape would depend on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._schema.name not in HOST_READS, func
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "method",
+    [Direct(), NoiseScale(), Medoid(num_samples=8), Batch(num_samples=8, is_slotwise=False),
+     Batch(num_samples=8, temperature=0.4, is_slotwise=False)],
+    ids=lambda method: type(method).__name__,
+)  # fmt: skip
+def test_capturable_methods_read_nothing_back(method):
+    source, seed = head_source(4), sequence_seeds(1, 4, CPU)
+    assert method.is_capturable
+    with NoHostReads():
+        method.choose(source, seed)
+
+
+def test_exact_sampling_is_not_captured():
+    source, seed = head_source(2), sequence_seeds(1, 2, CPU)
+    assert not Exact().is_capturable
+    with pytest.raises(AssertionError), torch.no_grad(), NoHostReads():
+        Exact(max_draws=50).choose(source, seed)
 
 
 def test_seeds_of_sequences():
