@@ -2,10 +2,13 @@
 
 import json
 
+import datasets
 import pytest
 import torch
 from tiny_models import tiny_baseline, tiny_calm
 
+from calm.data.packing import pack_documents
+from calm.data.tokenizer import byte_tokenizer
 from calm.errors import UserError
 from calm.evaluation import brier_scores, evaluate
 from calm.evaluation.bootstrap import (
@@ -109,6 +112,62 @@ def test_labels_take_padding_out():
     assert result.protocol["data_sha256"] != evaluate(model, blocks).protocol["data_sha256"]
     entirely = {"input_ids": blocks[0], "labels": torch.full((16,), -100)}
     assert evaluate(model, [*padded, entirely]).brier == result.brier
+
+
+BEGIN, END = 256, 257
+DOCUMENTS = ["abcdefg", "hijklmnopq", "r", "stuvwx yz and more", "0123"]
+
+
+def aligned_blocks(block_size, patch_size, start_token_id=BEGIN):
+    """The documents as blocks, each after a start chunk."""
+    documents = datasets.Dataset.from_dict({"text": DOCUMENTS})
+    layout = {"block_size": block_size, "patch_size": patch_size, "start_token_id": start_token_id}
+    packed = pack_documents(documents, byte_tokenizer(), **layout)
+    return [packed[index] for index in range(len(packed))]
+
+
+def starting_calm(patch_size):
+    return tiny_calm(
+        patch_size=patch_size, vocab_size=259, has_start_patch=True, bos_token_id=BEGIN
+    )
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 3, 4, 5, 8])
+def test_first_chunks_of_documents_count_and_no_n_gram_leaves_its_document(patch_size):
+    (block,) = aligned_blocks(120, patch_size)
+    lengths = [len(text) + 1 for text in DOCUMENTS]  # with the end token
+    expected = sum((length - 4) // patch_size + 1 for length in lengths if length >= 4)
+    protocol = evaluate(starting_calm(patch_size), [block]).protocol
+    assert protocol["positions"] == expected and protocol["start_chunks"] is True
+
+
+def test_a_block_from_the_middle_of_a_document_begins_without_a_prediction():
+    blocks = aligned_blocks(16, 4)
+    begins_inside = [block["labels"][:4].min() >= 0 for block in blocks]
+    assert 0 < sum(begins_inside) < len(blocks)
+    whole = evaluate(starting_calm(4), aligned_blocks(120, 4)).protocol["positions"]
+    assert evaluate(starting_calm(4), blocks).protocol["positions"] == whole - sum(begins_inside)
+
+
+def test_a_first_chunk_is_scored_after_its_start_chunk_alone():
+    model = starting_calm(4)
+    (block,) = aligned_blocks(256, 4)
+    first = {name: values[:8] for name, values in block.items()}
+    alone = torch.tensor([[BEGIN] * 4 + list(b"abcd")])
+    scores = brier_scores(model, alone, seed=0)
+    result = evaluate(model, [first])
+    assert result.protocol["positions"] == 1
+    for order, value in result.brier.items():
+        assert value == pytest.approx(scores[order].item())
+
+
+def test_the_hash_names_the_text_not_its_layout():
+    model = starting_calm(4)
+    protocols = [evaluate(model, aligned_blocks(64, 4, start)).protocol for start in (BEGIN, None)]
+    tokens = sum(len(text) + 1 for text in DOCUMENTS)
+    assert [protocol["tokens"] for protocol in protocols] == [tokens, tokens]
+    assert protocols[0]["data_sha256"] == protocols[1]["data_sha256"]
+    assert protocols[0]["blocks"] > protocols[1]["blocks"]
 
 
 def test_the_record_holds_the_protocol():
