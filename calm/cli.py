@@ -66,6 +66,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see `{self.prog} --help`)")
 
 
+class CommandList(argparse.RawDescriptionHelpFormatter):
+    """Help whose columns have room for the longest command, which argparse does not count."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = 6 + max(map(len, (*COMMANDS, *TRAINING)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `calm` with the words `argv`, by default those of the command line; the exit status.
 
@@ -126,7 +134,7 @@ def _parser(chosen: str | None) -> Parser:
         prog="calm",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=CommandList,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"calm {_version()}")

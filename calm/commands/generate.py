@@ -1,53 +1,38 @@
-"""`calm generate`: continue a prompt, printing text as it comes."""
+"""`calm generate`: continue prompts, printing text as it comes."""
 
 import argparse
+import json
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 from calm.commands.loading import add_model_arguments, load_model, load_tokenizer_of
-from calm.errors import UserError
+from calm.commands.prompts import add_prompt_arguments, is_interactive, read_prompts
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
 EXAMPLES = """\
   calm generate --model runs/demo/calm --prompt "Return the number of"
   calm generate --model runs/demo/calm --prompt-file start.txt --temperature 1 --seed 7
+  calm generate --model runs/demo/calm --method exact --temperature 0.7 --prompt "Returns "
   calm generate --model runs/demo/baseline --prompt "Return the number of" --temperature 0.7
+  echo "This is" | calm generate --model runs/demo/calm --json
+  calm generate --model runs/demo/calm                              prompts are typed in
+
+Methods below temperature 1: batch is the paper's vote among --num-samples candidates; exact takes
+as many draws as the law needs, up to --max-draws a chunk; medoid and noise_scale cost the same at
+every temperature and only resemble it (docs/temperature.md).
 """
+METHODS = ("batch", "exact", "medoid", "noise_scale", "direct")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the subcommand."""
     add_model_arguments(parser)
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue")
+    add_prompt_arguments(parser)
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="T", help="tokens to add (default: 128)"
     )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.5,
-        metavar="T",
-        help="in (0, 1]; 1 samples the model, lower is more likely text (default: 0.5)",
-    )
-    parser.add_argument(
-        "--num-samples",
-        type=int,
-        default=200,
-        metavar="N",
-        help="candidates voted among below temperature 1 (default: 200)",
-    )
-    parser.add_argument(
-        "--noise-scale",
-        type=float,
-        default=1.0,
-        metavar="S",
-        help="factor on the head's noise; 0 is deterministic (default: 1)",
-    )
+    _add_sampling_arguments(parser)
     parser.add_argument(
         "--prompt-alignment",
         choices=("condition", "pad"),
@@ -59,68 +44,143 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--truncate", action="store_true", help="drop the beginning of a prompt that is too long"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of the draws (default: 0)"
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end after this text; may be repeated",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object a prompt instead of its text, as a line",
+    )
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="in (0, 1]; 1 samples the model, lower is more likely text "
+        "(default: 0.5, for the method 'direct' 1)",
+    )
+    parser.add_argument(
+        "--method", choices=METHODS, default="batch", help="how chunks are chosen (default: batch)"
+    )
+    parser.add_argument(
+        "--num-samples",
+        type=int,
+        default=200,
+        metavar="N",
+        help="candidates of a chunk below temperature 1 (default: 200)",
+    )
+    parser.add_argument(
+        "--noise-scale",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="factor on the head's noise; 0 is deterministic (default: 1)",
+    )
+    parser.add_argument(
+        "--max-draws",
+        type=int,
+        metavar="D",
+        help="draws a chunk at most, where a method or a prompt's end needs many",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="of the first prompt's draws; the next one has S + 1 (default: 0)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the prompt and its continuation as it comes, then the speed on standard error."""
-    import torch
-    from transformers import TextStreamer
-
-    text = _prompt(args)
-    model = load_model(args)
+    """Print every prompt and its continuation as it comes, and figures on standard error."""
+    model: Any = load_model(args)
     tokenizer = load_tokenizer_of(args, model)
-    ids = tokenizer(text)["input_ids"]
-    if ids and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]  # some tokenizers end every text
-    if not ids:
-        raise UserError("the prompt is empty; pass at least one word with --prompt")
-    input_ids = torch.tensor([ids], device=model.device)
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    begin = time.perf_counter()
-    sequences = _continue(model, input_ids, streamer, args)
-    seconds = time.perf_counter() - begin
-    new_tokens = sequences.shape[1] - input_ids.shape[1]
-    print(f"{new_tokens} tokens in {seconds:.1f} s, {new_tokens / seconds:.1f}/s", file=sys.stderr)
+    for index, prompt in enumerate(read_prompts(args)):
+        try:
+            _continue(model, tokenizer, prompt, args.seed + index, args)
+        except ValueError as error:
+            if not is_interactive(args):
+                raise
+            print(f"error: {error}", file=sys.stderr)  # of this prompt alone; the next is awaited
     return 0
 
 
-def _continue(model: Any, input_ids: Any, streamer: Any, args: argparse.Namespace) -> Any:
-    """Prompt and continuation from whichever kind of model it is."""
-    from calm.decoding import generate, generate_tokens
-    from calm.models import BaselineTransformer
+def _continue(model: Any, tokenizer: Any, prompt: str, seed: int, args: argparse.Namespace) -> None:
+    """One prompt continued and printed; Ctrl-C leaves what has come so far."""
+    import torch
+    from transformers import TextStreamer
 
-    if isinstance(model, BaselineTransformer):
-        if args.noise_scale != 1.0:
-            raise UserError("--noise-scale: the token baseline has no head whose noise to scale")
-        return generate_tokens(
-            model,
-            input_ids,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            truncate=args.truncate,
-            seed=args.seed,
-            streamer=streamer,
+    ids = tokenizer(prompt)["input_ids"]
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]  # some tokenizers end every text
+    input_ids = torch.tensor([ids], dtype=torch.int64, device=model.device)
+    options = _options(args) | {"seed": seed, "tokenizer": tokenizer}
+    if not args.json:
+        options["streamer"] = TextStreamer(
+            tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-    return generate(
-        model,
-        input_ids,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        num_samples=args.num_samples,
-        noise_scale=args.noise_scale,
-        prompt_alignment=args.prompt_alignment,
-        truncate=args.truncate,
-        seed=args.seed,
-        streamer=streamer,
-    )
+    found = model.generate(input_ids, return_details=True, **options)
+    figures = _figures(found)
+    if args.json:
+        count = figures["new_tokens"]
+        kept = min(len(ids), found.sequences.shape[1] - count)  # less than all if truncated
+        text = tokenizer.decode(found.sequences[0, kept : kept + count], skip_special_tokens=True)
+        settings = {name: options[name] for name in ("method", "temperature", "num_samples")}
+        record = {"prompt": prompt, "text": text, "seed": seed, **settings, **figures}
+        print(json.dumps(record, ensure_ascii=False), flush=True)
+    else:
+        print(_summary(figures), file=sys.stderr)
 
 
-def _prompt(args: argparse.Namespace) -> str:
-    if args.prompt is not None:
-        return args.prompt
-    try:
-        return Path(args.prompt_file).read_text(encoding="utf-8").rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt-file {args.prompt_file} is not UTF-8 text: {error}") from error
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `generate` that all prompts share."""
+    temperature = args.temperature
+    if temperature is None:
+        temperature = 1.0 if args.method == "direct" else 0.5
+    return {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": temperature,
+        "num_samples": args.num_samples,
+        "method": args.method,
+        "noise_scale": args.noise_scale,
+        "max_draws": args.max_draws,
+        "prompt_alignment": args.prompt_alignment,
+        "truncate": args.truncate,
+        "stop_strings": args.stop,
+    }
+
+
+def _figures(found: Any) -> dict[str, Any]:
+    """What one continuation took."""
+    return {
+        "new_tokens": int(found.new_tokens[0]),
+        "chunks": found.levels.shape[1],
+        "draws": int(found.draws.sum()),
+        "draws_saved": int(found.saved.sum()),
+        "mean_level": float(found.levels.double().mean()),
+        "fallbacks": int(found.fallbacks.sum()),
+        "seconds": found.seconds,
+        "prefill_seconds": found.prefill_seconds,
+        "warmup_seconds": found.warmup_seconds,
+        "tokens_per_second": found.tokens_per_second,
+    }
+
+
+def _summary(figures: dict[str, Any]) -> str:
+    """The figures for people, in a line."""
+    chunks = max(1, figures["chunks"])
+    parts = [
+        f"{figures['new_tokens']} tokens in {figures['seconds']:.2f} s, "
+        f"{figures['tokens_per_second']:.1f}/s",
+        f"prompt read in {figures['prefill_seconds']:.2f} s",
+        f"warm-up {figures['warmup_seconds']:.2f} s",
+        f"{figures['draws'] / chunks:.0f} draws a chunk, {figures['mean_level']:.2g} agreeing",
+    ]
+    if figures["fallbacks"]:
+        parts.append(f"{figures['fallbacks']} of {chunks} chunks by fallback")
+    return "; ".join(parts)

@@ -1,6 +1,7 @@
 """From a text that the user names to blocks that a model is scored on."""
 
 import argparse
+import sys
 from typing import Any
 
 from calm.commands.prepare import corpus_options
@@ -46,10 +47,14 @@ def add_text_arguments(parser: argparse.ArgumentParser, default: str | None = No
 
 def load_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     """The text that the flags of `add_text_arguments` name, as packed blocks."""
+    import datasets
+
     from calm.data.corpus import load_corpus
     from calm.data.embedded import PREFIX
     from calm.data.packing import pack_documents
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     is_embedded = args.data.startswith(PREFIX)
     percentage = args.validation_split_percentage
     if percentage is None:

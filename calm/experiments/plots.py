@@ -18,11 +18,10 @@ from calm.experiments.report import (
     temperature_name,
 )
 from calm.experiments.stages import StageRun
+from calm.experiments.style import INK, MUTED, ORANGE, TEAL, VIOLET, style_axes
 
 __all__ = ["plot_demo"]
 
-INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
-CALM_COLOR, BASELINE_COLOR, AUTOENCODER_COLOR = "#0f766e", "#c2410c", "#4f46e5"
 # One hue a model; the longer the n-gram, the lighter.
 SHADES = (1.0, 0.78, 0.58, 0.4)
 SMALLEST = 0.03  # Brier-n that is drawn, in percent
@@ -51,19 +50,6 @@ def plot_demo(results: DemoResults, path: Path) -> None:
         figure.savefig(path)
 
 
-def _style(axes: Axes, title: str, note: str) -> None:
-    axes.set_title(title, loc="left", color=INK, fontsize=11.5, fontweight="bold", pad=20)
-    text = axes.text(
-        0, 1.03, note, transform=axes.transAxes, color=MUTED, fontsize=8.5, va="bottom"
-    )
-    text.set_in_layout(False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GRID)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", colors=MUTED, labelsize=8.5, length=0)
-
-
 def _over_time(axes: Axes) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds of training", loc="right", color=MUTED, fontsize=8.5)
@@ -76,39 +62,39 @@ def _curve(run: StageRun, name: str) -> tuple[list[float], list[float]]:
 
 
 def _plot_reconstruction(axes: Axes, run: StageRun) -> None:
-    _style(axes, "Autoencoder", "held-out tokens that do not come back, %")
+    style_axes(axes, "Autoencoder", "held-out tokens that do not come back, %")
     seconds = [score["train_seconds"] for score in run.scores]
     errors = [max(100 * (1 - score["accuracy"]), 1e-3) for score in run.scores]
-    axes.semilogy(seconds, errors, "o-", color=AUTOENCODER_COLOR, markersize=3.5, linewidth=1.8)
+    axes.semilogy(seconds, errors, "o-", color=VIOLET, markersize=3.5, linewidth=1.8)
     axes.text(
         0.98, 0.95, f"{100 * run.scores[-1]['accuracy']:.2f} % come back", ha="right", va="top",
-        transform=axes.transAxes, color=AUTOENCODER_COLOR, fontsize=9, fontweight="bold",
+        transform=axes.transAxes, color=VIOLET, fontsize=9, fontweight="bold",
     )  # fmt: skip
     axes.yaxis.set_major_formatter("{x:g}")
     _over_time(axes)
 
 
 def _plot_energy(axes: Axes, run: StageRun) -> None:
-    _style(axes, "CALM", "energy loss: distance to the text − distance among draws")
-    axes.plot(*_curve(run, "loss"), color=CALM_COLOR, linewidth=1.8)
+    style_axes(axes, "CALM", "energy loss: distance to the text − distance among draws")
+    axes.plot(*_curve(run, "loss"), color=TEAL, linewidth=1.8)
     _over_time(axes)
 
 
 def _plot_bits(axes: Axes, run: StageRun) -> None:
-    _style(axes, "Token by token", "cross-entropy, bits a token")
+    style_axes(axes, "Token by token", "cross-entropy, bits a token")
     seconds, loss = _curve(run, "loss")
     bits = [value / math.log(2) for value in loss]
-    axes.plot(seconds, bits, color=BASELINE_COLOR, linewidth=1.8)
+    axes.plot(seconds, bits, color=ORANGE, linewidth=1.8)
     _over_time(axes)
 
 
 def _plot_brier(axes: Axes, models: Sequence[LanguageModelResults]) -> None:
-    _style(
+    style_axes(
         axes, "The next 1, 2, 3 and 4 tokens",
         "Brier-n of held-out text, %, with two standard errors; numbers say which n",
     )  # fmt: skip
     for model, color, line, shift in zip(
-        models, (CALM_COLOR, BASELINE_COLOR), ("-", (0, (3, 1.5))), (6, 18), strict=True
+        models, (TEAL, ORANGE), ("-", (0, (3, 1.5))), (6, 18), strict=True
     ):
         for order, shade in zip(ORDERS, SHADES, strict=True):
             name = f"brier{order}"
@@ -133,8 +119,8 @@ def _plot_brier(axes: Axes, models: Sequence[LanguageModelResults]) -> None:
 
 
 def _plot_final(axes: Axes, models: Sequence[LanguageModelResults]) -> None:
-    _style(axes, "At the end", "Brier-n of held-out text, %, with 95 % intervals")
-    for offset, (model, color) in enumerate(zip(models, (CALM_COLOR, BASELINE_COLOR), strict=True)):
+    style_axes(axes, "At the end", "Brier-n of held-out text, %, with 95 % intervals")
+    for offset, (model, color) in enumerate(zip(models, (TEAL, ORANGE), strict=True)):
         values = [100 * model.evaluation.brier[f"brier{order}"] for order in ORDERS]
         places = [order + 0.4 * offset - 0.2 for order in ORDERS]
         bars = axes.bar(places, values, width=0.36, color=color, label=model.name)
@@ -153,7 +139,7 @@ def _plot_final(axes: Axes, models: Sequence[LanguageModelResults]) -> None:
 def _write_samples(axes: Axes, results: DemoResults) -> None:
     """What each model writes at its lowest temperature after the first prompt."""
     axes.set_axis_off()
-    columns = ((results.calm, CALM_COLOR), (results.baseline, BASELINE_COLOR))
+    columns = ((results.calm, TEAL), (results.baseline, ORANGE))
     for (model, color), left in zip(columns, (0.0, 0.51), strict=True):
         sample = min(model.samples, key=lambda sample: sample.temperature)
         lines = textwrap.wrap(_printable(sample.prompt + sample.continuation), SAMPLE_WIDTH)

@@ -7,49 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_baseline, tiny_calm
+from cli_cases import TEXT, calm, error_of
 
-from calm import Autoencoder, cli
-from calm.commands import generate as generate_command
-from calm.data.tokenizer import BYTE_VOCAB_SIZE, byte_tokenizer, train_bpe_tokenizer
-
-EOS, PAD = 257, 258
-TEXT = "the quick brown fox jumps over the lazy dog and the small cat sleeps\n"
-
-
-def calm(*words):
-    """Exit status of `calm` with these words."""
-    return cli.main([str(word) for word in words])
-
-
-def save(model, folder, tokenizer):
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A CALM, a baseline and an autoencoder with a byte tokenizer, and a text."""
-    root = tmp_path_factory.mktemp("runs")
-    special = {"eos_token_id": EOS, "pad_token_id": PAD, "vocab_size": BYTE_VOCAB_SIZE}
-    model = tiny_calm(**special)
-    save(model, root / "calm", byte_tokenizer())
-    save(tiny_baseline(**special, seed=2), root / "baseline", byte_tokenizer())
-    save(Autoencoder(model.config.ae_config), root / "ae", byte_tokenizer())
-    (root / "text.txt").write_text(TEXT * 30, encoding="utf-8")
-    return root
-
-
-def error_of(capsys, *words):
-    """The one line that a mistake is answered with."""
-    assert calm(*words) == 2
-    captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
-    assert captured.out == ""
-    return lines[0]
-
+from calm import cli
+from calm.data.tokenizer import train_bpe_tokenizer
 
 # Help
 
@@ -65,7 +26,7 @@ def test_help_lists_every_command(capsys):
     assert capsys.readouterr().out == text
 
 
-@pytest.mark.parametrize("name", ["env", "prepare", "plan", "eval", "generate"])
+@pytest.mark.parametrize("name", ["env", "prepare", "plan", "eval", "generate", "experiment"])
 def test_each_command_has_help_with_examples(name, capsys):
     with pytest.raises(SystemExit) as done:
         calm(name, "--help")
@@ -225,63 +186,6 @@ def test_eval_of_an_embedded_corpus_takes_held_out_documents(folders, tmp_path):
 def test_mistakes_in_eval(words, message, folders, capsys):
     base = ("--model", folders / "calm", "--data", folders / "text.txt", "--block-size", 32)
     assert message in error_of(capsys, "eval", *base, *words)
-
-
-# generate
-
-
-@pytest.mark.parametrize("kind", ["calm", "baseline"])
-def test_generate_prints_the_prompt_and_its_continuation(kind, folders, capsys):
-    words = ("--model", folders / kind, "--prompt", "the quick br", "--temperature", 1)
-    assert calm("generate", *words, "--max-new-tokens", 24) == 0
-    captured = capsys.readouterr()
-    assert captured.out.startswith("the quick br") and len(captured.out) > len("the quick br\n")
-    assert "tokens in" in captured.err
-    assert calm("generate", *words, "--max-new-tokens", 24) == 0
-    assert capsys.readouterr().out == captured.out
-    assert calm("generate", *words, "--max-new-tokens", 24, "--seed", 1) == 0
-    assert capsys.readouterr().out != captured.out
-
-
-def test_generate_reads_a_prompt_file(folders, tmp_path, capsys):
-    (tmp_path / "prompt.txt").write_text("grüße aus", encoding="utf-8")
-    words = ("--model", folders / "calm", "--prompt-file", tmp_path / "prompt.txt")
-    assert calm("generate", *words, "--max-new-tokens", 4, "--prompt-alignment", "pad") == 0
-    assert capsys.readouterr().out.startswith("grüße aus")
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--temperature", 2), "temperature must lie in (0, 1], got 2.0"),
-        (("--num-samples", 0), "num_samples must be at least 1, got 0"),
-        (("--prompt", ""), "the prompt is empty"),
-        (("--prompt", "x" * 400), "exceed the context of 256 tokens"),
-        (("--prompt-file", "x"), "not allowed with argument --prompt"),
-    ],
-    ids=["temperature", "num-samples", "empty", "long", "both"],
-)
-def test_mistakes_in_generate(words, message, folders, capsys):
-    base = ("--model", folders / "calm", "--prompt", "the quick br")
-    assert message in error_of(capsys, "generate", *base, *words)
-
-
-def test_generate_wants_a_prompt(folders, capsys):
-    message = "one of the arguments --prompt --prompt-file is required"
-    assert message in error_of(capsys, "generate", "--model", folders / "calm")
-
-
-def test_ctrl_c_keeps_the_text_so_far(folders, capsys, monkeypatch):
-    def interrupted(model, input_ids, streamer, args):
-        streamer.put(input_ids.cpu())
-        streamer.put(torch.tensor([[ord("x"), ord(" ")]]))
-        streamer.end()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(generate_command, "_continue", interrupted)
-    assert calm("generate", "--model", folders / "calm", "--prompt", "the quick br") == 130
-    captured = capsys.readouterr()
-    assert captured.out == "the quick brx \n" and "interrupted" in captured.err
 
 
 # Folders

@@ -1,0 +1,83 @@
+"""`calm experiment`: studies of a trained model."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from calm.commands.held_out import add_text_arguments, load_blocks
+from calm.commands.loading import add_model_arguments, load_model, load_tokenizer_of
+from calm.errors import UserError
+
+__all__ = ["EXAMPLES", "add_arguments", "run"]
+
+EXAMPLES = """\
+  calm experiment temperature
+  calm experiment temperature --model runs/calm-m --data wikitext-test.txt --device cuda
+  calm experiment temperature --quick
+
+temperature: accuracy against diversity and cost of every method that lowers the temperature, as
+temperature.md, temperature.json and temperature.png in the output folder.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the subcommand."""
+    parser.add_argument("study", choices=("temperature",), help="which study")
+    add_model_arguments(parser, default=os.path.join("runs", "demo", "calm"))
+    add_text_arguments(parser, default="embedded:docstrings")
+    parser.add_argument(
+        "--positions", type=int, default=96, metavar="P", help="places of the text (default: 96)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, metavar="R", help="chunks drawn at each of them (default: 6)"
+    )
+    parser.add_argument(
+        "--max-draws", type=int, metavar="D", help="cap of the exact method (default: 1000 a chunk)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a few settings, to try it out")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of positions and draws (default: 0)"
+    )
+    parser.add_argument(
+        "--output-dir",
+        default=os.path.join("runs", "temperature"),
+        metavar="DIR",
+        help="for table, record and figure (default: runs/temperature)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write, print the table."""
+    from dataclasses import replace
+
+    from tqdm import tqdm
+
+    from calm.experiments.temperature import QUICK, StudyOptions, run_study, write_study
+    from calm.experiments.tradeoff import take_positions
+    from calm.models.continuous import ContinuousTransformer
+
+    if args.positions < 2:
+        raise UserError(f"--positions must be at least 2, got {args.positions}")
+    given = {"repeats": args.repeats, "max_draws": args.max_draws, "seed": args.seed}
+    options = replace(
+        QUICK if args.quick else StudyOptions(),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    model = load_model(args)
+    if not isinstance(model, ContinuousTransformer):
+        raise UserError(f"{args.model} holds a token baseline; this study needs a CALM")
+    blocks = load_blocks(args, model, load_tokenizer_of(args, model))
+    every = (blocks[index] for index in range(len(blocks)))
+    positions = take_positions(model, every, args.positions, args.seed)
+    study = run_study(
+        model,
+        positions,
+        options,
+        progress=lambda settings: tqdm(settings, desc="settings", disable=not sys.stderr.isatty()),
+    )
+    study.measured_on.update(model=args.model, data=args.data)
+    folder = Path(args.output_dir)
+    print(write_study(study, folder))
+    print(f"{folder}: temperature.md, temperature.json and temperature.png")
+    return 0

@@ -1,0 +1,222 @@
+"""`calm experiment temperature`: what each way to lower the temperature gives, and what it costs.
+
+Every method draws chunks at the same held-out positions of a trained model. `temperature.md`,
+`temperature.json` and `temperature.png` then show accuracy against diversity and against cost, and
+how far each law is from the exact one.
+"""
+
+import json
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calm.errors import UserError
+from calm.experiments.tradeoff import (
+    Outcomes,
+    Positions,
+    Setting,
+    draw_outcomes,
+    geometric_mean,
+    interval,
+    law_distance,
+    milliseconds,
+)
+from calm.models.continuous import ContinuousTransformer
+
+__all__ = ["Result", "Study", "StudyOptions", "run_study", "settings_of", "write_study"]
+
+ANY = 0.5  # a temperature for methods whose law does not depend on it
+Progress = Callable[[list[Setting]], Iterable[Setting]]
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """How much is measured.
+
+    Attributes:
+        temperatures: below 1, for every method that takes one.
+        candidates: N of the vote.
+        medoids: N of the medoid.
+        noise_scales: of single draws.
+        repeats: R chunks a position, at least 2.
+        max_draws: cap of the exact method, a chunk.
+        seed: of all draws.
+    """
+
+    temperatures: tuple[float, ...] = (0.8, 2 / 3, 0.5, 1 / 3)
+    candidates: tuple[int, ...] = (10, 50, 200)
+    medoids: tuple[int, ...] = (2, 8, 32, 200)
+    noise_scales: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.0)
+    repeats: int = 6
+    max_draws: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.repeats < 2:
+            raise UserError(f"repeats must be at least 2, got {self.repeats}")
+
+
+QUICK = StudyOptions(
+    temperatures=(0.5,), candidates=(10,), medoids=(8,), noise_scales=(0.5,), repeats=2,
+    max_draws=50,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """One setting; shares lie in [0, 1].
+
+    Attributes:
+        setting: what was measured.
+        accuracy: share of draws that are the text, geometric mean over n-grams.
+        accuracy_interval: 95 %, bootstrap over positions.
+        collision: share of pairs of draws that agree, likewise.
+        collision_interval: likewise.
+        distances: to the exact law at each temperature, ``[temperature, distance, its error]``.
+        draws: of the head, mean of a chunk.
+        fallbacks: share of chunks that a stated fallback decided.
+        milliseconds: to choose a chunk of one sequence.
+    """
+
+    setting: Setting
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    collision: float
+    collision_interval: tuple[float, float]
+    distances: list[tuple[float, float, float]]
+    draws: float
+    fallbacks: float
+    milliseconds: float
+
+    def closest(self) -> tuple[float, float, float] | None:
+        """Temperature whose exact law is nearest, the distance and its error."""
+        return min(self.distances, key=lambda entry: entry[1], default=None)
+
+
+@dataclass(frozen=True)
+class Study:
+    """All results, and what they were measured on."""
+
+    measured_on: dict[str, Any]
+    results: list[Result]
+
+
+def settings_of(options: StudyOptions) -> list[Setting]:
+    """Every setting that the study measures; exact ones first, which the others are compared to."""
+    temperatures = options.temperatures
+    wave = max(options.candidates)
+    return [
+        Setting("direct"),
+        *(Setting("exact", t, wave) for t in temperatures),
+        *(Setting("batch", t, n) for n in options.candidates for t in temperatures),
+        *(Setting("medoid", ANY, n) for n in options.medoids),
+        *(Setting("direct", noise_scale=s) for s in options.noise_scales),
+    ]
+
+
+def run_study(
+    model: ContinuousTransformer,
+    positions: Positions,
+    options: StudyOptions,
+    progress: Progress = list,
+) -> Study:
+    """Measure every setting.
+
+    Args:
+        model: a CALM, in evaluation mode.
+        positions: see `take_positions`.
+        options: see there.
+        progress: wraps the settings, to show a bar.
+    """
+    exact: dict[float, Outcomes] = {}
+    results = []
+    for index, setting in enumerate(progress(settings_of(options))):
+        method = setting.build(options.max_draws)
+        # Settings draw from seeds of their own: distances need independent draws.
+        seed = options.seed * 1009 + index
+        outcomes = draw_outcomes(model, positions, method, options.repeats, seed)
+        if setting.method == "exact":
+            exact[setting.temperature] = outcomes
+        elapsed = milliseconds(model, positions, method)
+        results.append((setting, outcomes, elapsed))
+    measured_on = {
+        "positions": len(positions), "patch_size": model.patch_size, **asdict(options),
+        "machine": platform.machine(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "device": str(model.device),
+    }  # fmt: skip
+    return Study(measured_on, [_result(*entry, positions, exact) for entry in results])
+
+
+def _result(
+    setting: Setting,
+    outcomes: Outcomes,
+    elapsed: float,
+    positions: Positions,
+    exact: dict[float, Outcomes],
+) -> Result:
+    matches, collisions = outcomes.matches(positions.chunks), outcomes.collisions()
+    return Result(
+        setting=setting,
+        accuracy=float(geometric_mean(matches.mean(0))),
+        accuracy_interval=interval(matches),
+        collision=float(geometric_mean(collisions.mean(0))),
+        collision_interval=interval(collisions),
+        distances=[
+            (temperature, *law_distance(outcomes, other))
+            for temperature, other in exact.items()
+            if setting.method != "exact"
+        ],
+        draws=float(outcomes.draws.double().mean()),
+        fallbacks=float(outcomes.is_fallback.double().mean()),
+        milliseconds=elapsed,
+    )
+
+
+def write_study(study: Study, folder: Path) -> str:
+    """Write table, record and figure to `folder`; returns the table."""
+    from calm.experiments.tradeoff_plot import plot_study
+
+    folder.mkdir(parents=True, exist_ok=True)
+    table = to_markdown(study)
+    record = json.dumps(asdict(study), indent=1)
+    (folder / "temperature.json").write_text(record + "\n", encoding="utf-8")
+    (folder / "temperature.md").write_text(table, encoding="utf-8")
+    plot_study(study, folder / "temperature.png")
+    return table
+
+
+def to_markdown(study: Study) -> str:
+    """One row a setting."""
+    lines = [
+        "| method | T | N | noise | accuracy, % | collision, % | nearest exact law: T, distance "
+        "| draws a chunk | ms a chunk | fallback, % |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in study.results:
+        setting = result.setting
+        nearest = result.closest()
+        single = setting.method == "direct"
+        cells = [
+            setting.method,
+            "" if setting.method in ("direct", "medoid") else f"{setting.temperature:.2f}",
+            "" if single or setting.method == "exact" else f"{setting.num_samples}",
+            f"{setting.noise_scale:g}",
+            _percent(result.accuracy, result.accuracy_interval),
+            _percent(result.collision, result.collision_interval),
+            "" if nearest is None else "{:.2f}, {:.3f} ± {:.3f}".format(*nearest),
+            f"{result.draws:.0f}",
+            f"{result.milliseconds:.2f}",
+            f"{100 * result.fallbacks:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    facts = ", ".join(f"{name} {value}" for name, value in study.measured_on.items())
+    return "\n".join(lines) + f"\n\nMeasured on: {facts}.\n"
+
+
+def _percent(value: float, ends: tuple[float, float]) -> str:
+    low, high = (100 * end for end in ends)
+    return f"{100 * value:.1f} [{low:.1f}, {high:.1f}]"

@@ -1,0 +1,207 @@
+"""What a way of choosing chunks gives and costs: accuracy, diversity, distance from exact laws.
+
+Contexts are true text, encoded once; every setting then draws R chunks at each of P positions.
+
+    accuracy  = share of draws whose first n tokens are the text's, geometric mean over n = 1 .. 4
+    collision = share of pairs of draws whose first n tokens agree, likewise: low is diverse
+    distance  = sum_x (Q(x) - P_T(x))^2 over whole chunks, from agreements within and between draws
+
+All three are without bias before the geometric mean (paper, figures 10 and 11, for the first two).
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calm.decoding.methods import build_method
+from calm.decoding.source import HeadSource, Method
+from calm.errors import UserError
+from calm.models.agreement import prefix_collisions, prefix_matches
+from calm.models.continuous import ContinuousTransformer
+
+__all__ = [
+    "Outcomes",
+    "Positions",
+    "Setting",
+    "draw_outcomes",
+    "geometric_mean",
+    "interval",
+    "law_distance",
+    "milliseconds",
+    "take_positions",
+]
+
+ROWS_AT_A_TIME = 64  # sequences that draw together
+BLOCKS_AT_A_TIME = 16
+CONTEXT = 4  # chunks that a position has before it, at least
+TIMED, WARM_UP = 24, 2  # chunks of one sequence
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to choose chunks; fields as the arguments of `generate`."""
+
+    method: str
+    temperature: float = 1.0
+    num_samples: int = 1
+    noise_scale: float = 1.0
+
+    def build(self, max_draws: int) -> Method:
+        """The method."""
+        return build_method(
+            self.method,
+            temperature=self.temperature,
+            num_samples=self.num_samples,
+            noise_scale=self.noise_scale,
+            max_draws=max_draws,
+        )
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Places in a text: states ``[P, H]`` before, and the chunks ``[P, K]`` that stand there."""
+
+    hidden: Tensor
+    chunks: Tensor
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """R chunks at each position: tokens ``[R, P, K]``, and of each the draws it took and whether
+    a stated fallback decided, ``[R, P]``.
+    """
+
+    tokens: Tensor
+    draws: Tensor
+    is_fallback: Tensor
+
+    def matches(self, chunks: Tensor) -> Tensor:
+        """Share of the R whose first n tokens are those of `chunks`, ``[P, min(K, 4)]``."""
+        return prefix_matches(self.tokens, chunks).mean(0)
+
+    def collisions(self) -> Tensor:
+        """Share of pairs of the R whose first n tokens agree, ``[P, min(K, 4)]``."""
+        return prefix_collisions(self.tokens)
+
+
+@torch.no_grad()
+def take_positions(
+    model: ContinuousTransformer, blocks: Iterable[Mapping[str, Any]], count: int, seed: int
+) -> Positions:
+    """`count` random positions of a text; runs of one repeated token and padding are left out.
+
+    Args:
+        model: a CALM.
+        blocks: of `calm.data.packing`: ``input_ids`` and ``labels`` ``[T]``.
+        count: P, at most.
+        seed: of the choice.
+
+    Raises:
+        UserError: the text holds no position with enough context.
+    """
+    size = model.patch_size
+    rows = [(torch.as_tensor(block["input_ids"]), torch.as_tensor(block["labels"]))
+            for block in blocks]  # fmt: skip
+    hidden, chunks = [], []
+    for begin in range(0, len(rows), BLOCKS_AT_A_TIME):
+        ids, labels = map(torch.stack, zip(*rows[begin : begin + BLOCKS_AT_A_TIME], strict=True))
+        targets = labels.to(model.device).unflatten(1, (-1, size))[:, CONTEXT:]  # [B, S, K]
+        states = model(ids.to(model.device)).last_hidden_state
+        states = states[:, -targets.shape[1] - 1 : -1]  # the state before each target
+        counts = (targets >= 0).all(-1) & (targets != targets[..., :1]).any(-1)
+        hidden.append(states[counts])
+        chunks.append(targets[counts])
+    if not sum(map(len, chunks)):
+        raise UserError(f"the text holds no chunk with {CONTEXT} others before it; pass more")
+    every = torch.cat(chunks)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(every), generator=generator)[:count].to(every.device)
+    return Positions(torch.cat(hidden)[chosen], every[chosen])
+
+
+@torch.no_grad()
+def draw_outcomes(
+    model: ContinuousTransformer, positions: Positions, method: Method, repeats: int, seed: int
+) -> Outcomes:
+    """R = `repeats` independent chunks at each position; another `seed` draws others.
+
+    Raises:
+        UserError: the head drew latents that are not finite.
+    """
+    hidden = positions.hidden.repeat(repeats, 1)  # [R*P, H]
+    rows = torch.arange(len(hidden), device=hidden.device)
+    seeds = torch.stack([(seed << 32) + rows, torch.zeros_like(rows)], dim=1)
+    parts = [
+        method.choose(HeadSource(model, some), some_seeds)
+        for some, some_seeds in zip(
+            hidden.split(ROWS_AT_A_TIME), seeds.split(ROWS_AT_A_TIME), strict=True
+        )
+    ]
+    if not all(bool(part.is_finite.all()) for part in parts):
+        raise UserError("the head drew latents that are not finite; load an earlier checkpoint")
+    shape = (repeats, len(positions))
+    return Outcomes(
+        tokens=torch.cat([part.tokens for part in parts]).unflatten(0, shape),
+        draws=torch.cat([part.draws for part in parts]).unflatten(0, shape),
+        is_fallback=torch.cat([part.is_fallback for part in parts]).unflatten(0, shape),
+    )
+
+
+def law_distance(ours: Outcomes, exact: Outcomes) -> tuple[float, float]:
+    """Squared distance of two laws of whole chunks, mean over positions, and its standard error.
+
+    sum_x (Q - P)^2 = (pairs within Q that agree) - 2 (pairs between) + (pairs within P)
+
+    Positions at which a draw of `exact` came to its cap are left out: that draw is not exact. NaN
+    if none is left.
+    """
+    is_exact = ~exact.is_fallback.any(0)
+    between = (ours.tokens[:, None] == exact.tokens).all(-1).to(torch.float64).mean((0, 1))  # [P]
+    within = [_whole_collisions(outcomes.tokens) for outcomes in (ours, exact)]
+    terms = (within[0] - 2 * between + within[1])[is_exact]
+    if not len(terms):
+        return float("nan"), float("nan")
+    return float(terms.mean()), float(terms.std(correction=0) / len(terms) ** 0.5)
+
+
+def _whole_collisions(tokens: Tensor) -> Tensor:
+    """Share of pairs of ``[R, P, K]`` that agree in all K tokens, ``[P]``."""
+    count = len(tokens)
+    same = (tokens[:, None] == tokens).all(-1).to(torch.float64).sum((0, 1))
+    return (same - count) / (count * (count - 1))
+
+
+def geometric_mean(shares: Tensor) -> Tensor:
+    """Over the last axis; 0 where a share is not positive."""
+    return shares.clamp(min=0).log().mean(-1).exp()
+
+
+def interval(shares: Tensor, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval, over positions, of the geometric mean of means; ``[P, orders]``."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(shares), (RESAMPLES, len(shares)), generator=generator)
+    values = geometric_mean(shares.cpu().to(torch.float64)[chosen].mean(1))
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
+
+
+@torch.no_grad()
+def milliseconds(model: ContinuousTransformer, positions: Positions, method: Method) -> float:
+    """Mean time of choosing one sequence's chunk, without the backbone's step."""
+    times = []
+    for index in range(min(WARM_UP + TIMED, len(positions))):
+        source = HeadSource(model, positions.hidden[index : index + 1])
+        seed = torch.tensor([[index, 0]], device=positions.hidden.device)
+        begin = time.perf_counter()
+        method.choose(source, seed).tokens.tolist()
+        times.append(1e3 * (time.perf_counter() - begin))
+    timed = times[WARM_UP:] or times
+    return sum(timed) / len(timed)

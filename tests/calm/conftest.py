@@ -1,0 +1,27 @@
+"""Fixtures of the tests of `calm`."""
+
+import pytest
+from cli_cases import EOS, PAD, TEXT
+from tiny_models import tiny_baseline, tiny_calm
+
+from calm import Autoencoder
+from calm.data.tokenizer import BYTE_VOCAB_SIZE, byte_tokenizer
+
+
+def save(model, folder, tokenizer):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A CALM, a baseline and an autoencoder with a byte tokenizer, and a text."""
+    root = tmp_path_factory.mktemp("runs")
+    special = {"eos_token_id": EOS, "pad_token_id": PAD, "vocab_size": BYTE_VOCAB_SIZE}
+    model = tiny_calm(**special)
+    save(model, root / "calm", byte_tokenizer())
+    save(tiny_baseline(**special, seed=2), root / "baseline", byte_tokenizer())
+    save(Autoencoder(model.config.ae_config), root / "ae", byte_tokenizer())
+    (root / "text.txt").write_text(TEXT * 30, encoding="utf-8")
+    return root
