@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from model_cases import Launches, tiny_autoencoder, tiny_model
 
-from calm import Autoencoder, AutoencoderConfig, CALMConfig, EnergyTransformer
 from calm_kernels import (
     energy_score,
     gaussian_energy_score,
@@ -94,42 +94,6 @@ def test_autocast_leaves_the_operators_alone():
     assert actual.dtype == torch.float32 and torch.equal(actual, expected)
 
 
-class Launches:
-    """Names of the kernels that were launched while it is in use."""
-
-    def __init__(self, monkeypatch):
-        self.names = []
-        for module in (energy_function, latent_function):
-            for name in [name for name in vars(module) if name.endswith("_kernel")]:
-                monkeypatch.setattr(module, name, self._watched(name, getattr(module, name)))
-
-    def _watched(self, name, kernel):
-        class Watched:
-            def __getitem__(_, grid):
-                self.names.append(name)
-                return kernel[grid]
-
-        return Watched()
-
-
-def tiny_autoencoder():
-    torch.manual_seed(0)
-    config = AutoencoderConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, latent_size=8, patch_size=2
-    )
-    return Autoencoder(config)
-
-
-def tiny_model(**changes):
-    torch.manual_seed(0)
-    config = CALMConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, num_mlp_layers=1, noise_size=8,
-        latent_size=8, patch_size=2, num_samples=3, num_targets=4, head_init="scaled", **changes,
-    )  # fmt: skip
-    return EnergyTransformer.from_autoencoder(tiny_autoencoder(), config)
-
-
 def train(model, backend, steps=3):
     """Losses of a few steps; draws are addressed by (seed, step). In the interpreter auto is
     Triton.
@@ -155,7 +119,7 @@ def train(model, backend, steps=3):
 def test_a_training_run_is_that_of_torch(targets, monkeypatch):
     model = tiny_model(targets=targets)
     expected = train(model, "torch")
-    launches = Launches(monkeypatch)
+    launches = Launches(monkeypatch, energy_function, latent_function)
     actual = train(model, "auto")
     kernel = "analytic_kernel" if targets == "analytic" else "direct_kernel"
     assert launches.names == [kernel] * len(actual)
@@ -165,14 +129,14 @@ def test_a_training_run_is_that_of_torch(targets, monkeypatch):
 def test_an_autoencoder_run_is_that_of_torch(monkeypatch):
     model = tiny_autoencoder()
     expected = train(model, "torch")
-    launches = Launches(monkeypatch)
+    launches = Launches(monkeypatch, energy_function, latent_function)
     actual = train(model, "auto")
     assert launches.names == ["forward_kernel", "backward_kernel"] * len(actual)
     assert actual == pytest.approx(expected, rel=1e-5)
 
 
 def test_warmup_launches_what_the_model_will(monkeypatch):
-    launches = Launches(monkeypatch)
+    launches = Launches(monkeypatch, energy_function, latent_function)
     assert warmup(tiny_model().config, "cpu", dtype=torch.float32) == [
         "gaussian_energy_score",
         "energy_head",
