@@ -80,8 +80,8 @@ TABLE: dict[tuple[str, str, int], Launch] = {
     ("energy_head.norm", DEFAULT, 4096): Launch(num_warps=8, block_rows=2),
     ("energy_head.norm.backward", DEFAULT, 1024): Launch(num_warps=8, block_rows=2),
     ("energy_head.norm.backward", DEFAULT, 4096): Launch(num_warps=8, block_rows=1),
-    ("energy_head.embed", DEFAULT, 1024): Launch(num_warps=8, block_rows=32),
-    ("energy_head.embed", DEFAULT, 4096): Launch(num_warps=8, block_rows=16),
+    ("energy_head.embed", DEFAULT, 1024): Launch(num_warps=16, block_rows=32),
+    ("energy_head.embed", DEFAULT, 4096): Launch(num_warps=16, block_rows=16),
     ("energy_head.embed.backward", DEFAULT, 1024): Launch(num_warps=8, block_rows=16),
     ("energy_head.embed.backward", DEFAULT, 4096): Launch(num_warps=16, block_rows=16),
     # The width of linear_argmax is its number of rows: few of them wait for the weight, many for
@@ -99,6 +99,12 @@ TABLE: dict[tuple[str, str, int], Launch] = {
         num_warps=4, num_stages=2, block_rows=64, programs_per_processor=2
     ),
     ("linear_argmax", DEFAULT, MANY): Launch(num_warps=8, num_stages=3, block_rows=128),
+    ("linear_argmax", "sm_90", 16): Launch(
+        num_warps=4, num_stages=3, block_rows=16, block_features=128, programs_per_processor=3
+    ),
+    ("linear_argmax", "sm_90", 64): Launch(
+        num_warps=4, num_stages=4, block_rows=64, programs_per_processor=2
+    ),
     ("linear_argmax", "sm_90", MANY): Launch(
         num_warps=8, num_stages=3, block_rows=128, block_words=256
     ),

@@ -29,7 +29,9 @@ class Configuration:
     kernel: Any
     dtype: torch.dtype
     constants: Callable[[Target], Constants]
-    trips: Callable[[dict[str, Any]], tuple[int, ...]]  # of each loop, in the order of the code
+    # Of each loop, in the order of the code; None where its blocks lie so that loops cannot be told
+    # from branches, as the pipelined ones of AMD's compiler: instructions are then counted once.
+    trips: Callable[[dict[str, Any]], tuple[int, ...] | None]
     bytes_per_row: float  # traffic that cannot be avoided
     rows: int = 8192  # patches, at the reference size
     programs: Callable[[dict[str, Any]], float] | None = None  # of the launch; default: one a row

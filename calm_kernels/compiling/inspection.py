@@ -16,7 +16,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Cost", "Loop", "count_instructions", "inspect_kernel", "parse_amdgcn", "parse_sass"]
+__all__ = [
+    "Cost",
+    "Fixed",
+    "Loop",
+    "count_instructions",
+    "inspect_kernel",
+    "parse_amdgcn",
+    "parse_sass",
+]
 
 _SASS_LABEL = re.compile(r"^\.(L_x_\d+):")
 _SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
@@ -95,16 +103,32 @@ def parse_amdgcn(listing: str) -> tuple[list[str], list[Loop]]:
     return _parse(listing.splitlines(), _AMD_LABEL, _AMD_LINE, _AMD_BRANCH, "s_endpgm")
 
 
-def count_instructions(names: Sequence[str], loops: Sequence[Loop], trips: Sequence[int]) -> int:
-    """Instructions that one warp issues.
+class Fixed(int):
+    """Trips that the compiler knows: it may unroll the loop, which then is none of the code."""
+
+
+def _match_trips(num_loops: int, trips: Sequence[int]) -> list[int]:
+    """Trips of the loops that are left in the code."""
+    kept = [count for count in trips if not isinstance(count, Fixed)]
+    for expected in (list(trips), kept):
+        if len(expected) == num_loops:
+            return expected
+    declared = f"{len(trips)} declared" + (f", {len(kept)} if unrolled" * (kept != list(trips)))
+    raise ValueError(f"{num_loops} loops in the code, {declared}")
+
+
+def count_instructions(
+    names: Sequence[str], loops: Sequence[Loop], trips: Sequence[int] | None
+) -> int:
+    """Instructions that one warp issues; loops of `Fixed` trips may have been unrolled, and with
+    None for the trips every instruction counts once.
 
     Raises:
         ValueError: the code has another number of loops than were declared.
     """
-    if len(loops) != len(trips):
-        raise ValueError(f"{len(loops)} loops in the code, {len(trips)} declared")
     times = [1] * len(names)
-    for loop, count in zip(loops, trips, strict=True):
+    counts = [1] * len(loops) if trips is None else _match_trips(len(loops), trips)
+    for loop, count in zip(loops, counts, strict=True):
         for index in range(loop.first, loop.last + 1):
             times[index] *= count
     return sum(
@@ -145,7 +169,7 @@ def _inspect_amd(compiled: Any) -> tuple[int, int, list[str], list[Loop]]:
     return registers, 4 * spills, *parse_amdgcn(listing)
 
 
-def inspect_kernel(compiled: Any, trips: Sequence[int]) -> Cost:
+def inspect_kernel(compiled: Any, trips: Sequence[int] | None) -> Cost:
     """The cost of a compiled kernel whose loops run `trips` times, in the order of the code."""
     is_nvidia = "cubin" in compiled.asm
     inspected = _inspect_nvidia(compiled) if is_nvidia else _inspect_amd(compiled)

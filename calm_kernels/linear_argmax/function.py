@@ -71,18 +71,16 @@ def reduce_constants(
 
 
 def num_splits(
-    num_rows: int, num_words: int, dtype: torch.dtype, arch: str, processors: int
+    num_rows: int, num_words: int, chosen: dict[str, Any], slots: int
 ) -> tuple[int, int]:
-    """Splits of the vocabulary and words in each, so that one wave of programs covers all.
+    """Splits of the vocabulary and words in each, so that the programs of all fit into `slots`.
 
-    Where a split is but a few blocks of words, the last of them may be cut short: reading the
-    weight is what takes the time there.
+    With one block of rows the weight is read once and nothing else takes time: splits then differ
+    by a fraction of a block.
     """
-    launch = setting(_operation(dtype), arch, num_rows)
-    row_blocks = -(-num_rows // launch.block_rows)
-    wanted = max(1, processors * launch.programs_per_processor // row_blocks)
-    granule = launch.block_words if row_blocks > 1 else 16
-    words = -(-num_words // wanted)
+    row_blocks = -(-num_rows // chosen["BLOCK_R"])
+    granule = chosen["BLOCK_V"] if row_blocks > 1 else 16
+    words = -(-num_words // max(1, slots // row_blocks))
     words = -(-words // granule) * granule
     return -(-num_words // words), words
 
@@ -103,7 +101,8 @@ def _argmax_op(rows: Tensor, weight: Tensor, with_logsumexp: bool) -> tuple[Tens
         num_rows, width, rows.dtype, arch, with_total=with_logsumexp, has_fast_math=has_fast_math,
         can_round=not is_interpreted(),
     )  # fmt: skip
-    splits, words = num_splits(num_rows, num_words, rows.dtype, arch, num_processors(rows.device))
+    at_once = setting(_operation(rows.dtype), arch, num_rows).programs_per_processor
+    splits, words = num_splits(num_rows, num_words, chosen, at_once * num_processors(rows.device))
     high, word, total = _partials(rows, splits, with_logsumexp)
     grid = (-(-num_rows // chosen["BLOCK_R"]), splits)
     with torch.cuda.device_of(rows):

@@ -47,10 +47,10 @@ def constants(
     """Compile-time constants and compiler options of the kernel."""
     launch = setting("linear_cross_entropy", arch, num_words)
     inner = 16 // dtype.itemsize
-    lanes = launch.num_warps * warp_size(arch) * launch.features_per_lane // inner
+    vectors = launch.features_per_lane // 8  # of 16 bytes
     chosen = {
         "NEED_GRADIENT": need_gradient,
-        "LANES": lanes,
+        "LANES": vectors * launch.num_warps * warp_size(arch),
         "INNER": inner,
         "FAST": has_fast_math,
     }

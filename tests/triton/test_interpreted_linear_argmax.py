@@ -125,12 +125,12 @@ def test_float64_goes_to_torch_or_is_refused():
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 800, 100_000])
 @pytest.mark.parametrize("words", [1, 130, 32_001, 128_256])
 def test_splits_cover_the_vocabulary_in_one_wave(rows, words):
-    for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        launch = tuning.setting("linear_argmax", arch, rows)
-        splits, each = function.num_splits(rows, words, torch.bfloat16, arch, 132)
-        assert (splits - 1) * each < words <= splits * each
-        row_blocks = -(-rows // launch.block_rows)
-        assert splits == 1 or splits * row_blocks <= 132 * launch.programs_per_processor
+    for block_rows, block_words in ((16, 128), (64, 128), (128, 256)):
+        chosen = {"BLOCK_R": block_rows, "BLOCK_V": block_words}
+        for slots in (4, 132, 396):
+            splits, each = function.num_splits(rows, words, chosen, slots)
+            assert (splits - 1) * each < words <= splits * each
+            assert splits == 1 or splits * -(-rows // block_rows) <= slots
 
 
 def test_the_operator_keeps_its_contract():

@@ -124,7 +124,13 @@ def _embedding(form: str, kernel: Any, width: int, dtype: torch.dtype) -> Config
 
     def constants(target: Target) -> Constants:
         return launch.embedding_constants(
-            width, NOISE_SIZE, dtype, target.name, is_given=False, is_backward=is_backward
+            width,
+            NOISE_SIZE,
+            dtype,
+            target.name,
+            is_given=False,
+            is_backward=is_backward,
+            has_fast_math=target.is_nvidia,
         )
 
     return Configuration(

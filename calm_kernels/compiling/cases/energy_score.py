@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from calm_kernels.compiling.configuration import Configuration
+from calm_kernels.compiling.inspection import Fixed
 from calm_kernels.compiling.targets import Target
 from calm_kernels.energy_score import launch
 from calm_kernels.energy_score.direct_kernels import direct_kernel
@@ -45,6 +46,17 @@ def _problem(target: Target, dtype: torch.dtype, **changes: Any) -> launch.Probl
     return launch.Problem(**options | changes)
 
 
+def _trips(constants: dict[str, Any], *inner: int) -> tuple[int, ...]:
+    """Loops inside the one over blocks of samples, which one block does not need."""
+    blocks = math.ceil(constants["NUM_SAMPLES"] / constants["BLOCK_N"])
+    return (blocks, *inner) if blocks > 1 else inner
+
+
+def _pairs(constants: dict[str, Any]) -> int:
+    """Trips of the loop over the samples that one is compared with."""
+    return Fixed(constants["NUM_SAMPLES"])
+
+
 def _case(name: str, dtype: torch.dtype, changes: dict[str, Any], **rest: Any) -> Configuration:
     """What the three kernels share; traffic is samples in and out, mean and log_std in."""
     width, count = changes.get("width", WIDTH), changes.get("num_samples", NUM_SAMPLES)
@@ -67,7 +79,7 @@ def _analytic(
         changes,
         kernel=analytic_kernel,
         constants=lambda target: launch.analytic(_problem(target, dtype, **changes)),
-        trips=lambda _: (count, NUM_SAMPLES),
+        trips=lambda constants: _trips(constants, count, _pairs(constants)),
         budget=budget,
         is_main=is_main,
     )
@@ -86,7 +98,9 @@ def _gram(
         constants=lambda target: launch.gram(
             _problem(target, dtype, **changes), is_antithetic=is_antithetic
         ),
-        trips=lambda constants: (math.ceil(draws / constants["BLOCK_M"]), NUM_SAMPLES),
+        trips=lambda constants: _trips(
+            constants, math.ceil(draws / constants["BLOCK_M"]), _pairs(constants)
+        ),
         budget=budget,
         is_main=is_main,
     )
@@ -94,9 +108,9 @@ def _gram(
 
 def _direct(
     name: str, dtype: torch.dtype, *, is_given: bool, is_drawn: bool = False,
-    need_targets: bool = False, is_main: bool = False, **changes: Any,
+    is_antithetic: bool = False, need_targets: bool = False, is_main: bool = False, **changes: Any,
 ) -> Configuration:  # fmt: skip
-    width = changes.get("width", WIDTH)
+    width, draws = changes.get("width", WIDTH), NUM_TARGETS // 2 if is_antithetic else NUM_TARGETS
     passes = 0 if is_drawn else 2 if need_targets else 1
     targets = passes * NUM_TARGETS * width * dtype.itemsize
     return _case(
@@ -108,31 +122,86 @@ def _direct(
             _problem(target, dtype, **changes),
             is_given=is_given,
             is_drawn=is_drawn,
-            is_antithetic=False,
+            is_antithetic=is_antithetic,
             need_targets=need_targets,
         ),
-        trips=lambda _: (NUM_SAMPLES, NUM_TARGETS),
-        bytes_per_row=(2 * NUM_SAMPLES + 2) * width * dtype.itemsize + targets,
+        trips=lambda constants: _trips(constants, _pairs(constants), draws),
+        bytes_per_row=(2 * changes.get("num_samples", NUM_SAMPLES) + 2) * width * dtype.itemsize
+        + targets,
         is_main=is_main,
     )
 
 
-def cases() -> Iterator[Configuration]:
-    """The analytic score, targets drawn by products, and direct differences."""
-    bf16, fp32 = torch.bfloat16, torch.float32
+def _analytic_cases() -> Iterator[Configuration]:
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    posterior = {"need_posterior": True}
     yield _analytic("series", bf16, is_far=False, budget=3000, is_main=True)
     yield _analytic("quadrature", bf16, is_far=True, budget=8500, is_main=True)
+    yield _analytic("quadrature.fp16", fp16, is_far=True)
     yield _analytic("quadrature.fp32", fp32, is_far=True)
     yield _analytic("quadrature.exponent-0.5", bf16, is_far=True, exponent=0.5)
-    yield _analytic("quadrature.posterior", bf16, is_far=True, need_posterior=True, is_main=True)
-    yield _analytic("quadrature.posterior.fp32", fp32, is_far=True, need_posterior=True)
+    yield _analytic("quadrature.N5", bf16, is_far=True, num_samples=5)
+    yield _analytic("quadrature.N16", bf16, is_far=True, num_samples=16)
+    yield _analytic("quadrature.L32", bf16, is_far=True, width=32)
+    yield _analytic("quadrature.L8", fp32, is_far=True, width=8)
     yield _analytic("series.L1024", bf16, is_far=False, width=1024, is_main=True)
+    yield _analytic("series.L1024.fp32", fp32, is_far=False, width=1024)
+    yield _analytic("posterior", bf16, is_far=True, is_main=True, **posterior)
+    yield _analytic("posterior.fp32", fp32, is_far=True, **posterior)
+    yield _analytic("posterior.exponent-1.5", bf16, is_far=True, exponent=1.5, **posterior)
+    yield _analytic("posterior.N5", bf16, is_far=True, num_samples=5, **posterior)
+    yield _analytic("posterior.N16", fp32, is_far=True, num_samples=16, **posterior)
+    yield _analytic("posterior.L32", bf16, is_far=True, width=32, **posterior)
+    yield _analytic("posterior.L512", bf16, is_far=True, width=512, **posterior)
+    yield _analytic("posterior.L1024", bf16, is_far=True, width=1024, is_main=True, **posterior)
+    yield _analytic("posterior.L1024.fp32", fp32, is_far=True, width=1024, **posterior)
+    yield _analytic(
+        "posterior.L1024.N16", bf16, is_far=True, width=1024, num_samples=16, **posterior
+    )
+
+
+def _gram_cases() -> Iterator[Configuration]:
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    sampled: dict[str, Any] = {"is_antithetic": False}
+    posterior = {"need_posterior": True}
     yield _gram("antithetic", bf16, is_antithetic=True, budget=9000, is_main=True)
-    yield _gram("sample", bf16, is_antithetic=False, budget=13000, is_main=True)
-    yield _gram("sample.fp32", fp32, is_antithetic=False, is_main=True)
-    yield _gram("sample.posterior", bf16, is_antithetic=False, need_posterior=True)
-    yield _gram("sample.L256", bf16, is_antithetic=False, width=256)
-    yield _direct("drawn.sample.L1024", bf16, is_given=False, is_drawn=True, width=1024)
+    yield _gram("sample", bf16, budget=13000, is_main=True, **sampled)
+    yield _gram("sample.fp16", fp16, **sampled)
+    yield _gram("sample.fp32", fp32, is_main=True, **sampled)
+    yield _gram("sample.exponent-0.5", bf16, exponent=0.5, **sampled)
+    yield _gram("sample.N5", bf16, num_samples=5, **sampled)
+    yield _gram("sample.N16", bf16, num_samples=16, **sampled)
+    yield _gram("sample.N16.fp32", fp32, num_samples=16, **sampled)
+    yield _gram("sample.L64", bf16, width=64, **sampled)
+    yield _gram("sample.L256", bf16, width=256, **sampled)
+    yield _gram("sample.posterior", bf16, **sampled, **posterior)
+    yield _gram("sample.posterior.fp32", fp32, **sampled, **posterior)
+    yield _gram("sample.posterior.N16", bf16, num_samples=16, **sampled, **posterior)
+    yield _gram("sample.posterior.N16.fp32", fp32, num_samples=16, **sampled, **posterior)
+    yield _gram("sample.posterior.L256", bf16, width=256, **sampled, **posterior)
+    yield _gram("sample.posterior.L256.fp32", fp32, width=256, **sampled, **posterior)
+    yield _gram("antithetic.posterior", bf16, is_antithetic=True, **posterior)
+    yield _gram("antithetic.posterior.fp32", fp32, is_antithetic=True, **posterior)
+
+
+def _direct_cases() -> Iterator[Configuration]:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    drawn: dict[str, Any] = {"is_given": False, "is_drawn": True}
+    yield _direct("drawn.sample.L32", bf16, width=32, need_posterior=True, **drawn)
+    yield _direct("drawn.sample.L1024", bf16, width=1024, **drawn)
+    yield _direct("drawn.sample.L1024.posterior", bf16, width=1024, need_posterior=True, **drawn)
+    yield _direct("drawn.antithetic.L1024", fp32, width=1024, is_antithetic=True, **drawn)
     yield _direct("drawn.noise", bf16, is_given=False)
+    yield _direct("drawn.noise.posterior", bf16, is_given=False, need_posterior=True)
+    yield _direct("given", bf16, is_given=True)
     yield _direct("given.fp32", fp32, is_given=True, is_main=True)
     yield _direct("given.fp32.dtargets", fp32, is_given=True, need_targets=True, is_main=True)
+    yield _direct("given.N16.dtargets", bf16, is_given=True, need_targets=True, num_samples=16)
+    yield _direct("given.L1024.dtargets", fp32, is_given=True, need_targets=True, width=1024)
+
+
+def cases() -> Iterator[Configuration]:
+    """The analytic score, targets drawn by products, and direct differences."""
+    yield from _analytic_cases()
+    yield from _gram_cases()
+    yield from _direct_cases()

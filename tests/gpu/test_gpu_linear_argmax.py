@@ -1,0 +1,81 @@
+"""The argmax kernels at full size: parity, exact ties, graphs, no logits in memory."""
+
+import pytest
+import torch
+
+from calm_kernels import linear_argmax
+
+WORDS, WIDTH = 128_256, 512
+# A difference of two logits that the order of their sums cannot turn round.
+MARGIN = {torch.bfloat16: 1e-3, torch.float16: 1e-3, torch.float32: 1e-3}
+
+
+def make_inputs(rows, words=WORDS, width=WIDTH, dtype=torch.bfloat16):
+    generator = torch.Generator("cuda").manual_seed(rows)
+    options = {"device": "cuda", "generator": generator}
+    hidden, weight = torch.randn(rows, width, **options), torch.randn(words, width, **options)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", MARGIN, ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 16, 17, 64, 65, 800, 4099])
+def test_parity_at_full_size(rows, dtype):
+    hidden, weight = make_inputs(rows, dtype=dtype)
+    index, largest, logsumexp = linear_argmax(
+        hidden, weight, return_max=True, return_logsumexp=True, backend="triton"
+    )
+    assert torch.equal(linear_argmax(hidden, weight, backend="triton"), index)
+    logits = hidden.double() @ weight.double().T
+    best = logits.topk(2, dim=-1).values
+    is_clear = best[:, 0] - best[:, 1] > MARGIN[dtype]
+    assert is_clear.float().mean() > 0.98
+    assert torch.equal(index[is_clear], logits.argmax(-1)[is_clear])
+    torch.testing.assert_close(largest.double(), best[:, 0], rtol=2e-6, atol=0)
+    torch.testing.assert_close(logsumexp.double(), logits.logsumexp(-1), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize(("rows", "words", "width"), [(3, 1, 8), (5, 32_001, 72), (129, 777, 500)])
+@pytest.mark.parametrize("dtype", MARGIN, ids=str)
+def test_odd_sizes_with_ties(rows, words, width, dtype):
+    """Small integers: logits are exact, and ties are everywhere."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    options = {"device": "cuda", "generator": generator}
+    hidden = torch.randint(-1, 2, (rows, width), **options).to(dtype)
+    weight = torch.randint(-1, 2, (words, width), **options).to(dtype)
+    index = linear_argmax(hidden, weight, backend="triton")
+    assert torch.equal(index, (hidden.double() @ weight.double().T).argmax(-1))
+
+
+@pytest.mark.parametrize("rows", [4, 300])
+def test_nan_and_infinity(rows):
+    hidden, weight = make_inputs(rows, 5000, 64)
+    hidden = hidden.abs() + 0.1
+    weight[4000], weight[100] = torch.nan, torch.inf
+    index, largest = linear_argmax(hidden, weight, return_max=True, backend="triton")
+    assert (index == 4000).all() and largest.isnan().all()
+    weight[4000] = 0.0
+    assert (linear_argmax(hidden, weight, backend="triton") == 100).all()
+    weight[:] = -torch.inf
+    assert (linear_argmax(hidden, weight, backend="triton") == 0).all()
+
+
+def test_a_captured_graph_and_memory():
+    hidden, weight = make_inputs(800)
+    expected = linear_argmax(hidden, weight, backend="triton")  # compiles
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_argmax(hidden, weight, backend="triton")
+    assert torch.cuda.max_memory_allocated() - before < 2 << 20
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        index = linear_argmax(hidden, weight, backend="triton")
+    hidden.copy_(hidden.flip(0))
+    graph.replay()
+    assert torch.equal(index, expected.flip(0))
+
+
+def test_offsets_beyond_32_bits():
+    words, width = 600_000, 4096
+    hidden, weight = make_inputs(3, words, width)
+    weight[words - 1] = 10 * hidden[1]
+    assert linear_argmax(hidden, weight, backend="triton")[1] == words - 1
