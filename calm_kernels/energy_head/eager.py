@@ -4,7 +4,6 @@ Rows of the draws are patch-major, ``[R, N, C]``, so that the context is added b
 N and its gradient is a sum over neighbouring rows.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -34,12 +33,17 @@ def energy_head_eager(
 
 
 def _contexts(hidden: Tensor, head: HeadParameters) -> tuple[Tensor, ...]:
-    """W₁'s context half of every block and b₁, ``[R, 1, C]`` each, in one product."""
+    """W₁'s context half of every block and b₁, ``[R, 1, C]`` each.
+
+    Not in one product: putting the weights side by side would cost a decode step more than it saves
+    and a training step nothing.
+    """
     width = hidden.shape[-1]
     context = _norm(linear(hidden, *head.hidden_embd), head.norm_hidden)
-    weight = torch.cat([block.first.weight[:, width:] for block in head.blocks])  # [blocks * C, C]
-    bias = torch.cat([block.first.bias for block in head.blocks])
-    return linear(context, weight, bias)[:, None].split(width, dim=-1)
+    return tuple(
+        linear(context, block.first.weight[:, width:], block.first.bias)[:, None]
+        for block in head.blocks
+    )
 
 
 def _block(sample: Tensor, context: Tensor, block: BlockParameters) -> Tensor:
