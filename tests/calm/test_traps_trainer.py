@@ -8,6 +8,7 @@ from transformers import LlamaConfig, Trainer, TrainingArguments
 
 from calm import BaselineTransformer
 from calm.models.heads.energy import EnergyGenerativeHead
+from calm_kernels import EnergyHead
 
 
 class Sequences(Dataset):
@@ -21,11 +22,12 @@ class Sequences(Dataset):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
-def fixed_noise(self, hidden, num_samples, seed, first_row):
-    """The same draws for every patch, however the batch is cut."""
+def with_fixed_noise(self, hidden, *, num_samples, seed, first_row):
+    """`EnergyHead.sample` with the same draws for every patch, however the batch is cut."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(num_samples, self.noise_size, generator=generator) - 0.5
-    return noise[:, None, None].expand(-1, *hidden.shape[:-1], -1)
+    noise = noise[:, None, None].expand(-1, *hidden.shape[:-1], -1)
+    return EnergyHead.sample(self, hidden, noise)
 
 
 def baseline():
@@ -59,7 +61,7 @@ def one_step(model, folder, *, accumulation):
 @pytest.mark.parametrize("build", [tiny.model, baseline], ids=["energy", "baseline"])
 def test_accumulation_does_not_change_loss_or_gradient(tmp_path, monkeypatch, build):
     """Trap 1: a forward that seems to divide its loss itself is never divided by the steps."""
-    monkeypatch.setattr(EnergyGenerativeHead, "_draw", fixed_noise)
+    monkeypatch.setattr(EnergyGenerativeHead, "sample", with_fixed_noise)
     loss, norm, weights = one_step(build(), tmp_path, accumulation=1)
     other_loss, other_norm, other_weights = one_step(build(), tmp_path, accumulation=4)
     assert other_loss == pytest.approx(loss, rel=1e-4)
