@@ -80,10 +80,8 @@ TABLE: dict[tuple[str, str, int], Launch] = {
     ("energy_head.norm", DEFAULT, 4096): Launch(num_warps=8, block_rows=2),
     ("energy_head.norm.backward", DEFAULT, 1024): Launch(num_warps=8, block_rows=2),
     ("energy_head.norm.backward", DEFAULT, 4096): Launch(num_warps=8, block_rows=1),
-    ("energy_head.embed", DEFAULT, 1024): Launch(num_warps=16, block_rows=32),
-    ("energy_head.embed", DEFAULT, 4096): Launch(num_warps=16, block_rows=16),
-    ("energy_head.embed.backward", DEFAULT, 1024): Launch(num_warps=8, block_rows=16),
-    ("energy_head.embed.backward", DEFAULT, 4096): Launch(num_warps=16, block_rows=16),
+    ("energy_head.embed", DEFAULT, 4096): Launch(num_warps=8, block_rows=32),
+    ("energy_head.embed.backward", DEFAULT, 4096): Launch(num_warps=8, block_rows=32),
     # The width of linear_argmax is its number of rows: few of them wait for the weight, many for
     # the products, and then a block of 256 words reads least from the cache.
     ("linear_argmax", DEFAULT, 16): Launch(

@@ -2,9 +2,10 @@
 disassembly.
 
 Instructions are counted dynamically: every instruction once, and those of a loop once per trip. A
-loop is a backward branch without an exit between its ends; its trips are declared by the
-configuration, in the order of the code. What follows the last exit is left out: there the compiler
-puts the slow path of warp shuffles for diverged warps, which these kernels never take.
+loop is a backward branch with neither an exit nor a jump past it between its ends; its trips are
+declared by the configuration, in the order of the code. What follows the last exit is left out:
+there the compiler puts the slow path of warp shuffles for diverged warps, which these kernels never
+take. A loop that the compiler unrolled in part is counted as if it were not, which is too much.
 """
 
 import re
@@ -69,6 +70,7 @@ def _parse(
     places: dict[str, int] = {}
     loops: list[Loop] = []
     exits: list[int] = []
+    jumps: list[tuple[int, str]] = []  # unconditional
     for text in lines:
         if found := label.match(text):
             places[found[1]] = len(names)
@@ -76,6 +78,8 @@ def _parse(
             name, operands = found[1], found[2]
             target = branch.search(operands)
             names.append(name)
+            if target and name in ("BRA", "s_branch") and not re.search(r"@|\bU?!?U?P\d", text):
+                jumps.append((len(names) - 1, target[1]))
             if target and target[1] in places:
                 loops.append(Loop(places[target[1]], len(names) - 1))
             if name == exit_name and "@" not in text:
@@ -86,6 +90,10 @@ def _parse(
         for loop in loops
         if loop.last < end
         and not any(loop.first < place <= loop.last for place in exits)
+        and not any(
+            loop.first <= place < loop.last and places.get(label, end) > loop.last
+            for place, label in jumps
+        )
         and not _WAITS & set(names[loop.first : loop.last + 1])
     ]
     # Branches to one place close one loop.

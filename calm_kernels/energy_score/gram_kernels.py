@@ -39,16 +39,22 @@ def _load_slices(pointer, q, stride_l, width, WORDS: tl.constexpr):
 @triton.jit
 def _load_samples(
     pointer, q, sample, stride_n, stride_l, width, NUM_SAMPLES: tl.constexpr,
-    WORDS: tl.constexpr,
+    WORDS: tl.constexpr, IS_LAST: tl.constexpr = False,
 ):  # fmt: skip
-    """Eight slices ``[BLOCK_N, BLOCK_Q]`` of the samples in float32."""
+    """Eight slices ``[BLOCK_N, BLOCK_Q]`` of the samples in float32; see `tile_kernels` for the
+    last read.
+    """
     slices = ()
     offs_n = sample.to(tl.int64)[:, None] * stride_n
     for k in tl.static_range(8):
         feature = k * WORDS + q
         mask = ((q < WORDS) & (feature < width))[None, :] & (sample < NUM_SAMPLES)[:, None]
         offs = offs_n + (feature.to(tl.int64) * stride_l)[None, :]
-        slices = slices + (tl.load(pointer + offs, mask=mask, other=0.0).to(tl.float32),)
+        if IS_LAST:
+            loaded = tl.load(pointer + offs, mask=mask, other=0.0, eviction_policy="evict_first")
+        else:
+            loaded = tl.load(pointer + offs, mask=mask, other=0.0)
+        slices = slices + (loaded.to(tl.float32),)
     return slices
 
 
@@ -193,34 +199,37 @@ def _sum_draws(
 
 
 @triton.jit
-def _target_gradients(
-    d, std, mass, pull, spread, scale, dmean, dlog_std, NEED_POSTERIOR: tl.constexpr
-):  # fmt: skip
-    """Slices of the fidelity's gradient by the samples; those by the target, added up if needed."""
+def _target_gradients(d, std, mass, pull, spread, scale, NEED_POSTERIOR: tl.constexpr):
+    """Slices of the fidelity's gradient by the samples, and of this block's share of those by mean
+    and log_std.
+    """
     slopes = ()
-    new_dmean = ()
-    new_dlog_std = ()
+    dmean = ()
+    dlog_std = ()
     for k in tl.static_range(8):
         drawn = tl.trans(pull[k]) * std[k]  # Σ_m w_m z_m
         slope = scale * (mass[:, None] * d[k] - drawn)
         slopes = slopes + (slope,)
         if NEED_POSTERIOR:
             own = std[k] * std[k] * tl.trans(spread[k])
-            change = scale * tl.sum(d[k] * drawn - own, axis=0)
-            new_dmean = new_dmean + (dmean[k] + tl.sum(slope, axis=0),)
-            new_dlog_std = new_dlog_std + (dlog_std[k] + change,)
-    if NEED_POSTERIOR:
-        dmean = new_dmean
-        dlog_std = new_dlog_std
+            dmean = dmean + (tl.sum(slope, axis=0),)
+            dlog_std = dlog_std + (scale * tl.sum(d[k] * drawn - own, axis=0),)
     return slopes, dmean, dlog_std
 
 
 @triton.jit
-def _store_row(pointer, slices, q, WIDTH: tl.constexpr, WORDS: tl.constexpr):
-    """Eight slices ``[BLOCK_Q]`` into one row of contiguous memory."""
+def _add_row(pointer, slices, q, is_first, IS_ONLY: tl.constexpr, WIDTH: tl.constexpr):
+    """Eight slices ``[BLOCK_Q]`` into one row of contiguous memory, onto what earlier blocks of
+    samples left there: the registers of a loop over blocks do not hold it.
+    """
+    WORDS: tl.constexpr = (WIDTH + 7) // 8
     for k in tl.static_range(8):
+        place = pointer + k * WORDS + q
         mask = (q < WORDS) & (k * WORDS + q < WIDTH)
-        tl.store(pointer + k * WORDS + q, slices[k].to(pointer.dtype.element_ty), mask=mask)
+        value = slices[k]
+        if not IS_ONLY:
+            value += tl.load(place, mask=mask & (not is_first), other=0.0)
+        tl.store(place, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_targets", "num_draws"])
@@ -249,9 +258,7 @@ def gram_kernel(
 
     fidelity = 0.0
     diversity = 0.0
-    empty = tl.zeros([BLOCK_Q], tl.float32)
-    dmean = (empty, empty, empty, empty, empty, empty, empty, empty)
-    dlog_std = dmean
+    IS_ONLY: tl.constexpr = NUM_SAMPLES <= BLOCK_N
     for start in range(0, NUM_SAMPLES, BLOCK_N):
         sample = start + tl.arange(0, BLOCK_N)
         mask_n = sample < NUM_SAMPLES
@@ -264,8 +271,15 @@ def gram_kernel(
         )  # fmt: skip
         fidelity += tl.sum(total)
         slopes, dmean, dlog_std = _target_gradients(
-            d, std, mass, pull, spread, target_scale, dmean, dlog_std, NEED_POSTERIOR
+            d, std, mass, pull, spread, target_scale, NEED_POSTERIOR
         )
+        if NEED_POSTERIOR:
+            _add_row(dmean_ptr + row * WIDTH, dmean, q, start == 0, IS_ONLY, WIDTH)
+            _add_row(dlog_std_ptr + row * WIDTH, dlog_std, q, start == 0, IS_ONLY, WIDTH)
+            if not IS_ONLY:
+                tl.debug_barrier()
+        # Read again what the loop over draws had no registers to keep.
+        x = _load_samples(row_ptr, q, sample, stride_n, stride_l, width, NUM_SAMPLES, WORDS, True)
         apart, pair_pull = _pair_slices(
             x, row_ptr, q, stride_n, stride_l, width, NUM_SAMPLES, WORDS, EXPONENT, FAST
         )
@@ -278,6 +292,3 @@ def gram_kernel(
                 tl.store(dsamples_ptr + offs_n + (k * WORDS + q)[None, :], values, mask=mask)
 
     store_terms(terms_ptr, row, num_rows, target_scale * fidelity, pair_scale / 2 * diversity, 0.0)
-    if NEED_POSTERIOR:
-        _store_row(dmean_ptr + row * WIDTH, dmean, q, WIDTH, WORDS)
-        _store_row(dlog_std_ptr + row * WIDTH, dlog_std, q, WIDTH, WORDS)

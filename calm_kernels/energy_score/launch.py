@@ -12,7 +12,7 @@ from calm_kernels.device import LANE_AXIS
 from calm_kernels.energy_score.expectation import SERIES_MIN_LATENT
 from calm_kernels.energy_score.nodes import nodes
 from calm_kernels.energy_score.series import MAX_R2, MAX_SHARE
-from calm_kernels.tuning import Launch, launch_options, patch_tile, setting
+from calm_kernels.tuning import Launch, launch_options, patch_tile, setting, warp_size
 
 __all__ = ["GRAM_WIDTHS", "Problem", "analytic", "direct", "gram"]
 
@@ -43,7 +43,10 @@ class Problem:
         """The table's row for this problem."""
         is_heavy = self.need_posterior or (operation == "gram" and self.dtype.itemsize == 4)
         name = f"energy_score.{operation}" + (".heavy" if is_heavy else "")
-        return setting(name, self.arch, self.width)
+        found = setting(name, self.arch, self.width)
+        if self.num_samples <= found.block_n:
+            return found
+        return setting(f"{name}.blocks", self.arch, self.width)
 
     def common(self) -> dict[str, Any]:
         """Constants that every kernel takes."""
@@ -60,7 +63,9 @@ class Problem:
     def tiled(self, operation: str) -> Constants:
         """Common constants with those of a patch tile, and the options of its launch."""
         launch = self.setting(operation)
-        tile = patch_tile(launch, self.num_samples, self.width, self.dtype.itemsize)
+        tile = patch_tile(
+            launch, self.num_samples, self.width, self.dtype.itemsize, warp_size(self.arch)
+        )
         return self.common() | tile.constants(LANE_AXIS.value), launch_options(
             launch, tile.num_warps
         )

@@ -81,6 +81,23 @@ def test_loops_that_were_not_declared():
         inspection.count_instructions(names, loops, (4,))
 
 
+def test_a_block_that_is_jumped_over_is_no_loop():
+    listing = AMDGCN.replace("\ts_nop 1\n", "\ts_branch .LBB0_3\n")
+    assert inspection.parse_amdgcn(AMDGCN)[1] == [inspection.Loop(1, 4)]
+    assert inspection.parse_amdgcn(listing)[1] == [inspection.Loop(1, 2)]
+
+
+def test_loops_that_may_be_unrolled():
+    names, loops = ["A", "B"], [inspection.Loop(1, 1)]
+    fixed = inspection.Fixed(8)
+    assert inspection.count_instructions(names, loops, (3,)) == 1 + 3
+    assert inspection.count_instructions(names, loops, (3, fixed)) == 1 + 3
+    assert inspection.count_instructions(names, loops, (fixed,)) == 1 + 8
+    assert inspection.count_instructions(names, [], (fixed,)) == 2
+    with pytest.raises(ValueError, match="1 loops in the code, 3 declared, 2 if unrolled"):
+        inspection.count_instructions(names, loops, (3, 4, fixed))
+
+
 @pytest.mark.parametrize("name", [name for name, case in CONFIGURATIONS.items() if case.is_main])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_main_configurations(target, name):
