@@ -27,13 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, default=os.path.join("runs", "demo", "calm"))
     add_text_arguments(parser, default="embedded:docstrings")
     parser.add_argument(
-        "--positions", type=int, default=96, metavar="P", help="places of the text (default: 96)"
+        "--positions", type=int, default=128, metavar="P", help="places of the text (default: 128)"
     )
     parser.add_argument(
         "--repeats", type=int, metavar="R", help="chunks drawn at each of them (default: 6)"
     )
     parser.add_argument(
-        "--max-draws", type=int, metavar="D", help="cap of the exact method (default: 1000 a chunk)"
+        "--max-draws", type=int, metavar="D", help="cap of the exact method (default: 2000 a chunk)"
     )
     parser.add_argument("--quick", action="store_true", help="a few settings, to try it out")
     parser.add_argument(

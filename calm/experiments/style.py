@@ -11,9 +11,10 @@ TEAL, ORANGE, VIOLET = "#0f766e", "#c2410c", "#4f46e5"
 def style_axes(axes: Axes, title: str, note: str) -> None:
     """A title, a note below it, horizontal lines and no frame."""
     axes.set_title(title, loc="left", color=INK, fontsize=11.5, fontweight="bold", pad=20)
-    text = axes.text(
-        0, 1.03, note, transform=axes.transAxes, color=MUTED, fontsize=8.5, va="bottom"
-    )
+    text = axes.annotate(
+        note, (0, 1), xycoords="axes fraction", xytext=(0, 6), textcoords="offset points",
+        color=MUTED, fontsize=8.5, va="bottom",
+    )  # fmt: skip
     text.set_in_layout(False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRID)

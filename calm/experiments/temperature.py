@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from calm.errors import UserError
 from calm.experiments.tradeoff import (
@@ -52,7 +53,7 @@ class StudyOptions:
     medoids: tuple[int, ...] = (2, 8, 32, 200)
     noise_scales: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.0)
     repeats: int = 6
-    max_draws: int = 1000
+    max_draws: int = 2000
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,7 +77,8 @@ class Result:
         accuracy_interval: 95 %, bootstrap over positions.
         collision: share of pairs of draws that agree, likewise.
         collision_interval: likewise.
-        distances: to the exact law at each temperature, ``[temperature, distance, its error]``.
+        distances: squared, to the exact law at each temperature: (temperature, distance, its
+            error), over the positions at which no exact draw came to its cap.
         draws: of the head, mean of a chunk.
         fallbacks: share of chunks that a stated fallback decided.
         milliseconds: to choose a chunk of one sequence.
@@ -91,10 +93,6 @@ class Result:
     draws: float
     fallbacks: float
     milliseconds: float
-
-    def closest(self) -> tuple[float, float, float] | None:
-        """Temperature whose exact law is nearest, the distance and its error."""
-        return min(self.distances, key=lambda entry: entry[1], default=None)
 
 
 @dataclass(frozen=True)
@@ -132,23 +130,28 @@ def run_study(
         options: see there.
         progress: wraps the settings, to show a bar.
     """
-    exact: dict[float, Outcomes] = {}
-    results = []
+    measured: list[tuple[Setting, Outcomes, float]] = []
     for index, setting in enumerate(progress(settings_of(options))):
         method = setting.build(options.max_draws)
         # Settings draw from seeds of their own: distances need independent draws.
         seed = options.seed * 1009 + index
         outcomes = draw_outcomes(model, positions, method, options.repeats, seed)
-        if setting.method == "exact":
-            exact[setting.temperature] = outcomes
-        elapsed = milliseconds(model, positions, method)
-        results.append((setting, outcomes, elapsed))
+        measured.append((setting, outcomes, milliseconds(model, positions, method)))
+    exact = {
+        setting.temperature: outcomes
+        for setting, outcomes, _ in measured
+        if setting.method == "exact"
+    }
+    is_capped = torch.stack([outcomes.is_fallback for outcomes in exact.values()])
+    within_cap = ~is_capped.any(0).any(0)
     measured_on = {
-        "positions": len(positions), "patch_size": model.patch_size, **asdict(options),
-        "machine": platform.machine(), "threads": torch.get_num_threads(),
+        "positions": len(positions), "positions_within_cap": int(within_cap.sum()),
+        "patch_size": model.patch_size, "repeats": options.repeats, "max_draws": options.max_draws,
+        "seed": options.seed, "machine": platform.machine(), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "device": str(model.device),
     }  # fmt: skip
-    return Study(measured_on, [_result(*entry, positions, exact) for entry in results])
+    results = [_result(*entry, positions, exact, within_cap) for entry in measured]
+    return Study(measured_on, results)
 
 
 def _result(
@@ -157,6 +160,7 @@ def _result(
     elapsed: float,
     positions: Positions,
     exact: dict[float, Outcomes],
+    within_cap: Tensor,
 ) -> Result:
     matches, collisions = outcomes.matches(positions.chunks), outcomes.collisions()
     return Result(
@@ -166,7 +170,7 @@ def _result(
         collision=float(geometric_mean(collisions.mean(0))),
         collision_interval=interval(collisions),
         distances=[
-            (temperature, *law_distance(outcomes, other))
+            (temperature, *law_distance(outcomes, other, within_cap))
             for temperature, other in exact.items()
             if setting.method != "exact"
         ],
@@ -190,31 +194,64 @@ def write_study(study: Study, folder: Path) -> str:
 
 
 def to_markdown(study: Study) -> str:
-    """One row a setting."""
+    """Two tables: a row for each setting, and the heuristics nearest to each exact law."""
+    facts = ", ".join(f"{name} {value}" for name, value in study.measured_on.items())
+    return f"{_settings_table(study)}\n\n{_nearest_table(study)}\n\nMeasured on: {facts}.\n"
+
+
+def _settings_table(study: Study) -> str:
     lines = [
-        "| method | T | N | noise | accuracy, % | collision, % | nearest exact law: T, distance "
-        "| draws a chunk | ms a chunk | fallback, % |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| method | T | N | noise | accuracy, % | collision, % | draws a chunk | ms a chunk "
+        "| fallback, % |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in study.results:
         setting = result.setting
-        nearest = result.closest()
-        single = setting.method == "direct"
         cells = [
             setting.method,
-            "" if setting.method in ("direct", "medoid") else f"{setting.temperature:.2f}",
-            "" if single or setting.method == "exact" else f"{setting.num_samples}",
+            f"{setting.temperature:.2f}" if setting.method in ("exact", "batch") else "",
+            f"{setting.num_samples}" if setting.method in ("batch", "medoid") else "",
             f"{setting.noise_scale:g}",
             _percent(result.accuracy, result.accuracy_interval),
             _percent(result.collision, result.collision_interval),
-            "" if nearest is None else "{:.2f}, {:.3f} ± {:.3f}".format(*nearest),
             f"{result.draws:.0f}",
             f"{result.milliseconds:.2f}",
             f"{100 * result.fallbacks:.1f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    facts = ", ".join(f"{name} {value}" for name, value in study.measured_on.items())
-    return "\n".join(lines) + f"\n\nMeasured on: {facts}.\n"
+    return "\n".join(lines)
+
+
+def _nearest_table(study: Study) -> str:
+    """Squared distances from exact laws: of the model itself, and the least of each heuristic."""
+    lines = [
+        "| exact law at T | the model itself | vote, same T | medoid | noise scaled |",
+        "|---|---|---|---|---|",
+    ]
+    plain = [result for result in study.results if result.setting == Setting("direct")]
+    votes = [result for result in study.results if result.setting.method == "batch"]
+    medoids = [result for result in study.results if result.setting.method == "medoid"]
+    scaled = [
+        result
+        for result in study.results
+        if result.setting.method == "direct" and result.setting.noise_scale < 1
+    ]
+    for index, (temperature, *_) in enumerate(plain[0].distances):
+        same = [result for result in votes if result.setting.temperature == temperature]
+        cells = [_nearest(results, index) for results in (plain, same, medoids, scaled)]
+        lines.append(f"| {temperature:.2f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _nearest(results: list[Result], index: int) -> str:
+    """Least distance from the exact law number `index`, and the setting that has it."""
+    best = min(results, key=lambda result: result.distances[index][1])
+    setting = best.setting
+    _, distance, error = best.distances[index]
+    name = f"N = {setting.num_samples}"
+    if setting.method == "direct":
+        name = f"scale {setting.noise_scale:g}"
+    return f"{distance:.3f} ± {error:.3f} ({name})"
 
 
 def _percent(value: float, ends: tuple[float, float]) -> str:

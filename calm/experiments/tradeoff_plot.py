@@ -1,10 +1,10 @@
 """The figure of `calm experiment temperature`."""
 
-from itertools import groupby
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from calm.experiments.style import INK, MUTED, ORANGE, TEAL, VIOLET, style_axes
 from calm.experiments.temperature import Result, Study
@@ -14,11 +14,13 @@ __all__ = ["plot_study"]
 COLORS = {"direct": VIOLET, "batch": TEAL, "medoid": ORANGE, "exact": INK}
 MARKERS = {"direct": "s", "batch": "o", "medoid": "^", "exact": "D"}
 LIGHTEST = 0.35
+LABELLED_SCALES = (1.0, 0.5, 0.2, 0.0)  # labels would overlap otherwise
 
 
 def plot_study(study: Study, path: Path) -> None:
     """Accuracy against collision, and against the time of a chunk; one line a method and N."""
-    figure = Figure(figsize=(12.5, 5.6), dpi=140, facecolor="white", layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.05)
+    figure = Figure(figsize=(12.5, 5.8), dpi=140, facecolor="white", layout=layout)
     left, right = figure.subplots(1, 2, sharey=True)
     style_axes(
         left, "Accuracy and diversity", "draws that are the text, %, over pairs of draws that agree"
@@ -51,8 +53,10 @@ def _lines(study: Study) -> list[tuple[str, list[Result]]]:
             case _:
                 return f"{setting.method}, over T"
 
-    ordered = sorted(study.results, key=lambda result: (result.setting.method, name(result)))
-    return [(key, list(group)) for key, group in groupby(ordered, key=name)]
+    lines: dict[str, list[Result]] = {}
+    for result in study.results:
+        lines.setdefault(name(result), []).append(result)
+    return list(lines.items())
 
 
 def _draw(axes: Axes, name: str, results: list[Result], is_cost: bool) -> None:
@@ -65,6 +69,8 @@ def _draw(axes: Axes, name: str, results: list[Result], is_cost: bool) -> None:
         linewidth=1.6, label=name, alpha=alpha,
     )  # fmt: skip
     for result, place, height in zip(results, across, accuracy, strict=True):
+        if result.setting.noise_scale not in LABELLED_SCALES:
+            continue
         axes.annotate(
             _label(result), (place, height), xytext=(4, -9), textcoords="offset points",
             color=COLORS[method], fontsize=6.5, alpha=max(alpha, 0.6),
