@@ -63,9 +63,7 @@ def published(autoencoder, latents):
 
 
 def ours(decoder, latents, seed):
-    candidates = Candidates(
-        decoder.expand(latents), lambda states: decoder.tokens(decoder.finish(states))
-    )
+    candidates = Candidates(decoder.expand(latents), decoder.project)
     return decode_and_vote(candidates, TEMPERATURE, seed=seed)
 
 

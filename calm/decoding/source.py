@@ -118,8 +118,7 @@ class HeadSource:
 
     def project(self, slots: Tensor) -> Tensor:
         """See `Source`; the logits are never formed."""
-        decoder = self.model.ae_model.decoder
-        return decoder.tokens(decoder.finish(slots))
+        return self.model.ae_model.decoder.project(slots)
 
     def select(self, rows: Tensor) -> "HeadSource":
         """See `Source`."""

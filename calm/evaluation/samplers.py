@@ -5,16 +5,17 @@ One class for models that can only be sampled (CALM) and one for models that giv
 """
 
 import math
+from itertools import zip_longest
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from calm.decoding.sampling import advance, draw_patches
+from calm.decoding.sampling import advance, draw_latents
 from calm.errors import UserError
 from calm.evaluation.rollout import Step
-from calm.models.agreement import prefix_collisions, prefix_matches
+from calm.models.agreement import MAX_ORDER, prefix_collisions, prefix_matches
 from calm.models.baseline import BaselineTransformer
 from calm.models.continuous import ContinuousTransformer
 from calm_kernels import noise
@@ -99,17 +100,10 @@ class CALMSampler:
         """Shares of N draws; a rollout continues with the first. See `ChunkSampler`."""
         seed = advance(self.seed, rows.flatten() + depth * DEPTH_STRIDE)
         size = max(1, DRAWS_AT_A_TIME // self.num_draws)
+        targets = [None] if target is None else target.flatten(0, 1).split(size)
         parts = [
-            draw_patches(
-                self.model,
-                part,
-                num_samples=self.num_draws,
-                seed=part_seed,
-                noise_scale=self.noise_scale,
-            )
-            for part, part_seed in zip(
-                hidden.flatten(0, 1).split(size), seed.split(size), strict=True
-            )
+            self._draw(*part)
+            for part in zip_longest(hidden.flatten(0, 1).split(size), seed.split(size), targets)
         ]
         draws = torch.cat(parts, dim=1).unflatten(1, rows.shape)  # [N, B, Q, K]
         matches = None
@@ -118,6 +112,21 @@ class CALMSampler:
             matches = matches if self.is_published else matches.mean(0, keepdim=True)
         agreement = (draws[1:] == draws[:1]).all(-1).to(torch.float32).mean(0)
         return Step(draws[0], agreement, prefix_collisions(draws), matches)
+
+    def _draw(self, hidden: Tensor, seed: Tensor, target: Tensor | None) -> Tensor:
+        """Token ids ``[N, R, K]``; with a target that holds a whole n-gram, only what is compared:
+        no rollout continues with them.
+        """
+        latents = draw_latents(
+            self.model,
+            hidden,
+            num_samples=self.num_draws,
+            seed=seed,
+            noise_scale=self.noise_scale,
+        )
+        if target is None or self.patch_size < MAX_ORDER:
+            return self.model.decode_latents(latents)
+        return self.model.decode_compared(latents, target)
 
 
 class TokenSampler:

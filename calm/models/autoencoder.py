@@ -129,8 +129,12 @@ class Decoder(nn.Module):
         hidden = rearrange(self.decode(latent_states), "b p k h -> b (p k) h")
         return nn.functional.linear(hidden, self.output_weight)
 
+    def project(self, hidden: Tensor) -> Tensor:
+        """States of `expand`, ``[..., H]``, to token ids ``[...]``; the logits are never formed."""
+        return self.tokens(self.finish(hidden))
+
     def tokens(self, decoded: Tensor) -> Tensor:
-        """Hidden states of `decode`, ``[..., K, H]``, to the likeliest token ids ``[..., K]``."""
+        """Hidden states of `decode`, ``[..., H]``, to the likeliest token ids ``[...]``."""
         return cast(Tensor, linear_argmax(decoded, self.output_weight))
 
 

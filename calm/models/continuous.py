@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from calm.configuration import AutoencoderConfig, CALMConfig, locate_autoencoder
 from calm.errors import UserError
-from calm.models.agreement import MAX_ORDER, brier_terms
+from calm.models.agreement import MAX_ORDER, brier_terms, decode_compared
 from calm.models.autoencoder import Autoencoder
 from calm.models.backbone import Backbone, compressor
 from calm.models.chunks import IGNORED, num_chunks
@@ -219,7 +219,17 @@ class ContinuousTransformer(CALMPreTrainedModel):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents ``[..., L]`` to token ids ``[..., K]``; the logits are never formed."""
         decoder = self.ae_model.decoder
-        return decoder.tokens(decoder.decode(latents))
+        return decoder.project(decoder.expand(latents))
+
+    @torch.no_grad()
+    def decode_compared(self, latents: Tensor, target: Tensor) -> Tensor:
+        """Draws ``[N, ..., L]`` to token ids for `brier_terms` with `target` ``[..., K]``; on a CPU
+        only those that matter (`calm.models.agreement.decode_compared`).
+        """
+        if latents.is_cuda:
+            return self.decode_latents(latents)
+        decoder = self.ae_model.decoder
+        return decode_compared(decoder.expand(latents), decoder.project, target)
 
     def _hidden_states(self, input_ids: Tensor) -> Tensor:
         """Hidden states after each chunk."""
@@ -288,7 +298,7 @@ class ContinuousTransformer(CALMPreTrainedModel):
         """Brier-1 to Brier-4 of each sequence, averaged over chunks whose first tokens count."""
         by_chunk = rearrange(targets, "b (s k) -> b s k", k=self.patch_size)
         weight = (by_chunk[..., :MAX_ORDER] != IGNORED).all(-1).to(torch.float32)
-        terms = brier_terms(self.decode_latents(samples), by_chunk) * weight[..., None]
+        terms = brier_terms(self.decode_compared(samples, by_chunk), by_chunk) * weight[..., None]
         by_sequence = terms.sum(1) / weight.sum(1, keepdim=True).clamp(min=1)  # [B, 4]
         for order, values in enumerate(by_sequence.unbind(-1), start=1):
             output[f"brier{order}"] = values

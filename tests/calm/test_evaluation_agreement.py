@@ -5,7 +5,12 @@ from itertools import combinations
 import pytest
 import torch
 
-from calm.models.agreement import brier_terms, prefix_collisions, prefix_matches
+from calm.models.agreement import (
+    brier_terms,
+    decode_compared,
+    prefix_collisions,
+    prefix_matches,
+)
 
 LAW = torch.tensor([0.5, 0.25, 0.15, 0.1], dtype=torch.float64)
 
@@ -94,3 +99,32 @@ def test_one_draw_is_not_enough():
 
 def test_ignored_labels_match_nothing():
     assert prefix_matches(torch.zeros(2, 4, dtype=torch.int64), torch.full((4,), -100)).sum() == 0
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("length", [4, 6])
+def test_decoding_what_is_compared_gives_the_same_scores(count, length):
+    draws, target = draw_law((count, 40, 5, length)), draw_law((40, 5, length), seed=1)
+    target[0] = -100  # chunks that do not count
+    rows = []
+
+    def project(states):
+        rows.append(len(states))
+        return states.argmax(-1)
+
+    slots = torch.nn.functional.one_hot(draws, 4).float()
+    tokens = decode_compared(slots, project, target)
+    expected = draws[..., :4]
+    assert torch.equal(brier_terms(tokens, target), brier_terms(expected, target))
+    assert torch.equal(prefix_matches(tokens, target), prefix_matches(expected, target))
+    read = tokens >= 0
+    assert torch.equal(tokens[read], expected[read]) and sum(rows) == int(read.sum())
+    assert rows[0] == count * 200 and rows == sorted(rows, reverse=True)
+    assert count > 2 or rows[-1] < rows[0] / 2
+
+
+def test_nothing_more_is_decoded_where_nothing_agrees():
+    draws, target = torch.tensor([[[0, 1, 2, 3]], [[1, 1, 2, 3]]]), torch.tensor([[2, 1, 2, 3]])
+    slots = torch.nn.functional.one_hot(draws, 4).float()
+    tokens = decode_compared(slots, lambda states: states.argmax(-1), target)
+    assert tokens.tolist() == [[[0, -1, -1, -1]], [[1, -1, -1, -1]]]
