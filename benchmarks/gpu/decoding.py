@@ -1,0 +1,224 @@
+"""``python -m benchmarks.gpu.decoding``: continuing prompts on this GPU, against the published
+algorithm, the token baseline, and the time that reading the weights takes.
+
+Random weights at published sizes. Parity is asserted in float32 before anything is timed in
+bfloat16. Times are of whole calls of `generate`, captured beforehand; the capture is a row's
+``warmup_seconds``. Results go to benchmarks/results/<device>-decoding.json.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, PreTrainedModel
+
+from benchmarks.gpu.run import RESULTS, environment
+from benchmarks.published_decoding import published_generate
+from calm import AutoencoderConfig, BaselineTransformer, CALMConfig, EnergyTransformer
+from calm.decoding.engine import generate, warmup
+from calm_kernels.compiling.targets import TARGETS, Target
+
+__all__ = ["QUICK", "REFERENCE", "Shape", "chunk_floor_ms", "main", "rows"]
+
+REPEATS, PUBLISHED_REPEATS = 5, 2
+PARITY_TOKENS = 16
+SEED = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """CALM-M and Transformer-S (paper, table 1), and what they continue."""
+
+    vocab_size: int = 128256
+    patch_size: int = 4
+    latent_size: int = 128
+    ae_hidden_size: int = 512
+    ae_intermediate_size: int = 1280
+    hidden_size: int = 1024
+    num_layers: int = 16
+    num_heads: int = 16
+    intermediate_size: int = 2752
+    num_blocks: int = 4
+    baseline_hidden_size: int = 768
+    baseline_layers: int = 12
+    baseline_intermediate_size: int = 2048
+    prompt_tokens: int = 128
+    new_tokens: int = 512
+    batch_size: int = 64
+    num_samples: int = 200
+
+
+REFERENCE = Shape()
+QUICK = Shape(
+    vocab_size=101, latent_size=8, ae_hidden_size=16, ae_intermediate_size=24, hidden_size=32,
+    num_layers=2, num_heads=4, intermediate_size=48, num_blocks=1, baseline_hidden_size=32,
+    baseline_layers=2, baseline_intermediate_size=48, prompt_tokens=8, new_tokens=16, batch_size=3,
+    num_samples=10,
+)  # fmt: skip
+
+
+def make_calm(shape: Shape, device: str, dtype: torch.dtype) -> EnergyTransformer:
+    """Random weights, the same for every dtype; no token ends a text."""
+    torch.manual_seed(0)
+    shared = {
+        "vocab_size": shape.vocab_size, "patch_size": shape.patch_size,
+        "latent_size": shape.latent_size, "initializer": "fan_in", "embedding_std": 1.0,
+    }  # fmt: skip
+    autoencoder = AutoencoderConfig(
+        hidden_size=shape.ae_hidden_size, intermediate_size=shape.ae_intermediate_size, **shared
+    )
+    config = CALMConfig(
+        hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_heads, num_mlp_layers=shape.num_blocks, head_init="scaled",
+        eos_token_id=None, ae_config=autoencoder, **shared,
+    )  # fmt: skip
+    return EnergyTransformer(config).eval().to(device, dtype)
+
+
+def make_baseline(shape: Shape, device: str, dtype: torch.dtype) -> BaselineTransformer:
+    """The token-by-token model of the nearest quality."""
+    config = LlamaConfig(
+        vocab_size=shape.vocab_size, hidden_size=shape.baseline_hidden_size,
+        intermediate_size=shape.baseline_intermediate_size,
+        num_hidden_layers=shape.baseline_layers, num_attention_heads=shape.num_heads,
+        max_position_embeddings=2048, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    return BaselineTransformer(config).eval().to(device, dtype)
+
+
+def prompts(shape: Shape, batch_size: int, device: str) -> torch.Tensor:
+    """Random tokens ``[B, T]``."""
+    size = (batch_size, shape.prompt_tokens)
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(shape.vocab_size, size, generator=generator).to(device)
+
+
+def chunk_floor_ms(
+    model: EnergyTransformer, num_samples: int, batch_size: int, target: Target
+) -> float:
+    """Time of a chunk if every weight is read once and products run at full rate."""
+    backbone = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if name.startswith(("transformer.layers", "embed_proj"))
+    )
+    head = sum(parameter.numel() for parameter in model.generative_head.parameters())
+    decoder = sum(parameter.numel() for parameter in model.ae_model.decoder.parameters())
+    decoder -= model.ae_model.decoder.output_weight.numel()
+    projection = model.ae_model.decoder.output_weight.numel()
+    traffic = 2 * (backbone + head + decoder + projection)  # bytes, bf16
+    by_draw = head + decoder + model.patch_size * projection
+    flops = 2 * batch_size * (backbone + num_samples * by_draw)
+    return 1e3 * max(traffic / target.bandwidth, flops / target.tensor_rate)
+
+
+def assert_parity(shape: Shape, device: str) -> None:
+    """Without noise ours and the published algorithm continue alike, in float32."""
+    model, ids = make_calm(shape, device, torch.float32), prompts(shape, 2, device)
+
+    def no_noise(index: int, count: int) -> torch.Tensor:
+        return torch.zeros(count, len(ids), model.config.noise_size, device=device)
+
+    options = {"max_new_tokens": PARITY_TOKENS, "temperature": 1.0}
+    ours = generate(model, ids, noise_scale=0.0, seed=0, **options)
+    theirs = published_generate(model, ids, noise=no_noise, **options)
+    assert torch.equal(ours, theirs), "ours and the published algorithm differ; nothing is timed"
+
+
+def timed(run: Callable[[], object], repeats: int, device: str) -> float:
+    """Median milliseconds of a call, the first one left out."""
+    times = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        run()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times[1:])
+
+
+def row_of(
+    model: PreTrainedModel, name: str, shape: Shape, batch_size: int, device: str, **options: Any
+) -> dict[str, Any]:
+    """Ours (of any model) on `batch_size` prompts."""
+    ids = prompts(shape, batch_size, device)
+    length = shape.prompt_tokens + shape.new_tokens
+    seconds = warmup(model, batch_size=batch_size, max_length=length, **options)
+
+    def run() -> object:
+        return generate(model, ids, max_new_tokens=shape.new_tokens, seed=SEED, **options)
+
+    return _row(name, shape, batch_size, timed(run, REPEATS, device), seconds, options)
+
+
+def published_row(
+    model: EnergyTransformer, shape: Shape, device: str, **options: Any
+) -> dict[str, Any]:
+    """The published algorithm on one prompt."""
+    ids = prompts(shape, 1, device)
+
+    def run() -> object:
+        return published_generate(model, ids, max_new_tokens=shape.new_tokens, **options)
+
+    return _row("published", shape, 1, timed(run, PUBLISHED_REPEATS, device), 0.0, options)
+
+
+def _row(
+    name: str, shape: Shape, batch_size: int, call_ms: float, warm: float, options: dict[str, Any]
+) -> dict[str, Any]:
+    tokens = batch_size * shape.new_tokens
+    return {
+        "name": name, "batch_size": batch_size, **options, "call_ms": call_ms,
+        "chunk_ms": call_ms * shape.patch_size / shape.new_tokens,
+        "tokens_per_second": 1e3 * tokens / call_ms, "warmup_seconds": warm,
+    }  # fmt: skip
+
+
+def rows(shape: Shape, device: str, target: Target | None) -> Iterator[dict[str, Any]]:
+    """One prompt at T = 1 and 1/2 against the published algorithm; a batch against the baseline."""
+    assert_parity(shape, device)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = make_calm(shape, device, dtype)
+    for temperature, count in ((1.0, 1), (0.5, shape.num_samples)):
+        options = {"temperature": temperature, "num_samples": shape.num_samples}
+        row = row_of(model, "ours", shape, 1, device, **options)
+        if target is not None:
+            row["floor_ms"] = chunk_floor_ms(model, count, 1, target)
+        yield row
+        yield published_row(model, shape, device, **options)
+    yield row_of(model, "ours", shape, shape.batch_size, device, temperature=1.0)
+    baseline = make_baseline(shape, device, dtype)
+    yield row_of(baseline, "token by token", shape, shape.batch_size, device, temperature=1.0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("error: this benchmark needs a GPU; `make bench` runs on the CPU", file=sys.stderr)
+        return 2
+    found = environment()
+    measured = []
+    for row in rows(REFERENCE, "cuda", TARGETS.get(found["architecture"])):
+        measured.append(row)
+        print(json.dumps(row), flush=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"{found['device'].lower().replace(' ', '-')}-decoding.json"
+    results = {"environment": found, "shape": asdict(REFERENCE), "rows": measured}
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

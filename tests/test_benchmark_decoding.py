@@ -1,0 +1,99 @@
+"""The decoding benchmarks as far as a CPU can run them, and what decoding never allocates."""
+
+import random
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+from benchmarks.gpu import decoding
+from benchmarks.published_decoding import eligible_chunks, published_generate, published_vote
+from calm.decoding.engine import generate
+from calm_kernels.compiling.targets import TARGETS
+
+A, B, C = (1, 2), (3, 4), (5, 6)
+
+
+def test_rows_on_a_cpu():
+    rows = list(decoding.rows(decoding.QUICK, "cpu", TARGETS["sm_90"]))
+    assert [row["name"] for row in rows] == [
+        "ours", "published", "ours", "published", "ours", "token by token"
+    ]  # fmt: skip
+    for row in rows:
+        tokens = row["batch_size"] * decoding.QUICK.new_tokens
+        assert row["tokens_per_second"] == pytest.approx(1e3 * tokens / row["call_ms"])
+        assert row["chunk_ms"] == pytest.approx(row["call_ms"] / 4)
+
+
+def test_floors_of_the_published_size():
+    with torch.device("meta"):
+        model = decoding.make_calm(decoding.REFERENCE, "meta", torch.bfloat16)
+    one = decoding.chunk_floor_ms(model, 1, 1, TARGETS["sm_90"])
+    assert 0.1 < one < 0.25  # the weights, read once
+    many = decoding.chunk_floor_ms(model, 200, 1, TARGETS["sm_90"])
+    assert 0.1 < many < 0.5
+
+
+def test_the_published_vote():
+    assert eligible_chunks([A, A, B, B, B, C], 2) == ({A: 2, B: 3}, 2)
+    assert eligible_chunks([A, A, B], 3) == ({A: 2}, 2)  # nobody has three
+    assert eligible_chunks([A, B], 1) == ({A: 1, B: 1}, 1)
+    rng = random.Random(0)
+    votes = [published_vote([A, A, B, B, B, C], 2, rng) for _ in range(4000)]
+    assert votes.count(B) / 4000 == pytest.approx(3 / 4, abs=0.03)  # C(3, 2) against C(2, 2)
+    assert votes.count(C) == 0
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that an operation returns, in elements, views included."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.largest = max(self.largest, value.numel())
+        return result
+
+
+VOCABULARY, CANDIDATES = 50_021, 100
+SHAPE = decoding.Shape(
+    **{**decoding.asdict(decoding.QUICK), "vocab_size": VOCABULARY, "num_samples": CANDIDATES}
+)
+
+
+def largest_of(run, *args, **options):
+    with Largest() as seen:
+        run(*args, **options)
+    return seen.largest
+
+
+@pytest.mark.parametrize("method", ["batch", "exact", "medoid", "noise_scale"])
+@pytest.mark.parametrize("given", [0, 2], ids=["whole", "ragged"])
+def test_no_logits_of_all_candidates(method, given):
+    model = decoding.make_calm(SHAPE, "cpu", torch.float32)
+    ids = decoding.prompts(SHAPE, 1, "cpu")[:, : 8 - given]
+    largest = largest_of(
+        generate, model, ids, max_new_tokens=8, method=method, num_samples=CANDIDATES,
+        max_draws=4 * CANDIDATES, seed=0,
+    )  # fmt: skip
+    weights = VOCABULARY * SHAPE.hidden_size  # the embedding, as a view
+    assert largest <= weights < CANDIDATES * VOCABULARY / 2
+
+
+def test_the_published_algorithm_holds_them():
+    model = decoding.make_calm(SHAPE, "cpu", torch.float32)
+    ids = decoding.prompts(SHAPE, 1, "cpu")
+    options = {"max_new_tokens": 4, "temperature": 0.5, "num_samples": CANDIDATES}
+    assert largest_of(published_generate, model, ids, **options) >= 4 * CANDIDATES * VOCABULARY
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(capsys):
+    assert decoding.main([]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
