@@ -18,6 +18,7 @@ from torch.autograd import Function
 __all__ = ["add_product", "linear", "multiply", "multiply_wide", "outer"]
 
 MIN_MULTIPLICATIONS = 2**20  # below, oneDNN's call costs more than its product saves
+MAX_THIN_ROWS = 4  # the slots of one decoded chunk
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,7 +38,11 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right.T`` of two matrices ``[R, I]`` and ``[O, I]``, not differentiable."""
-    return _onednn(left, right) if _use_onednn(left, right) else left @ right.T
+    if not _use_onednn(left, right):
+        return left @ right.T
+    if 1 < left.shape[0] <= MAX_THIN_ROWS:
+        return (right @ left.T).T  # 1.5 times as fast as oneDNN, 2 times as `left @ right.T`
+    return _onednn(left, right)
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ def test_linear_and_its_gradients(shape, has_bias):
 def test_multiply_and_outer_in_every_layout(left_layout, right_layout):
     left, right = layouts()[left_layout](256, 96), layouts()[right_layout](130, 96)
     torch.testing.assert_close(products.multiply(left, right), left @ right.T)
+    rows, words = layouts()[left_layout](4, 96), layouts()[right_layout](4096, 96)
+    torch.testing.assert_close(products.multiply(rows, words), rows @ words.T)  # a chunk's slots
     left, right = layouts()[left_layout](256, 96), layouts()[right_layout](256, 130)
     torch.testing.assert_close(products.outer(left, right), left.T @ right, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(products.outer(right, left), right.T @ left, atol=1e-4, rtol=1e-5)
