@@ -8,8 +8,8 @@ from calm_kernels.products import multiply
 
 __all__ = ["linear_argmax_eager"]
 
-# A block must fit the cache of a CPU (4 MB), and fill a GPU.
-LOGITS_PER_BLOCK, LOGITS_PER_GPU_BLOCK = 2**20, 2**26
+# A block must fit the cache of a CPU (16 MB), and fill a GPU.
+LOGITS_PER_BLOCK, LOGITS_PER_GPU_BLOCK = 2**22, 2**26
 MAX_ROWS = 1024
 
 
@@ -20,10 +20,12 @@ def linear_argmax_eager(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Index, largest entry and log-sum-exp, ``[R]`` each; see `calm_kernels.linear_argmax`."""
     dtype = accumulation_dtype(rows.dtype)
+    num_logits = LOGITS_PER_BLOCK if rows.device.type == "cpu" else LOGITS_PER_GPU_BLOCK
+    if 0 < rows.shape[0] <= MAX_ROWS and rows.shape[0] * weight.shape[0] <= num_logits:
+        return _one_block(rows.to(dtype), weight.to(rows.dtype).to(dtype), with_logsumexp)
     index = rows.new_zeros(rows.shape[0], dtype=torch.int64)
     largest = rows.new_full((rows.shape[0],), -torch.inf, dtype=dtype)
     logsumexp = largest.clone() if with_logsumexp else None
-    num_logits = LOGITS_PER_BLOCK if rows.device.type == "cpu" else LOGITS_PER_GPU_BLOCK
     for start in range(0, rows.shape[0], MAX_ROWS):
         block = slice(start, start + MAX_ROWS)
         inputs = rows[block].to(dtype)
@@ -40,3 +42,12 @@ def linear_argmax_eager(
             if logsumexp is not None:
                 logsumexp[block] = torch.logaddexp(logsumexp[block], logits.logsumexp(dim=-1))
     return index, largest, logsumexp
+
+
+def _one_block(
+    rows: Tensor, weight: Tensor, with_logsumexp: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All logits at once, where they are few: nothing to compare between blocks."""
+    logits = multiply(rows, weight)
+    largest, index = logits.max(dim=-1)
+    return index, largest, logits.logsumexp(dim=-1) if with_logsumexp else None

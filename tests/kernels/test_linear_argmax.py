@@ -132,7 +132,7 @@ def test_memory_does_not_grow_with_rows_times_words():
     hidden, weight = torch.randn(3000, 4), torch.randn(4000, 4)
     with LargestOutput() as largest:
         linear_argmax(hidden, weight, return_logsumexp=True, backend="torch")
-    assert largest.numel <= eager.LOGITS_PER_BLOCK < hidden.shape[0] * weight.shape[0] / 10
+    assert largest.numel <= eager.LOGITS_PER_BLOCK < hidden.shape[0] * weight.shape[0] / 2
 
 
 @pytest.mark.parametrize(
