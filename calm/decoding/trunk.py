@@ -43,7 +43,7 @@ class _Place(NamedTuple):
     rotation: Tensor  # [B or 1, Q, 1, D/2] complex
     columns: slice | Tensor  # to write
     seen: int  # columns that attention reads
-    mask: Tensor | None  # bool [B or 1, 1, Q, seen]
+    mask: Tensor | None  # 0 or -inf, [B or 1, 1, Q, seen]
     is_causal: bool
 
 
@@ -111,7 +111,7 @@ class Trunk:
             is_own = column >= cache.starts[:, None, None, None]  # [B, 1, 1, P]
             is_past = column < column[:, None]
             # a column before the start sees itself, lest its softmax be empty
-            mask = (is_own & is_past) | (column == column[:, None])
+            mask = self._additive((is_own & is_past) | (column == column[:, None]))
         columns = slice(0, len(column))
         place = _Place(rotation, columns, len(column), mask, is_causal=mask is None)
         hidden = self._run(embeds, cache, place)[:, -1]
@@ -144,7 +144,7 @@ class Trunk:
         if cache.is_ragged:
             rotation = cache.rotations[column - cache.starts][:, None, None]
             seen = torch.arange(column + 1, device=cache.starts.device)
-            mask = seen >= cache.starts[:, None, None, None]
+            mask = self._additive(seen >= cache.starts[:, None, None, None])
         return _Place(rotation, slice(column, column + 1), column + 1, mask, is_causal=False)
 
     def _fixed_place(self, cache: PatchCache, position: Tensor) -> _Place:
@@ -152,7 +152,11 @@ class Trunk:
         rotation = cache.rotations[position - cache.starts][:, None, None]
         column = torch.arange(cache.capacity, device=position.device)
         mask = (column >= cache.starts[:, None, None, None]) & (column <= position)
-        return _Place(rotation, position, cache.capacity, mask, is_causal=False)
+        return _Place(rotation, position, cache.capacity, self._additive(mask), is_causal=False)
+
+    def _additive(self, mask: Tensor) -> Tensor:
+        """0 where `mask` is true, else -inf: what attention would make of it in every layer."""
+        return torch.zeros_like(mask, dtype=self.norm.dtype).masked_fill(~mask, -torch.inf)
 
     def _run(self, hidden: Tensor, cache: PatchCache, place: _Place) -> Tensor:
         """All layers on ``[B, Q, H]``."""
@@ -175,15 +179,19 @@ class Trunk:
         query, key = rotated.split((self.num_heads, self.num_kv_heads), dim=1)
         _write(keys, place.columns, key)
         _write(values, place.columns, qkv[:, :, num_rotated:].transpose(1, 2))
+        if chunks == 1:  # heads that share keys are rows of one query
+            query = query.reshape(batch, self.num_kv_heads, -1, self.head_dim)
         attended = F.scaled_dot_product_attention(
             query,
             keys[:, :, : place.seen],
             values[:, :, : place.seen],
             attn_mask=place.mask,
             is_causal=place.is_causal,
-            enable_gqa=self.num_heads != self.num_kv_heads,
+            enable_gqa=query.shape[1] != self.num_kv_heads,
         )
-        return linear(attended.transpose(1, 2).reshape(batch, chunks, -1), *layer.output)
+        if chunks > 1:
+            attended = attended.transpose(1, 2)
+        return linear(attended.reshape(batch, chunks, -1), *layer.output)
 
     def _normalised(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, weight.shape, weight, self.norm_eps)
