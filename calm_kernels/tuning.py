@@ -66,6 +66,7 @@ TABLE: dict[tuple[str, str, int], Launch] = {
     ("energy_score.gram", "gfx942", 128): Launch(num_warps=1, block_n=16),
     ("energy_score.gram", "gfx942", 256): Launch(num_warps=4, block_n=16),
     ("energy_score.gram.heavy", DEFAULT, 128): Launch(num_warps=2),
+    ("energy_score.gram.heavy.blocks", "sm_80", 128): Launch(num_warps=4),
     ("energy_score.gram.heavy", DEFAULT, 256): Launch(num_warps=4),
     ("energy_score.gram.heavy", "gfx942", 128): Launch(num_warps=2, block_n=16),
     ("energy_score.gram.heavy", "gfx942", 256): Launch(num_warps=4, block_n=16),
@@ -80,8 +81,10 @@ TABLE: dict[tuple[str, str, int], Launch] = {
     ("energy_head.norm", DEFAULT, 4096): Launch(num_warps=8, block_rows=2),
     ("energy_head.norm.backward", DEFAULT, 1024): Launch(num_warps=8, block_rows=2),
     ("energy_head.norm.backward", DEFAULT, 4096): Launch(num_warps=8, block_rows=1),
-    ("energy_head.embed", DEFAULT, 4096): Launch(num_warps=8, block_rows=32),
+    ("energy_head.embed", DEFAULT, 4096): Launch(num_warps=8, block_rows=32, block_features=128),
+    ("energy_head.embed", "gfx942", 4096): Launch(num_warps=4, block_rows=16, block_features=128),
     ("energy_head.embed.backward", DEFAULT, 4096): Launch(num_warps=8, block_rows=32),
+    ("energy_head.embed.backward", "gfx942", 4096): Launch(num_warps=4, block_rows=16),
     # The width of linear_argmax is its number of rows: few of them wait for the weight, many for
     # the products, and then a block of 256 words reads least from the cache.
     ("linear_argmax", DEFAULT, 16): Launch(

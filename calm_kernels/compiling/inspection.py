@@ -11,7 +11,7 @@ take. A loop that the compiler unrolled in part is counted as if it were not, wh
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -88,7 +88,7 @@ def _parse(
     kept = [
         loop
         for loop in loops
-        if loop.last < end
+        if loop.first < loop.last < end  # one instruction: where code that has ended is held
         and not any(loop.first < place <= loop.last for place in exits)
         and not any(
             loop.first <= place < loop.last and places.get(label, end) > loop.last
@@ -98,7 +98,18 @@ def _parse(
     ]
     # Branches to one place close one loop.
     ends = {loop.first: loop.last for loop in sorted(kept, key=lambda loop: loop.last)}
-    return names[:end], [Loop(first, ends[first]) for first in sorted(ends)]
+    return names[:end], _joined(Loop(first, ends[first]) for first in sorted(ends))
+
+
+def _joined(loops: Iterable[Loop]) -> list[Loop]:
+    """Loops of which each starts later; two that overlap without nesting are one, entered twice."""
+    joined: list[Loop] = []
+    for loop in loops:
+        if joined and joined[-1].first < loop.first <= joined[-1].last < loop.last:
+            joined[-1] = Loop(joined[-1].first, loop.last)
+        else:
+            joined.append(loop)
+    return joined
 
 
 def parse_sass(listing: str) -> tuple[list[str], list[Loop]]:

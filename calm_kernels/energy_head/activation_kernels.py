@@ -48,7 +48,8 @@ def silu_kernel(
     x = tl.load(product_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     x += _load_vector(bias_ptr, column, WIDTH)
     if HAS_CONTEXT:
-        offs_context = (row // num_draws)[:, None] * stride_context + column[None, :]
+        patch = (row.to(tl.int32) // num_draws).to(tl.int64)  # a division of 64 bits is slow
+        offs_context = patch[:, None] * stride_context + column[None, :]
         x += tl.load(context_ptr + offs_context, mask=mask, other=0.0).to(tl.float32)
     value = x * _sigmoid(x, FAST)
     tl.store(out_ptr + offs, value.to(out_ptr.dtype.element_ty), mask=mask)

@@ -2,14 +2,15 @@
 
 Noise is drawn in registers, and drawn again in the backward pass. A program holds BLOCK_ROWS rows
 as four slices ``[BLOCK_ROWS, BLOCK_Q]`` of ceil(Z / 4) elements, the outputs of one Philox call of
-noise.py, and multiplies each with its columns of the weight. Row ``r`` is draw ``r % num_draws`` of
-patch ``r // num_draws``.
+noise.py, and multiplies each with its columns of the weight. The product is that short that every
+pass over the features, CHUNK at a time, computes it again: for the statistics of the first
+LayerNorm, for those of the second, and to store. Row ``r`` is draw ``r % num_draws`` of patch
+``r // num_draws``.
 """
 
 import triton
 import triton.language as tl
 
-from calm_kernels.energy_head.norm_kernels import norm_gradient, normalize
 from calm_kernels.noise_kernels import load_key, philox
 
 __all__ = ["embed_backward_kernel", "embed_kernel"]
@@ -44,8 +45,9 @@ def _noise_slices(
 ):  # fmt: skip
     """Noise of the rows in four slices ``[BLOCK_ROWS, BLOCK_Q]``, read or drawn, 0 outside."""
     WORDS: tl.constexpr = (NOISE_SIZE + 3) // 4
-    safe = tl.minimum(row, num_rows - 1)
-    patch, draw = safe // num_draws, safe % num_draws
+    safe = tl.minimum(row, num_rows - 1).to(tl.int32)  # a division of 64 bits is slow
+    patch = (safe // num_draws).to(tl.int64)
+    draw = (safe % num_draws).to(tl.int64)
     if not IS_GIVEN:
         drawn = _drawn_slices(
             seed_ptr, first_row_ptr, patch, draw, q, stride_seed, noise_scale, WORDS
@@ -65,58 +67,73 @@ def _noise_slices(
 
 @triton.jit
 def _embedded(
-    slices, weight_ptr, bias_ptr, q, NOISE_SIZE: tl.constexpr, WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr, NUM_CHUNKS: tl.constexpr, DOT_DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    slices, weight_ptr, bias_ptr, q, column, NOISE_SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """noise · weightᵀ + bias as tiles ``[BLOCK_ROWS, CHUNK]``, 0 outside."""
+    """noise · weightᵀ + bias at these columns, ``[BLOCK_ROWS, CHUNK]``."""
     WORDS: tl.constexpr = (NOISE_SIZE + 3) // 4
-    tiles = ()
-    for chunk in tl.static_range(NUM_CHUNKS):
+    bias = tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    tile = tl.zeros((slices[0].shape[0], column.shape[0]), tl.float32) + bias[None, :]
+    for k in tl.static_range(4):
+        element = k * WORDS + q
+        mask = ((q < WORDS) & (element < NOISE_SIZE))[:, None] & (column < WIDTH)[None, :]
+        offs = column[None, :] * NOISE_SIZE + element[:, None]
+        weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)  # [BLOCK_Q, CHUNK]
+        tile = tl.dot(
+            slices[k].to(DOT_DTYPE), weight.to(DOT_DTYPE), tile, input_precision=PRECISION
+        )
+    return tile
+
+
+@triton.jit
+def _gather(tile, chunk, column, mean, spread, WIDTH: tl.constexpr):
+    """Mean and squared deviations of each lane with one more chunk."""
+    difference = tl.where((column < WIDTH)[None, :], tile - mean, 0.0)
+    mean += difference / (chunk + 1)
+    return mean, spread + difference * (tile - mean)
+
+
+@triton.jit
+def _statistics(mean, spread, WIDTH: tl.constexpr, CHUNK: tl.constexpr, NORM_EPS: tl.constexpr):
+    """Mean and 1 / √(variance + NORM_EPS) of the rows, ``[BLOCK_ROWS, 1]``, from those of lanes."""
+    chunks = (WIDTH + CHUNK - 1 - tl.arange(0, CHUNK)) // CHUNK  # that reach this lane
+    count = chunks.to(tl.float32)[None, :]
+    total = tl.sum(mean * count, axis=1)[:, None] / WIDTH
+    variance = tl.sum(spread + count * (mean - total) * (mean - total), axis=1)[:, None] / WIDTH
+    return total, tl.rsqrt(variance + NORM_EPS)
+
+
+@triton.jit
+def _embedded_statistics(
+    slices, weight_ptr, bias_ptr, q, num_chunks, NOISE_SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr, NORM_EPS: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_statistics` of the embedded noise."""
+    lane_mean = tl.zeros((slices[0].shape[0], CHUNK), tl.float32)
+    lane_spread = tl.zeros((slices[0].shape[0], CHUNK), tl.float32)
+    for chunk in range(num_chunks):
         column = chunk * CHUNK + tl.arange(0, CHUNK)
-        tile = tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
-        tile += tl.zeros((slices[0].shape[0], CHUNK), tl.float32)
-        for k in tl.static_range(4):
-            element = k * WORDS + q
-            mask = ((q < WORDS) & (element < NOISE_SIZE))[:, None] & (column < WIDTH)[None, :]
-            offs = column[None, :] * NOISE_SIZE + element[:, None]
-            weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)  # [BLOCK_Q, CHUNK]
-            tile = tl.dot(
-                slices[k].to(DOT_DTYPE), weight.to(DOT_DTYPE), tile, input_precision=PRECISION
-            )
-        tiles = tiles + (tile,)
-    return tiles
+        tile = _embedded(
+            slices, weight_ptr, bias_ptr, q, column, NOISE_SIZE, WIDTH, DOT_DTYPE, PRECISION
+        )
+        lane_mean, lane_spread = _gather(tile, chunk, column, lane_mean, lane_spread, WIDTH)
+    return _statistics(lane_mean, lane_spread, WIDTH, CHUNK, NORM_EPS)
 
 
 @triton.jit
-def _affine(normal, weight_ptr, shift_ptr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """x̂ · weight + shift, 0 outside."""
-    tiles = ()
-    for k in tl.static_range(len(normal)):
-        column = k * CHUNK + tl.arange(0, CHUNK)
-        weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        shift = tl.load(shift_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        tiles = tiles + (normal[k] * weight[None, :] + shift[None, :],)
-    return tiles
+def _affine(normal, weight_ptr, shift_ptr, column, WIDTH: tl.constexpr):
+    weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    return normal * weight[None, :] + shift[None, :]
 
 
-@triton.jit
-def _store(pointer, tiles, row, num_rows, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    for k in tl.static_range(len(tiles)):
-        column = k * CHUNK + tl.arange(0, CHUNK)
-        mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
-        offs = row[:, None] * WIDTH + column[None, :]
-        tl.store(pointer + offs, tiles[k].to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_draws"])
+@triton.jit(do_not_specialize=["num_rows", "num_draws", "num_chunks"])
 def embed_kernel(
     noise_ptr, seed_ptr, first_row_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_shift_ptr,
-    next_weight_ptr, next_shift_ptr, stream_ptr, normed_ptr, num_rows, num_draws, stride_n,
-    stride_r, stride_z, stride_seed, noise_scale, IS_GIVEN: tl.constexpr,
-    NOISE_SIZE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, NUM_CHUNKS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, NORM_EPS: tl.constexpr,
-    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    next_weight_ptr, next_shift_ptr, stream_ptr, normed_ptr, num_rows, num_draws, num_chunks,
+    stride_n, stride_r, stride_z, stride_seed, noise_scale, IS_GIVEN: tl.constexpr,
+    NOISE_SIZE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, NORM_EPS: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """stream = LN(weight · noise + bias), normed = LN'(stream)."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -125,88 +142,109 @@ def embed_kernel(
         noise_ptr, seed_ptr, first_row_ptr, row, q, num_rows, num_draws, stride_n, stride_r,
         stride_z, stride_seed, noise_scale, IS_GIVEN, NOISE_SIZE, weight_ptr.dtype.element_ty,
     )  # fmt: skip
-    tiles = _embedded(
-        slices, weight_ptr, bias_ptr, q, NOISE_SIZE, WIDTH, CHUNK, NUM_CHUNKS, DOT_DTYPE, PRECISION
-    )
-    normal, _ = normalize(tiles, WIDTH, CHUNK, NORM_EPS)
-    stream = _affine(normal, norm_weight_ptr, norm_shift_ptr, WIDTH, CHUNK)
-    _store(stream_ptr, stream, row, num_rows, WIDTH, CHUNK)
-    again, _ = normalize(stream, WIDTH, CHUNK, NORM_EPS)
-    normed = _affine(again, next_weight_ptr, next_shift_ptr, WIDTH, CHUNK)
-    _store(normed_ptr, normed, row, num_rows, WIDTH, CHUNK)
+    mean, scale = _embedded_statistics(
+        slices, weight_ptr, bias_ptr, q, num_chunks, NOISE_SIZE, WIDTH, CHUNK, NORM_EPS, DOT_DTYPE,
+        PRECISION,
+    )  # fmt: skip
+    lane_mean = tl.zeros((BLOCK_ROWS, CHUNK), tl.float32)
+    lane_spread = tl.zeros((BLOCK_ROWS, CHUNK), tl.float32)
+    for chunk in range(num_chunks):
+        column = chunk * CHUNK + tl.arange(0, CHUNK)
+        tile = _embedded(
+            slices, weight_ptr, bias_ptr, q, column, NOISE_SIZE, WIDTH, DOT_DTYPE, PRECISION
+        )
+        stream = _affine((tile - mean) * scale, norm_weight_ptr, norm_shift_ptr, column, WIDTH)
+        lane_mean, lane_spread = _gather(stream, chunk, column, lane_mean, lane_spread, WIDTH)
+    next_mean, next_scale = _statistics(lane_mean, lane_spread, WIDTH, CHUNK, NORM_EPS)
+    for chunk in range(num_chunks):
+        column = chunk * CHUNK + tl.arange(0, CHUNK)
+        mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
+        offs = row[:, None] * WIDTH + column[None, :]
+        tile = _embedded(
+            slices, weight_ptr, bias_ptr, q, column, NOISE_SIZE, WIDTH, DOT_DTYPE, PRECISION
+        )
+        stream = _affine((tile - mean) * scale, norm_weight_ptr, norm_shift_ptr, column, WIDTH)
+        tl.store(stream_ptr + offs, stream, mask=mask)
+        normal = (stream - next_mean) * next_scale
+        normed = _affine(normal, next_weight_ptr, next_shift_ptr, column, WIDTH)
+        tl.store(normed_ptr + offs, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_draws", "num_groups"])
+@triton.jit(do_not_specialize=["num_rows", "num_draws", "num_groups", "num_chunks"])
 def embed_backward_kernel(
     noise_ptr, seed_ptr, first_row_ptr, weight_ptr, bias_ptr, norm_weight_ptr, dstream_ptr,
-    dproduct_ptr, drawn_ptr, sums_ptr, num_rows, num_draws, num_groups, stride_n, stride_r,
-    stride_z, stride_seed, stride_group, noise_scale, IS_GIVEN: tl.constexpr,
-    NOISE_SIZE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, NUM_CHUNKS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, NORM_EPS: tl.constexpr,
-    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    dproduct_ptr, drawn_ptr, sums_ptr, num_rows, num_draws, num_groups, num_chunks, stride_n,
+    stride_r, stride_z, stride_seed, stride_group, noise_scale, IS_GIVEN: tl.constexpr,
+    NOISE_SIZE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, NORM_EPS: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of weight · noise from that of the stream, and the noise again, ``[rows, Z]``, for
     the weight's gradient.
 
-    A group of rows leaves two sums over rows in `sums`: of dstream · x̂ and of the result.
+    A group of rows adds two sums over rows to `sums`: of dstream · x̂ and of the result.
     """
-    WORDS: tl.constexpr = (NOISE_SIZE + 3) // 4
     group = tl.program_id(0)
     q = tl.arange(0, BLOCK_Q)
     sums_ptr += group.to(tl.int64) * stride_group
-    for k in tl.static_range(NUM_CHUNKS):
-        column = k * CHUNK + tl.arange(0, CHUNK)
-        tl.store(sums_ptr + column, tl.zeros((CHUNK,), tl.float32), mask=column < WIDTH)
-        tl.store(sums_ptr + WIDTH + column, tl.zeros((CHUNK,), tl.float32), mask=column < WIDTH)
-    tl.debug_barrier()
-    for tile in range(group, tl.cdiv(num_rows, BLOCK_ROWS), num_groups):
-        row = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+    for tile_index in range(group, tl.cdiv(num_rows, BLOCK_ROWS), num_groups):
+        row = (tile_index * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         slices = _noise_slices(
             noise_ptr, seed_ptr, first_row_ptr, row, q, num_rows, num_draws, stride_n, stride_r,
             stride_z, stride_seed, noise_scale, IS_GIVEN, NOISE_SIZE, weight_ptr.dtype.element_ty,
         )  # fmt: skip
-        for k in tl.static_range(4):
-            element = k * WORDS + q
-            mask = (row < num_rows)[:, None] & ((q < WORDS) & (element < NOISE_SIZE))[None, :]
-            tl.store(drawn_ptr + row[:, None] * NOISE_SIZE + element[None, :], slices[k], mask=mask)
-        tiles = _embedded(
-            slices, weight_ptr, bias_ptr, q, NOISE_SIZE, WIDTH, CHUNK, NUM_CHUNKS, DOT_DTYPE,
-            PRECISION,
+        _store_noise(drawn_ptr, slices, row, q, num_rows, NOISE_SIZE)
+        mean, scale = _embedded_statistics(
+            slices, weight_ptr, bias_ptr, q, num_chunks, NOISE_SIZE, WIDTH, CHUNK, NORM_EPS,
+            DOT_DTYPE, PRECISION,
         )  # fmt: skip
-        normal, scale = normalize(tiles, WIDTH, CHUNK, NORM_EPS)
-        dnormal = _through_weight(
-            normal, dstream_ptr, norm_weight_ptr, sums_ptr, row, num_rows, WIDTH, CHUNK
-        )
-        gradient = norm_gradient(normal, dnormal, scale, WIDTH)
-        _store(dproduct_ptr, gradient, row, num_rows, WIDTH, CHUNK)
-        _accumulate(sums_ptr + WIDTH, gradient, WIDTH, CHUNK)
+        sum_dnormal = tl.zeros((BLOCK_ROWS, CHUNK), tl.float32)
+        sum_product = tl.zeros((BLOCK_ROWS, CHUNK), tl.float32)
+        for chunk in range(num_chunks):
+            column = chunk * CHUNK + tl.arange(0, CHUNK)
+            tile = _embedded(
+                slices, weight_ptr, bias_ptr, q, column, NOISE_SIZE, WIDTH, DOT_DTYPE, PRECISION
+            )
+            normal = (tile - mean) * scale
+            dstream, dnormal = _dnormal(dstream_ptr, norm_weight_ptr, row, column, num_rows, WIDTH)
+            sum_dnormal += dnormal
+            sum_product += dnormal * normal
+            _accumulate(sums_ptr + column, dstream * normal, column < WIDTH)
+        mean_dnormal = tl.sum(sum_dnormal, axis=1)[:, None] / WIDTH
+        slope = tl.sum(sum_product, axis=1)[:, None] / WIDTH
+        for chunk in range(num_chunks):
+            column = chunk * CHUNK + tl.arange(0, CHUNK)
+            tile = _embedded(
+                slices, weight_ptr, bias_ptr, q, column, NOISE_SIZE, WIDTH, DOT_DTYPE, PRECISION
+            )
+            _, dnormal = _dnormal(dstream_ptr, norm_weight_ptr, row, column, num_rows, WIDTH)
+            gradient = (dnormal - mean_dnormal - (tile - mean) * scale * slope) * scale
+            mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
+            place = dproduct_ptr + row[:, None] * WIDTH + column[None, :]
+            tl.store(place, gradient.to(dproduct_ptr.dtype.element_ty), mask=mask)
+            _accumulate(sums_ptr + WIDTH + column, gradient, column < WIDTH)
         tl.debug_barrier()  # the next tile reads these sums, perhaps in other threads
 
 
 @triton.jit
-def _through_weight(
-    normal, dstream_ptr, weight_ptr, sums_ptr, row, num_rows, WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-):  # fmt: skip
-    """dx̂ = dstream · weight; adds dstream · x̂ to the sums. Rows beyond the last are 0."""
-    dnormal = ()
-    products = ()
-    for k in tl.static_range(len(normal)):
-        column = k * CHUNK + tl.arange(0, CHUNK)
-        mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
-        offs = row[:, None] * WIDTH + column[None, :]
-        dstream = tl.load(dstream_ptr + offs, mask=mask, other=0.0)
-        weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        dnormal = dnormal + (dstream * weight[None, :],)
-        products = products + (dstream * normal[k],)
-    _accumulate(sums_ptr, products, WIDTH, CHUNK)
-    return dnormal
+def _store_noise(drawn_ptr, slices, row, q, num_rows, NOISE_SIZE: tl.constexpr):
+    WORDS: tl.constexpr = (NOISE_SIZE + 3) // 4
+    for k in tl.static_range(4):
+        element = k * WORDS + q
+        mask = (row < num_rows)[:, None] & ((q < WORDS) & (element < NOISE_SIZE))[None, :]
+        tl.store(drawn_ptr + row[:, None] * NOISE_SIZE + element[None, :], slices[k], mask=mask)
 
 
 @triton.jit
-def _accumulate(sums_ptr, tiles, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Add sums over rows to a row of memory that no other program touches."""
-    for k in tl.static_range(len(tiles)):
-        column = k * CHUNK + tl.arange(0, CHUNK)
-        before = tl.load(sums_ptr + column, mask=column < WIDTH, other=0.0)
-        tl.store(sums_ptr + column, before + tl.sum(tiles[k], axis=0), mask=column < WIDTH)
+def _dnormal(dstream_ptr, weight_ptr, row, column, num_rows, WIDTH: tl.constexpr):
+    """Gradients of the stream and of x̂, 0 outside."""
+    mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
+    dstream = tl.load(dstream_ptr + row[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+    weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    return dstream, dstream * weight[None, :]
+
+
+@triton.jit
+def _accumulate(place, tile, mask):
+    """Add a tile's sum over rows to memory that no other program touches."""
+    before = tl.load(place, mask=mask, other=0.0)
+    tl.store(place, before + tl.sum(tile, axis=0), mask=mask)

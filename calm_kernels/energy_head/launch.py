@@ -100,22 +100,26 @@ def activation_constants(width: int, arch: str, *, has_fast_math: bool) -> Const
 
 def embedding_constants(
     width: int, noise_size: int, dtype: torch.dtype, arch: str, *, is_given: bool,
-    is_backward: bool, can_round: bool = True,
+    is_backward: bool, has_fast_math: bool, can_round: bool = True,
 ) -> Constants:  # fmt: skip
     """Of `embed_kernel` or `embed_backward_kernel`.
 
-    The interpreter multiplies 16-bit operands as bit patterns (`can_round` is False there).
+    float32 operands are multiplied as three products of tf32 where there is fast mathematics. The
+    interpreter multiplies 16-bit operands as bit patterns (`can_round` is False there).
     """
     launch = setting("energy_head.embed" + ".backward" * is_backward, arch, width)
     words = -(-noise_size // 4)
-    constants = _chunks(width, 128) | {
+    row = _chunks(width, launch.block_features)
+    constants = {
+        "WIDTH": width,
+        "CHUNK": row["CHUNK"],
         "IS_GIVEN": is_given,
         "NOISE_SIZE": noise_size,
         "BLOCK_ROWS": launch.block_rows,
         "BLOCK_Q": max(16, 1 << (words - 1).bit_length()),
         "NORM_EPS": NORM_EPS,
         "DOT_DTYPE": _PRODUCT_DTYPES[dtype] if can_round else tl.float32,
-        "PRECISION": "ieee",
+        "PRECISION": "tf32x3" if has_fast_math and dtype == torch.float32 else "ieee",
     }
     return constants, launch_options(launch)
 
@@ -139,7 +143,7 @@ def _embedding(noise: Noise, weight: Tensor, *, is_backward: bool) -> Constants:
     return embedding_constants(
         width, noise_size, weight.dtype, architecture(weight.device),
         is_given=noise.given is not None, is_backward=is_backward,
-        can_round=not is_interpreted(),
+        has_fast_math=use_fast_math(), can_round=not is_interpreted(),
     )  # fmt: skip
 
 
@@ -155,10 +159,11 @@ def embed(
     stream = weight.new_empty(shape, dtype=torch.float32)
     normed = weight.new_empty(shape)
     constants, options = _embedding(noise, weight, is_backward=False)
+    num_chunks = -(-len(weight) // constants["CHUNK"])
     pointers, strides = noise.arguments()
     embed_kernel[(_tiles(noise.num_rows, constants["BLOCK_ROWS"]),)](
         *pointers, weight, bias, *norm, *next_norm, stream, normed, noise.num_rows,
-        noise.num_draws, *strides, noise.scale, **constants, **options,
+        max(1, noise.num_draws), num_chunks, *strides, noise.scale, **constants, **options,
     )  # fmt: skip
     return stream, normed
 
@@ -167,13 +172,16 @@ def embed_backward(
     noise: Noise, weight: Tensor, bias: Tensor, norm_weight: Tensor, dstream: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the product ``[N R, C]``, and the noise ``[N R, Z]``; two `sums`."""
+    sums.zero_()  # the kernel adds to them
     dproduct = weight.new_empty(dstream.shape)
     drawn = weight.new_empty(noise.num_rows, weight.shape[1])
     constants, options = _embedding(noise, weight, is_backward=True)
+    num_chunks = -(-len(weight) // constants["CHUNK"])
     pointers, strides = noise.arguments()
     embed_backward_kernel[(len(sums),)](
         *pointers, weight, bias, norm_weight, dstream, dproduct, drawn, sums, noise.num_rows,
-        noise.num_draws, len(sums), *strides, sums.stride(0), noise.scale, **constants, **options,
+        max(1, noise.num_draws), len(sums), num_chunks, *strides, sums.stride(0), noise.scale,
+        **constants, **options,
     )  # fmt: skip
     return dproduct, drawn
 

@@ -8,7 +8,7 @@ row is there anyway.
 import triton
 import triton.language as tl
 
-__all__ = ["norm_backward_kernel", "norm_gradient", "norm_kernel", "normalize"]
+__all__ = ["norm_backward_kernel", "norm_kernel", "normalize"]
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def norm_kernel(
 
 
 @triton.jit
-def norm_gradient(normal, dnormal, scale, WIDTH: tl.constexpr):
+def _norm_gradient(normal, dnormal, scale, WIDTH: tl.constexpr):
     """dx of x̂ = normalize(x): (dx̂ - mean(dx̂) - x̂ mean(dx̂ x̂)) · scale.
 
     Features beyond WIDTH are 0 in both arguments, and of no meaning in the result.
@@ -139,7 +139,7 @@ def norm_backward_kernel(
             normal, dnormed_ptr, weight_ptr, shift_ptr, normed_ptr, sums_weight, sums_shift, row,
             num_rows, WIDTH, CHUNK,
         )  # fmt: skip
-        gradient = norm_gradient(normal, dnormal, scale, WIDTH)
+        gradient = _norm_gradient(normal, dnormal, scale, WIDTH)
         added = ()
         for k in tl.static_range(NUM_CHUNKS):
             column = k * CHUNK + tl.arange(0, CHUNK)

@@ -101,7 +101,7 @@ def backward_pass(
         out = matrices[4 * index][:, width:]
         torch.mm(dcontext[:, index * width : (index + 1) * width].T, condition, out=out)
     dproduct, drawn = launch.embed_backward(
-        noise, *head.noise_embd, head.norm_noise.weight, dstream, sums[:, at.noise]
+        noise, *head.noise_embd, head.norm_noise.weight, dstream, sums[:, at.noise : at.noise + 2]
     )
     return Gradients(
         hidden=dembedded @ head.hidden_embd.weight,

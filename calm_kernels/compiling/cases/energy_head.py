@@ -133,12 +133,16 @@ def _embedding(form: str, kernel: Any, width: int, dtype: torch.dtype) -> Config
             has_fast_math=target.is_nvidia,
         )
 
+    def trips(found: dict[str, Any]) -> tuple[int, ...]:
+        passes = (math.ceil(width / found["CHUNK"]),) * 3
+        return _trips(found, ROWS, *passes) if is_backward else passes
+
     return Configuration(
         name=_name(form, width, dtype),
         kernel=kernel,
         dtype=dtype,
         constants=constants,
-        trips=lambda found: _trips(found, ROWS) if is_backward else (),
+        trips=trips,
         bytes_per_row=(4 + dtype.itemsize) * width,
         rows=ROWS,
         programs=lambda found: GROUPS if is_backward else math.ceil(ROWS / found["BLOCK_ROWS"]),
