@@ -49,24 +49,21 @@ def test_any_public_name_registers_the_models(name):
     )
 
 
-@pytest.mark.parametrize(
-    ("command", "package", "extras"),
-    [
-        ("demo", "datasets", "train,plot"),
-        ("demo", "matplotlib", "train,plot"),
-        ("train", "datasets", "train"),
-        ("train-ae", "datasets", "train"),
-    ],
-)
-def test_a_missing_package_is_named_with_its_extra(command, package, extras, capsys, monkeypatch):
-    for name in list(sys.modules):
-        if name.startswith(("calm.experiments", "calm.training", "calm.data", package)):
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    assert cli.main([command, "--output_dir", "nowhere"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: `calm {command}` needs {package}")
-    assert error.strip().endswith(f"pip install 'calm-lm[{extras}]'")
+@pytest.mark.parametrize(("command", "extras"), [("demo", "train,plot"), ("train", "train")])
+def test_a_missing_package_is_named_with_its_extra(command, extras):
+    """In a Python of its own, as imports that fail halfway leave modules behind."""
+    code = (
+        "import sys\n"
+        "sys.modules['datasets'] = None\n"
+        "from calm import cli\n"
+        f"sys.exit(cli.main(['{command}', '--output_dir', 'nowhere']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: `calm {command}` needs datasets, which is not installed: "
+        f"pip install 'calm-lm[{extras}]'\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["train-ae", "train", "train-ar"])
