@@ -9,6 +9,8 @@ from calm_kernels.agreeing_patch import agreeing_patch
 from calm_kernels.backend import Backend, resolve
 from calm_kernels.energy_head import EnergyHead
 from calm_kernels.energy_score import gaussian_energy_score
+from calm_kernels.linear_argmax import linear_argmax
+from calm_kernels.linear_cross_entropy import linear_cross_entropy
 from calm_kernels.reparameterize import reparameterize
 
 __all__ = ["warmup"]
@@ -19,14 +21,14 @@ NUM_CANDIDATES = 200  # of a vote, the default of `generate`
 def warmup(
     config: Any, device: torch.device | str = "cuda", *, dtype: torch.dtype = torch.bfloat16
 ) -> list[str]:
-    """Run each operation of `config` that has a kernel once, on two rows.
+    """Run each operation of `config` that has a kernel once, on few rows.
 
     Settings come from a table, so this only compiles; the caches of Triton keep the result on disk.
 
     Args:
         config: a language model's configuration (`num_samples`, `latent_size`, `beta`, `targets`,
             `num_targets`, `hidden_size`, `noise_size`, `patch_size`), or an autoencoder's
-            (`latent_size`, `kl_clamp`, `ae_dropout`).
+            (`latent_size`, `kl_clamp`, `ae_dropout`, `vocab_size`, `hidden_size`).
         device: where the kernels will run.
         dtype: of the samples or latent states.
 
@@ -48,6 +50,20 @@ def _reparameterize(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None
         states, kl_floor=config.kl_clamp, dropout=config.ae_dropout, seed=seed
     )
     (latent.square().sum() + kl.sum()).backward()
+
+
+def _linear_cross_entropy(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
+    hidden = like.new_zeros(2, config.hidden_size).requires_grad_()
+    weight = like.new_zeros(config.vocab_size, config.hidden_size).requires_grad_()
+    linear_cross_entropy(hidden, weight, seed).backward()
+    with torch.no_grad():
+        linear_cross_entropy(hidden, weight, seed)
+
+
+def _linear_argmax(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
+    weight = like.new_zeros(config.vocab_size, config.hidden_size)
+    for num_rows in (2, 64, 65):  # few, some and many have settings of their own
+        linear_argmax(like.new_zeros(num_rows, config.hidden_size), weight)
 
 
 def _energy_score(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
@@ -81,7 +97,11 @@ def _agreeing_patch(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None
 
 
 _Run = Callable[[Any, torch.Tensor, torch.Tensor], None]
-_AUTOENCODER: dict[str, _Run] = {"reparameterize": _reparameterize}
+_AUTOENCODER: dict[str, _Run] = {
+    "reparameterize": _reparameterize,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "linear_argmax": _linear_argmax,
+}
 _LANGUAGE_MODEL: dict[str, _Run] = {
     "gaussian_energy_score": _energy_score,
     "energy_head": _energy_head,

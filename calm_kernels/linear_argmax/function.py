@@ -57,10 +57,12 @@ def constants(
 
 
 def reduce_constants(
-    splits: int, *, with_total: bool, has_fast_math: bool
+    slots: int, *, with_total: bool, has_fast_math: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compile-time constants and compiler options of the second stage."""
-    block = 1 << (splits - 1).bit_length()
+    """Compile-time constants and compiler options of the second stage, for at most `slots` splits:
+    they change with the number of rows, and nothing is compiled again for them.
+    """
+    block = 1 << (slots - 1).bit_length()
     chosen = {
         "WITH_TOTAL": with_total,
         "BLOCK_S": block,
@@ -102,7 +104,8 @@ def _argmax_op(rows: Tensor, weight: Tensor, with_logsumexp: bool) -> tuple[Tens
         can_round=not is_interpreted(),
     )  # fmt: skip
     at_once = setting(_operation(rows.dtype), arch, num_rows).programs_per_processor
-    splits, words = num_splits(num_rows, num_words, chosen, at_once * num_processors(rows.device))
+    slots = at_once * num_processors(rows.device)
+    splits, words = num_splits(num_rows, num_words, chosen, slots)
     high, word, total = _partials(rows, splits, with_logsumexp)
     grid = (-(-num_rows // chosen["BLOCK_R"]), splits)
     with torch.cuda.device_of(rows):
@@ -111,7 +114,7 @@ def _argmax_op(rows: Tensor, weight: Tensor, with_logsumexp: bool) -> tuple[Tens
             *weight.stride(), **chosen, **options,
         )  # fmt: skip
         chosen, options = reduce_constants(
-            splits, with_total=with_logsumexp, has_fast_math=has_fast_math
+            slots, with_total=with_logsumexp, has_fast_math=has_fast_math
         )
         reduce_kernel[(-(-num_rows // chosen["BLOCK_R"]),)](
             high, word, total, index, largest, logsumexp, num_rows, splits, **chosen, **options

@@ -143,7 +143,11 @@ def test_warmup_launches_what_the_model_will(monkeypatch):
         "agreeing_patch",
     ]
     assert launches.names == ["analytic_kernel"]
-    assert warmup(tiny_autoencoder().config, "cpu") == ["reparameterize"]
+    assert warmup(tiny_autoencoder().config, "cpu") == [
+        "reparameterize",
+        "linear_cross_entropy",
+        "linear_argmax",
+    ]
     assert launches.names[1:] == ["forward_kernel", "backward_kernel"]
     with use_backend("torch"):
         assert warmup(tiny_model().config, "cpu") == []

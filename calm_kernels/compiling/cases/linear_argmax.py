@@ -59,14 +59,16 @@ def _partial(
     )
 
 
-def _reduce(name: str, rows: int, splits: int, *, with_total: bool = False) -> Configuration:
+def _reduce(
+    name: str, rows: int, splits: int, at_once: int, *, with_total: bool = False
+) -> Configuration:
     """The second stage."""
     return Configuration(
         name=f"linear_argmax.reduce.{name}",
         kernel=reduce_kernel,
         dtype=torch.float32,
         constants=lambda target: function.reduce_constants(
-            splits, with_total=with_total, has_fast_math=target.is_nvidia
+            at_once * PROCESSORS, with_total=with_total, has_fast_math=target.is_nvidia
         ),
         trips=lambda _: (),
         bytes_per_row=(12 if with_total else 8) * splits + 12,
@@ -89,5 +91,5 @@ def cases() -> Iterator[Configuration]:
     yield _partial("R800.H500", 800, 1, group, width=500)
     yield _partial("R4.fp32", 4, 2, warp, dtype=torch.float32)
     yield _partial("R800.fp32.logsumexp", 800, 1, group, dtype=torch.float32, with_total=True)
-    yield _reduce("R4", 4, 382)
-    yield _reduce("R800.logsumexp", 800, 18, with_total=True)
+    yield _reduce("R4", 4, 382, 3)
+    yield _reduce("R800.logsumexp", 800, 18, 1, with_total=True)
