@@ -38,7 +38,8 @@ class EnergyScoreDiagnostics(NamedTuple):
 
     fidelity: Tensor  # [...]: 2 · mean E|x - y|^α
     diversity: Tensor  # [...]: mean_{i≠j} |x_i - x_j|^α
-    max_r2: Tensor | None  # [...]: largest relative variance of |x - y|²; None for drawn targets
+    # [...]: largest relative variance of |x - y|², 0 where the weight is; None for drawn targets
+    max_r2: Tensor | None
 
 
 def energy_score(

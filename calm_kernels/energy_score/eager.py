@@ -217,7 +217,8 @@ def _analytic(
         dmean = -(offset * term.slope).sum(1)
     if term.dvariance is not None:
         dlog_std = 2 * variance * term.dvariance
-    return -scale * term.value.sum(1), r2.amax(1), dx, dmean, dlog_std
+    max_r2 = torch.where(weight == 0, 0.0, r2.amax(1))
+    return -scale * term.value.sum(1), max_r2, dx, dmean, dlog_std
 
 
 def expected_distance(offset: Tensor, std: Tensor, exponent: float, method: str) -> Tensor:

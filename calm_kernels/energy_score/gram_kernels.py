@@ -85,14 +85,27 @@ def _load_std(
 
 
 @triton.jit
-def _variance_rows(std, DOT_DTYPE: tl.constexpr):
+def _operand(x, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """A product's operand, rounded to nearest: tensor cores cut float32 off at 10 bits, whose bias
+    no average removes.
+    """
+    if PRECISION == "tf32":
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        result = bits.to(tl.float32, bitcast=True)
+    else:
+        result = x.to(DOT_DTYPE)
+    return result
+
+
+@triton.jit
+def _variance_rows(std, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """σ² ``[BLOCK_N, BLOCK_Q]`` as a product's operand: rounded in row 0, what rounding lost in row
     1.
     """
     row = tl.arange(0, std.shape[0])[:, None]
     variance = std * std
-    rounded = variance.to(DOT_DTYPE)
-    lost = (variance - rounded.to(tl.float32)).to(DOT_DTYPE)
+    rounded = _operand(variance, DOT_DTYPE, PRECISION)
+    lost = _operand(variance - rounded.to(tl.float32), DOT_DTYPE, PRECISION)
     zero = tl.zeros_like(rounded)
     return tl.where(row == 0, rounded, tl.where(row == 1, lost, zero))
 
@@ -151,8 +164,8 @@ def _sum_draws(
     scaled = ()
     variance = ()
     for k in tl.static_range(8):
-        scaled = scaled + ((d[k] * std[k]).to(DOT_DTYPE),)
-        variance = variance + (_variance_rows(std[k], DOT_DTYPE),)
+        scaled = scaled + (_operand(d[k] * std[k], DOT_DTYPE, PRECISION),)
+        variance = variance + (_variance_rows(std[k], DOT_DTYPE, PRECISION),)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     mass = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     none = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
@@ -166,11 +179,14 @@ def _sum_draws(
         cross = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         z2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         rounded = ()
+        squared = ()
         for k in tl.static_range(8):
-            rounded = rounded + (noise[k].to(DOT_DTYPE),)
-            turned = tl.trans(rounded[k])
-            cross = tl.dot(turned, tl.trans(scaled[k]), cross, input_precision=PRECISION)
-            z2 = tl.dot(turned * turned, tl.trans(variance[k]), z2, input_precision=PRECISION)
+            rounded = rounded + (_operand(noise[k], DOT_DTYPE, PRECISION),)
+            squared = squared + (_operand(noise[k] * noise[k], DOT_DTYPE, PRECISION),)
+            cross = tl.dot(
+                tl.trans(rounded[k]), tl.trans(scaled[k]), cross, input_precision=PRECISION
+            )
+            z2 = tl.dot(tl.trans(squared[k]), tl.trans(variance[k]), z2, input_precision=PRECISION)
         mask = (draw < num_draws)[:, None] & mask_n[None, :]
         z2 = tl.sum(z2, axis=1)
         value, slope = _target_weights(cross, d2, z2, mask, EXPONENT, FAST)
@@ -182,17 +198,17 @@ def _sum_draws(
             both += opposite
             slope -= opposite
         mass += both
-        weights = slope.to(DOT_DTYPE)
+        weights = _operand(slope, DOT_DTYPE, PRECISION)
         added = ()
         for k in tl.static_range(8):
             added = added + (tl.dot(rounded[k], weights, pull[k], input_precision=PRECISION),)
         pull = added
         if NEED_POSTERIOR:
-            weights = both.to(DOT_DTYPE)
+            weights = _operand(both, DOT_DTYPE, PRECISION)
             widened = ()
             for k in tl.static_range(8):
                 widened = widened + (
-                    tl.dot(rounded[k] * rounded[k], weights, spread[k], input_precision=PRECISION),
+                    tl.dot(squared[k], weights, spread[k], input_precision=PRECISION),
                 )
             spread = widened
     return tl.sum(total, axis=0), tl.sum(mass, axis=0), pull, spread

@@ -41,8 +41,7 @@ class Problem:
 
     def setting(self, operation: str) -> Launch:
         """The table's row for this problem."""
-        is_heavy = self.need_posterior or (operation == "gram" and self.dtype.itemsize == 4)
-        name = f"energy_score.{operation}" + (".heavy" if is_heavy else "")
+        name = f"energy_score.{operation}" + (".heavy" if self.need_posterior else "")
         found = setting(name, self.arch, self.width)
         if self.num_samples <= found.block_n:
             return found
@@ -98,7 +97,7 @@ def direct(
 
 
 def gram(problem: Problem, *, is_antithetic: bool) -> Constants:
-    """For `gram_kernels.gram_kernel`: products in bf16 for 16-bit inputs, in tf32 for float32 (AMD:
+    """For `gram_kernels.gram_kernel`: products of bf16 for 16-bit inputs, of tf32 for float32 (AMD:
     float32).
     """
     launch = problem.setting("gram")
@@ -110,6 +109,6 @@ def gram(problem: Problem, *, is_antithetic: bool) -> Constants:
         "BLOCK_Q": max(16, 1 << (words - 1).bit_length()),
         "BLOCK_M": launch.block_m,
         "DOT_DTYPE": tl.bfloat16 if is_rounded else tl.float32,
-        "PRECISION": "tf32" if problem.has_fast_math else "ieee",
+        "PRECISION": "ieee" if is_rounded or not problem.has_fast_math else "tf32",
     }
     return constants, launch_options(launch)

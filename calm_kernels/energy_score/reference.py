@@ -75,6 +75,7 @@ def gaussian_energy_score(
     apart = diversity(samples, exponent)
     if weight is not None:
         near, apart = weight * near, weight * apart
+        max_r2 = None if max_r2 is None else max_r2.masked_fill(weight == 0, 0)
     return apart - near, near, apart, max_r2
 
 

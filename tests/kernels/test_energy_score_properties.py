@@ -224,6 +224,16 @@ class TestDiagnostics:
         _, terms = scored(case, backend, return_diagnostics=True)
         torch.testing.assert_close(terms.max_r2, torch.full((3,), 2 / 16))
 
+    @pytest.mark.parametrize("backend", ["reference", "torch"])
+    def test_r2_of_a_masked_patch(self, backend):
+        """0, as every other term; the kernels say the same."""
+        zeros = torch.zeros(3, 4, 16)
+        weight = torch.tensor([1.0, 0.0, -2.0, 0.5])
+        _, terms = gaussian_energy_score(
+            zeros, zeros[0], zeros[0], weight=weight, return_diagnostics=True, backend=backend
+        )
+        assert terms.max_r2.tolist() == [2 / 16, 0.0, 2 / 16, 2 / 16]
+
 
 @pytest.mark.parametrize(("width", "std"), [(6, 0.4), (64, 0.3), (64, 1e-3)])
 @pytest.mark.parametrize("exponent", EXPONENTS)

@@ -174,6 +174,7 @@ def _gram_cases() -> Iterator[Configuration]:
     yield _gram("sample.N16.fp32", fp32, num_samples=16, **sampled)
     yield _gram("sample.L64", bf16, width=64, **sampled)
     yield _gram("sample.L256", bf16, width=256, **sampled)
+    yield _gram("sample.L256.fp32", fp32, width=256, **sampled)
     yield _gram("sample.posterior", bf16, **sampled, **posterior)
     yield _gram("sample.posterior.fp32", fp32, **sampled, **posterior)
     yield _gram("sample.posterior.N16", bf16, num_samples=16, **sampled, **posterior)
