@@ -4,6 +4,7 @@ import torch
 from transformers import LlamaConfig
 
 from calm import AutoencoderConfig, BaselineTransformer, CALMConfig
+from calm.decoding import generate
 from calm.models import MODEL_CLASSES
 
 BACKBONE = {
@@ -63,6 +64,11 @@ def tiny_baseline(*, vocab_size=3, seed=0, **fields):
 def prompt(*shape, vocab_size=5, seed=3):
     """Random token ids of this shape."""
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def likely_prompt(model, batch, length):
+    """Text of the model's own: an unfinished chunk at its end has a continuation."""
+    return generate(model, prompt(batch, 8), max_length=40, temperature=1.0, seed=1)[:, :length]
 
 
 class Recorder:
