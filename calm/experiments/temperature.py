@@ -50,7 +50,7 @@ class StudyOptions:
 
     temperatures: tuple[float, ...] = (0.8, 2 / 3, 0.5, 1 / 3)
     candidates: tuple[int, ...] = (10, 50, 200)
-    medoids: tuple[int, ...] = (2, 8, 32, 200)
+    medoids: tuple[int, ...] = (4, 8, 32, 200)
     noise_scales: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.0)
     repeats: int = 6
     max_draws: int = 2000
