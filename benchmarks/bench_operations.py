@@ -1,18 +1,11 @@
-"""The other operations, torch backend against reference, forward and forward + backward."""
+"""The energy head and the vote, torch backend against reference, forward and forward + backward."""
 
 import pytest
 import torch
 
 from benchmarks.measure import Requirement, compare
-from benchmarks.shapes import HEAD, PROJECTION, REPARAMETERIZE, VOTE
-from calm_kernels import (
-    EnergyHead,
-    agreeing_patch,
-    energy_head,
-    linear_argmax,
-    linear_cross_entropy,
-    reparameterize,
-)
+from benchmarks.shapes import HEAD, VOTE
+from calm_kernels import EnergyHead, agreeing_patch, energy_head
 
 REFERENCE = "published formula"
 
@@ -69,60 +62,6 @@ def bench_energy_head_forward(benchmark):
         {REFERENCE: lambda: run("reference")},
         shape=HEAD,
         rounds=15,
-    )
-
-
-@pytest.mark.benchmark(group="reparameterize, fwd+bwd")
-def bench_reparameterize(benchmark):
-    rows, size = REPARAMETERIZE.num_rows, REPARAMETERIZE.latent_size
-    states = torch.randn(rows, 2 * size, requires_grad=True)
-    noise, keep = torch.randn(rows, size), torch.rand(rows, size) > 0.15
-
-    def run(backend):
-        latent, kl = reparameterize(
-            states, kl_floor=0.5, dropout=0.15, latent_noise=noise, latent_keep=keep,
-            backend=backend,
-        )  # fmt: skip
-        return torch.autograd.grad(latent.square().mean() + kl.mean(), states)
-
-    assert_all_close(run("torch"), run("reference"))
-    compare(
-        benchmark,
-        lambda: run("torch"),
-        {REFERENCE: lambda: run("reference")},
-        shape=REPARAMETERIZE,
-    )
-
-
-@pytest.mark.benchmark(group="linear_argmax, fwd")
-@torch.no_grad()
-def bench_linear_argmax(benchmark):
-    hidden = torch.randn(PROJECTION.num_rows, PROJECTION.hidden_size)
-    weight = torch.randn(PROJECTION.vocab_size, PROJECTION.hidden_size)
-
-    def run(backend):
-        return linear_argmax(hidden, weight, backend=backend)
-
-    assert torch.equal(run("torch"), run("reference"))
-    compare(
-        benchmark, lambda: run("torch"), {REFERENCE: lambda: run("reference")}, shape=PROJECTION
-    )
-
-
-@pytest.mark.benchmark(group="linear_cross_entropy, fwd+bwd")
-def bench_linear_cross_entropy(benchmark):
-    hidden = torch.randn(PROJECTION.num_rows, PROJECTION.hidden_size, requires_grad=True)
-    weight = torch.randn(PROJECTION.vocab_size, PROJECTION.hidden_size) * 0.05
-    weight.requires_grad_()
-    labels = torch.randint(PROJECTION.vocab_size, (PROJECTION.num_rows,))
-
-    def run(backend):
-        loss = linear_cross_entropy(hidden, weight, labels, backend=backend)
-        return torch.autograd.grad(loss, (hidden, weight))
-
-    assert_all_close(run("torch"), run("reference"))
-    compare(
-        benchmark, lambda: run("torch"), {REFERENCE: lambda: run("reference")}, shape=PROJECTION
     )
 
 

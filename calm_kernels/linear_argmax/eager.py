@@ -41,6 +41,7 @@ def linear_argmax_eager(
             index[block] = torch.where(wins, where + first, index[block])
             if logsumexp is not None:
                 logsumexp[block] = torch.logaddexp(logsumexp[block], logits.logsumexp(dim=-1))
+            del logits  # its memory serves the next block
     return index, largest, logsumexp
 
 

@@ -66,6 +66,7 @@ class _LinearCrossEntropy(Function):
                 drows[block] = multiply(dlogits, words.T).mul_(share[block])
             if dwords is not None:
                 dwords += outer(inputs * share[block], dlogits)
+            del dlogits  # its memory serves the next block
         ctx.save_for_backward(drows, None if dwords is None else dwords.T.to(weight.dtype))
         return losses.where(is_counted, 0.0).sum() / count
 

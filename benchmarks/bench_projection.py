@@ -1,0 +1,77 @@
+"""The vocabulary's operations against logits in memory, and torch's own fused loss."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.measure import compare
+from benchmarks.shapes import PROJECTION
+from calm_kernels import linear_argmax, linear_cross_entropy
+
+REFERENCE = "logits in memory"
+
+
+@pytest.mark.parametrize("rows", [4, PROJECTION.num_rows])
+@torch.no_grad()
+def bench_linear_argmax(benchmark, rows):
+    benchmark.group = f"linear_argmax, {rows} rows, fwd"
+    shape = dataclasses.replace(PROJECTION, num_rows=rows)
+    hidden = torch.randn(rows, shape.hidden_size)
+    weight = torch.randn(shape.vocab_size, shape.hidden_size)
+
+    def plain():
+        return (hidden @ weight.T).argmax(dim=-1)
+
+    def ours():
+        return linear_argmax(hidden, weight, backend="torch")
+
+    assert torch.equal(ours(), plain())
+    compare(benchmark, ours, {REFERENCE: plain}, shape=shape)
+
+
+def loss_inputs():
+    hidden = torch.randn(PROJECTION.num_rows, PROJECTION.hidden_size)
+    weight = torch.randn(PROJECTION.vocab_size, PROJECTION.hidden_size) * 0.05
+    labels = torch.randint(PROJECTION.vocab_size, (PROJECTION.num_rows,))
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
+
+
+def ours(*inputs):
+    return linear_cross_entropy(*inputs, backend="torch")
+
+
+def plain(hidden, weight, labels):
+    return F.cross_entropy(F.linear(hidden, weight), labels)
+
+
+def rivals():
+    """Losses of (hidden, weight, labels); torch has one of its own from 2.13 on."""
+    found = {REFERENCE: plain}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["torch's own, chunked"] = lambda *i: F.linear_cross_entropy(*i, options=options)
+    return found
+
+
+@pytest.mark.benchmark(group="linear_cross_entropy, fwd+bwd")
+@pytest.mark.filterwarnings("ignore")
+def bench_linear_cross_entropy(benchmark):
+    *leaves, labels = loss_inputs()
+
+    def step(loss):
+        return torch.autograd.grad(loss(*leaves, labels), leaves)
+
+    for rival in rivals().values():
+        torch.testing.assert_close(step(ours), step(rival), rtol=1e-3, atol=1e-5)
+    runs = {name: lambda loss=loss: step(loss) for name, loss in rivals().items()}
+    compare(benchmark, lambda: step(ours), runs, shape=PROJECTION)
+
+
+@pytest.mark.benchmark(group="linear_cross_entropy, fwd")
+@torch.no_grad()
+def bench_linear_cross_entropy_forward(benchmark):
+    inputs = loss_inputs()
+    torch.testing.assert_close(ours(*inputs), plain(*inputs))
+    compare(benchmark, lambda: ours(*inputs), {REFERENCE: lambda: plain(*inputs)}, shape=PROJECTION)
