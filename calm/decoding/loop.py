@@ -115,10 +115,10 @@ def _run(predictor: Predictor, transcript: Transcript, seeds: Tensor, *, is_watc
     if _is_captured(predictor):
         captured = captured_step(predictor, batch_size=batch_size, capacity=capacity)
         state = captured.state
-        times.warmup = time.perf_counter() - begin
     else:
         trunk = kept_trunk(predictor)
         state = State.allocate(predictor, trunk, batch_size=batch_size, capacity=capacity)
+    times.warmup = time.perf_counter() - begin
     begin = time.perf_counter()
     hidden = prefill(state, ids.to(seeds.device), starts, seeds)
     if seeds.is_cuda:

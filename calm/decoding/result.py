@@ -16,7 +16,8 @@ class Times:
     """Wall time in seconds.
 
     Attributes:
-        warmup: compiling and capturing the step, before anything else; 0 where that was done.
+        warmup: arranging the weights, compiling and capturing the step, before anything else; next
+            to nothing where an earlier call did it.
         prefill: reading the prompts.
         decode: everything after.
     """
@@ -40,7 +41,8 @@ class Generation:
         saved: those of them that were not needed, as a round stopped at its first mismatch,
             ``[B, chunks]``.
         fallbacks: whether the method's stated fallback decided, bool ``[B, chunks]``.
-        warmup_seconds: compiling and capturing, in no other figure.
+        warmup_seconds: arranging weights, compiling and capturing, which the next call need not do
+            again; in no other figure.
         prefill_seconds: reading the prompts.
         decode_seconds: everything after.
     """

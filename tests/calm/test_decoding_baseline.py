@@ -6,6 +6,7 @@ from tiny_models import Recorder, prompt, tiny_baseline
 
 from calm.decoding import generate
 from calm.errors import UserError
+from calm_kernels import noise
 
 
 def test_the_baseline_samples_its_law():
@@ -64,3 +65,27 @@ def test_bad_arguments_for_the_baseline(options, message):
     arguments = {"input_ids": prompt(1, 4, vocab_size=3), "max_new_tokens": 4, **options}
     with pytest.raises(UserError, match=message):
         generate(tiny_baseline(), **arguments)
+
+
+def test_damaged_weights_of_the_baseline_are_reported():
+    model = tiny_baseline()
+    with torch.no_grad():
+        model.lm_head.weight[1, 0] = float("nan")
+    with pytest.raises(UserError, match="latents or logits that are not finite"):
+        model.generate(prompt(1, 4, vocab_size=3), max_new_tokens=4)
+
+
+def test_the_baseline_continues_as_without_a_cache():
+    """Equal draws choose among equal laws: the text read again for every token gives the same."""
+    model, ids = tiny_baseline(vocab_size=7), prompt(2, 5)
+    result = model.generate(ids, max_new_tokens=12, temperature=0.7, seed=[3, 4])
+    for length in range(5, 17):
+        for row, seed in enumerate((3, 4)):
+            here = torch.tensor([[seed, length - 5]])
+            drawn = noise.uniform(
+                1, 1, stream=noise.Stream.VOTE, seed=here, dtype=torch.float64
+            ).item()
+            with torch.no_grad():
+                logits = model(result[row : row + 1, :length]).logits[0, -1]
+            reached = (logits / 0.7).softmax(-1).cumsum(0)
+            assert result[row, length] == (reached <= drawn).sum()

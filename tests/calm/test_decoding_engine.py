@@ -111,6 +111,14 @@ def test_a_cache_is_begun_anew_and_selected():
         cache.reserve(3)
 
 
+@pytest.mark.parametrize("head", ["energy", "flow", "baseline"])
+def test_half_precision_generates(head):
+    model = make_model(head, pad_token_id=0).bfloat16()
+    ids = [[1, 2, 3, 4, 1, 2, 3, 4], [1, 2, 3, 4]]
+    result = generate(model, ids, max_new_tokens=9, temperature=0.5, num_samples=16, seed=0)
+    assert result.shape == (2, 17) and result.dtype == torch.int64
+
+
 def test_adapters_are_refused():
     model = tiny_calm()
     layer = model.transformer.layers[1].self_attn
