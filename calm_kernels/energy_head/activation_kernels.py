@@ -55,6 +55,22 @@ def silu_kernel(
     tl.store(out_ptr + offs, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _silu_rows_backward(
+    product_ptr, dout_ptr, out_ptr, dproduct_ptr, row, column, mask, shift, WIDTH: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """dout · SiLU'(product + shift), stored and returned; the activation is stored, too."""
+    offs = row[:, None] * WIDTH + column[None, :]
+    x = tl.load(product_ptr + offs, mask=mask, other=0.0).to(tl.float32) + shift
+    dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    out, slope = _silu_terms(x, FAST)
+    gradient = dout * slope
+    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(dproduct_ptr + offs, gradient.to(dproduct_ptr.dtype.element_ty), mask=mask)
+    return gradient
+
+
 @triton.jit(do_not_specialize=["num_patches", "num_draws", "num_groups", "stride_context"])
 def silu_backward_kernel(
     product_ptr, bias_ptr, context_ptr, dout_ptr, out_ptr, dproduct_ptr, dcontext_ptr, sums_ptr,
@@ -78,19 +94,20 @@ def silu_backward_kernel(
             shift = bias + tl.load(context_ptr + offs_context, mask=mask, other=0.0).to(tl.float32)
         else:
             shift = bias
-        dcontext = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-        for draw in range(num_draws):
-            offs = (patch * num_draws + draw)[:, None] * WIDTH + column[None, :]
-            x = tl.load(product_ptr + offs, mask=mask, other=0.0).to(tl.float32) + shift
-            dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            out, slope = _silu_terms(x, FAST)
-            gradient = dout * slope
-            tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
-            tl.store(dproduct_ptr + offs, gradient.to(dproduct_ptr.dtype.element_ty), mask=mask)
-            dcontext += gradient
         if HAS_CONTEXT:
+            dcontext = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+            for draw in range(num_draws):
+                dcontext += _silu_rows_backward(
+                    product_ptr, dout_ptr, out_ptr, dproduct_ptr, patch * num_draws + draw, column,
+                    mask, shift, WIDTH, FAST,
+                )  # fmt: skip
             rounded = dcontext.to(dcontext_ptr.dtype.element_ty)
             tl.store(dcontext_ptr + offs_context, rounded, mask=mask)
+        else:
+            dcontext = _silu_rows_backward(
+                product_ptr, dout_ptr, out_ptr, dproduct_ptr, patch, column, mask, shift, WIDTH,
+                FAST,
+            )  # fmt: skip
         total += dcontext
     place = sums_ptr + group.to(tl.int64) * stride_group + column
     tl.store(place, tl.sum(total, axis=0), mask=column < WIDTH)

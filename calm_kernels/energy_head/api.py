@@ -93,17 +93,18 @@ def energy_head(
     if noise is not None:
         noise = noise.reshape(draws, len(rows), noise_size)
         noise = noise if noise_scale == 1.0 else noise * noise_scale
-    elif chosen is not Backend.TRITON:
-        noise = _draw(rows, noise_size, draws, seed, first_row, noise_scale)
-    match chosen:
-        case Backend.TRITON:
-            latent = _run_kernels(
-                rows, noise, head, draws, seed, first_row, noise_scale, recompute, dtype
-            )
-        case Backend.REFERENCE:
-            latent = energy_head_reference(rows, noise, named, recompute)
-        case _:
-            latent = energy_head_eager(rows, noise, head, recompute)
+    if chosen is Backend.TRITON:
+        latent = _run_kernels(
+            rows, noise, head, draws, seed, first_row, noise_scale, recompute, dtype
+        )
+    else:
+        if noise is None:
+            noise = _draw(rows, noise_size, draws, seed, first_row, noise_scale)
+        match chosen:
+            case Backend.REFERENCE:
+                latent = energy_head_reference(rows, noise, named, recompute)
+            case _:
+                latent = energy_head_eager(rows, noise, head, recompute)
     latent = latent.unflatten(1, lead) if lead else latent[:, 0]
     return latent[0] if count is None else latent
 

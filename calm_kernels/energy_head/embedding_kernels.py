@@ -238,7 +238,8 @@ def _store_noise(drawn_ptr, slices, row, q, num_rows, NOISE_SIZE: tl.constexpr):
 def _dnormal(dstream_ptr, weight_ptr, row, column, num_rows, WIDTH: tl.constexpr):
     """Gradients of the stream and of x̂, 0 outside."""
     mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
-    dstream = tl.load(dstream_ptr + row[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+    offs = row[:, None] * WIDTH + column[None, :]
+    dstream = tl.load(dstream_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     return dstream, dstream * weight[None, :]
 

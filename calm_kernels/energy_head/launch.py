@@ -205,23 +205,21 @@ def norm(
 
 def norm_backward(
     source: Tensor, bias: Tensor | None, norm: Pair, dnormed: Tensor, sums: Tensor,
-    dstream: Tensor | None, *, has_upstream: bool, need_rounded: bool,
+    upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Rounded gradient of the source (empty if not needed), and its LayerNorm again.
+    """Gradient of the source in the dtype of `dnormed`, and its LayerNorm again; three `sums`.
 
-    The source is a product with a bias, or a float32 stream without one; then its gradient goes to
-    `dstream`, added to what is there if `has_upstream`. Three `sums`.
+    The source is a product with a bias, or a float32 stream without one; `upstream` is added.
     """
-    rounded = torch.empty_like(dnormed) if need_rounded else dnormed.new_empty(0)
-    normed = torch.empty_like(dnormed)
+    dsource, normed = torch.empty_like(dnormed), torch.empty_like(dnormed)
     constants, options = _norm(source, is_backward=True)
     norm_backward_kernel[(len(sums),)](
         source, norm.bias if bias is None else bias, source, *norm, dnormed,
-        source if dstream is None else dstream, rounded, normed, sums, len(source), len(sums),
-        sums.stride(0), HAS_STREAM=dstream is not None, HAS_UPSTREAM=has_upstream,
-        NEED_ROUNDED=need_rounded, **constants, **options,
+        dnormed if upstream is None else upstream, dsource, normed, sums, len(source), len(sums),
+        sums.stride(0), HAS_STREAM=bias is None, HAS_UPSTREAM=upstream is not None, **constants,
+        **options,
     )  # fmt: skip
-    return rounded, normed
+    return dsource, normed
 
 
 def silu(product: Tensor, bias: Tensor, context: Tensor | None = None) -> Tensor:
@@ -232,7 +230,7 @@ def silu(product: Tensor, bias: Tensor, context: Tensor | None = None) -> Tensor
     grid = (_tiles(num_rows, constants["BLOCK_ROWS"]), -(-width // constants["BLOCK_COLUMNS"]))
     silu_kernel[grid](
         product, bias, product if context is None else context, out, num_rows,
-        _draws(product, context), 0 if context is None else context.stride(0),
+        max(1, _draws(product, context)), 0 if context is None else context.stride(0),
         HAS_CONTEXT=context is not None, **constants, **options,
     )  # fmt: skip
     return out
@@ -246,13 +244,13 @@ def silu_backward(
 
     The context's gradient goes to `dcontext`, which has its strides.
     """
-    num_rows, width = product.shape
+    width = product.shape[1]
     out, dproduct = torch.empty_like(product), torch.empty_like(product)
     constants, options = _activation(width, product)
-    draws = _draws(product, context)
     silu_backward_kernel[(len(sums), -(-width // constants["BLOCK_COLUMNS"]))](
         product, bias, product if context is None else context, dout, out, dproduct,
-        product if dcontext is None else dcontext, sums, num_rows // draws, draws, len(sums),
+        product if dcontext is None else dcontext, sums,
+        len(product if context is None else context), _draws(product, context), len(sums),
         0 if context is None else context.stride(0), sums.stride(0),
         HAS_CONTEXT=context is not None, **constants, **options,
     )  # fmt: skip
@@ -261,7 +259,7 @@ def silu_backward(
 
 def _draws(product: Tensor, context: Tensor | None) -> int:
     """Rows of the product for each row of the context."""
-    return 1 if context is None else max(1, len(product) // max(1, len(context)))
+    return 1 if context is None else len(product) // max(1, len(context))
 
 
 def swiglu(product: Tensor, bias: Tensor) -> Tensor:

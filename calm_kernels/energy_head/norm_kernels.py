@@ -107,16 +107,14 @@ def _norm_gradient(normal, dnormal, scale, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows", "num_groups"])
 def norm_backward_kernel(
-    step_ptr, bias_ptr, stream_ptr, weight_ptr, shift_ptr, dnormed_ptr, dstream_ptr, rounded_ptr,
+    step_ptr, bias_ptr, stream_ptr, weight_ptr, shift_ptr, dnormed_ptr, upstream_ptr, dsource_ptr,
     normed_ptr, sums_ptr, num_rows, num_groups, stride_group, HAS_STREAM: tl.constexpr,
-    HAS_UPSTREAM: tl.constexpr, NEED_ROUNDED: tl.constexpr, WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    NORM_EPS: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, NORM_EPS: tl.constexpr,
 ):  # fmt: skip
-    """dx = dLN(dnormed) + dstream, and LN(x) again for the gradient of the weights that took it.
+    """dx = dLN(dnormed) + upstream, and LN(x) again for the gradient of the weights that took it.
 
-    x is the stream, or step + bias without one. dx goes to `dstream` (in place) if there is a
-    stream, and rounded for the products to `rounded`. A group of rows leaves its sums over rows in
+    x is the stream, or step + bias without one. A group of rows leaves its sums over rows in
     `sums`, three rows: of dnormed · x̂, of dnormed, of dx.
     """
     group = tl.program_id(0)
@@ -147,11 +145,8 @@ def norm_backward_kernel(
             offs = row[:, None] * WIDTH + column[None, :]
             dx = gradient[k]
             if HAS_UPSTREAM:
-                dx += tl.load(dstream_ptr + offs, mask=mask, other=0.0)
-            if HAS_STREAM:
-                tl.store(dstream_ptr + offs, dx, mask=mask)
-            if NEED_ROUNDED:
-                tl.store(rounded_ptr + offs, dx.to(rounded_ptr.dtype.element_ty), mask=mask)
+                dx += tl.load(upstream_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dsource_ptr + offs, dx.to(dsource_ptr.dtype.element_ty), mask=mask)
             added = added + (sums_source[k] + tl.where(mask, dx, 0.0),)
         sums_source = added
     for k in tl.static_range(NUM_CHUNKS):

@@ -1,8 +1,8 @@
 """The head forward and backward: library products, fused kernels between them.
 
-Rows are patch-major, ``[R N, C]``. Products run in the dtype of the weights, the residual stream is
-float32. What depends on the patch alone (the context's half of every block's first product) is
-computed for R rows.
+Rows are patch-major, ``[R N, C]``. Products run in the dtype of the weights, and gradients travel
+in it; the residual stream is float32. What depends on the patch alone (the context's half of every
+block's first product) is computed for R rows.
 """
 
 from dataclasses import dataclass
@@ -86,16 +86,15 @@ def backward_pass(
     groups = launch.num_groups(noise.num_rows, hidden.device)
     sums = hidden.new_empty(groups, at.count, width, dtype=torch.float32)
     dcontext = torch.empty_like(kept.context)
-    step, dstream, matrices = _last_backward(dlatent, head, kept, sums)
+    dstream, matrices = _last_backward(dlatent, head, kept, sums)
     for index in reversed(range(len(head.blocks))):
         place = slice(index * width, (index + 1) * width)
         context = (kept.context[:, place], dcontext[:, place])
-        step, found = _block_backward(step, dstream, head, index, kept, context, sums)
+        dstream, found = _block_backward(dstream, head, index, kept, context, sums)
         matrices = found + matrices
     dembedded, condition = launch.norm_backward(
         kept.embedded, head.hidden_embd.bias, head.norm_hidden,
-        dcontext @ _context_weight(head), sums[:, at.hidden], None, has_upstream=False,
-        need_rounded=True,
+        dcontext @ _context_weight(head), sums[:, at.hidden],
     )  # fmt: skip
     for index in range(len(head.blocks)):  # the context's half of each first weight
         out = matrices[4 * index][:, width:]
@@ -114,8 +113,8 @@ def backward_pass(
 
 def _last_backward(
     dlatent: Tensor, head: HeadParameters, kept: Kept, sums: Tensor
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Gradient of the last stream, rounded and in float32, and of the last layer's weights."""
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradient of the last stream, and of the last layer's weights."""
     at, stream = Places(len(head.blocks)), kept.streams[-1]
     if kept.products:
         product = kept.products[-1]
@@ -125,34 +124,32 @@ def _last_backward(
     dproduct, features = launch.silu_backward(
         product, head.final_first.bias, dlatent @ head.final_second.weight, sums[:, at.final]
     )
-    dstream = torch.empty_like(stream)
-    rounded, normed = launch.norm_backward(
+    dstream, normed = launch.norm_backward(
         stream, None, head.final_norm, dproduct @ head.final_first.weight,
-        sums[:, at.norm(len(head.blocks))], dstream, has_upstream=False, need_rounded=True,
+        sums[:, at.norm(len(head.blocks))],
     )  # fmt: skip
-    return rounded, dstream, [dproduct.T @ normed, dlatent.T @ features]
+    return dstream, [dproduct.T @ normed, dlatent.T @ features]
 
 
 def _block_backward(
-    step: Tensor, dstream: Tensor, head: HeadParameters, index: int, kept: Kept,
+    dstream: Tensor, head: HeadParameters, index: int, kept: Kept,
     context: tuple[Tensor, Tensor], sums: Tensor,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """Rounded gradient of the block's input (of the first block: empty) and of its four weights.
+    """Gradient of the block's input from that of its output, and of its four weights.
 
-    `step` is the rounded gradient of the block's output. `dstream`, the same in float32, becomes
-    the input's in place; context holds the context and its gradient, which is written.
+    `context` holds the context and its gradient, which is written.
     """
     block, at = head.blocks[index], Places(len(head.blocks))
-    stream, width = kept.streams[index], step.shape[1]
+    stream, width = kept.streams[index], dstream.shape[1]
     if kept.products:
         first, second, gate_up = kept.products[3 * index : 3 * index + 3]
     else:
-        normed = launch.norm(None, None, stream, block.norm, dtype=step.dtype)
+        normed = launch.norm(None, None, stream, block.norm, dtype=dstream.dtype)
         first, second, gate_up = _block_products(normed, context[0], block)
     dgate_up, features = launch.swiglu_backward(
-        gate_up, block.gate_up.bias, step @ block.down.weight, sums[:, at.gate_up(index)]
+        gate_up, block.gate_up.bias, dstream @ block.down.weight, sums[:, at.gate_up(index)]
     )
-    down_weight = step.T @ features
+    down_weight = dstream.T @ features
     dsecond, features = launch.silu_backward(
         second, block.second.bias, dgate_up @ block.gate_up.weight, sums[:, at.second(index)]
     )
@@ -161,13 +158,13 @@ def _block_backward(
         first, block.first.bias, dsecond @ block.second.weight, sums[:, at.first(index)], *context
     )
     second_weight = dsecond.T @ features
-    rounded, normed = launch.norm_backward(
+    dstream, normed = launch.norm_backward(
         stream, None, block.norm, dfirst @ block.first.weight[:, :width],
-        sums[:, at.norm(index)], dstream, has_upstream=True, need_rounded=index > 0,
+        sums[:, at.norm(index)], dstream,
     )  # fmt: skip
     first_weight = torch.empty_like(block.first.weight)
     torch.mm(dfirst.T, normed, out=first_weight[:, :width])
-    return rounded, [first_weight, second_weight, gate_up_weight, down_weight]
+    return dstream, [first_weight, second_weight, gate_up_weight, down_weight]
 
 
 def _block_products(

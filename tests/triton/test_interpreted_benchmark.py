@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu import (
     agreeing_patch,
+    energy_head,
     energy_score,
     linear_argmax,
     linear_cross_entropy,

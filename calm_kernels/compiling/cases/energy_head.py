@@ -27,7 +27,7 @@ WIDTHS = (768, 1024, 1536, 2560)
 GROUPS = setting("energy_head.groups", "default", 1).block_rows
 # Under autocast parameters that are vectors stay float32, as does the residual stream.
 _FLOAT32 = (
-    "stream_ptr", "next_ptr", "dstream_ptr", "sums_ptr", "norm_weight_ptr", "norm_shift_ptr",
+    "stream_ptr", "next_ptr", "sums_ptr", "norm_weight_ptr", "norm_shift_ptr",
     "next_weight_ptr", "next_shift_ptr", "bias_ptr", "shift_ptr",
 )  # fmt: skip
 _TYPES = (
@@ -55,10 +55,12 @@ def _trips(constants: dict[str, Any], rows: int, *inner: int) -> tuple[int, ...]
 
 
 def _norm(form: str, kernel: Any, width: int, dtype: torch.dtype, **flags: bool) -> Configuration:
-    """Step in, stream in and out, normed out; backward also the gradients of the last two."""
+    """Step in, stream in and out, normed out; backward stream and two gradients in, one and normed
+    out.
+    """
     is_backward = kernel is norm_backward_kernel
     size = dtype.itemsize
-    traffic = (8 + 2 * size) if not is_backward else (12 + 3 * size)
+    traffic = (8 + 2 * size) if not is_backward else (4 + 4 * size)
 
     def constants(target: Target) -> Constants:
         found, options = launch.norm_constants(width, target.name, is_backward=is_backward)
@@ -95,9 +97,7 @@ def _activation(
     def trips(found: dict[str, Any]) -> tuple[int, ...]:
         if not is_backward:
             return ()
-        if kernel is swiglu_backward_kernel:
-            return _trips(found, ROWS)
-        return _trips(found, PATCHES, NUM_DRAWS) if has_context else _trips(found, ROWS, 1)
+        return _trips(found, PATCHES, NUM_DRAWS) if has_context else _trips(found, ROWS)
 
     def programs(found: dict[str, Any]) -> float:
         columns = math.ceil(width / found["BLOCK_COLUMNS"])
@@ -143,7 +143,7 @@ def _embedding(form: str, kernel: Any, width: int, dtype: torch.dtype) -> Config
         dtype=dtype,
         constants=constants,
         trips=trips,
-        bytes_per_row=(4 + dtype.itemsize) * width,
+        bytes_per_row=((dtype.itemsize if is_backward else 4) + dtype.itemsize) * width,
         rows=ROWS,
         programs=lambda found: GROUPS if is_backward else math.ceil(ROWS / found["BLOCK_ROWS"]),
         flops_per_row=2 * NOISE_SIZE * width,
@@ -158,7 +158,6 @@ def _at(width: int, dtype: torch.dtype) -> Iterator[Configuration]:
     yield _norm("norm", norm_kernel, width, dtype, HAS_STEP=True, HAS_STREAM=True)
     yield _norm(
         "norm.backward", norm_backward_kernel, width, dtype, HAS_STREAM=True, HAS_UPSTREAM=True,
-        NEED_ROUNDED=True,
     )  # fmt: skip
     yield _activation("context_silu", silu_kernel, width, dtype, 2 + shared, HAS_CONTEXT=True)
     yield _activation("silu", silu_kernel, width, dtype, 2, HAS_CONTEXT=False)
