@@ -114,8 +114,7 @@ class HeadSource:
 
     def slots(self, latents: Tensor) -> Tensor:
         """See `Source`."""
-        autoencoder = self.model.ae_model  # some heads draw in float32 whatever its weights are
-        return autoencoder.decoder.expand(latents.to(autoencoder.dtype))
+        return self.model.ae_model.decoder.expand(latents)
 
     def project(self, slots: Tensor) -> Tensor:
         """See `Source`; the logits are never formed."""

@@ -108,8 +108,11 @@ class Decoder(nn.Module):
         return self._tied[0].weight
 
     def expand(self, latent_states: Tensor) -> Tensor:
-        """Latents ``[..., L]`` to one state for each slot, ``[..., K, H]``: what slots share."""
-        hidden = self.latent_to_hidden(latent_states)
+        """Latents ``[..., L]`` to one state for each slot, ``[..., K, H]``: what slots share.
+
+        Latents may be more precise than the weights: some heads draw in float32 in any case.
+        """
+        hidden = self.latent_to_hidden(latent_states.to(self.output_weight.dtype))
         for block in self.decoder_layers[: len(self.decoder_layers) // 2]:
             hidden = block(hidden)
         return self.expand_layer(hidden).unflatten(-1, (self.patch_size, -1))
