@@ -93,7 +93,8 @@ def report(targets: Iterable[str], prefix: str = "") -> Iterable[Row]:
     """Rows of all configurations whose name starts with `prefix`, target by target."""
     for name in targets:
         for configuration in configurations():
-            if configuration.name.startswith(prefix):
+            is_launched = not configuration.targets or name in configuration.targets
+            if is_launched and configuration.name.startswith(prefix):
                 yield measure(configuration, TARGETS[name])
 
 

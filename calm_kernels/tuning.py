@@ -23,6 +23,7 @@ __all__ = [
     "setting",
     "use_fast_math",
     "warp_size",
+    "widest",
 ]
 
 DEFAULT = "default"
@@ -70,6 +71,13 @@ TABLE: dict[tuple[str, str, int], Launch] = {
     ("energy_score.gram.heavy", DEFAULT, 256): Launch(num_warps=4),
     ("energy_score.gram.heavy", "gfx942", 128): Launch(num_warps=2, block_n=16),
     ("energy_score.gram.heavy", "gfx942", 256): Launch(num_warps=4, block_n=16),
+    # More than 256 features of 16 bits: where registers and shared memory were seen to hold them.
+    ("energy_score.gram.wide", "sm_80", 512): Launch(num_warps=4),
+    ("energy_score.gram.wide", "sm_80", 1024): Launch(num_warps=8),
+    ("energy_score.gram.wide", "sm_90", 512): Launch(num_warps=4),
+    ("energy_score.gram.wide", "sm_90", 1024): Launch(num_warps=8),
+    ("energy_score.gram.wide", "sm_100", 512): Launch(num_warps=8),
+    ("energy_score.gram.wide", "gfx942", 512): Launch(num_warps=4, block_n=16),
     ("agreeing_patch.count", DEFAULT, MANY): Launch(num_warps=8, block_n=32, block_rows=64),
     ("agreeing_patch.choose", DEFAULT, 1024): Launch(num_warps=4),
     ("agreeing_patch.choose", DEFAULT, 4096): Launch(num_warps=8),
@@ -140,6 +148,11 @@ def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def widest(operation: str, arch: str) -> int:
+    """Largest width that this architecture has a row of its own for; 0 without one."""
+    return max((key[2] for key in TABLE if key[:2] == (operation, arch)), default=0)
 
 
 def warp_size(arch: str) -> int:

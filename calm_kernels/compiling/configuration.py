@@ -41,6 +41,7 @@ class Configuration:
     ones: tuple[str, ...] = ()  # arguments that are 1: strides of contiguous axes
     aligned: tuple[str, ...] = ()  # integers that are multiples of 16; pointers always are
     needed: Mapping[str, str] = field(default_factory=dict)  # target -> an instruction, as HGMMA
+    targets: tuple[str, ...] = ()  # that launch this form; none means all
     is_main: bool = False  # compiled by the tests, too
 
     def num_programs(self, constants: dict[str, Any]) -> float:

@@ -193,7 +193,7 @@ def _drawn_op(
     """As `_analytic_op` for targets drawn from a seed, or from given noise ``[M, R, L]``."""
     terms, dsamples = _outputs(samples, need_samples)
     dmean, dlog_std = _posterior_outputs(mean, log_std, need_posterior)
-    _, num_rows, width = samples.shape
+    num_rows = samples.shape[1]
     if not num_rows:
         return terms, dsamples, dmean, dlog_std
     problem = _problem(samples, weight, exponent, need_samples, need_posterior)
@@ -202,7 +202,7 @@ def _drawn_op(
     counts = (num_rows, num_targets, num_targets // 2 if is_antithetic else num_targets)
     strides = (*mean.stride(), *log_std.stride(), stride, stride_seed)
     with torch.cuda.device_of(samples):
-        if noise is None and width in launch.GRAM_WIDTHS:
+        if noise is None and launch.takes_gram(problem):
             constants, options = launch.gram(problem, is_antithetic=is_antithetic)
             gram_kernel[(num_rows,)](
                 samples, mean, log_std, pointer, seed, first_row, terms, dsamples, dmean,

@@ -12,13 +12,12 @@ from calm_kernels.device import LANE_AXIS
 from calm_kernels.energy_score.expectation import SERIES_MIN_LATENT
 from calm_kernels.energy_score.nodes import nodes
 from calm_kernels.energy_score.series import MAX_R2, MAX_SHARE
-from calm_kernels.tuning import Launch, launch_options, patch_tile, setting, warp_size
+from calm_kernels.tuning import Launch, launch_options, patch_tile, setting, warp_size, widest
 
-__all__ = ["GRAM_WIDTHS", "Problem", "analytic", "direct", "gram"]
+__all__ = ["Problem", "analytic", "direct", "gram", "takes_gram"]
 
 # Fewer dimensions leave d and z too far from orthogonal for a product of rounded operands; more
-# overflow the registers
-# of a program.
+# need registers and shared memory that not every machine has.
 GRAM_WIDTHS = range(64, 257)
 
 Constants = tuple[dict[str, Any], dict[str, Any]]
@@ -96,11 +95,19 @@ def direct(
     return constants, options
 
 
+def takes_gram(problem: Problem) -> bool:
+    """Whether drawn targets are compared by products; by direct differences otherwise."""
+    if problem.width in GRAM_WIDTHS or problem.dtype.itemsize > 2:
+        return problem.width in GRAM_WIDTHS
+    widest_row = widest("energy_score.gram.wide", problem.arch)
+    return GRAM_WIDTHS.stop <= problem.width <= widest_row
+
+
 def gram(problem: Problem, *, is_antithetic: bool) -> Constants:
     """For `gram_kernels.gram_kernel`: products of bf16 for 16-bit inputs, of tf32 for float32 (AMD:
     float32).
     """
-    launch = problem.setting("gram")
+    launch = problem.setting("gram" if problem.width in GRAM_WIDTHS else "gram.wide")
     is_rounded = problem.dtype.itemsize == 2 and problem.can_round
     words = -(-problem.width // 8)
     constants = problem.common() | {

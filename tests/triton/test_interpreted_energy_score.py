@@ -15,6 +15,7 @@ from energy_cases import (
 
 from calm_kernels import energy_score, gaussian_energy_score
 from calm_kernels.energy_score import function, gram_kernels
+from calm_kernels.tuning import TABLE, Launch
 
 MODES = ["analytic", "antithetic", "sample"]
 # One dimension, few, beyond a power of two, and both sides of the switch to products (64).
@@ -38,6 +39,18 @@ def compare(case, dtype=torch.float32, tolerances=FP32, **options):
 def test_modes(width, mode, exponent, generator):
     case = make_case(3, (2,), width, generator)
     compare(case, exponent=exponent, targets=mode, num_targets=18, seed=7, first_row=5)
+
+
+def test_products_of_more_dimensions(monkeypatch, generator):
+    """Where the table has a row for them; direct differences give the same."""
+    case = make_case(3, (2,), 300, generator).to(torch.bfloat16)
+    options = {"targets": "sample", "num_targets": 18, "seed": 7, "backend": "triton"}
+    direct = gaussian_energy_score(*case, **options)
+    monkeypatch.setitem(TABLE, ("energy_score.gram.wide", "default", 512), Launch())
+    monkeypatch.setattr(function, "direct_kernel", None)
+    compare(case, torch.bfloat16, BF16, targets="sample", num_targets=18, seed=7)
+    by_products = gaussian_energy_score(*case, **options)
+    torch.testing.assert_close(by_products, direct, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("num_samples", [2, 8, 11])

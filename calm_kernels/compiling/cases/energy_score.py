@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -174,6 +175,14 @@ def _gram_cases() -> Iterator[Configuration]:
     yield _gram("sample.N16.fp32", fp32, num_samples=16, **sampled)
     yield _gram("sample.L64", bf16, width=64, **sampled)
     yield _gram("sample.L256", bf16, width=256, **sampled)
+    yield _gram("sample.L512", bf16, width=512, **sampled)
+    yield _gram("sample.posterior.L512", bf16, width=512, **sampled, **posterior)
+    for case in (
+        _gram("sample.L1024", bf16, width=1024, **sampled),
+        _gram("antithetic.L1024", bf16, width=1024, is_antithetic=True),
+        _gram("sample.posterior.L1024", bf16, width=1024, **sampled, **posterior),
+    ):
+        yield replace(case, targets=("sm_80", "sm_90"))
     yield _gram("sample.L256.fp32", fp32, width=256, **sampled)
     yield _gram("sample.posterior", bf16, **sampled, **posterior)
     yield _gram("sample.posterior.fp32", fp32, **sampled, **posterior)
@@ -188,10 +197,13 @@ def _gram_cases() -> Iterator[Configuration]:
 def _direct_cases() -> Iterator[Configuration]:
     bf16, fp32 = torch.bfloat16, torch.float32
     drawn: dict[str, Any] = {"is_given": False, "is_drawn": True}
-    yield _direct("drawn.sample.L32", bf16, width=32, need_posterior=True, **drawn)
-    yield _direct("drawn.sample.L1024", bf16, width=1024, **drawn)
-    yield _direct("drawn.sample.L1024.posterior", bf16, width=1024, need_posterior=True, **drawn)
-    yield _direct("drawn.antithetic.L1024", fp32, width=1024, is_antithetic=True, **drawn)
+    yield _direct("drawn.direct.L32", bf16, width=32, need_posterior=True, **drawn)
+    yield replace(
+        _direct("drawn.direct.L1024", bf16, width=1024, **drawn), targets=("sm_100", "gfx942")
+    )
+    yield _direct("drawn.direct.L512.fp32", fp32, width=512, **drawn)
+    yield _direct("drawn.direct.L1024.posterior", fp32, width=1024, need_posterior=True, **drawn)
+    yield _direct("drawn.direct.antithetic.L1024", fp32, width=1024, is_antithetic=True, **drawn)
     yield _direct("drawn.noise", bf16, is_given=False)
     yield _direct("drawn.noise.posterior", bf16, is_given=False, need_posterior=True)
     yield _direct("given", bf16, is_given=True)
