@@ -89,7 +89,7 @@ TABLE: dict[tuple[str, str, int], Launch] = {
     ("energy_head.norm", DEFAULT, 4096): Launch(num_warps=8, block_rows=2),
     ("energy_head.norm.backward", DEFAULT, 1024): Launch(num_warps=8, block_rows=2),
     ("energy_head.norm.backward", DEFAULT, 4096): Launch(num_warps=8, block_rows=1),
-    ("energy_head.embed", DEFAULT, 4096): Launch(num_warps=8, block_rows=32, block_features=128),
+    ("energy_head.embed", DEFAULT, 4096): Launch(num_warps=8, block_rows=32),
     ("energy_head.embed", "gfx942", 4096): Launch(num_warps=4, block_rows=16, block_features=128),
     ("energy_head.embed.backward", DEFAULT, 4096): Launch(num_warps=8, block_rows=32),
     ("energy_head.embed.backward", "gfx942", 4096): Launch(num_warps=4, block_rows=16),

@@ -12,7 +12,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path.name for path in (ROOT / "tests" / "triton").glob("test_*.py"))
 
 
-SLOW = ("test_interpreted_energy_score.py", "test_interpreted_integration.py")
+SLOW = (
+    "test_interpreted_energy_head.py",
+    "test_interpreted_energy_score.py",
+    "test_interpreted_integration.py",
+)
 
 
 @pytest.mark.timeout(900)
