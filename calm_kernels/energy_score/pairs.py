@@ -1,8 +1,10 @@
 """Powers of distances between points, with their gradients; no ``[N, M, R, L]`` array.
 
-Distances come from differences, not from |x|² + |y|² - 2xy: at the first training step all samples
-may coincide, and a difference of large squares would return rounding noise there. The gradient of
-|v|^α is α |v|^(α-2) v, and 0 where v = 0.
+Distances come from differences: at the first training step all samples may coincide, and the
+difference of large squares in |x|² + |y|² - 2xy would return rounding noise. Between samples and
+targets of many dimensions, which are rarely near, a CPU takes that product, centred, for the pairs
+that are far apart in it, and differences for the rest. The gradient of |v|^α is α |v|^(α-2) v, and
+0 where v = 0.
 """
 
 import torch
@@ -13,6 +15,12 @@ from calm_kernels.energy_score.chunks import WORKING_SET, in_chunks
 __all__ = ["between", "within"]
 
 Terms = tuple[Tensor, Tensor | None, Tensor | None]
+# Products from this many dimensions on; fewer leave too many pairs near.
+MIN_PRODUCT_WIDTH = 64
+# |v|² of at least this share of |x|² + |y|² has lost at most four bits to cancellation.
+MIN_SHARE = 1 / 16
+# Past this share of near pairs differences are taken of all.
+MAX_NEAR = 1 / 16
 
 
 def within(
@@ -54,6 +62,23 @@ def between(
         need_dy: whether to compute the gradient of y.
     """
     num_samples, num_targets, width = x.shape[1], y.shape[1], x.shape[2]
+    # Which pairs are near is read from the device, which no GPU should wait for.
+    if x.device.type != "cpu" or width < MIN_PRODUCT_WIDTH:
+        return _differences(x, y, exponent, scale, need_dx, need_dy)
+
+    def compute(rows: slice) -> Terms:
+        part = (x[rows], y[rows], exponent, scale[rows], need_dx, need_dy)
+        return _products(*part) or _differences(*part)
+
+    elements = (num_samples + num_targets) * max(num_samples, width)
+    return in_chunks(compute, x.shape[0], elements)  # type: ignore[return-value]
+
+
+def _differences(
+    x: Tensor, y: Tensor, exponent: float, scale: Tensor, need_dx: bool, need_dy: bool
+) -> Terms:
+    """`between` by differences ``[r, N, m, L]`` of as many patches and targets as stay in cache."""
+    num_samples, num_targets, width = x.shape[1], y.shape[1], x.shape[2]
     block = max(1, min(num_targets, WORKING_SET // max(1, num_samples * width)))
     scratch = x.new_empty(0)
 
@@ -83,14 +108,58 @@ def between(
     return in_chunks(compute, x.shape[0], num_samples * block * width)  # type: ignore[return-value]
 
 
+def _products(
+    x: Tensor, y: Tensor, exponent: float, scale: Tensor, need_dx: bool, need_dy: bool
+) -> Terms | None:
+    """As `between`, by a product of points centred on the targets' mean; None if many are near."""
+    center = y.mean(1, keepdim=True)
+    near_x, near_y = x, y  # near points differ in digits that centring rounds away
+    x, y = x - center, y - center
+    squares = x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None]  # [r, N, M]
+    least = squares * MIN_SHARE
+    square = torch.baddbmm(squares, x, y.transpose(1, 2), alpha=-2)
+    # Written so that what overflowed, underflowed or is no number counts as near.
+    is_far = (square >= least) & (least > torch.finfo(x.dtype).tiny / torch.finfo(x.dtype).eps)
+    # Where both squares are 0, as in a masked patch, so is the distance.
+    near = (~is_far & (squares != 0)).nonzero(as_tuple=True)
+    if near[0].numel() > MAX_NEAR * square.numel():
+        return None
+    need_slope = need_dx or need_dy
+    length = square.masked_fill_(~is_far, 1.0).sqrt_()
+    powered, slope = _powers(length, exponent, need_slope=need_slope)
+    total = powered.masked_fill(~is_far, 0.0).sum((1, 2))
+    row, n, m = near
+    difference = near_x[row, n] - near_y[row, m]
+    powered, near_slope = _power(difference, exponent, need_slope=need_slope)
+    total.index_add_(0, row, powered)
+    if slope is None or near_slope is None:
+        return total * scale, None, None
+    slope = slope.masked_fill_(~is_far, 0.0).mul_(scale[:, None, None])
+    pull = difference * (near_slope * scale[row])[:, None]
+    dx = dy = None
+    if need_dx:
+        dx = torch.baddbmm(x * slope.sum(2, keepdim=True), slope, y, alpha=-1)
+        dx.index_put_((row, n), pull, accumulate=True)
+    if need_dy:
+        dy = y * slope.sum(1)[..., None]
+        dy.baddbmm_(slope.transpose(1, 2), x, alpha=-1)
+        dy.index_put_((row, m), -pull, accumulate=True)
+    return total * scale, dx, dy
+
+
 def _power(
     difference: Tensor, exponent: float, *, need_slope: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """|v|^α and α · |v|^(α-2) over the last axis.
+    """|v|^α and α · |v|^(α-2) over the last axis."""
+    length = torch.linalg.vector_norm(difference, dim=-1)
+    return _powers(length, exponent, need_slope=need_slope)
+
+
+def _powers(length: Tensor, exponent: float, *, need_slope: bool) -> tuple[Tensor, Tensor | None]:
+    """|v|^α and α · |v|^(α-2) of lengths.
 
     Lengths whose square underflows count as zero: their slope is 0, and no exponent overflows.
     """
-    length = torch.linalg.vector_norm(difference, dim=-1)
     powered = length if exponent == 1.0 else length.pow(exponent)
     if not need_slope:
         return powered, None
