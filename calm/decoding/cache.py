@@ -76,6 +76,9 @@ class PatchCache:
         self.length = 0
         if self.position is not None:
             self.position.zero_()
+            # A fixed step reads all columns: what an earlier text left there may not be finite.
+            self.keys.zero_()
+            self.values.zero_()
 
     def advance(self, columns: int) -> None:
         """Count columns that were written."""

@@ -17,6 +17,7 @@ from calm.decoding.loop import Request, continue_prompts, prepare
 from calm.decoding.predictors import make_predictor
 from calm.decoding.prompt import Prompts
 from calm.decoding.result import Generation
+from calm_kernels.autograd import without_autocast
 from calm_kernels.noise import Seed
 
 __all__ = ["generate", "warmup"]
@@ -45,7 +46,8 @@ def generate(
     """Continue prompts of any lengths, K tokens at a time.
 
     A sequence ends with its end token, with a stop string or at the length asked for; the rest of
-    its row is padding. No sequence depends on the others of the batch but through its seed.
+    its row is padding. No sequence depends on the others of the batch but through its seed. The
+    model runs in the dtype of its weights, autocast or not.
 
     Args:
         model: a CALM with any head, or the token-by-token baseline, whose chunk is one token. The
@@ -104,7 +106,8 @@ def generate(
         seed=seed,
         streamer=streamer,
     )
-    generation = continue_prompts(predictor, request)
+    with without_autocast(predictor.backbone.norm.weight):
+        generation = continue_prompts(predictor, request)
     return generation if return_details else generation.sequences
 
 
@@ -142,4 +145,5 @@ def warmup(
         noise_scale=noise_scale,
         max_draws=max_draws,
     )
-    return prepare(predictor, batch_size=batch_size, max_length=max_length)
+    with without_autocast(predictor.backbone.norm.weight):
+        return prepare(predictor, batch_size=batch_size, max_length=max_length)

@@ -13,10 +13,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from calm.decoding.predictors import Predictor
 from calm.decoding.step import State, decode_one_chunk
 from calm.decoding.trunk import Trunk
+from calm.errors import UserError
 from calm_kernels.backend import Backend, resolve
 
 __all__ = ["CapturedStep", "captured_step", "kept_trunk"]
@@ -49,7 +51,7 @@ class CapturedStep:
                 decode_one_chunk(state)
         torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(graph):
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=aside):
             record = decode_one_chunk(state)
         torch.cuda.synchronize(device)
         return cls(state, graph, record)
@@ -66,7 +68,7 @@ class _Kept:
 
     weights: tuple[Any, ...] = ()
     trunk: Trunk | None = None
-    steps: dict[tuple[Any, ...], CapturedStep] = field(default_factory=dict)
+    steps: dict[tuple[Any, int], CapturedStep] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Kept":
         return _Kept()
@@ -76,32 +78,52 @@ class _Kept:
 
 
 def kept_trunk(predictor: Predictor) -> Trunk:
-    """The predictor's arranged backbone."""
+    """The predictor's arranged backbone.
+
+    Raises:
+        UserError: a weight of the model is not finite. Its text would be of one token, as NaN has
+            no order, and attention may even hide it.
+    """
     kept = _kept(predictor)
     if kept.trunk is None:
+        _check_finite(predictor.model)
         kept.trunk = Trunk(predictor.backbone)
     return kept.trunk
 
 
+def _check_finite(model: PreTrainedModel) -> None:
+    names, weights = zip(*model.named_parameters(), strict=True)
+    is_finite = torch.stack([torch.isfinite(weight.detach()).all() for weight in weights])
+    if not is_finite.all():
+        name = names[int(is_finite.to(torch.uint8).argmin())]
+        raise UserError(
+            f"the model's weight {name} is not finite: the file is damaged or training diverged; "
+            "load an earlier checkpoint"
+        )
+
+
 def captured_step(predictor: Predictor, *, batch_size: int, capacity: int) -> CapturedStep:
-    """A captured step for texts of up to `capacity` chunks.
+    """A captured step for texts of up to `capacity` chunks: the smallest kept one that holds them.
 
     The last few are kept, each with its cache.
     """
-    capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
     trunk, steps = kept_trunk(predictor), _kept(predictor).steps
     backend = resolve(Backend.AUTO, "linear_argmax", trunk.norm)  # a graph holds this choice
-    key = (predictor, batch_size, capacity, backend)
-    if key in steps:
+    use = (predictor, batch_size, backend)
+    if fits := [kept for kept in steps if kept[0] == use and kept[1] >= capacity]:
+        key = min(fits, key=lambda kept: kept[1])
         steps[key] = steps.pop(key)  # the latest last
         return steps[key]
     while len(steps) >= MAX_GRAPHS:
         del steps[next(iter(steps))]
-    state = State.allocate(
-        predictor, trunk, batch_size=batch_size, capacity=capacity, is_fixed=True
-    )
-    steps[key] = CapturedStep.capture(state)
-    return steps[key]
+    capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+    # Memory of inference mode could not be written outside of it, where a later call may be.
+    with torch.inference_mode(False), torch.no_grad():
+        state = State.allocate(
+            predictor, trunk, batch_size=batch_size, capacity=capacity, is_fixed=True
+        )
+        steps[use, capacity] = CapturedStep.capture(state)
+    return steps[use, capacity]
 
 
 def _kept(predictor: Predictor) -> _Kept:
