@@ -16,6 +16,8 @@ def pytest_collection_modifyitems(items):
         if "tests/gpu/" in item.path.as_posix():
             item.add_marker(pytest.mark.gpu)
             item.add_marker(pytest.mark.filterwarnings("ignore:TensorFloat32"))
+            # said once, by whichever test first asks for errors where the host would wait
+            item.add_marker(pytest.mark.filterwarnings("ignore:Synchronization debug mode"))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
 
