@@ -79,10 +79,17 @@ def waves(
 
 
 def draw_fitting(
-    source: Source, known: Known | None, num_samples: int, seed: Tensor, noise_scale: float
+    source: Source,
+    known: Known | None,
+    num_samples: int,
+    seed: Tensor,
+    noise_scale: float,
+    noise_spread: float = 1.0,
 ) -> Fitting:
     """One wave of draws; those that begin with what is known."""
-    latents = source.latents(num_samples, seed, noise_scale=noise_scale)  # [N, B, L]
+    latents = source.latents(
+        num_samples, seed, noise_scale=noise_scale, noise_spread=noise_spread
+    )  # [N, B, L]
     is_finite = torch.isfinite(latents).all(-1).all(0)
     if known is None:
         place = torch.arange(num_samples, device=source.device).expand(len(source), -1)
@@ -104,6 +111,7 @@ def gather_completions(
     max_draws: int,
     seed: Tensor,
     noise_scale: float,
+    noise_spread: float = 1.0,
 ) -> Completions:
     """Draw in waves until each row has `needed` draws that fit, or `max_draws` were made.
 
@@ -115,6 +123,7 @@ def gather_completions(
         max_draws: draws a row at most.
         seed: int64 ``[B, 2]``.
         noise_scale: factor on the head's noise.
+        noise_spread: factor on what that contributes, see `GenerativeHead.sample`.
     """
     rows = torch.arange(len(source), device=source.device)
     count, draws = torch.zeros_like(rows), torch.zeros_like(rows)
@@ -122,7 +131,12 @@ def gather_completions(
     kept: Tensor | None = None
     for wave_seed, before, size in waves(seed, wave_size, max_draws, first=wave_size):
         part = draw_fitting(
-            source.select(rows), known.select(rows), size, wave_seed[rows], noise_scale
+            source.select(rows),
+            known.select(rows),
+            size,
+            wave_seed[rows],
+            noise_scale,
+            noise_spread,
         )
         if kept is None:
             kept = part.latents.new_zeros(needed, len(source), part.latents.shape[-1])

@@ -6,7 +6,7 @@
 | `Batch` | tends to P^(1/T) as N grows (Algorithm 2) | N |
 | `Exact` | P^(1/T), or Algorithm 2 at its cap (Algorithm 1) | as many as it takes |
 | `Medoid` | none stated: the middle of N draws | N, of which one is decoded |
-| `NoiseScale` | none stated: the head's noise is narrowed | 1 |
+| `NoiseScale` | none stated: what the head's noise contributes is narrowed | 1 |
 
 At T = 1 all are `Direct`. Any of them also completes a chunk whose first tokens are known: what is
 drawn are then the head's draws that begin with them, in order.
@@ -48,9 +48,9 @@ class Direct:
     is_capturable: ClassVar[bool] = True
 
     @property
-    def head_scale(self) -> float:
-        """Factor on the head's noise, in all."""
-        return self.noise_scale
+    def noise_spread(self) -> float:
+        """Factor on what the noise contributes, see `GenerativeHead.sample`."""
+        return 1.0
 
     @property
     def needed(self) -> int:
@@ -59,7 +59,9 @@ class Direct:
 
     def choose(self, source: Source, seed: Tensor) -> Chunk:
         """See `Method`."""
-        latents = source.latents(self.needed, seed, noise_scale=self.head_scale)
+        latents = source.latents(
+            self.needed, seed, noise_scale=self.noise_scale, noise_spread=self.noise_spread
+        )
         count = torch.full((len(source),), self.needed, device=source.device)
         is_finite = torch.isfinite(latents).all(-1).all(0)
         tokens, level = self._pick(source, latents, seed)
@@ -75,7 +77,8 @@ class Direct:
             wave_size=self.num_samples,
             max_draws=self.max_draws,
             seed=seed,
-            noise_scale=self.head_scale,
+            noise_scale=self.noise_scale,
+            noise_spread=self.noise_spread,
         )
         tokens, level = self._pick_completion(source, found, known, seed)
         return Chunk(tokens, level, found.draws, found.counts < self.needed, found.is_finite)
@@ -99,10 +102,13 @@ class Direct:
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseScale(Direct):
-    """One draw with the head's noise times √T.
+    """One draw, with what the head's noise contributes times s = T².
 
-    √T is the factor that turns a normal law P into P^(1/T): exact for a head that is linear in
-    normal noise, a heuristic for all others. Its cost does not depend on T.
+    A factor on the noise itself would do nothing in the energy head, which normalises the embedded
+    noise: s stands behind that norm. √T would turn a normal law P into P^(1/T) in a head linear in
+    normal noise; later norms undo part of it in a deep one, and T² came nearest to exact laws in a
+    trained energy head (docs/temperature.md). A heuristic: its law is not P^(1/T). Its cost does
+    not depend on T.
 
     Attributes:
         temperature: T in (0, 1].
@@ -111,9 +117,9 @@ class NoiseScale(Direct):
     temperature: float = 0.5
 
     @property
-    def head_scale(self) -> float:
-        """Factor on the head's noise, in all."""
-        return self.noise_scale * math.sqrt(self.temperature)
+    def noise_spread(self) -> float:
+        """T²."""
+        return self.temperature**2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,10 +53,18 @@ class Source(Protocol):
     def __len__(self) -> int:
         """B."""
 
-    def latents(self, num_samples: int, seed: Tensor, *, noise_scale: float = 1.0) -> Tensor:
+    def latents(
+        self,
+        num_samples: int,
+        seed: Tensor,
+        *,
+        noise_scale: float = 1.0,
+        noise_spread: float = 1.0,
+    ) -> Tensor:
         """N independent draws for each sequence, ``[N, B, L]``.
 
         Draw i of a sequence depends on its own seed, int64 ``[B, 2]``, and on i alone.
+        `noise_scale` and `noise_spread` are those of `GenerativeHead.sample`.
         """
 
     def slots(self, latents: Tensor) -> Tensor:
@@ -106,10 +114,21 @@ class HeadSource:
     def __len__(self) -> int:
         return len(self.hidden)
 
-    def latents(self, num_samples: int, seed: Tensor, *, noise_scale: float = 1.0) -> Tensor:
+    def latents(
+        self,
+        num_samples: int,
+        seed: Tensor,
+        *,
+        noise_scale: float = 1.0,
+        noise_spread: float = 1.0,
+    ) -> Tensor:
         """See `Source`."""
         return self.model.generative_head.sample(
-            self.hidden, num_samples=num_samples, seed=seed, noise_scale=noise_scale
+            self.hidden,
+            num_samples=num_samples,
+            seed=seed,
+            noise_scale=noise_scale,
+            noise_spread=noise_spread,
         )
 
     def slots(self, latents: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """`EnergyHead`: the parameters under their published names, and the draws."""
 
+import math
 from typing import Literal
 
 from torch import Tensor, nn
@@ -86,6 +87,7 @@ class EnergyHead(nn.Module):
         first_row: int | Tensor = 0,
         noise_scale: float = 1.0,
         *,
+        noise_spread: float = 1.0,
         recompute: bool = False,
         backend: Backend | str = Backend.AUTO,
     ) -> Tensor:
@@ -99,16 +101,29 @@ class EnergyHead(nn.Module):
                 `noise` has).
             seed: of fresh draws, see `noise.as_seed`; row r of `hidden` is row ``first_row + r``.
             first_row: global index of the first row.
-            noise_scale: factor on the noise, >= 0; 0 is deterministic.
+            noise_scale: factor on the noise, >= 0; 0 is deterministic. `norm_noise` cancels any
+                other almost wholly: it narrows nothing.
+            noise_spread: factor on what the noise contributes after that norm, before its bias,
+                >= 0: below 1 it narrows the law, 0 is deterministic (not the latent of scale 0).
             recompute: see `energy_head`.
             backend: see `energy_head`.
 
         Returns: ``[..., L]``, or ``[N, ..., L]`` with N draws a row.
         """
         return energy_head(
-            hidden, noise, self, num_samples=num_samples, seed=seed, first_row=first_row,
-            noise_scale=noise_scale, recompute=recompute, backend=backend,
+            hidden, noise, self._with_spread(noise_spread), num_samples=num_samples, seed=seed,
+            first_row=first_row, noise_scale=noise_scale, recompute=recompute, backend=backend,
         )  # fmt: skip
+
+    def _with_spread(self, noise_spread: float) -> nn.Module | dict[str, Tensor]:
+        """The parameters with the weight of `norm_noise` times `noise_spread`."""
+        if not (noise_spread >= 0.0 and math.isfinite(noise_spread)):
+            raise ValueError(f"noise_spread must be finite and at least 0, got {noise_spread}")
+        if noise_spread == 1.0:
+            return self
+        return dict(self.named_parameters()) | {
+            "norm_noise.weight": self.norm_noise.weight * noise_spread
+        }
 
 
 class _Block(nn.Module):

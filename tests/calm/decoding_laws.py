@@ -31,14 +31,13 @@ class ToySource:
     def __len__(self):
         return len(self.damaged)
 
-    def latents(self, num_samples, seed, *, noise_scale=1.0):
+    def latents(self, num_samples, seed, *, noise_scale=1.0, noise_spread=1.0):
         value = uniform(
             len(self), 1, stream=Stream.HEAD, seed=seed, num_draws=num_samples, dtype=torch.float64
         )
         edges = self.chances.cumsum(0)[:-1].contiguous()
-        drawn = torch.searchsorted(edges, (value * noise_scale).contiguous(), right=True).to(
-            torch.float32
-        )
+        value = (value * noise_scale * noise_spread).contiguous()
+        drawn = torch.searchsorted(edges, value, right=True).to(torch.float32)
         return drawn.masked_fill(self.damaged[:, None], math.nan)
 
     def slots(self, latents):

@@ -1,5 +1,6 @@
 """The generative heads: where their draws come from, how they start, what their parts compute."""
 
+import itertools
 import math
 
 import pytest
@@ -38,6 +39,39 @@ def test_noise_scale_zero_is_deterministic(head):
     assert not torch.allclose(first, sample(hidden, seed=2, noise_scale=0.5), atol=1e-4)
     with pytest.raises(ValueError, match="noise_scale"):
         sample(hidden, noise_scale=-1.0)
+
+
+@every_head
+def test_noise_spread_narrows_the_draws(head):
+    model = tiny.model(head)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(20, model.config.hidden_size, generator=generator)
+    if head == "energy":  # as after training: blocks normalise again, beside a bias of zero
+        bias = model.generative_head.norm_noise.bias.data
+        bias.copy_(torch.randn(bias.shape, generator=generator))
+
+    def sample(noise_spread, seed=4, **options):
+        return model.generative_head.sample(
+            hidden, num_samples=16, seed=seed, noise_spread=noise_spread, **options
+        )
+
+    plain = model.generative_head.sample(hidden, num_samples=16, seed=4)
+    assert torch.equal(sample(1.0), plain)
+    widths = [sample(spread).std(0).mean().item() for spread in (1.0, 0.5, 0.2, 0.05, 0.0)]
+    assert all(narrow < wide for wide, narrow in itertools.pairwise(widths))
+    assert widths[-1] < 1e-6  # each row has one latent
+    assert torch.equal(sample(0.0), sample(0.0, seed=5))
+    with pytest.raises(ValueError, match=r"noise_spread must be finite and at least 0, got -1.0"):
+        sample(-1.0)
+
+
+@pytest.mark.parametrize("head", ["diffusion", "flow"])
+def test_noise_spread_is_noise_scale_where_nothing_normalises_the_noise(head):
+    model = tiny.model(head)
+    hidden = torch.randn(2, model.config.hidden_size)
+    sample = model.generative_head.sample
+    both = sample(hidden, seed=1, noise_scale=0.6, noise_spread=0.5)
+    torch.testing.assert_close(both, sample(hidden, seed=1, noise_scale=0.3))
 
 
 @every_head

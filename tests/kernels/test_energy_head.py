@@ -1,5 +1,6 @@
 """The generative head: published formula, hoisted context, draws."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -248,11 +249,35 @@ class TestSample:
             head.sample(hidden, drawn, noise_scale=0.5), head.sample(hidden, 0.5 * drawn)
         )
 
+    def test_noise_spread_multiplies_what_the_norm_gives(self, head, hidden, backend):
+        plain = head.sample(hidden, num_samples=3, seed=1, backend=backend)
+        same = head.sample(hidden, num_samples=3, seed=1, noise_spread=1.0, backend=backend)
+        assert torch.equal(same, plain)
+        before = {name: value.clone() for name, value in head.state_dict().items()}
+        actual = head.sample(hidden, num_samples=3, seed=1, noise_spread=0.3, backend=backend)
+        for name, value in head.state_dict().items():
+            assert torch.equal(value, before[name]), name
+        narrow = copy.deepcopy(head)
+        narrow.norm_noise.weight.data *= 0.3
+        expected = narrow.sample(hidden, num_samples=3, seed=1, backend="reference")
+        torch.testing.assert_close(actual, expected)
+        assert not torch.allclose(actual, plain, atol=1e-2)
+
+    def test_no_spread_is_deterministic(self, head, hidden, backend):
+        first, second = (
+            head.sample(hidden, num_samples=3, seed=seed, noise_spread=0.0, backend=backend)
+            for seed in (1, 2)
+        )
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, first[:1].expand_as(first))
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             ({"noise_scale": -1.0}, "noise_scale.*-1.0"),
             ({"noise_scale": math.inf}, "noise_scale.*inf"),
+            ({"noise_spread": -1.0}, "noise_spread must be finite and at least 0, got -1.0"),
+            ({"noise_spread": math.nan}, "noise_spread.*nan"),
             ({"noise": torch.zeros(2, 3, 2, 6), "num_samples": 4}, "num_samples=4.*2, 3, 2, 6"),
             ({"noise": torch.zeros(3, 2, 6), "num_samples": 3}, "num_samples=3"),
             ({"num_samples": -1}, "num_samples must be at least 0"),

@@ -63,6 +63,18 @@ def test_drawn_noise_is_that_of_the_noise_module(generator):
     assert torch.equal(actual.view(rows, draws, noise_size), drawn.transpose(0, 1) - 0.5)
 
 
+@pytest.mark.parametrize("spread", [1.0, 0.3, 0.0])
+def test_spread_noise_is_that_of_torch(spread, generator):
+    size = SIZES[3]
+    head = make_head(size, generator).float()
+    hidden = make_inputs(size, generator)[0].float()
+    options = {"num_samples": size[4], "seed": 7, "noise_spread": spread}
+    actual, expected = (
+        head.sample(hidden, backend=backend, **options) for backend in ("triton", "torch")
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_seed_per_row(generator):
     size = (16, 4, 5, 1, 3, (6,))
     head = make_head(size, generator).float()

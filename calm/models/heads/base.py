@@ -47,8 +47,15 @@ class GenerativeHead(Protocol):
         seed: int | Tensor | None = None,
         first_row: int | Tensor = 0,
         noise_scale: float = 1.0,
+        *,
+        noise_spread: float = 1.0,
     ) -> Tensor:
-        """Latents ``[..., L]`` for hidden states ``[..., H]``, or ``[num_samples, ..., L]``."""
+        """Latents ``[..., L]`` for hidden states ``[..., H]``, or ``[num_samples, ..., L]``.
+
+        `noise_scale` multiplies the noise that enters, `noise_spread` what it contributes where
+        the head normalises it; without such a norm they are the same factor. Both are >= 0, and 0
+        is deterministic.
+        """
         ...
 
     def initialize(self, module: nn.Module) -> None:

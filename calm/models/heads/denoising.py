@@ -134,6 +134,8 @@ class DenoisingHead(nn.Module):
         seed: Seed = None,
         first_row: int | Tensor = 0,
         noise_scale: float = 1.0,
+        *,
+        noise_spread: float = 1.0,
     ) -> Tensor:
         """Draw latents; not differentiable.
 
@@ -146,11 +148,14 @@ class DenoisingHead(nn.Module):
             seed: of fresh draws, see `noise.as_seed`; row r of `hidden` is row ``first_row + r``.
             first_row: global index of the first row.
             noise_scale: factor on every draw, >= 0; 0 is deterministic.
+            noise_spread: another one, as nothing here normalises the noise.
 
         Returns: ``[..., L]``, or ``[num_samples, ..., L]``.
         """
-        if not (noise_scale >= 0.0 and math.isfinite(noise_scale)):
-            raise ValueError(f"noise_scale must be finite and at least 0, got {noise_scale}")
+        for name, factor in (("noise_scale", noise_scale), ("noise_spread", noise_spread)):
+            if not (factor >= 0.0 and math.isfinite(factor)):
+                raise ValueError(f"{name} must be finite and at least 0, got {factor}")
+        scale = noise_scale * noise_spread
         if num_samples is not None and not 1 <= num_samples <= MAX_SAMPLES:
             raise ValueError(f"num_samples must lie in [1, {MAX_SAMPLES}], got {num_samples}")
         draws = () if num_samples is None else (num_samples,)
@@ -160,7 +165,7 @@ class DenoisingHead(nn.Module):
 
         def draw(step: int) -> Tensor:
             if given is not None:
-                return given[step] * noise_scale
+                return given[step] * scale
             drawn = normal(
                 hidden.shape[:-1].numel(),
                 shape[-1],
@@ -171,7 +176,7 @@ class DenoisingHead(nn.Module):
                 first_draw=step * MAX_SAMPLES,
                 device=hidden.device,
             )
-            return drawn.reshape(shape) * noise_scale
+            return drawn.reshape(shape) * scale
 
         return self._walk(self.net.cond_embed(hidden), draw)
 
