@@ -121,7 +121,8 @@ def forward_kernel(
         log_std = _load_slice(states_ptr, row, feature + WIDTH, stride_r, stride_l, mask)
         std = exp2(log_std * _LOG2_E, FAST)
         divergence = 0.5 * (mean * mean + std * std - 1) - log_std
-        kl += tl.where(mask, tl.maximum(divergence, kl_floor), 0.0)
+        floored = tl.maximum(divergence, kl_floor, propagate_nan=tl.PropagateNan.ALL)
+        kl += tl.where(mask, floored, 0.0)
         latent = mean + std * noise[k]
         if KEEP > 0:
             latent *= keep[k]

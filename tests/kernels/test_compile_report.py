@@ -117,11 +117,16 @@ def test_every_operation_with_kernels_has_cases():
 def test_the_table_and_its_exit_status(capsys):
     assert compile_report.main(["--target", "sm_90", "--op", SERIES + ".L1024"]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 2 and table[1].startswith(SERIES + ".L1024")
+    assert [line.split()[0] for line in table[1:]] == [SERIES + ".L1024", SERIES + ".L1024.fp32"]
     assert compile_report.main(["--target", "sm_90", "--op", SERIES, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["configuration"] for row in rows] == [SERIES, SERIES + ".L1024"]
+    assert [row["configuration"] for row in rows][:2] == [SERIES, SERIES + ".L1024"]
     assert rows[0]["spilled_bytes"] == 0 and rows[0]["instructions"] <= rows[0]["budget"]
+
+
+def test_a_form_is_compiled_where_it_is_launched():
+    name = "energy_score.drawn.sample.L1024"
+    assert [row.target for row in compile_report.report(["sm_90", "gfx942"], name)] == ["sm_90"]
 
 
 def test_a_broken_budget_fails(monkeypatch, capsys):
@@ -167,10 +172,12 @@ def test_bad_arguments(capsys, monkeypatch):
 
 
 def test_cpu_tensors_are_refused_outside_the_interpreter():
-    from calm_kernels import gaussian_energy_score, reparameterize
+    from calm_kernels import energy_score, gaussian_energy_score, reparameterize
 
     mean = torch.zeros(2, 8)
     with pytest.raises(ValueError, match=r"tensors on a GPU, got cpu.*TRITON_INTERPRET"):
         gaussian_energy_score(torch.zeros(3, 2, 8), mean, mean, backend="triton")
+    with pytest.raises(ValueError, match=r"tensors on a GPU, got cpu"):
+        energy_score(torch.zeros(3, 2, 8), torch.zeros(2, 2, 8), backend="triton")
     with pytest.raises(ValueError, match=r"tensors on a GPU, got cpu"):
         reparameterize(mean, kl_floor=0.0, backend="triton")

@@ -23,19 +23,24 @@ class Launches:
         return Watched()
 
 
-def tiny_autoencoder():
+def tiny_autoencoder(latent_size=8):
     torch.manual_seed(0)
     config = AutoencoderConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, latent_size=8, patch_size=2
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        latent_size=latent_size,
+        patch_size=2,
     )
     return Autoencoder(config)
 
 
-def tiny_model(**changes):
+def tiny_model(latent_size=8, **changes):
     torch.manual_seed(0)
     config = CALMConfig(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, num_mlp_layers=1, noise_size=8,
-        latent_size=8, patch_size=2, num_samples=3, num_targets=4, head_init="scaled", **changes,
+        latent_size=latent_size, patch_size=2, num_samples=3, num_targets=4, head_init="scaled",
+        **changes,
     )  # fmt: skip
-    return EnergyTransformer.from_autoencoder(tiny_autoencoder(), config)
+    return EnergyTransformer.from_autoencoder(tiny_autoencoder(latent_size), config)

@@ -172,14 +172,15 @@ def test_masked_patches_may_hold_anything(mode, generator):
 
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_patch_with_a_bad_input_keeps_it_to_itself(mode, generator):
+def test_a_patch_with_a_bad_input_keeps_it_to_itself(mode, bad, generator):
     case = make_case(3, (2,), 64, generator).to(torch.float32)
     options = {"targets": mode, "num_targets": 4, "seed": 2, "backend": "triton"}
     expected = gaussian_energy_score(*case, **options)
-    case.log_std[0, 3] = float("nan")
+    case.log_std[0, 3] = bad
     actual = gaussian_energy_score(*case, **options)
-    assert actual[0].isnan() and actual[1] == expected[1]
+    assert not actual[0].isfinite() and actual[1] == expected[1]
 
 
 def test_diagnostics(generator):
@@ -210,16 +211,31 @@ def test_any_strides(generator):
             assert torch.equal(value, wanted)
 
 
-def test_offsets_beyond_32_bits(generator):
-    """Samples 2^31 elements apart; untouched memory costs nothing."""
-    far = 2**31
-    memory = torch.empty(far + 64, dtype=torch.bfloat16)
-    case = make_case(2, (2,), 8, generator).to(torch.bfloat16)
-    samples = memory.as_strided((2, 2, 8), (far, 8, 1))
-    samples.copy_(case.samples)
-    actual = gaussian_energy_score(samples, case.mean, case.log_std, backend="triton")
-    expected = gaussian_energy_score(*case, backend="triton")
+def far_apart(tensor, far=2**31):
+    """The same numbers with 2^31 elements from one index of the first axis to the next, so that
+    offsets do not fit into 32 bits; untouched memory costs nothing.
+    """
+    memory = torch.empty((len(tensor) - 1) * far + tensor[0].numel(), dtype=tensor.dtype)
+    spread = memory.as_strided(tensor.shape, (far, *tensor.contiguous().stride()[1:]))
+    return spread.copy_(tensor)
+
+
+@pytest.mark.parametrize("width", [8, 64])
+@pytest.mark.parametrize("mode", MODES)
+def test_offsets_beyond_32_bits(mode, width, generator):
+    case = make_case(2, (2,), width, generator).to(torch.bfloat16)
+    options = {"targets": mode, "num_targets": 4, "seed": 2, "backend": "triton"}
+    expected = gaussian_energy_score(*case, **options)
+    actual = gaussian_energy_score(*map(far_apart, case), **options)  # samples, mean, log_std
     assert torch.equal(actual, expected)
+    by_row = far_apart(case.samples.transpose(0, 1)).transpose(0, 1)
+    assert torch.equal(gaussian_energy_score(by_row, *case[1:], **options), expected)
+    noise = torch.randn(2, 2, width, generator=generator).bfloat16()
+    given = [
+        gaussian_energy_score(*case, target_noise=draws, backend="triton")
+        for draws in (noise, far_apart(noise))
+    ]
+    assert torch.equal(*given)
 
 
 @pytest.mark.parametrize("mode", ["antithetic", "sample"])

@@ -76,6 +76,37 @@ def test_only_one_result_used(generator):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_gradient_of_any_strides(generator):
+    states = make_states((4, 8), generator).requires_grad_()
+    upstream = torch.randn(8, 4, generator=generator).T  # not contiguous
+    results = []
+    for backend in ("triton", "torch"):
+        latent, kl = reparameterize(states, kl_floor=0.1, seed=3, backend=backend)
+        results.append(torch.autograd.grad((latent, kl), states, (upstream, upstream[:, 1]))[0])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_with_a_bad_input_keeps_it_to_itself(bad, generator):
+    states = make_states((5, 8), generator)
+    expected = run(states.clone(), "triton", seed=2)
+    states[2, 11] = bad  # a log_std
+    for value, wanted in zip(run(states, "triton", seed=2), expected, strict=True):
+        assert not value[2].isfinite().all()
+        assert torch.equal(value[[0, 1, 3, 4]], wanted[[0, 1, 3, 4]])
+
+
+def test_offsets_beyond_32_bits(generator):
+    """Rows 2^31 elements apart; untouched memory costs nothing."""
+    states = make_states((2, 8), generator).bfloat16()
+    far = torch.empty(2**31 + 16, dtype=torch.bfloat16).as_strided((2, 16), (2**31, 1))
+    expected = run(states, "triton", torch.bfloat16, seed=1)
+    leaf = far.copy_(states).requires_grad_()
+    latent, kl = reparameterize(leaf, kl_floor=0.2, seed=1, backend="triton")
+    assert torch.equal(latent, expected[0]) and torch.equal(kl, expected[1])
+
+
 def test_nothing_drawn_is_kept(generator):
     """Neither noise nor mask outlives the forward pass."""
     states = make_states((64, 16), generator).requires_grad_()
