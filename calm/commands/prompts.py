@@ -46,7 +46,7 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
     yield from args.prompt
     files = args.prompt_file or ([] if args.prompt else [STANDARD_INPUT])
     for name in files:
-        yield _read(name).rstrip("\n")
+        yield _read(name).removesuffix("\n")
 
 
 def _read(name: str) -> str:

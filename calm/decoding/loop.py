@@ -79,7 +79,6 @@ def continue_prompts(predictor: Predictor, request: Request) -> Generation:
         prompts,
         ends=ends,
         keeps_tail=is_pad,
-        fill=0 if config.pad_token_id is None else config.pad_token_id,
         stops=stops,
         streamer=streamer,
     )
@@ -126,7 +125,8 @@ def _run(predictor: Predictor, transcript: Transcript, seeds: Tensor, *, is_watc
     times.prefill = time.perf_counter() - begin
     begin = time.perf_counter()
     given = [prompt.given for prompt in transcript.prompts]
-    known = left_aligned(given, fill=transcript.fill, width=size).to(seeds.device)
+    fill = predictor.model.config.pad_token_id or 0  # behind what no draw continues
+    known = left_aligned(given, fill=fill, width=size).to(seeds.device)
     first = first_chunk(state, hidden, known, [len(tokens) for tokens in given])
     steps_per_look = STEPS_PER_LOOK if captured is not None and not is_watched else 1
     _fill_transcript(transcript, state, captured, first, num_chunks, steps_per_look)

@@ -141,8 +141,10 @@ class PromptFormat:
             )
         if (self.max_new_tokens is None) == (self.max_length is None):
             raise UserError("pass either max_new_tokens or max_length")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        for name in ("max_new_tokens", "max_length"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"{name} must be a whole number, at least 1; got {value!r}")
 
     def apply(self, prompts: list[list[int]]) -> list[Prompt]:
         """Each prompt as chunks.
@@ -216,15 +218,20 @@ class PromptFormat:
 
     def _fit(self, tokens: list[int], new_tokens: int) -> list[int]:
         """The prompt, or its end where it and what follows exceed the context: whole chunks."""
-        context = self.context - (self.start_token_id is not None)
-        room = (context - math.ceil(new_tokens / self.patch_size)) * self.patch_size
-        if len(tokens) <= room:
+        size, context = self.patch_size, self.context - (self.start_token_id is not None)
+        new_chunks = math.ceil(new_tokens / size)
+        if self.alignment == "pad" or self._is_short(tokens):
+            num_chunks = math.ceil(len(tokens) / size) + new_chunks
+        else:
+            num_chunks = math.ceil((len(tokens) + new_tokens) / size)  # they share a chunk
+        if num_chunks <= context:
             return tokens
+        room = (context - new_chunks) * size
         if room <= 0 or not self.truncate:
             hint = ", or pass truncate=True to drop the beginning of the prompt"
             raise UserError(
                 f"the prompt ({len(tokens)} tokens) and {new_tokens} new tokens exceed the context "
-                f"of {context * self.patch_size} tokens; ask for fewer" + (hint if room > 0 else "")
+                f"of {context * size} tokens; ask for fewer" + (hint if room > 0 else "")
             )
         return tokens[len(tokens) - room :]
 

@@ -26,6 +26,8 @@ from calm.decoding.temperature import Power
 
 __all__ = ["Outcome", "patience", "play"]
 
+TABLE_SIZE = 2**14  # of `patience`
+
 
 class Outcome(NamedTuple):
     """What a block brought, each ``[B]``.
@@ -56,9 +58,17 @@ def patience(uniforms: Tensor, fraction: float, limit: int) -> Tensor:
         fraction: a, in (0, 1).
         limit: later draws are not told apart.
     """
-    index = torch.arange(1, limit + 1, dtype=torch.float64, device=uniforms.device)
+    known = min(limit, TABLE_SIZE)
+    index = torch.arange(1, known + 1, dtype=torch.float64, device=uniforms.device)
     survival = torch.cumprod(1.0 - fraction / index, dim=0)  # falls with the index
-    return torch.searchsorted(-survival, -uniforms) + 1
+    ends = torch.searchsorted(-survival, -uniforms) + 1
+    if known == limit:
+        return ends
+    # Beyond the table P(i > k) falls as (k + (1 - a) / 2)^-a, to 1 / (60 TABLE_SIZE^2) relative.
+    middle = (1.0 - fraction) / 2
+    later = (known + middle) * (survival[-1] / uniforms).pow(1.0 / fraction) - middle
+    later = later.ceil().clamp(known + 1, limit + 1).to(torch.int64)
+    return torch.where(ends > known, later, ends)
 
 
 def play(

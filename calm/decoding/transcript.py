@@ -22,7 +22,6 @@ class Transcript:
         prompts: where they begin.
         ends: tokens that end a sequence.
         keeps_tail: keep what follows an end token in its chunk (published).
-        fill: what follows the prompt's tokens in a chunk that no draw completes.
         stops: strings that end a sequence, or None.
         streamer: receives prompt and new tokens; for one sequence.
 
@@ -37,13 +36,12 @@ class Transcript:
         *,
         ends: Sequence[int],
         keeps_tail: bool,
-        fill: int,
         stops: StopStrings | None,
         streamer: BaseStreamer | None,
     ) -> None:
         self.prompts = prompts
         self.ends, self.keeps_tail, self.stops = frozenset(ends), keeps_tail, stops
-        self.fill, self.streamer = fill, streamer
+        self.streamer = streamer
         self.new: list[list[int]] = [[] for _ in prompts]
         self.records: list[list[Record]] = [[] for _ in prompts]
         self.has_ended = [False] * len(prompts)
@@ -67,8 +65,8 @@ class Transcript:
         given = 0 if self.records[row] else len(prompt.given)
         self.records[row].append(record)
         fresh = record.tokens[given:]
-        if given and record.is_fallback and set(fresh) == {self.fill}:
-            return  # nothing was found that continues the prompt: read by the model, but no text
+        if given and record.is_fallback and record.level == 0:
+            return  # no draw continues the prompt: its padding is read by the model, but no text
         known = len(new)
         new += fresh[: prompt.budget - known]
         self.has_ended[row] = len(new) == prompt.budget

@@ -141,12 +141,16 @@ def test_long_prompts_are_cut_on_request(length, new_tokens, kept):
         ({"noise_scale": -1.0}, "noise_scale must be finite and at least 0, got -1.0"),
         ({"method": "nucleus"}, "method must be one of direct, batch, .*; got 'nucleus'"),
         ({"prompt_alignment": "left"}, "prompt_alignment must be one of condition, pad"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number, at least 1; got 0"),
+        ({"max_new_tokens": 4.0}, "max_new_tokens must be a whole number, at least 1; got 4.0"),
+        ({"max_new_tokens": None, "max_length": 9.5}, "max_length must be a whole number.*9.5"),
         ({"max_new_tokens": None}, "pass either max_new_tokens or max_length"),
         ({"max_length": 20}, "pass either max_new_tokens or max_length"),
         ({"max_new_tokens": None, "max_length": 8}, "max_length must exceed the 8 tokens"),
         ({"max_new_tokens": 300}, "8 tokens. and 300 new tokens exceed the context of 256"),
         ({"seed": [1, 2]}, "seed must hold one number per sequence, 1; got 2"),
+        ({"seed": [1.5]}, "seed must hold whole numbers of 64 bits, got 1.5"),
+        ({"seed": [2**63]}, "seed must hold whole numbers of 64 bits, got 9223372036854775808"),
         ({"input_ids": torch.tensor([[1, 2, 3, 5]])}, r"must lie in \[0, 5\), the vocabulary"),
         ({"input_ids": torch.tensor([[1, 2, 3, -1]])}, "got ids from -1 to 3"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "the prompt is empty"),
@@ -187,9 +191,61 @@ def test_a_prompt_that_nothing_continues():
     assert torch.equal(details.sequences[:, 9:], generate(model, padded, **options)[:, 12:])
 
 
-def test_damaged_weights_are_reported():
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp_generator.hidden_embd.weight",
+        "transformer.layers.1.self_attn.q_proj.weight",  # attention on a CPU hides it
+        "ae_model.decoder.norm.weight",  # logits that are all NaN have an argmax
+    ],
+)
+def test_damaged_weights_are_named(name):
     model = tiny_calm()
     with torch.no_grad():
-        model.mlp_generator.hidden_embd.weight[0, 0] = float("nan")
-    with pytest.raises(UserError, match="latents or logits that are not finite"):
+        model.get_parameter(name).view(-1)[0] = float("nan")
+    with pytest.raises(UserError, match=f"the model's weight {name} is not finite"):
         generate(model, prompt(1, 8), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("method", ["batch", "exact", "medoid", "noise_scale"])
+def test_latents_that_overflow_are_reported(method):
+    model = tiny_calm()
+    with torch.no_grad():
+        model.mlp_generator.hidden_embd.weight.fill_(3e38)
+    with pytest.raises(UserError, match="latents or logits that are not finite"):
+        generate(model, prompt(1, 8), max_new_tokens=4, method=method)
+
+
+@pytest.mark.parametrize(
+    ("has_start_patch", "length", "new_tokens", "refused"),
+    [
+        (False, 13, 3, (14, 3)),
+        (False, 15, 1, (16, 1)),
+        (False, 2, 12, (2, 13)),  # shorter than a chunk: padded to one
+        (True, 11, 1, (12, 1)),
+        (True, 1, 11, (1, 12)),
+        (True, 0, 12, (0, 13)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:a prompt of")
+def test_the_context_is_used_to_its_end(has_start_patch, length, new_tokens, refused):
+    """An unfinished chunk of the prompt and the first new tokens share a position."""
+    model = tiny_calm(
+        max_position_embeddings=4, has_start_patch=has_start_patch, bos_token_id=4, pad_token_id=0
+    )
+    result = generate(model, [[1] * length], max_new_tokens=new_tokens, temperature=1.0, seed=0)
+    assert result.shape == (1, length + new_tokens)
+    with pytest.raises(UserError, match="exceed the context of"):
+        generate(model, [[1] * refused[0]], max_new_tokens=refused[1])
+
+
+def test_drawn_pad_tokens_are_text_though_too_few_draws_decided():
+    """A vote among fewer candidates than asked for is flagged, too, but has drawn its chunk."""
+    model = tiny_calm(pad_token_id=0)
+    ids = likely_prompt(model, 1, 11)
+    options = {"max_new_tokens": 5, "num_samples": 50, "max_draws": 50, "return_details": True}
+    details = generate(model, ids, seed=0, **options)
+    assert details.fallbacks[0, 0] and details.levels[0, 0] > 0, "choose another seed"
+    model.config.pad_token_id = details.sequences[0, 11].item()
+    again = generate(model, ids, seed=0, **options)
+    assert torch.equal(again.sequences, details.sequences)

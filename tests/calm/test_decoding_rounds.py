@@ -118,3 +118,16 @@ def test_patience_survives_as_the_factory_does(fraction):
         error = (waited > step).double().mean().item() - survival
         assert abs(error) < 4 * (survival * (1 - survival) / 200_000) ** 0.5, step
     assert waited.min() >= 1 and waited.max() == 51
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.5, 0.95])
+def test_patience_beyond_its_table(fraction, monkeypatch):
+    """What follows the table is the same law; a cap of any size costs no memory."""
+    drawn = uniform(50_000, 1, stream=Stream.FACTORY, seed=row_seeds(50_000), dtype=torch.float64)
+    table = patience(drawn, fraction, 5000)
+    monkeypatch.setattr("calm.decoding.rounds.TABLE_SIZE", 200)
+    assert (patience(drawn, fraction, 5000) != table).double().mean() < 1e-3
+    limit = 10**14
+    waited = patience(drawn, fraction, limit)
+    assert torch.equal(waited.clamp(max=201), table.clamp(max=201)) and waited.max() <= limit + 1
+    assert patience(torch.zeros(1, dtype=torch.float64), fraction, limit).tolist() == [limit + 1]
