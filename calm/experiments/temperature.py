@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calm.decoding.methods import NoiseScale
 from calm.errors import UserError
 from calm.experiments.tradeoff import (
     Outcomes,
@@ -42,7 +43,7 @@ class StudyOptions:
         temperatures: below 1, for every method that takes one.
         candidates: N of the vote.
         medoids: N of the medoid.
-        noise_scales: of single draws.
+        noise_temperatures: of single draws with less noise, besides `temperatures`.
         repeats: R chunks a position, at least 2.
         max_draws: cap of the exact method, a chunk.
         seed: of all draws.
@@ -51,7 +52,7 @@ class StudyOptions:
     temperatures: tuple[float, ...] = (0.8, 2 / 3, 0.5, 1 / 3)
     candidates: tuple[int, ...] = (10, 50, 200)
     medoids: tuple[int, ...] = (4, 8, 32, 200)
-    noise_scales: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.0)
+    noise_temperatures: tuple[float, ...] = (0.9, 0.2, 0.1)
     repeats: int = 6
     max_draws: int = 2000
     seed: int = 0
@@ -62,7 +63,7 @@ class StudyOptions:
 
 
 QUICK = StudyOptions(
-    temperatures=(0.5,), candidates=(10,), medoids=(8,), noise_scales=(0.5,), repeats=2,
+    temperatures=(0.5,), candidates=(10,), medoids=(8,), noise_temperatures=(), repeats=2,
     max_draws=50,
 )  # fmt: skip
 
@@ -107,12 +108,14 @@ def settings_of(options: StudyOptions) -> list[Setting]:
     """Every setting that the study measures; exact ones first, which the others are compared to."""
     temperatures = options.temperatures
     wave = max(options.candidates)
+    narrowing = sorted({*temperatures, *options.noise_temperatures}, reverse=True)
     return [
         Setting("direct"),
         *(Setting("exact", t, wave) for t in temperatures),
         *(Setting("batch", t, n) for n in options.candidates for t in temperatures),
         *(Setting("medoid", ANY, n) for n in options.medoids),
-        *(Setting("direct", noise_scale=s) for s in options.noise_scales),
+        *(Setting("noise_scale", t) for t in narrowing),
+        Setting("direct", noise_scale=0.0),
     ]
 
 
@@ -209,9 +212,9 @@ def _settings_table(study: Study) -> str:
         setting = result.setting
         cells = [
             setting.method,
-            f"{setting.temperature:.2f}" if setting.method in ("exact", "batch") else "",
+            "" if setting.method in ("direct", "medoid") else f"{setting.temperature:.2f}",
             f"{setting.num_samples}" if setting.method in ("batch", "medoid") else "",
-            f"{setting.noise_scale:g}",
+            f"{_noise(setting):.3g}",
             _percent(result.accuracy, result.accuracy_interval),
             _percent(result.collision, result.collision_interval),
             f"{result.draws:.0f}",
@@ -222,23 +225,32 @@ def _settings_table(study: Study) -> str:
     return "\n".join(lines)
 
 
+def _noise(setting: Setting) -> float:
+    """Factor on the noise, or on what it contributes."""
+    if setting.method == "noise_scale":
+        return NoiseScale(temperature=setting.temperature).noise_spread
+    return setting.noise_scale
+
+
 def _nearest_table(study: Study) -> str:
     """Squared distances from exact laws: of the model itself, and the least of each heuristic."""
     lines = [
-        "| exact law at T | the model itself | vote, same T | medoid | noise scaled |",
-        "|---|---|---|---|---|",
+        "| exact law at T | the model itself | vote, same T | medoid | noise scaled, same T "
+        "| noise scaled |",
+        "|---|---|---|---|---|---|",
     ]
     plain = [result for result in study.results if result.setting == Setting("direct")]
-    votes = [result for result in study.results if result.setting.method == "batch"]
-    medoids = [result for result in study.results if result.setting.method == "medoid"]
-    scaled = [
-        result
-        for result in study.results
-        if result.setting.method == "direct" and result.setting.noise_scale < 1
-    ]
+    votes, medoids, scaled = (
+        [result for result in study.results if result.setting.method == method]
+        for method in ("batch", "medoid", "noise_scale")
+    )
     for index, (temperature, *_) in enumerate(plain[0].distances):
-        same = [result for result in votes if result.setting.temperature == temperature]
-        cells = [_nearest(results, index) for results in (plain, same, medoids, scaled)]
+        same, same_scaled = (
+            [result for result in results if result.setting.temperature == temperature]
+            for results in (votes, scaled)
+        )
+        groups = (plain, same, medoids, same_scaled, scaled)
+        cells = [_nearest(results, index) for results in groups]
         lines.append(f"| {temperature:.2f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -249,8 +261,8 @@ def _nearest(results: list[Result], index: int) -> str:
     setting = best.setting
     _, distance, error = best.distances[index]
     name = f"N = {setting.num_samples}"
-    if setting.method == "direct":
-        name = f"scale {setting.noise_scale:g}"
+    if setting.method in ("direct", "noise_scale"):
+        name = f"noise times {_noise(setting):.3g}"
     return f"{distance:.3f} ± {error:.3f} ({name})"
 
 

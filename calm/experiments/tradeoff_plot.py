@@ -14,7 +14,7 @@ __all__ = ["plot_study"]
 COLORS = {"direct": VIOLET, "batch": TEAL, "medoid": ORANGE, "exact": INK}
 MARKERS = {"direct": "s", "batch": "o", "medoid": "^", "exact": "D"}
 LIGHTEST = 0.35
-LABELLED_SCALES = (1.0, 0.5, 0.2, 0.0)  # labels would overlap otherwise
+LABELLED_TEMPERATURES = (1.0, 0.5, 0.1)  # of scaled noise; labels would overlap otherwise
 
 
 def plot_study(study: Study, path: Path) -> None:
@@ -37,8 +37,8 @@ def plot_study(study: Study, path: Path) -> None:
 
 
 def _lines(study: Study) -> list[tuple[str, list[Result]]]:
-    """What is joined by a line: a vote over T at each N, medoids over N, single draws over noise
-    scales; the model itself, at scale 1, begins those.
+    """What is joined by a line: a vote over T at each N, medoids over N, single draws over T; the
+    model itself, at T = 1, begins those, and its one answer without noise stands apart.
     """
 
     def name(result: Result) -> str:
@@ -48,8 +48,10 @@ def _lines(study: Study) -> list[tuple[str, list[Result]]]:
                 return f"vote among {setting.num_samples}, over T"
             case "medoid":
                 return "medoid, over N"
-            case "direct":
-                return "noise scaled, one draw"
+            case "direct" if setting.noise_scale == 0:
+                return "no noise"
+            case "direct" | "noise_scale":
+                return "noise scaled, one draw, over T"
             case _:
                 return f"{setting.method}, over T"
 
@@ -69,7 +71,8 @@ def _draw(axes: Axes, name: str, results: list[Result], is_cost: bool) -> None:
         linewidth=1.6, label=name, alpha=alpha,
     )  # fmt: skip
     for result, place, height in zip(results, across, accuracy, strict=True):
-        if result.setting.noise_scale not in LABELLED_SCALES:
+        setting = result.setting
+        if method == "direct" and setting.temperature not in LABELLED_TEMPERATURES:
             continue
         axes.annotate(
             _label(result), (place, height), xytext=(4, -9), textcoords="offset points",
@@ -87,7 +90,7 @@ def _label(result: Result) -> str:
     match setting.method:
         case "medoid":
             return f"N={setting.num_samples}"
-        case "direct":
-            return f"{setting.noise_scale:g}"
+        case "direct" if setting.noise_scale == 0:
+            return "no noise"
         case _:
             return f"T={setting.temperature:.2f}".rstrip("0")

@@ -126,11 +126,11 @@ def test_a_vote_comes_nearer_to_the_exact_law_than_the_model():
     hidden = torch.randn(60, 32, generator=torch.Generator().manual_seed(1))
     positions = Positions(hidden, torch.zeros(60, 4, dtype=torch.int64))
     options = StudyOptions(
-        temperatures=(0.5,), candidates=(200,), medoids=(8,), noise_scales=(0.0,), repeats=8
+        temperatures=(0.5,), candidates=(200,), medoids=(8,), noise_temperatures=(0.1,), repeats=8
     )
-    assert len(settings_of(options)) == 5
+    assert [s.temperature for s in settings_of(options) if s.method == "noise_scale"] == [0.5, 0.1]
     study = run_study(model, positions, options)
-    plain, exact, vote, _, still = study.results
+    plain, exact, vote, *_, still = study.results
     assert exact.distances == [] and exact.draws > 2
     ((temperature, far, _),) = plain.distances
     ((_, near, error),) = vote.distances
@@ -146,11 +146,12 @@ def test_the_command_writes_table_record_and_figure(folders, tmp_path, capsys):
     text = capsys.readouterr().out
     table = (tmp_path / "temperature.md").read_text(encoding="utf-8")
     assert table in text and "| exact | 0.50 |" in table and "| medoid |" in table
+    assert "| noise_scale | 0.50 |  | 0.25 |" in table and "(noise times 0.25)" in table
     record = json.loads((tmp_path / "temperature.json").read_text(encoding="utf-8"))
     assert record["measured_on"]["positions"] == 4
     assert record["measured_on"]["data"] == str(folders / "text.txt")
     methods = [result["setting"]["method"] for result in record["results"]]
-    assert methods == ["direct", "exact", "batch", "medoid", "direct"]
+    assert methods == ["direct", "exact", "batch", "medoid", "noise_scale", "direct"]
     assert (tmp_path / "temperature.png").read_bytes().startswith(b"\x89PNG")
 
 
