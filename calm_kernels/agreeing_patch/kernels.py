@@ -103,9 +103,7 @@ def choose_kernel(
     word, _, _, _ = philox(c1 * 0, c1, c2, c3, k0, k1)
     share = (word >> 8).to(tl.float64) * _UNIFORM_STEP
     is_beyond = tl.cumsum(weights, 0) > share * tl.sum(weights, axis=0)
-    # Without a weight (the number of draws is not finite) the first one stands, as in torch.
     chosen = tl.min(tl.where(is_beyond & (weights > 0.0), index, BLOCK), axis=0)
-    chosen = tl.where(chosen < num_candidates, chosen, 0)
     slot = tl.arange(0, BLOCK_K)
     source = chosen.to(tl.int64) * stride_n + slot * stride_k
     tokens = tl.load(candidates_ptr + row * stride_b + source, mask=slot < PATCH_SIZE, other=0)
