@@ -20,6 +20,8 @@ __all__ = ["constants", "linear_argmax", "num_splits", "reduce_constants"]
 
 # A program of the second stage holds this many entries.
 _REDUCE_ENTRIES = 4096
+# Waves beyond the fewest that are tried, so that the last one leaves no processors idle.
+_MORE_WAVES = 7
 
 
 def linear_argmax(
@@ -75,15 +77,27 @@ def reduce_constants(
 def num_splits(
     num_rows: int, num_words: int, chosen: dict[str, Any], slots: int
 ) -> tuple[int, int]:
-    """Splits of the vocabulary and words in each, so that the programs of all fit into `slots`.
+    """Splits of the vocabulary and words in each: at most `slots` splits, and programs that fill
+    one wave of `slots`, or as many waves as are soonest done.
 
     With one block of rows the weight is read once and nothing else takes time: splits then differ
     by a fraction of a block.
     """
     row_blocks = -(-num_rows // chosen["BLOCK_R"])
     granule = chosen["BLOCK_V"] if row_blocks > 1 else 16
-    words = -(-num_words // max(1, slots // row_blocks))
-    words = -(-words // granule) * granule
+
+    def words_of(waves: int) -> int:
+        words = -(-num_words // max(1, waves * slots // row_blocks))
+        return -(-words // granule) * granule
+
+    def time(waves: int) -> int:
+        """In words that a processor reads; a program starts in that of about a block."""
+        words = words_of(waves)
+        programs = row_blocks * -(-num_words // words)
+        return -(-programs // slots) * (words + granule)
+
+    fewest = -(-row_blocks // slots)
+    words = words_of(min(range(fewest, min(fewest + _MORE_WAVES, row_blocks) + 1), key=time))
     return -(-num_words // words), words
 
 

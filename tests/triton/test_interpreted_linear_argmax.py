@@ -124,13 +124,22 @@ def test_float64_goes_to_torch_or_is_refused():
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 800, 100_000])
 @pytest.mark.parametrize("words", [1, 130, 32_001, 128_256])
-def test_splits_cover_the_vocabulary_in_one_wave(rows, words):
+def test_splits_cover_the_vocabulary(rows, words):
     for block_rows, block_words in ((16, 128), (64, 128), (128, 256)):
         chosen = {"BLOCK_R": block_rows, "BLOCK_V": block_words}
         for slots in (4, 132, 396):
             splits, each = function.num_splits(rows, words, chosen, slots)
             assert (splits - 1) * each < words <= splits * each
-            assert splits == 1 or splits * -(-rows // block_rows) <= slots
+            assert splits <= slots
+
+
+@pytest.mark.parametrize(("row_blocks", "least"), [(7, 0.9), (100, 0.9), (133, 0.85), (400, 0.85)])
+def test_the_last_wave_leaves_few_processors_idle(row_blocks, least):
+    words, slots = 128_256, 132
+    chosen = {"BLOCK_R": 128, "BLOCK_V": 256}
+    splits, each = function.num_splits(128 * row_blocks, words, chosen, slots)
+    waves = -(-row_blocks * splits // slots)
+    assert row_blocks * words > least * waves * slots * each
 
 
 def test_the_operator_keeps_its_contract():
