@@ -30,8 +30,9 @@ def test_parity_at_full_size(rows, dtype):
     is_clear = best[:, 0] - best[:, 1] > MARGIN[dtype]
     assert is_clear.float().mean() > 0.98
     assert torch.equal(index[is_clear], logits.argmax(-1)[is_clear])
-    torch.testing.assert_close(largest.double(), best[:, 0], rtol=2e-6, atol=0)
-    torch.testing.assert_close(logsumexp.double(), logits.logsumexp(-1), rtol=2e-6, atol=0)
+    # tensor cores cut off what they add, H / 16 times
+    torch.testing.assert_close(largest.double(), best[:, 0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(logsumexp.double(), logits.logsumexp(-1), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("rows", "words", "width"), [(3, 1, 8), (5, 32_001, 72), (129, 777, 500)])
