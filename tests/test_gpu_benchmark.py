@@ -68,6 +68,7 @@ def test_buffers_leave_the_cache_and_are_used_alike():
         assert count >= 2 and count * bytes_each >= 4 * 50 * MEGABYTE
         launches = device_time.num_launches(count)
         assert launches >= 20 and launches % count == 0
+        assert device_time.num_launches(count, 1e4) == count
 
 
 def test_works_are_timed_one_by_one():

@@ -11,6 +11,7 @@ from benchmarks.gpu.work import Measurement, Work
 __all__ = ["measure", "num_buffers"]
 
 LAUNCHES, REPLAYS, WARMUP = 20, 15, 3
+ENOUGH_MS = 100.0  # of launches that are timed together
 CACHE_MULTIPLE = 4  # the buffers of a work together, in sizes of the device's cache
 
 
@@ -19,14 +20,15 @@ def num_buffers(bytes_each: int, cache_bytes: int) -> int:
     return max(2, math.ceil(CACHE_MULTIPLE * cache_bytes / max(1, bytes_each)))
 
 
-def num_launches(buffers: int) -> int:
-    """At least `LAUNCHES`, and every buffer as often as any other."""
-    return math.ceil(LAUNCHES / buffers) * buffers
+def num_launches(buffers: int, call_ms: float = 0.0) -> int:
+    """`LAUNCHES` or a few more, fewer of long calls, and every buffer as often as any other."""
+    wanted = min(LAUNCHES, ENOUGH_MS / max(call_ms, 1e-3))
+    return math.ceil(wanted / buffers) * buffers
 
 
-def _timed(run: Callable[[], object], launches: int) -> list[float]:
+def _timed(run: Callable[[], object], launches: int, repeats: int = REPLAYS) -> list[float]:
     times = []
-    for _ in range(REPLAYS):
+    for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
@@ -73,7 +75,7 @@ def measure(work: Work) -> Measurement:
         _call(work, WARMUP)
     torch.cuda.current_stream().wait_stream(side)
     peak = _peak_memory_bytes(work)
-    launches = num_launches(work.buffers)
+    launches = num_launches(work.buffers, min(_timed(lambda: _call(work, 1), 1, repeats=2)))
     if work.can_capture:
         graph, _results = _capture(work, launches)
         graph.replay()

@@ -85,17 +85,17 @@ def main(argv: list[str] | None = None) -> int:
         print("error: benchmarks.gpu needs a GPU; `make bench` runs on the CPU", file=sys.stderr)
         return 2
     found = environment()
-    rows = []
+    results: dict[str, Any] = {"environment": found, "rows": []}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"{found['device'].lower().replace(' ', '-')}.json"
     for name in arguments.op or modules:
         module = modules[name]
         works = module.works(module.QUICK if arguments.quick else module.SHAPES)
         for row in measured(works, found["architecture"]):
-            rows.append(row)
+            results["rows"].append(row)
             print(line(row), flush=True)
-    results = {"environment": found, "rows": rows}
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / f"{found['device'].lower().replace(' ', '-')}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        # after each operation, so that a run which is cut short leaves what it measured
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if not arguments.quick and "energy_score" in (arguments.op or modules):
         draw(results, path.with_suffix(".png"))
     print(path)
