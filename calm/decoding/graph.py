@@ -9,6 +9,7 @@ anew.
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -44,14 +45,14 @@ class CapturedStep:
     def capture(cls, state: State) -> "CapturedStep":
         """Capture `decode_one_chunk` on this state, whose cache is fixed; its contents are lost."""
         device = state.seed.device
-        aside = torch.cuda.Stream(device)
+        aside, captured = _streams(device)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device), torch.cuda.stream(aside):
             for _ in range(WARMUP_STEPS):  # compile kernels, fill caches of tables
                 decode_one_chunk(state)
         torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(graph, stream=aside):
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=captured):
             record = decode_one_chunk(state)
         torch.cuda.synchronize(device)
         return cls(state, graph, record)
@@ -60,6 +61,16 @@ class CapturedStep:
         """As `decode_one_chunk`."""
         self._graph.replay()
         return self._record.clone()
+
+
+@cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Where steps of a device warm up, and where they are captured.
+
+    They are kept, because cuBLAS keeps memory for each stream. torch's own stream for captures
+    would be one of the device that captured first.
+    """
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 @dataclass
