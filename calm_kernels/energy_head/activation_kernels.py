@@ -34,7 +34,7 @@ def _load_vector(pointer, column, WIDTH: tl.constexpr):
     return tl.load(pointer + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_draws", "stride_context"])
+@triton.jit(do_not_specialize=["num_rows", "num_draws"])
 def silu_kernel(
     product_ptr, bias_ptr, context_ptr, out_ptr, num_rows, num_draws, stride_context,
     HAS_CONTEXT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -71,14 +71,14 @@ def _silu_rows_backward(
     return gradient
 
 
-@triton.jit(do_not_specialize=["num_patches", "num_draws", "num_groups", "stride_context"])
+@triton.jit(do_not_specialize=["num_patches", "num_draws", "num_groups"])
 def silu_backward_kernel(
     product_ptr, bias_ptr, context_ptr, dout_ptr, out_ptr, dproduct_ptr, dcontext_ptr, sums_ptr,
     num_patches, num_draws, num_groups, stride_context, stride_group, HAS_CONTEXT: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """dproduct = dout · SiLU'(x) with x as in `silu_kernel`, and out again.
+    """dproduct = dout · SiLU'(x) with x as in `silu_kernel`, and out again; dproduct may be dout.
 
     dcontext is the sum of dproduct over the draws of a patch. Without context a patch is a row.
     """

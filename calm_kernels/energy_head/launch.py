@@ -204,22 +204,22 @@ def norm(
 
 
 def norm_backward(
-    source: Tensor, bias: Tensor | None, norm: Pair, dnormed: Tensor, sums: Tensor,
+    dnormed: Tensor, source: Tensor, bias: Tensor | None, norm: Pair, sums: Tensor,
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradient of the source in the dtype of `dnormed`, and its LayerNorm again; three `sums`.
+    """Gradient of the source, in place of `dnormed`, and its LayerNorm again; three `sums`.
 
     The source is a product with a bias, or a float32 stream without one; `upstream` is added.
     """
-    dsource, normed = torch.empty_like(dnormed), torch.empty_like(dnormed)
+    normed = torch.empty_like(dnormed)
     constants, options = _norm(source, is_backward=True)
     norm_backward_kernel[(len(sums),)](
         source, norm.bias if bias is None else bias, source, *norm, dnormed,
-        dnormed if upstream is None else upstream, dsource, normed, sums, len(source), len(sums),
+        dnormed if upstream is None else upstream, dnormed, normed, sums, len(source), len(sums),
         sums.stride(0), HAS_STREAM=bias is None, HAS_UPSTREAM=upstream is not None, **constants,
         **options,
     )  # fmt: skip
-    return dsource, normed
+    return dnormed, normed
 
 
 def silu(product: Tensor, bias: Tensor, context: Tensor | None = None) -> Tensor:
@@ -237,24 +237,23 @@ def silu(product: Tensor, bias: Tensor, context: Tensor | None = None) -> Tensor
 
 
 def silu_backward(
-    product: Tensor, bias: Tensor, dout: Tensor, sums: Tensor, context: Tensor | None = None,
+    dout: Tensor, product: Tensor, bias: Tensor, sums: Tensor, context: Tensor | None = None,
     dcontext: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradient of the product, and the activation again; one of the `sums`.
+    """Gradient of the product, in place of `dout`, and the activation again; one of the `sums`.
 
     The context's gradient goes to `dcontext`, which has its strides.
     """
-    width = product.shape[1]
-    out, dproduct = torch.empty_like(product), torch.empty_like(product)
+    width, out = product.shape[1], torch.empty_like(product)
     constants, options = _activation(width, product)
     silu_backward_kernel[(len(sums), -(-width // constants["BLOCK_COLUMNS"]))](
-        product, bias, product if context is None else context, dout, out, dproduct,
+        product, bias, product if context is None else context, dout, out, dout,
         product if dcontext is None else dcontext, sums,
         len(product if context is None else context), _draws(product, context), len(sums),
         0 if context is None else context.stride(0), sums.stride(0),
         HAS_CONTEXT=context is not None, **constants, **options,
     )  # fmt: skip
-    return dproduct, out
+    return dout, out
 
 
 def _draws(product: Tensor, context: Tensor | None) -> int:
@@ -273,7 +272,7 @@ def swiglu(product: Tensor, bias: Tensor) -> Tensor:
 
 
 def swiglu_backward(
-    product: Tensor, bias: Tensor, dout: Tensor, sums: Tensor
+    dout: Tensor, product: Tensor, bias: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the product ``[rows, 2C]``, and the activation again; two `sums`."""
     width = product.shape[1] // 2

@@ -5,7 +5,9 @@ in it; the residual stream is float32. What depends on the patch alone (the cont
 block's first product) is computed for R rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +72,7 @@ def forward_pass(
         kept.streams.append(stream)
         if keep_products:
             kept.products.extend(products)
+        del products  # before the next block's
     last = _product(normed, head.final_first.weight)
     if keep_products:
         kept.products.append(last)
@@ -93,8 +96,8 @@ def backward_pass(
         dstream, found = _block_backward(dstream, head, index, kept, context, sums)
         matrices = found + matrices
     dembedded, condition = launch.norm_backward(
-        kept.embedded, head.hidden_embd.bias, head.norm_hidden,
-        dcontext @ _context_weight(head), sums[:, at.hidden],
+        dcontext @ _context_weight(head), kept.embedded, head.hidden_embd.bias, head.norm_hidden,
+        sums[:, at.hidden],
     )  # fmt: skip
     for index in range(len(head.blocks)):  # the context's half of each first weight
         out = matrices[4 * index][:, width:]
@@ -121,14 +124,15 @@ def _last_backward(
     else:
         normed = launch.norm(None, None, stream, head.final_norm, dtype=dlatent.dtype)
         product = _product(normed, head.final_first.weight)
-    dproduct, features = launch.silu_backward(
-        product, head.final_first.bias, dlatent @ head.final_second.weight, sums[:, at.final]
-    )
-    dstream, normed = launch.norm_backward(
-        stream, None, head.final_norm, dproduct @ head.final_first.weight,
-        sums[:, at.norm(len(head.blocks))],
+    dproduct, second_weight = _through(
+        dlatent, head.final_second.weight, launch.silu_backward,
+        product, head.final_first.bias, sums[:, at.final],
     )  # fmt: skip
-    return dstream, [dproduct.T @ normed, dlatent.T @ features]
+    dstream, first_weight = _through(
+        dproduct, head.final_first.weight, launch.norm_backward,
+        stream, None, head.final_norm, sums[:, at.norm(len(head.blocks))],
+    )  # fmt: skip
+    return dstream, [first_weight, second_weight]
 
 
 def _block_backward(
@@ -142,29 +146,40 @@ def _block_backward(
     block, at = head.blocks[index], Places(len(head.blocks))
     stream, width = kept.streams[index], dstream.shape[1]
     if kept.products:
-        first, second, gate_up = kept.products[3 * index : 3 * index + 3]
+        products = kept.products[3 * index : 3 * index + 3]
     else:
         normed = launch.norm(None, None, stream, block.norm, dtype=dstream.dtype)
-        first, second, gate_up = _block_products(normed, context[0], block)
-    dgate_up, features = launch.swiglu_backward(
-        gate_up, block.gate_up.bias, dstream @ block.down.weight, sums[:, at.gate_up(index)]
-    )
-    down_weight = dstream.T @ features
-    dsecond, features = launch.silu_backward(
-        second, block.second.bias, dgate_up @ block.gate_up.weight, sums[:, at.second(index)]
-    )
-    gate_up_weight = dgate_up.T @ features
-    dfirst, features = launch.silu_backward(
-        first, block.first.bias, dsecond @ block.second.weight, sums[:, at.first(index)], *context
-    )
-    second_weight = dsecond.T @ features
-    dstream, normed = launch.norm_backward(
-        stream, None, block.norm, dfirst @ block.first.weight[:, :width],
-        sums[:, at.norm(index)], dstream,
+        products = [*_block_products(normed, context[0], block)]
+        del normed
+    dproduct, down_weight = _through(  # each product is let go as soon as it has served
+        dstream, block.down.weight, launch.swiglu_backward,
+        products.pop(), block.gate_up.bias, sums[:, at.gate_up(index)],
+    )  # fmt: skip
+    dproduct, gate_up_weight = _through(
+        dproduct, block.gate_up.weight, launch.silu_backward,
+        products.pop(), block.second.bias, sums[:, at.second(index)],
+    )  # fmt: skip
+    dproduct, second_weight = _through(
+        dproduct, block.second.weight, launch.silu_backward,
+        products.pop(), block.first.bias, sums[:, at.first(index)], *context,
     )  # fmt: skip
     first_weight = torch.empty_like(block.first.weight)
-    torch.mm(dfirst.T, normed, out=first_weight[:, :width])
+    dstream, _ = _through(
+        dproduct, block.first.weight[:, :width], launch.norm_backward,
+        stream, None, block.norm, sums[:, at.norm(index)], dstream, out=first_weight[:, :width],
+    )  # fmt: skip
     return dstream, [first_weight, second_weight, gate_up_weight, down_weight]
+
+
+def _through(
+    dproduct: Tensor, weight: Tensor, backward: Callable[..., tuple[Tensor, Tensor]],
+    *arguments: Any, out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Back through a product and the kernel before it, which gives its own output again: gradient
+    of that kernel's input, and of the weight, which goes to `out`.
+    """
+    dinput, features = backward(dproduct @ weight, *arguments)
+    return dinput, torch.mm(dproduct.T, features, out=out)
 
 
 def _block_products(
