@@ -47,7 +47,7 @@ def _works(shape: Shape, device: str) -> Iterator[Work]:
         torch.randn(shape.rows, device=device),
     ]
     ours, theirs = (_both(buffers[0], upstream, seed, name) for name in ("triton", "torch"))
-    assert_close(ours, theirs, 5e-3, "reparameterize")
+    assert_close(ours, theirs, 8e-3, "reparameterize")  # of bf16
 
     def work(label: str, name: str, traffic: int, run: object) -> Work:
         return Work("reparameterize", label, name, asdict(shape), run, count, traffic)
