@@ -91,8 +91,9 @@ def measure(configuration: Configuration, target: Target) -> Row:
 
 def report(targets: Iterable[str], prefix: str = "") -> Iterable[Row]:
     """Rows of all configurations whose name starts with `prefix`, target by target."""
+    found = list(configurations())
     for name in targets:
-        for configuration in configurations():
+        for configuration in found:
             is_launched = not configuration.targets or name in configuration.targets
             if is_launched and configuration.name.startswith(prefix):
                 yield measure(configuration, TARGETS[name])
