@@ -15,6 +15,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
 import math
+from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
@@ -30,7 +31,9 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_KEY_OFFSETS = tuple(tuple(step * size for size in _KEY_STEPS) for step in range(_ROUNDS))
 _RADIUS_BITS, _ANGLE_BITS = 20, 12
+_FEW = 8192  # words up to which a call costs by its number of operations
 
 
 class Stream(IntEnum):
@@ -86,6 +89,22 @@ def philox(
     counter after two exclusive ors, is masked there; its lower half only ever enters such an or, so
     it may keep its upper bits until the end.
     """
+    if counter[0].device.type == "cpu":  # constants would have to be copied to a GPU
+        words = torch.broadcast_tensors(*counter, *key)[:4]
+        if _is_few(words[0]):
+            return _philox_in_pairs(words, key)
+    return _philox_word_by_word(counter, key)
+
+
+def _is_few(words: Tensor) -> bool:
+    """Whether operations cost by their number; a compiler joins them itself."""
+    return not torch.compiler.is_compiling() and words.numel() <= _FEW
+
+
+def _philox_word_by_word(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
+    """`philox` without temporaries that do not fit into a cache."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for step in range(_ROUNDS):
@@ -96,6 +115,27 @@ def philox(
         c2 = ((product0 >> 32) ^ c3 ^ k1) & _MASK
         c1, c3 = product1, product0
     return c0, c1 & _MASK, c2, c3 & _MASK
+
+
+def _philox_in_pairs(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """`philox` with half of the operations, whose number is what few draws on a CPU cost.
+
+    (c0, c2) are one tensor and (c3, c1) another; the keys of all rounds are made at once.
+    """
+    c0, c1, c2, c3 = counter
+    ones = [1] * c0.dim()
+    factors = torch.tensor(_MULTIPLIERS, device=c0.device).view(2, *ones)
+    offsets = torch.tensor(_KEY_OFFSETS, device=c0.device).view(_ROUNDS, 2, *ones)
+    pair = torch.stack(torch.broadcast_tensors(*key))
+    pair = pair.view(2, *ones[pair.dim() - 1 :], *pair.shape[1:])
+    even, crossed = torch.stack([c0, c2]), torch.stack([c3, c1])
+    for round_key in ((pair + offsets) & _MASK).unbind():
+        product = even * factors
+        even = (product >> 32).bitwise_xor_(crossed).flip(0)
+        even.bitwise_xor_(round_key).bitwise_and_(_MASK)
+        crossed = product
+    crossed = crossed & _MASK
+    return even[0], crossed[1], even[1], crossed[0]
 
 
 def _words(
@@ -171,8 +211,9 @@ def uniform(
     words = math.ceil(width / 4)
     count = 1 if num_draws is None else num_draws
     drawn = _words(num_rows, words, count, as_seed(seed, device), stream, first_row, first_draw)
+    parts = [torch.cat(drawn, dim=-1)] if _is_few(drawn[0]) else drawn
     return _to_shape(
-        [(word >> 8).to(torch.float32) * 2.0**-24 for word in drawn], width, num_draws, dtype
+        [(part >> 8).to(torch.float32) * 2.0**-24 for part in parts], width, num_draws, dtype
     )
 
 

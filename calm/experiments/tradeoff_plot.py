@@ -93,4 +93,4 @@ def _label(result: Result) -> str:
         case "direct" if setting.noise_scale == 0:
             return "no noise"
         case _:
-            return f"T={setting.temperature:.2f}".rstrip("0")
+            return f"T={setting.temperature:.2g}"

@@ -29,6 +29,26 @@ def test_published_vectors(counter, key, expected):
     assert [word.item() for word in words] == expected
 
 
+@pytest.mark.parametrize("key_shape", [(), (300,), (4, 1), (40, 1, 1)], ids=str)
+def test_few_words_are_those_of_many(key_shape):
+    """Few are drawn by other operations than many; shapes of counter and key broadcast."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random_words(*shape):
+        return torch.randint(2**32, shape, generator=generator)
+
+    counter = tuple(
+        random_words(*shape) for shape in ((40, 1, 1), (1, 4, 1), (1, 1, 300), (40, 4, 300))
+    )
+    key = random_words(*key_shape), random_words()
+    many = philox(counter, key)
+    assert many[0].shape == (40, 4, 300)
+    last = tuple(part[-1:] for part in counter)
+    last_key = tuple(part[-1:] if part.dim() == 3 else part for part in key)
+    for few, all_of in zip(philox(last, last_key), many, strict=True):
+        assert torch.equal(few, all_of[-1:])
+
+
 def test_what_a_counter_names():
     """(draw and word, row, offset low, offset high), keyed by (seed low, seed high xor stream)."""
     seed, offset, row, draw, words = 0x123456789ABCDEF0, (5 << 32) + 6, 1000, 3, 2
