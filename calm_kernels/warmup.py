@@ -84,11 +84,15 @@ def _energy_score(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
 
 def _energy_head(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
     sizes = (config.hidden_size, config.latent_size, config.noise_size)
-    head = EnergyHead(*sizes, num_blocks=1).to(like)  # further blocks launch the same kernels
+    # Further blocks launch the same kernels. Vectors are float32 in training, as autocast has them.
+    head = EnergyHead(*sizes, num_blocks=1).to(like.device)
     hidden = like.new_zeros(2, config.hidden_size).requires_grad_()
-    head.sample(hidden, num_samples=config.num_samples, seed=seed).sum().backward()
+    has_autocast = like.dtype != torch.float32
+    with torch.autocast(like.device.type, dtype=like.dtype, enabled=has_autocast):
+        latent = head.sample(hidden.float(), num_samples=config.num_samples, seed=seed)
+    latent.sum().backward()
     with torch.no_grad():
-        head.sample(hidden, num_samples=NUM_CANDIDATES, seed=seed)
+        head.to(like.dtype).sample(hidden, num_samples=NUM_CANDIDATES, seed=seed)
 
 
 def _agreeing_patch(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:

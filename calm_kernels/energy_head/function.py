@@ -46,6 +46,7 @@ def energy_head(
     """
     if not isinstance(first_row, Tensor):
         first_row = torch.full((), first_row, dtype=torch.int64, device=hidden.device)
+    first_row = first_row.to(hidden.device)
     parameters = flatten_parameters(head)
     needed = [hidden, *parameters] if noise is None else [hidden, noise, *parameters]
     keep = _KEEP_NOTHING
