@@ -42,6 +42,19 @@ def normalize(tiles, WIDTH: tl.constexpr, CHUNK: tl.constexpr, NORM_EPS: tl.cons
 
 
 @triton.jit
+def _load_rows(
+    pointer, row, num_rows, WIDTH: tl.constexpr, CHUNK: tl.constexpr, NUM_CHUNKS: tl.constexpr
+):
+    """Tiles ``[BLOCK_ROWS, CHUNK]`` as they are in memory, 0 outside."""
+    tiles = ()
+    for k in tl.static_range(NUM_CHUNKS):
+        column = k * CHUNK + tl.arange(0, CHUNK)
+        mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
+        tiles = tiles + (tl.load(pointer + row[:, None] * WIDTH + column[None, :], mask, 0.0),)
+    return tiles
+
+
+@triton.jit
 def _source(
     step_ptr, bias_ptr, stream_ptr, row, num_rows, HAS_STEP: tl.constexpr,
     HAS_STREAM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, NUM_CHUNKS: tl.constexpr,
@@ -112,7 +125,8 @@ def norm_backward_kernel(
     HAS_UPSTREAM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     NUM_CHUNKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, NORM_EPS: tl.constexpr,
 ):  # fmt: skip
-    """dx = dLN(dnormed) + upstream, and LN(x) again for the gradient of the weights that took it.
+    """dx = dLN(dnormed) + upstream, and LN(x) again for the gradient of the weights that took it;
+    dx may be dnormed.
 
     x is the stream, or step + bias without one. A group of rows leaves its sums over rows in
     `sums`, three rows: of dnormed · x̂, of dnormed, of dx.
@@ -132,9 +146,13 @@ def norm_backward_kernel(
             step_ptr, bias_ptr, stream_ptr, row, num_rows, not HAS_STREAM, HAS_STREAM, WIDTH,
             CHUNK, NUM_CHUNKS,
         )  # fmt: skip
+        # Before the statistics, so that the program waits for memory once.
+        dnormed = _load_rows(dnormed_ptr, row, num_rows, WIDTH, CHUNK, NUM_CHUNKS)
+        if HAS_UPSTREAM:
+            upstream = _load_rows(upstream_ptr, row, num_rows, WIDTH, CHUNK, NUM_CHUNKS)
         normal, scale = normalize(tiles, WIDTH, CHUNK, NORM_EPS)
         dnormal, sums_weight, sums_shift = _through_affine(
-            normal, dnormed_ptr, weight_ptr, shift_ptr, normed_ptr, sums_weight, sums_shift, row,
+            normal, dnormed, weight_ptr, shift_ptr, normed_ptr, sums_weight, sums_shift, row,
             num_rows, WIDTH, CHUNK,
         )  # fmt: skip
         gradient = _norm_gradient(normal, dnormal, scale, WIDTH)
@@ -145,7 +163,7 @@ def norm_backward_kernel(
             offs = row[:, None] * WIDTH + column[None, :]
             dx = gradient[k]
             if HAS_UPSTREAM:
-                dx += tl.load(upstream_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+                dx += upstream[k].to(tl.float32)
             tl.store(dsource_ptr + offs, dx.to(dsource_ptr.dtype.element_ty), mask=mask)
             added = added + (sums_source[k] + tl.where(mask, dx, 0.0),)
         sums_source = added
@@ -160,7 +178,7 @@ def norm_backward_kernel(
 
 @triton.jit
 def _through_affine(
-    normal, dnormed_ptr, weight_ptr, shift_ptr, normed_ptr, sums_weight, sums_shift, row, num_rows,
+    normal, dnormed, weight_ptr, shift_ptr, normed_ptr, sums_weight, sums_shift, row, num_rows,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Store x̂ · weight + shift; dx̂, and both sums with this tile added."""
@@ -175,8 +193,8 @@ def _through_affine(
         shift = tl.load(shift_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
         normed = normal[k] * weight[None, :] + shift[None, :]
         tl.store(normed_ptr + offs, normed.to(normed_ptr.dtype.element_ty), mask=mask)
-        dnormed = tl.load(dnormed_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        dnormal = dnormal + (dnormed * weight[None, :],)
-        added_weight = added_weight + (sums_weight[k] + dnormed * normal[k],)
-        added_shift = added_shift + (sums_shift[k] + dnormed,)
+        gradient = dnormed[k].to(tl.float32)
+        dnormal = dnormal + (gradient * weight[None, :],)
+        added_weight = added_weight + (sums_weight[k] + gradient * normal[k],)
+        added_shift = added_shift + (sums_shift[k] + gradient,)
     return dnormal, added_weight, added_shift
