@@ -148,7 +148,7 @@ def _embedding(noise: Noise, weight: Tensor, *, is_backward: bool) -> Constants:
 
 
 def _tiles(num_rows: int, block_rows: int) -> int:
-    return max(1, -(-num_rows // block_rows))
+    return -(-num_rows // block_rows)
 
 
 def embed(

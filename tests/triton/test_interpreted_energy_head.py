@@ -157,6 +157,15 @@ def test_empty(shape):
     assert not any(value.grad.any() for value in head.parameters())
 
 
+def test_no_rows_with_a_seed_each():
+    head, seeds = EnergyHead(8, 5, 4, 2), torch.zeros(0, 2, dtype=torch.int64)
+    hidden = torch.zeros(0, 8, requires_grad=True)
+    latent = head.sample(hidden, num_samples=1, seed=seeds, backend="triton")
+    assert latent.shape == (1, 0, 5)
+    latent.sum().backward()
+    assert hidden.grad.shape == (0, 8)
+
+
 def test_what_no_kernel_takes():
     for options, message in (
         ((8, 4, 300, 1), "noise sizes up to 256, got 300"),
