@@ -67,8 +67,9 @@ check: lint types ## lint, types and the fast tests (under 5 minutes)
 bench: $(READY) ## benchmarks on this machine; parity is asserted before anything is timed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest benchmarks -q --benchmark-only $(ARGS)
 
-bench-gpu: $(READY) ## benchmarks of the kernels on this GPU; writes benchmarks/results/<device>.json
+bench-gpu: $(READY) ## benchmarks of kernels and decoding on this GPU; writes benchmarks/results/<device>*.json
 	$(BIN)/python -m benchmarks.gpu.run $(ARGS)
+	$(BIN)/python -m benchmarks.gpu.decoding
 
 compile-report: $(READY) ## compile every kernel for all targets; fails on a spill or a broken budget
 	$(BIN)/python -m calm_kernels.compile_report $(ARGS)
