@@ -75,9 +75,9 @@ def sequence_seeds(seed: Seed | Sequence[int], batch: int, device: torch.device)
     if isinstance(seed, Sequence):
         if len(seed) != batch:
             raise UserError(f"seed must hold one number per sequence, {batch}; got {len(seed)}")
-        for value in seed:
-            if type(value) is not int or not -(2**63) <= value < 2**63:
-                raise UserError(f"seed must hold whole numbers of 64 bits, got {value!r}")
+        for number in seed:
+            if type(number) is not int or not -(2**63) <= number < 2**63:
+                raise UserError(f"seed must hold whole numbers of 64 bits, got {number!r}")
         return as_seed(torch.tensor(seed, dtype=torch.int64)[:, None], device)
     common = as_seed(seed, device)
     if common.dim() == 2:
