@@ -24,7 +24,9 @@ from calm_kernels.backend import Backend, resolve
 
 __all__ = ["CapturedStep", "captured_step", "kept_trunk"]
 
-CAPACITY_STEP = 64  # chunks; a graph serves every text that fits its cache
+LEAST_CAPACITY = (
+    64  # chunks; caches double from there, so that few graphs serve texts of all lengths
+)
 MAX_GRAPHS = 4  # each holds a cache
 WARMUP_STEPS = 3
 
@@ -80,6 +82,7 @@ class _Kept:
     weights: tuple[Any, ...] = ()
     trunk: Trunk | None = None
     steps: dict[tuple[Any, int], CapturedStep] = field(default_factory=dict)
+    reserved: dict[Any, int] = field(default_factory=dict)  # chunks that a warm-up asked for
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Kept":
         return _Kept()
@@ -113,28 +116,34 @@ def _check_finite(model: PreTrainedModel) -> None:
         )
 
 
-def captured_step(predictor: Predictor, *, batch_size: int, capacity: int) -> CapturedStep:
-    """A captured step for texts of up to `capacity` chunks: the smallest kept one that holds them.
+def captured_step(
+    predictor: Predictor, *, batch_size: int, capacity: int, is_reserved: bool = False
+) -> CapturedStep:
+    """A captured step for texts of up to `capacity` chunks; the last few are kept, with caches.
 
-    The last few are kept, each with its cache.
+    Rounding may depend on the size of the cache. It is the next of 64, 128, 256, ... chunks,
+    whatever was generated before, unless a step `is_reserved`: that serves all that need no more.
     """
-    trunk, steps = kept_trunk(predictor), _kept(predictor).steps
+    trunk, kept = kept_trunk(predictor), _kept(predictor)
+    steps, reserved = kept.steps, kept.reserved
     backend = resolve(Backend.AUTO, "linear_argmax", trunk.norm)  # a graph holds this choice
     use = (predictor, batch_size, backend)
-    if fits := [kept for kept in steps if kept[0] == use and kept[1] >= capacity]:
-        key = min(fits, key=lambda kept: kept[1])
+    capacity = max(LEAST_CAPACITY, 1 << (capacity - 1).bit_length(), reserved.get(use, 0))
+    if is_reserved:
+        reserved[use] = capacity
+    key = (use, capacity)
+    if key in steps:
         steps[key] = steps.pop(key)  # the latest last
         return steps[key]
     while len(steps) >= MAX_GRAPHS:
         del steps[next(iter(steps))]
-    capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
     # Memory of inference mode could not be written outside of it, where a later call may be.
     with torch.inference_mode(False), torch.no_grad():
         state = State.allocate(
             predictor, trunk, batch_size=batch_size, capacity=capacity, is_fixed=True
         )
-        steps[use, capacity] = CapturedStep.capture(state)
-    return steps[use, capacity]
+        steps[key] = CapturedStep.capture(state)
+    return steps[key]
 
 
 def _kept(predictor: Predictor) -> _Kept:

@@ -100,7 +100,7 @@ def prepare(predictor: Predictor, *, batch_size: int, max_length: int) -> float:
     kept_trunk(predictor)
     if _is_captured(predictor):
         chunks = -(-max_length // predictor.patch_size) + 2  # a start chunk, one filled up
-        captured_step(predictor, batch_size=batch_size, capacity=chunks)
+        captured_step(predictor, batch_size=batch_size, capacity=chunks, is_reserved=True)
     return time.perf_counter() - begin
 
 

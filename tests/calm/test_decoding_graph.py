@@ -46,9 +46,16 @@ def test_a_captured_step_serves_all_shorter_texts(capacities):
     assert capacities == [256]
     generate(model, prompt(1, 8), **{**OPTIONS, "seed": 1})
     generate(model, prompt(2, 8), **{**OPTIONS, "max_new_tokens": 1200})
-    assert capacities == [256, 64, 320]
+    assert capacities == [256, 64, 512]
     fresh = tiny_calm(max_position_embeddings=2048)
     assert torch.equal(generate(fresh, prompt(2, 8), **OPTIONS), text)
+
+
+def test_the_step_of_a_text_does_not_depend_on_earlier_texts(capacities):
+    model = tiny_calm(max_position_embeddings=2048)
+    for new_tokens in (1200, 40, 300, 1200, 40):  # 302, 12, 77 chunks, and again
+        generate(model, prompt(2, 8), **{**OPTIONS, "max_new_tokens": new_tokens})
+    assert capacities == [512, 64, 128]
 
 
 @pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
