@@ -17,6 +17,7 @@ __all__ = [
     "Launch",
     "PatchTile",
     "architecture",
+    "fuses_head",
     "launch_options",
     "num_processors",
     "patch_tile",
@@ -28,6 +29,8 @@ __all__ = [
 
 DEFAULT = "default"
 MANY = 2**62
+# Of an energy head's residual stream; beyond either, the library's products win.
+FUSED_HEAD_ROWS, FUSED_HEAD_ELEMENTS = 1024, 2**20
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,47 @@ TABLE: dict[tuple[str, str, int], Launch] = {
     ("energy_head.embed", "gfx942", 4096): Launch(num_warps=4, block_rows=16, block_features=128),
     ("energy_head.embed.backward", DEFAULT, 4096): Launch(num_warps=8, block_rows=32),
     ("energy_head.embed.backward", "gfx942", 4096): Launch(num_warps=4, block_rows=16),
+    ("energy_head.embed.small", DEFAULT, 4096): Launch(
+        num_warps=8, block_rows=16, block_features=256
+    ),
+    # The width of a fused layer is its number of rows; ".norm" normalises them as they are loaded,
+    # in every program again: few rows and many words each.
+    ("energy_head.layer", DEFAULT, 16): Launch(
+        num_warps=4, num_stages=4, block_rows=16, block_words=16, block_features=256
+    ),
+    ("energy_head.layer.norm", DEFAULT, 16): Launch(
+        num_warps=4, num_stages=3, block_rows=16, block_words=16, block_features=256
+    ),
+    ("energy_head.layer.norm", DEFAULT, 256): Launch(
+        num_warps=4, num_stages=3, block_rows=32, block_words=64, block_features=128
+    ),
+    ("energy_head.layer.norm", DEFAULT, MANY): Launch(
+        num_warps=8, num_stages=3, block_rows=64, block_words=128
+    ),
+    ("energy_head.layer", DEFAULT, 256): Launch(
+        num_warps=4, num_stages=5, block_rows=64, block_words=32
+    ),
+    ("energy_head.layer", DEFAULT, MANY): Launch(
+        num_warps=4, num_stages=4, block_rows=64, block_words=64
+    ),
+    ("energy_head.layer.fp32", DEFAULT, MANY): Launch(
+        num_warps=4, num_stages=4, block_rows=64, block_words=32
+    ),
+    ("energy_head.layer.fp32", "sm_80", MANY): Launch(
+        num_warps=4, num_stages=3, block_rows=32, block_words=32
+    ),
+    ("energy_head.layer.fp32", "gfx942", MANY): Launch(
+        num_warps=4, num_stages=2, block_rows=64, block_words=32
+    ),
+    ("energy_head.layer", "gfx942", 16): Launch(
+        num_warps=4, num_stages=2, block_rows=16, block_words=16, block_features=256
+    ),
+    ("energy_head.layer", "gfx942", 256): Launch(
+        num_warps=4, num_stages=2, block_rows=64, block_words=32
+    ),
+    ("energy_head.layer", "gfx942", MANY): Launch(
+        num_warps=4, num_stages=2, block_rows=64, block_words=64
+    ),
     # The width of linear_argmax is its number of rows: few of them wait for the weight, many for
     # the products, and then a block of 256 words reads least from the cache.
     ("linear_argmax", DEFAULT, 16): Launch(
@@ -170,6 +214,15 @@ def setting(operation: str, arch: str, width: int) -> Launch:
                 return TABLE[name, owner, min(widths)]
         name = name.rpartition(".")[0]
     raise ValueError(f"{operation} has no launch setting for width {width}")
+
+
+def fuses_head(num_rows: int, width: int) -> bool:
+    """Whether an energy head without gradients runs as products with all around them fused in.
+
+    Rows of the weights must start at 16-byte boundaries.
+    """
+    most = min(FUSED_HEAD_ROWS, FUSED_HEAD_ELEMENTS // width)
+    return 0 < num_rows <= most and width % 16 == 0
 
 
 def use_fast_math() -> bool:

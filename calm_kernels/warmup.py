@@ -84,15 +84,18 @@ def _energy_score(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
 
 def _energy_head(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
     sizes = (config.hidden_size, config.latent_size, config.noise_size)
-    # Further blocks launch the same kernels. Vectors are float32 in training, as autocast has them.
-    head = EnergyHead(*sizes, num_blocks=1).to(like.device)
+    # Blocks after the second launch its kernels. Vectors are float32 in training, as autocast has
+    # them.
+    head = EnergyHead(*sizes, num_blocks=2).to(like.device)
     hidden = like.new_zeros(2, config.hidden_size).requires_grad_()
     has_autocast = like.dtype != torch.float32
     with torch.autocast(like.device.type, dtype=like.dtype, enabled=has_autocast):
         latent = head.sample(hidden.float(), num_samples=config.num_samples, seed=seed)
     latent.sum().backward()
+    head.to(like.dtype)
     with torch.no_grad():
-        head.to(like.dtype).sample(hidden, num_samples=NUM_CANDIDATES, seed=seed)
+        for count in (1, 64, NUM_CANDIDATES, 513):  # few rows have settings of their own
+            head.sample(hidden, num_samples=count, seed=seed)
 
 
 def _agreeing_patch(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:

@@ -13,7 +13,9 @@ from calm_kernels.energy_head.parameters import (
     unflatten_parameters,
 )
 from calm_kernels.energy_head.passes import Kept, backward_pass, forward_pass
+from calm_kernels.energy_head.small_rows import small_rows_pass
 from calm_kernels.energy_head.sums import Places, join_gradients
+from calm_kernels.tuning import fuses_head
 
 __all__ = ["energy_head"]
 
@@ -85,11 +87,16 @@ def _forward_op(
     keep: int,
 ) -> tuple[Tensor, list[Tensor]]:
     """Latents ``[R N, L]``, and what the backward pass needs."""
+    inputs = (
+        hidden.to(dtype),
+        _noise(hidden, noise, seed, first_row, num_draws, noise_scale),
+        _cast(parameters, dtype),
+    )
     with torch.cuda.device_of(hidden):
+        if not keep and fuses_head(len(hidden) * num_draws, hidden.shape[1]):
+            return small_rows_pass(*inputs), []
         latent, kept = forward_pass(
-            hidden.to(dtype),
-            _noise(hidden, noise, seed, first_row, num_draws, noise_scale),
-            _cast(parameters, dtype),
+            *inputs,
             keep_streams=keep >= _KEEP_STREAMS,
             keep_products=keep == _KEEP_ALL,
         )

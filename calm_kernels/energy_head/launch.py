@@ -20,9 +20,11 @@ from calm_kernels.energy_head.activation_kernels import (
 from calm_kernels.energy_head.embedding_kernels import embed_backward_kernel, embed_kernel
 from calm_kernels.energy_head.norm_kernels import norm_backward_kernel, norm_kernel
 from calm_kernels.energy_head.parameters import NORM_EPS, Pair
-from calm_kernels.tuning import architecture, launch_options, setting, use_fast_math
+from calm_kernels.tuning import architecture, fuses_head, launch_options, setting, use_fast_math
 
 __all__ = [
+    "PRODUCT_DTYPES",
+    "Constants",
     "Noise",
     "activation_constants",
     "embed",
@@ -39,7 +41,7 @@ __all__ = [
 ]
 
 Constants = tuple[dict[str, Any], dict[str, Any]]
-_PRODUCT_DTYPES = {
+PRODUCT_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -100,14 +102,15 @@ def activation_constants(width: int, arch: str, *, has_fast_math: bool) -> Const
 
 def embedding_constants(
     width: int, noise_size: int, dtype: torch.dtype, arch: str, *, is_given: bool,
-    is_backward: bool, has_fast_math: bool, can_round: bool = True,
+    is_backward: bool, has_fast_math: bool, can_round: bool = True, is_small: bool = False,
 ) -> Constants:  # fmt: skip
-    """Of `embed_kernel` or `embed_backward_kernel`.
+    """Of `embed_kernel` or `embed_backward_kernel`; `is_small` for few rows.
 
     float32 operands are multiplied as three products of tf32 where there is fast mathematics. The
     interpreter multiplies 16-bit operands as bit patterns (`can_round` is False there).
     """
-    launch = setting("energy_head.embed" + ".backward" * is_backward, arch, width)
+    form = ".backward" * is_backward + ".small" * is_small
+    launch = setting("energy_head.embed" + form, arch, width)
     words = -(-noise_size // 4)
     row = _chunks(width, launch.block_features)
     constants = {
@@ -118,7 +121,7 @@ def embedding_constants(
         "BLOCK_ROWS": launch.block_rows,
         "BLOCK_Q": max(16, 1 << (words - 1).bit_length()),
         "NORM_EPS": NORM_EPS,
-        "DOT_DTYPE": _PRODUCT_DTYPES[dtype] if can_round else tl.float32,
+        "DOT_DTYPE": PRODUCT_DTYPES[dtype] if can_round else tl.float32,
         "PRECISION": "tf32x3" if has_fast_math and dtype == torch.float32 else "ieee",
     }
     return constants, launch_options(launch)
@@ -144,6 +147,7 @@ def _embedding(noise: Noise, weight: Tensor, *, is_backward: bool) -> Constants:
         width, noise_size, weight.dtype, architecture(weight.device),
         is_given=noise.given is not None, is_backward=is_backward,
         has_fast_math=use_fast_math(), can_round=not is_interpreted(),
+        is_small=not is_backward and fuses_head(noise.num_rows, width),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from calm_kernels.energy_head.launch import Noise
 from calm_kernels.energy_head.parameters import BlockParameters, HeadParameters
 from calm_kernels.energy_head.sums import Places
 
-__all__ = ["Gradients", "Kept", "backward_pass", "forward_pass"]
+__all__ = ["Gradients", "Kept", "backward_pass", "embed_hidden", "forward_pass"]
 
 
 @dataclass
@@ -56,8 +56,7 @@ def forward_pass(
 ) -> tuple[Tensor, Kept]:
     """Latents ``[R N, L]`` of hidden states ``[R, C]``, weights and hidden states of one dtype."""
     dtype, width = hidden.dtype, hidden.shape[1]
-    embedded = _product(hidden, head.hidden_embd.weight)
-    condition = launch.norm(embedded, head.hidden_embd.bias, None, head.norm_hidden, dtype=dtype)
+    embedded, condition = embed_hidden(hidden, head)
     context = _product(condition, _context_weight(head))
     stream, normed = launch.embed(noise, *head.noise_embd, head.norm_noise, _norms(head)[0])
     kept = Kept(embedded, context, [stream], [])
@@ -78,6 +77,13 @@ def forward_pass(
         kept.products.append(last)
     features = launch.silu(last, head.final_first.bias)
     return _product(features, *head.final_second), kept
+
+
+def embed_hidden(hidden: Tensor, head: HeadParameters) -> tuple[Tensor, Tensor]:
+    """The product of the hidden states, and c, its LayerNorm; ``[R, C]``."""
+    embedded = _product(hidden, head.hidden_embd.weight)
+    bias, norm = head.hidden_embd.bias, head.norm_hidden
+    return embedded, launch.norm(embedded, bias, None, norm, dtype=hidden.dtype)
 
 
 def backward_pass(

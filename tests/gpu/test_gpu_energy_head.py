@@ -5,6 +5,7 @@ import torch
 from gpu_cases import relative_error
 
 from calm_kernels import EnergyHead
+from calm_kernels.tuning import fuses_head
 
 
 def make_head(width, num_blocks=4, noise_size=64, latent_size=128):
@@ -51,6 +52,28 @@ def test_odd_sizes_in_float32(rows, draws, width, noise_size):
     actual, expected = run(head, hidden, "triton", **options), run(head, hidden, "torch", **options)
     for value, wanted in zip(actual, expected, strict=True):
         assert relative_error(value, wanted) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("rows", "draws", "width"),
+    [(1, 1, 1024), (16, 1, 768), (17, 1, 48), (1, 200, 1024), (5, 51, 1536), (2, 200, 2560),
+     (4, 256, 1024), (1, 100, 4096), (3, 100, 1072)],
+)  # fmt: skip
+@torch.no_grad()
+def test_few_rows_without_gradients(rows, draws, width, dtype):
+    """Products with all around them: as near to float32 as the torch backend, same bits again."""
+    assert fuses_head(rows * draws, width)
+    head, hidden = make_head(width), torch.randn(rows, width, device="cuda")
+    options = {"num_samples": draws, "seed": 3}
+    truth = head.sample(hidden, backend="torch", **options)
+    wide = head.sample(hidden, backend="triton", **options)
+    assert relative_error(wide, truth) < 1e-4
+    head, hidden = head.to(dtype), hidden.to(dtype)
+    plain = head.sample(hidden, backend="torch", **options)
+    actual = head.sample(hidden, backend="triton", **options)
+    assert relative_error(actual, truth) < 2 * relative_error(plain, truth) + 2e-3
+    assert torch.equal(actual, head.sample(hidden, backend="triton", **options))
 
 
 @pytest.mark.parametrize("rows", [1, 16])

@@ -13,10 +13,11 @@ from calm.decoding.trunk import Trunk
 from calm_kernels import use_backend
 from calm_kernels.agreeing_patch import function as vote_function
 from calm_kernels.energy_head import launch as head_launch
+from calm_kernels.energy_head import small_rows
 from calm_kernels.linear_argmax import function as argmax_function
 
-HEAD = ["norm_kernel", "embed_kernel", "silu_kernel", "silu_kernel", "swiglu_kernel",
-        "norm_kernel", "silu_kernel"]  # fmt: skip
+HEAD = ["norm_kernel", "embed_kernel", "silu_layer_kernel", "silu_layer_kernel",
+        "swiglu_layer_kernel", "residual_layer_kernel", "silu_layer_kernel"]  # fmt: skip
 ARGMAX, VOTE = ["partial_kernel", "reduce_kernel"], ["count_kernel", "choose_kernel"]
 METHODS = {
     "direct": (Direct(), HEAD + ARGMAX),
@@ -41,7 +42,7 @@ def test_a_step_is_that_of_torch(name, monkeypatch):
     method, kernels = METHODS[name]
     model = tiny_model()
     expected = decode(model, method, "torch")
-    launches = Launches(monkeypatch, head_launch, argmax_function, vote_function)
+    launches = Launches(monkeypatch, head_launch, small_rows, argmax_function, vote_function)
     actual = decode(model, method, "auto")
     assert launches.names == kernels * len(actual)
     assert torch.equal(actual, expected)

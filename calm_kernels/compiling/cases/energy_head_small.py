@@ -1,0 +1,106 @@
+"""The energy head's fused layers at decoding: one draw, 200 and 800 of one patch."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from calm_kernels.compiling.configuration import Configuration
+from calm_kernels.compiling.inspection import Fixed
+from calm_kernels.energy_head import launch
+from calm_kernels.energy_head.embedding_kernels import embed_kernel
+from calm_kernels.energy_head.small_rows import Form, layer_constants
+from calm_kernels.energy_head.small_rows_kernels import (
+    residual_layer_kernel,
+    silu_layer_kernel,
+    swiglu_layer_kernel,
+)
+
+__all__ = ["cases"]
+
+NOISE_SIZE = 64
+_KERNELS = {
+    "silu": silu_layer_kernel,
+    "swiglu": swiglu_layer_kernel,
+    "residual": residual_layer_kernel,
+}
+_WARP, _GROUP = {"sm_90": "HMMA"}, {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+_TYPES = {"stream_ptr": "*fp32", "parts_ptr": "*fp32"}
+
+
+def _layer(
+    form: Form, rows: int, width: int, dtype: torch.dtype, needed: dict[str, str], **flags: bool
+) -> Configuration:
+    """Weights once, rows in and out; the residual layer reads and writes the stream."""
+    has_norm = flags.get("HAS_NORM", False)
+    num_words = 2 * width if form == "swiglu" else width
+    in_and_out = {"silu": 2, "swiglu": 2, "residual": 1}[form] * dtype.itemsize
+    stream = 8 * (form == "residual") + (4 - dtype.itemsize) * has_norm
+    suffix = ".norm" * has_norm + ".fp32" * (dtype == torch.float32)
+    return Configuration(
+        name=f"energy_head.layer.{form}{suffix}.R{rows}.C{width}",
+        kernel=_KERNELS[form],
+        dtype=dtype,
+        constants=lambda target: layer_constants(
+            form, rows, width, dtype, target.name, has_fast_math=target.is_nvidia, **flags
+        ),
+        trips=lambda found: (Fixed(math.ceil(width / found["BLOCK_K"])),),
+        bytes_per_row=(in_and_out + stream) * width + dtype.itemsize * num_words * width / rows,
+        rows=rows,
+        programs=lambda found: (
+            math.ceil(rows / found["BLOCK_R"]) * math.ceil(width / found["BLOCK_C"])
+        ),
+        flops_per_row=2.0 * num_words * width,
+        types=_TYPES | ({"rows_ptr": "*fp32"} if has_norm else {}),
+        aligned=("stride_word",),
+        needed=needed,
+        is_main=dtype == torch.bfloat16 and rows == 200 and width == 1024,
+    )
+
+
+def _embedding(rows: int, width: int, dtype: torch.dtype) -> Configuration:
+    """Stream and its norm out."""
+    suffix = ".fp32" * (dtype == torch.float32)
+    types = {"stream_ptr": "*fp32", "seed_ptr": "*i64", "first_row_ptr": "*i64"}
+
+    def trips(found: dict[str, Any]) -> tuple[int, ...]:
+        return (math.ceil(width / found["CHUNK"]),) * 3
+
+    return Configuration(
+        name=f"energy_head.embed{suffix}.R{rows}.C{width}",
+        kernel=embed_kernel,
+        dtype=dtype,
+        constants=lambda target: launch.embedding_constants(
+            width, NOISE_SIZE, dtype, target.name, is_given=False, is_backward=False,
+            has_fast_math=target.is_nvidia, is_small=True,
+        ),
+        trips=trips,
+        bytes_per_row=width * (4 + dtype.itemsize * (1 + NOISE_SIZE / rows)),
+        rows=rows,
+        programs=lambda found: math.ceil(rows / found["BLOCK_ROWS"]),
+        flops_per_row=2 * NOISE_SIZE * width,
+        types=types | {"noise_scale": "fp32"},
+    )  # fmt: skip
+
+
+def _at(
+    rows: int, width: int, dtype: torch.dtype, needed: dict[str, str] = _WARP,
+    with_norm: dict[str, str] = _WARP,
+) -> Iterator[Configuration]:  # fmt: skip
+    yield _layer("silu", rows, width, dtype, with_norm, HAS_NORM=True, HAS_CONTEXT=True)
+    yield _layer("silu", rows, width, dtype, needed, HAS_NORM=False, HAS_CONTEXT=False)
+    yield _layer("swiglu", rows, width, dtype, needed)
+    yield _layer("residual", rows, width, dtype, needed)
+
+
+def cases() -> Iterator[Configuration]:
+    """Every row of the table; a width whose tiles are no power of two."""
+    yield from _at(1, 1024, torch.bfloat16)
+    yield from _at(200, 1024, torch.bfloat16, _GROUP)
+    yield from _at(800, 1024, torch.bfloat16, _GROUP, _GROUP)
+    yield from _at(1, 2560, torch.bfloat16)
+    yield from _at(200, 2560, torch.bfloat16, _GROUP)
+    yield from _at(200, 2560, torch.float32, {}, {})
+    for dtype in (torch.bfloat16, torch.float32):
+        yield _embedding(200, 1024, dtype)
