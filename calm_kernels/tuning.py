@@ -104,29 +104,11 @@ TABLE: dict[tuple[str, str, int], Launch] = {
     ("energy_head.layer", DEFAULT, 16): Launch(
         num_warps=4, num_stages=4, block_rows=16, block_words=16, block_features=256
     ),
-    ("energy_head.layer.norm", DEFAULT, 16): Launch(
-        num_warps=4, num_stages=3, block_rows=16, block_words=16, block_features=256
-    ),
-    ("energy_head.layer.norm", DEFAULT, 256): Launch(
-        num_warps=4, num_stages=3, block_rows=32, block_words=64, block_features=128
-    ),
-    ("energy_head.layer.norm", DEFAULT, MANY): Launch(
-        num_warps=8, num_stages=3, block_rows=64, block_words=128
-    ),
     ("energy_head.layer", DEFAULT, 256): Launch(
         num_warps=4, num_stages=5, block_rows=64, block_words=32
     ),
     ("energy_head.layer", DEFAULT, MANY): Launch(
         num_warps=4, num_stages=4, block_rows=64, block_words=64
-    ),
-    ("energy_head.layer.fp32", DEFAULT, MANY): Launch(
-        num_warps=4, num_stages=4, block_rows=64, block_words=32
-    ),
-    ("energy_head.layer.fp32", "sm_80", MANY): Launch(
-        num_warps=4, num_stages=3, block_rows=32, block_words=32
-    ),
-    ("energy_head.layer.fp32", "gfx942", MANY): Launch(
-        num_warps=4, num_stages=2, block_rows=64, block_words=32
     ),
     ("energy_head.layer", "gfx942", 16): Launch(
         num_warps=4, num_stages=2, block_rows=16, block_words=16, block_features=256
@@ -136,6 +118,33 @@ TABLE: dict[tuple[str, str, int], Launch] = {
     ),
     ("energy_head.layer", "gfx942", MANY): Launch(
         num_warps=4, num_stages=2, block_rows=64, block_words=64
+    ),
+    ("energy_head.layer.norm", DEFAULT, 16): Launch(
+        num_warps=4, num_stages=3, block_rows=16, block_words=16, block_features=256
+    ),
+    ("energy_head.layer.norm", DEFAULT, 256): Launch(
+        num_warps=4, num_stages=3, block_rows=32, block_words=64, block_features=128
+    ),
+    ("energy_head.layer.norm", DEFAULT, MANY): Launch(
+        num_warps=8, num_stages=3, block_rows=64, block_words=128
+    ),
+    ("energy_head.layer.norm", "gfx942", 16): Launch(
+        num_warps=4, num_stages=2, block_rows=16, block_words=16, block_features=256
+    ),
+    ("energy_head.layer.norm", "gfx942", 256): Launch(
+        num_warps=4, num_stages=2, block_rows=32, block_words=64, block_features=128
+    ),
+    ("energy_head.layer.norm", "gfx942", MANY): Launch(
+        num_warps=8, num_stages=2, block_rows=64, block_words=128
+    ),
+    ("energy_head.layer.fp32", DEFAULT, MANY): Launch(
+        num_warps=4, num_stages=4, block_rows=64, block_words=32
+    ),
+    ("energy_head.layer.fp32", "sm_80", MANY): Launch(
+        num_warps=4, num_stages=3, block_rows=32, block_words=32
+    ),
+    ("energy_head.layer.fp32", "gfx942", MANY): Launch(
+        num_warps=4, num_stages=2, block_rows=64, block_words=32
     ),
     # The width of linear_argmax is its number of rows: few of them wait for the weight, many for
     # the products, and then a block of 256 words reads least from the cache.

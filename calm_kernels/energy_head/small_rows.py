@@ -95,8 +95,7 @@ def _silu_layer(
     shared = rows if context is None else context
     silu_layer_kernel[grid](
         rows, rows if parts is None else parts, *(norm or linear), weight, bias, shared, out,
-        len(rows), len(rows) // len(shared), weight.stride(0), shared.stride(0), **constants,
-        **options,
+        len(rows), len(rows) // len(shared), weight.stride(0), **constants, **options,
     )  # fmt: skip
     return out
 

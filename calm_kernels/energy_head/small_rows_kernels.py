@@ -96,19 +96,19 @@ def _product(
     return product
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_draws", "stride_context"])
+@triton.jit(do_not_specialize=["num_rows", "num_draws"])
 def silu_layer_kernel(
     rows_ptr, parts_ptr, norm_weight_ptr, norm_shift_ptr, weight_ptr, bias_ptr, context_ptr,
-    out_ptr, num_rows, num_draws, stride_word, stride_context, HAS_NORM: tl.constexpr,
-    HAS_CONTEXT: tl.constexpr, WIDTH: tl.constexpr, IS_EVEN: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, BLOCK_T: tl.constexpr,
-    NORM_EPS: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    out_ptr, num_rows, num_draws, stride_word, HAS_NORM: tl.constexpr, HAS_CONTEXT: tl.constexpr,
+    WIDTH: tl.constexpr, IS_EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILE: tl.constexpr, BLOCK_T: tl.constexpr, NORM_EPS: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """out = SiLU(weight · x + bias + context[row // num_draws]), x = rows or LN(rows)."""
     row, column, mask = _place(num_rows, WIDTH, BLOCK_R, BLOCK_C)
     shift = tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
     if HAS_CONTEXT:
-        offs_context = (row // num_draws)[:, None] * stride_context + column[None, :]
+        offs_context = (row // num_draws)[:, None] * WIDTH + column[None, :]
         shift += tl.load(context_ptr + offs_context, mask=mask, other=0.0).to(tl.float32)
     mean, scale = 0.0, 1.0
     if HAS_NORM:

@@ -95,12 +95,13 @@ def _at(
 
 
 def cases() -> Iterator[Configuration]:
-    """Every row of the table; a width whose tiles are no power of two."""
+    """Every row of the table; widths whose tiles are no power of two, or not filled."""
     yield from _at(1, 1024, torch.bfloat16)
     yield from _at(200, 1024, torch.bfloat16, _GROUP)
     yield from _at(800, 1024, torch.bfloat16, _GROUP, _GROUP)
     yield from _at(1, 2560, torch.bfloat16)
     yield from _at(200, 2560, torch.bfloat16, _GROUP)
+    yield from _at(800, 1072, torch.bfloat16, _GROUP, _GROUP)
     yield from _at(200, 2560, torch.float32, {}, {})
     for dtype in (torch.bfloat16, torch.float32):
         yield _embedding(200, 1024, dtype)
