@@ -71,11 +71,11 @@ def waves(
 
     Waves grow twofold from `first` draws to `size`, so that what is found soon costs little.
     """
-    wave = before = 0
+    wave, before, most = 0, 0, first
     while before < max_draws:
-        draws = min(size, first << wave, max_draws - before)
+        draws = min(size, most, max_draws - before)
         yield advance(seed, wave * ROUND_STRIDE), before, draws
-        wave, before = wave + 1, before + draws
+        wave, before, most = wave + 1, before + draws, min(2 * most, size)
 
 
 def draw_fitting(

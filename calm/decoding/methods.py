@@ -236,10 +236,11 @@ def build_method(
     needed = 1 if is_plain else least.get(name, 1)
     if max_draws is None:
         max_draws = MAX_WAVES * num_samples
-    if max_draws < needed:
+    if not isinstance(max_draws, int) or max_draws < needed:
         raise UserError(
             f"max_draws must be at least {needed}, which method {name!r} needs for a chunk at "
-            f"temperature {temperature}; got {max_draws} (by default {MAX_WAVES} num_samples)"
+            f"temperature {temperature}, a whole number; got {max_draws} (by default {MAX_WAVES} "
+            "num_samples)"
         )
     common = _Common(num_samples=num_samples, noise_scale=noise_scale, max_draws=max_draws)
     if is_plain:

@@ -23,6 +23,7 @@ def test_waves_grow_to_their_size_and_stop_at_the_cap():
     assert [wave_seed.tolist() for wave_seed, *_ in plan] == [
         [[3, 5 + wave * ROUND_STRIDE]] for wave in range(4)
     ]
+    assert sum(1 for _ in waves(seed, 1, 300_000, first=16)) == 300_000  # sizes stay small numbers
 
 
 def test_draws_that_fit_come_first_in_their_order():

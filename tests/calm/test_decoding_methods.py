@@ -235,6 +235,7 @@ def test_whole_and_fraction_of_the_inverse_temperature(temperature, power):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"max_draws": 5000.0}, "max_draws must be at least .*, a whole number; got 5000.0"),
         ({"temperature": 0.0}, r"temperature must lie in \(0, 1\], got 0.0"),
         ({"temperature": 1.5}, r"temperature must lie in \(0, 1\], got 1.5"),
         ({"temperature": float("nan")}, r"temperature must lie in \(0, 1\], got nan"),
