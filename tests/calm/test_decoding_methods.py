@@ -251,7 +251,7 @@ def test_whole_and_fraction_of_the_inverse_temperature(temperature, power):
         ({"name": "medoid", "max_draws": 0}, "max_draws must be at least 200"),
         (
             {"name": "exact", "temperature": 0.4, "max_draws": 2},
-            "must be at least 3, .* 0.4; got 2",
+            "must be at least 3, .* 0.4, a whole number; got 2",
         ),
         ({"name": "noise_scale", "max_draws": 0}, "max_draws must be at least 1"),
     ],
