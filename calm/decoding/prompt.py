@@ -173,7 +173,7 @@ class PromptFormat:
         if not tokens and self.start_token_id is None:
             raise UserError(
                 "the prompt is empty, and this model never learned how a text begins: pass at "
-                "least one token, or train with a start chunk (has_start_patch)"
+                "least one token (a CALM trained with has_start_patch begins texts by itself)"
             )
         new_tokens = self._new_tokens(len(tokens))
         kept = self._fit(tokens, new_tokens)

@@ -81,6 +81,8 @@ def sequence_seeds(seed: Seed | Sequence[int], batch: int, device: torch.device)
         return as_seed(torch.tensor(seed, dtype=torch.int64)[:, None], device)
     common = as_seed(seed, device)
     if common.dim() == 2:
+        if len(common) != batch:
+            raise UserError(f"seed must hold one row per sequence, {batch}; got {len(common)}")
         return common
     value, offset = common.expand(batch, 2).unbind(1)
     row = torch.arange(batch, device=device)

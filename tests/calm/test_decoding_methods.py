@@ -310,6 +310,8 @@ def test_seeds_of_sequences():
     assert len(many.unique()) == 10_000
     with pytest.raises(UserError, match="seed must hold one number per sequence, 1; got 2"):
         sequence_seeds([1, 2], 1, CPU)
+    with pytest.raises(UserError, match="seed must hold one row per sequence, 2; got 3"):
+        sequence_seeds(torch.zeros(3, 2, dtype=torch.int64), 2, CPU)
 
 
 def test_sequences_of_one_seed_draw_independently():
