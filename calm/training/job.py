@@ -7,11 +7,13 @@ A job writes ``output_dir``: the final weights with configuration, tokenizer and
 ``--resume_from_checkpoint <folder>`` chooses a checkpoint.
 """
 
+import atexit
 import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -44,7 +46,14 @@ def run_stage(stage: Stage, build_model: BuildModel, argv: list[str] | None) -> 
         return 2
     except KeyboardInterrupt:
         return 130
+    atexit.register(_leave_process_group)
     return 0
+
+
+def _leave_process_group() -> None:
+    """Stop Gloo's threads, which may otherwise abort a process that has done its work."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def run_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
