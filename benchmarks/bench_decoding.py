@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from benchmarks.measure import Requirement, compare
+from benchmarks.models import autoencoder_config, calm_config
 from benchmarks.published_decoding import eligible_chunks, published_candidates, published_generate
 from benchmarks.shapes import DECODING
-from calm import AutoencoderConfig, CALMConfig, EnergyTransformer
+from calm import EnergyTransformer
 from calm_kernels.noise import Stream, uniform
 
 PUBLISHED = "published algorithm"
@@ -20,31 +21,9 @@ ROUNDS = 5
 def make_model():
     """Random weights, whose candidates rarely agree."""
     torch.manual_seed(0)
-    shared = {
-        "vocab_size": DECODING.vocab_size,
-        "latent_size": DECODING.latent_size,
-        "patch_size": DECODING.patch_size,
-        "initializer": "fan_in",
-        "embedding_std": 1.0,
-    }
-    autoencoder = AutoencoderConfig(
-        hidden_size=DECODING.ae_hidden_size,
-        intermediate_size=DECODING.ae_intermediate_size,
-        **shared,
-    )
-    config = CALMConfig(
-        hidden_size=DECODING.hidden_size,
-        intermediate_size=DECODING.intermediate_size,
-        num_hidden_layers=DECODING.num_layers,
-        num_attention_heads=DECODING.num_heads,
-        num_key_value_heads=DECODING.num_heads,
-        num_mlp_layers=DECODING.num_blocks,
-        noise_size=DECODING.noise_size,
-        head_init="scaled",
-        eos_token_id=None,
-        ae_config=autoencoder,
-        **shared,
-    )
+    scale = {"initializer": "fan_in", "embedding_std": 1.0}
+    autoencoder = autoencoder_config(DECODING, **scale)
+    config = calm_config(DECODING, ae_config=autoencoder, eos_token_id=None, **scale)
     return EnergyTransformer(config).eval()
 
 

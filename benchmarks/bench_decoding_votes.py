@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from benchmarks.measure import Requirement, compare
+from benchmarks.models import autoencoder_config
 from benchmarks.published_decoding import published_vote
 from benchmarks.shapes import DECODING
-from calm import Autoencoder, AutoencoderConfig
+from calm import Autoencoder
 from calm.decoding.slots import Candidates, decode_and_vote
 from calm_kernels import agreeing_patch, use_backend
 
@@ -35,16 +36,7 @@ AGREEMENTS = {
 
 def make_autoencoder():
     torch.manual_seed(0)
-    config = AutoencoderConfig(
-        vocab_size=DECODING.vocab_size,
-        hidden_size=DECODING.ae_hidden_size,
-        intermediate_size=DECODING.ae_intermediate_size,
-        latent_size=DECODING.latent_size,
-        patch_size=DECODING.patch_size,
-        initializer="fan_in",
-        embedding_std=1.0,
-    )
-    return Autoencoder(config).eval()
+    return Autoencoder(autoencoder_config(DECODING, initializer="fan_in", embedding_std=1.0)).eval()
 
 
 def make_latents(spread):

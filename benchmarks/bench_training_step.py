@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from benchmarks.measure import Requirement, compare
+from benchmarks.models import autoencoder_config, calm_config
 from benchmarks.shapes import STEP
-from calm import Autoencoder, AutoencoderConfig, CALMConfig, EnergyTransformer
+from calm import Autoencoder, EnergyTransformer
 from calm_kernels import use_backend
 
 PUBLISHED = "published formulas, M=100"
@@ -13,29 +14,9 @@ NUM_PATCHES = STEP.block_size // STEP.patch_size
 
 
 def make_model():
-    autoencoder = AutoencoderConfig(
-        vocab_size=STEP.vocab_size,
-        hidden_size=STEP.ae_hidden_size,
-        intermediate_size=STEP.ae_intermediate_size,
-        latent_size=STEP.latent_size,
-        patch_size=STEP.patch_size,
-    )
-    config = CALMConfig(
-        vocab_size=STEP.vocab_size,
-        hidden_size=STEP.hidden_size,
-        intermediate_size=STEP.intermediate_size,
-        num_hidden_layers=STEP.num_layers,
-        num_attention_heads=STEP.num_heads,
-        num_key_value_heads=STEP.num_heads,
-        num_mlp_layers=STEP.num_blocks,
-        noise_size=STEP.noise_size,
-        latent_size=STEP.latent_size,
-        patch_size=STEP.patch_size,
-        num_samples=STEP.num_samples,
-        num_targets=STEP.num_targets,
-        head_init="scaled",  # a zero output layer would leave the head's gradients untested
-    )
-    return EnergyTransformer.from_autoencoder(Autoencoder(autoencoder), config).train()
+    autoencoder = Autoencoder(autoencoder_config(STEP))
+    config = calm_config(STEP, num_samples=STEP.num_samples, num_targets=STEP.num_targets)
+    return EnergyTransformer.from_autoencoder(autoencoder, config).train()
 
 
 def draws():

@@ -65,8 +65,8 @@ class VoteShape:
 
 
 @dataclass(frozen=True)
-class StepShape:
-    """The bench configuration: a whole training step of a small CALM."""
+class ModelShape:
+    """A small CALM."""
 
     vocab_size: int = 8192
     hidden_size: int = 256
@@ -79,6 +79,12 @@ class StepShape:
     ae_hidden_size: int = 256
     ae_intermediate_size: int = 640
     patch_size: int = 4
+
+
+@dataclass(frozen=True)
+class StepShape(ModelShape):
+    """The bench configuration: a whole training step of it."""
+
     num_samples: int = 8
     num_targets: int = 100
     batch_size: int = 4
@@ -86,20 +92,9 @@ class StepShape:
 
 
 @dataclass(frozen=True)
-class DecodingShape:
-    """One prompt continued by a small CALM; N candidates a chunk below temperature 1."""
+class DecodingShape(ModelShape):
+    """One prompt continued by it; N candidates a chunk below temperature 1."""
 
-    vocab_size: int = 8192
-    hidden_size: int = 256
-    num_layers: int = 4
-    num_heads: int = 4
-    intermediate_size: int = 688
-    num_blocks: int = 4
-    noise_size: int = 64
-    latent_size: int = 128
-    ae_hidden_size: int = 256
-    ae_intermediate_size: int = 640
-    patch_size: int = 4
     prompt_tokens: int = 32
     new_tokens: int = 64
     num_samples: int = 200

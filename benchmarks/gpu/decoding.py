@@ -20,8 +20,9 @@ import torch
 from transformers import LlamaConfig, PreTrainedModel
 
 from benchmarks.gpu.run import RESULTS, environment
+from benchmarks.models import autoencoder_config, calm_config
 from benchmarks.published_decoding import published_generate
-from calm import AutoencoderConfig, BaselineTransformer, CALMConfig, EnergyTransformer
+from calm import BaselineTransformer, EnergyTransformer
 from calm.decoding.engine import generate, warmup
 from calm_kernels.compiling.targets import TARGETS, Target
 
@@ -46,6 +47,7 @@ class Shape:
     num_heads: int = 16
     intermediate_size: int = 2752
     num_blocks: int = 4
+    noise_size: int = 64
     baseline_hidden_size: int = 768
     baseline_layers: int = 12
     baseline_intermediate_size: int = 2048
@@ -67,19 +69,9 @@ QUICK = Shape(
 def make_calm(shape: Shape, device: str, dtype: torch.dtype) -> EnergyTransformer:
     """Random weights, the same for every dtype; no token ends a text."""
     torch.manual_seed(0)
-    shared = {
-        "vocab_size": shape.vocab_size, "patch_size": shape.patch_size,
-        "latent_size": shape.latent_size, "initializer": "fan_in", "embedding_std": 1.0,
-    }  # fmt: skip
-    autoencoder = AutoencoderConfig(
-        hidden_size=shape.ae_hidden_size, intermediate_size=shape.ae_intermediate_size, **shared
-    )
-    config = CALMConfig(
-        hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_heads, num_mlp_layers=shape.num_blocks, head_init="scaled",
-        eos_token_id=None, ae_config=autoencoder, **shared,
-    )  # fmt: skip
+    scale = {"initializer": "fan_in", "embedding_std": 1.0}
+    autoencoder = autoencoder_config(shape, **scale)
+    config = calm_config(shape, ae_config=autoencoder, eos_token_id=None, **scale)
     return EnergyTransformer(config).eval().to(device, dtype)
 
 

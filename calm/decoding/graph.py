@@ -98,7 +98,10 @@ def kept_trunk(predictor: Predictor) -> Trunk:
         UserError: a weight of the model is not finite. Its text would be of one token, as NaN has
             no order, and attention may even hide it.
     """
-    kept = _kept(predictor)
+    return _trunk(_kept(predictor), predictor)
+
+
+def _trunk(kept: _Kept, predictor: Predictor) -> Trunk:
     if kept.trunk is None:
         _check_finite(predictor.model)
         kept.trunk = Trunk(predictor.backbone)
@@ -124,8 +127,8 @@ def captured_step(
     Rounding may depend on the size of the cache. It is the next of 64, 128, 256, ... chunks,
     whatever was generated before, unless a step `is_reserved`: that serves all that need no more.
     """
-    trunk, kept = kept_trunk(predictor), _kept(predictor)
-    steps, reserved = kept.steps, kept.reserved
+    kept = _kept(predictor)  # once: it reads from the device
+    trunk, steps, reserved = _trunk(kept, predictor), kept.steps, kept.reserved
     backend = resolve(Backend.AUTO, "linear_argmax", trunk.norm)  # a graph holds this choice
     use = (predictor, batch_size, backend)
     capacity = max(LEAST_CAPACITY, 1 << (capacity - 1).bit_length(), reserved.get(use, 0))

@@ -97,10 +97,11 @@ def prepare(predictor: Predictor, *, batch_size: int, max_length: int) -> float:
     Where nothing is captured (no GPU, a method without fixed shapes) only the weights are arranged.
     """
     begin = time.perf_counter()
-    kept_trunk(predictor)
     if _is_captured(predictor):
         chunks = -(-max_length // predictor.patch_size) + 2  # a start chunk, one filled up
         captured_step(predictor, batch_size=batch_size, capacity=chunks, is_reserved=True)
+    else:
+        kept_trunk(predictor)
     return time.perf_counter() - begin
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cross_entropy_cases import IGNORED, make_case, run, shape_id
 from helpers import LargestOutput, assert_no_worse_than_plain, leaf, saved_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,11 +13,6 @@ from calm_kernels import linear_cross_entropy
 from calm_kernels.linear_cross_entropy import eager
 
 SHAPES = [(1, 1, 1), (6, 8, 97), (64, 32, 256), (33, 16, 257), (3, 5, 12, 50)]
-IGNORED = -100
-
-
-def shape_id(shape):
-    return "x".join(map(str, shape))
 
 
 @pytest.fixture(params=[False, True], ids=["one-block", "many-blocks"])
@@ -25,25 +21,6 @@ def blocks(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(eager, "MIN_ROWS", 7)
         monkeypatch.setattr(eager, "LOGITS_PER_BLOCK", 1)
-
-
-def make_case(shape, generator, dtype=torch.float64):
-    """Hidden states, weight and labels, a third of which are ignored if there are many."""
-    *lead, width, vocabulary = shape
-    hidden = torch.randn(*lead, width, generator=generator, dtype=torch.float64).to(dtype)
-    weight = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64).to(dtype)
-    labels = torch.randint(vocabulary, tuple(lead), generator=generator)
-    if labels.numel() > 2:
-        labels.view(-1)[::3] = IGNORED
-    return hidden, weight, labels
-
-
-def run(case, dtype, backend, factor=1.0):
-    """Loss and its gradients, times `factor`."""
-    hidden, weight, labels = case
-    hidden, weight = leaf(hidden, dtype), leaf(weight, dtype)
-    loss = linear_cross_entropy(hidden, weight, labels, backend=backend)
-    return [loss.detach(), *torch.autograd.grad(factor * loss, (hidden, weight))]
 
 
 @pytest.mark.usefixtures("blocks")

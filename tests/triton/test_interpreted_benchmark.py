@@ -50,8 +50,7 @@ def as_on_a_gpu(monkeypatch):
     """Leaves out what the torch backend does on a CPU alone, where nobody waits."""
     monkeypatch.setattr(api, "_check_range", lambda *labels: None)
     monkeypatch.setattr(pairs, "MIN_PRODUCT_WIDTH", 2**62)
-    if hasattr(noise, "_philox_in_pairs"):
-        monkeypatch.setattr(noise, "_philox_in_pairs", noise._philox_word_by_word)
+    monkeypatch.setattr(noise, "_philox_in_pairs", noise._philox_word_by_word)
 
 
 @pytest.mark.filterwarnings(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cross_entropy_cases import IGNORED, make_case, run, shape_id
 from helpers import LargestOutput, assert_no_worse_than_plain, leaf, relative_error, saved_bytes
 
 from calm_kernels import linear_cross_entropy
@@ -11,11 +12,6 @@ from calm_kernels.linear_cross_entropy import function
 
 # Vocabularies of one word, within one block of a program, of several blocks, and odd ones.
 SHAPES = [(1, 1, 1), (6, 8, 97), (33, 16, 256), (3, 5, 12, 50), (9, 4, 4999)]
-IGNORED = -100
-
-
-def shape_id(shape):
-    return "x".join(map(str, shape))
 
 
 @pytest.fixture(params=[False, True], ids=["one-chunk", "many-chunks"])
@@ -24,29 +20,10 @@ def chunks(request, monkeypatch):
         monkeypatch.setattr(function, "chunk_rows", lambda *sizes: 5)
 
 
-def make_case(shape, generator):
-    """Hidden states, weight and labels, a third of which are ignored if there are many."""
-    *lead, width, vocabulary = shape
-    hidden = torch.randn(*lead, width, generator=generator)
-    weight = torch.randn(vocabulary, width, generator=generator)
-    labels = torch.randint(vocabulary, tuple(lead), generator=generator)
-    if labels.numel() > 2:
-        labels.view(-1)[::3] = IGNORED
-    return hidden, weight, labels
-
-
-def run(case, dtype, backend, factor=1.0):
-    """Loss and its gradients, times `factor`."""
-    hidden, weight, labels = case
-    hidden, weight = leaf(hidden, dtype), leaf(weight, dtype)
-    loss = linear_cross_entropy(hidden, weight, labels, backend=backend)
-    return [loss.detach(), *torch.autograd.grad(factor * loss, (hidden, weight))]
-
-
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_as_good_as_the_formula(shape, generator):
-    case = make_case(shape, generator)
+    case = make_case(shape, generator, torch.float32)
     plain, truth = run(case, torch.float32, "reference"), run(case, torch.float64, "reference")
     assert_no_worse_than_plain(run(case, torch.float32, "triton"), plain, truth)
 
@@ -54,7 +31,7 @@ def test_as_good_as_the_formula(shape, generator):
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_rounds_logits_and_gradients_once(dtype, generator):
-    hidden, weight, labels = make_case((40, 16, 97), generator)
+    hidden, weight, labels = make_case((40, 16, 97), generator, torch.float32)
     case = hidden.to(dtype), 0.3 * weight.to(dtype), labels
     actual = run(case, dtype, "triton", factor=512.0)
     assert [value.dtype for value in actual] == [torch.float32, dtype, dtype]
@@ -66,7 +43,7 @@ def test_half_precision_rounds_logits_and_gradients_once(dtype, generator):
 
 def test_float16_keeps_small_probabilities(generator):
     """Of 5000 words each has 2e-4; their gradients over many rows are what pushes words apart."""
-    hidden, weight, labels = make_case((12, 4, 5000), generator)
+    hidden, weight, labels = make_case((12, 4, 5000), generator, torch.float32)
     case = 0.01 * hidden.half(), 0.01 * weight.half(), labels
     actual, truth = (
         run(case, torch.float16, "triton", 64.0),
@@ -82,13 +59,13 @@ def test_literal_case():
 
 
 def test_the_upstream_gradient_scales_all(generator):
-    case = make_case((20, 8, 31), generator)
+    case = make_case((20, 8, 31), generator, torch.float32)
     once, thrice = (run(case, torch.float32, "triton", factor) for factor in (1.0, 3.0))
     torch.testing.assert_close(thrice[1:], [3.0 * gradient for gradient in once[1:]])
 
 
 def test_large_logits_do_not_overflow(generator):
-    hidden, weight, labels = make_case((20, 8, 31), generator)
+    hidden, weight, labels = make_case((20, 8, 31), generator, torch.float32)
     actual = run((1e4 * hidden, weight, labels), torch.float32, "triton")
     expected = run((1e4 * hidden, weight, labels), torch.float64, "reference")
     for ours, exact in zip(actual, expected, strict=True):
@@ -103,7 +80,7 @@ def test_without_a_label_the_loss_is_nan_and_the_gradients_zero(rows):
 
 
 def test_an_ignored_row_may_hold_anything(generator):
-    hidden, weight, labels = make_case((9, 8, 31), generator)
+    hidden, weight, labels = make_case((9, 8, 31), generator, torch.float32)
     expected = run((hidden, weight, labels), torch.float32, "triton")
     hidden[labels == IGNORED] = 1e30
     actual = run((hidden, weight, labels), torch.float32, "triton")
@@ -113,7 +90,7 @@ def test_an_ignored_row_may_hold_anything(generator):
 
 def test_a_label_that_is_no_word_makes_the_loss_nan(generator):
     """On a GPU; on the CPU the public function raises."""
-    hidden, weight, labels = make_case((9, 8, 31), generator)
+    hidden, weight, labels = make_case((9, 8, 31), generator, torch.float32)
     for wrong in (31, -1, 10**9):
         labels[1] = wrong
         loss = function.linear_cross_entropy(hidden, weight, labels, IGNORED, torch.float32)
@@ -121,7 +98,7 @@ def test_a_label_that_is_no_word_makes_the_loss_nan(generator):
 
 
 def test_another_ignored_label_and_strided_labels(generator):
-    hidden, weight, labels = make_case((30, 8, 31), generator)
+    hidden, weight, labels = make_case((30, 8, 31), generator, torch.float32)
     expected = linear_cross_entropy(hidden, weight, labels, backend="triton")
     other = labels.where(labels != IGNORED, 7).where(labels != 7, 7)
     apart = torch.stack([other, other], dim=1)[:, 0]
@@ -133,7 +110,7 @@ def test_another_ignored_label_and_strided_labels(generator):
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both", "no-grad"])
 def test_only_the_gradients_that_are_needed(frozen, generator):
-    hidden, weight, labels = make_case((20, 8, 31), generator)
+    hidden, weight, labels = make_case((20, 8, 31), generator, torch.float32)
     hidden.requires_grad_(frozen not in ("hidden", "both"))
     weight.requires_grad_(frozen not in ("weight", "both"))
     with torch.set_grad_enabled(frozen != "no-grad"):
@@ -148,7 +125,7 @@ def test_only_the_gradients_that_are_needed(frozen, generator):
 
 
 def test_autocast_multiplies_in_its_dtype_and_keeps_gradients_in_theirs(generator):
-    hidden, weight, labels = make_case((20, 16, 31), generator)
+    hidden, weight, labels = make_case((20, 16, 31), generator, torch.float32)
     inputs = leaf(hidden), leaf(weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = linear_cross_entropy(*inputs, labels, backend="triton")
@@ -161,7 +138,7 @@ def test_autocast_multiplies_in_its_dtype_and_keeps_gradients_in_theirs(generato
 
 def test_tied_weights_get_both_gradients(generator):
     """The weight is the embedding, too: its two gradients are added by autograd."""
-    _, weight, labels = make_case((20, 8, 31), generator)
+    _, weight, labels = make_case((20, 8, 31), generator, torch.float32)
     results = []
     for backend in ("triton", "torch"):
         tied = leaf(weight)
@@ -200,7 +177,7 @@ def test_chunks_are_as_large_as_memory_allows(rows, words, itemsize):
 
 
 def test_float64_and_second_derivatives_are_refused(generator):
-    hidden, weight, labels = make_case((4, 3, 5), generator)
+    hidden, weight, labels = make_case((4, 3, 5), generator, torch.float32)
     assert linear_cross_entropy(hidden.double(), weight.double(), labels).dtype == torch.float64
     with pytest.raises(ValueError, match="no float64"):
         linear_cross_entropy(hidden.double(), weight.double(), labels, backend="triton")
@@ -211,7 +188,7 @@ def test_float64_and_second_derivatives_are_refused(generator):
 
 
 def test_the_operator_keeps_its_contract(generator):
-    hidden, weight, labels = make_case((6, 4, 9), generator)
+    hidden, weight, labels = make_case((6, 4, 9), generator, torch.float32)
     hidden, weight = leaf(hidden), leaf(weight)
     operator = torch.ops.calm_kernels.linear_cross_entropy.default
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -221,7 +198,7 @@ def test_the_operator_keeps_its_contract(generator):
 
 
 def test_compiles_to_one_graph(generator):
-    hidden, weight, labels = make_case((6, 4, 97), generator)
+    hidden, weight, labels = make_case((6, 4, 97), generator, torch.float32)
 
     def step(hidden, weight):
         return linear_cross_entropy(hidden, weight, labels, backend="triton")
