@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.measure import Requirement, compare
-from benchmarks.models import autoencoder_config, calm_config
+from benchmarks.models import as_published, autoencoder_config, calm_config
 from benchmarks.published_decoding import eligible_chunks, published_candidates, published_generate
 from benchmarks.shapes import DECODING
 from calm import EnergyTransformer
@@ -38,12 +38,14 @@ def mute_noise(model):
 
 @pytest.fixture(scope="module")
 def low_agreement():
-    return make_model()
+    model = make_model()
+    return model, as_published(model)
 
 
 @pytest.fixture(scope="module")
 def full_agreement():
-    return mute_noise(make_model())
+    model = mute_noise(make_model())
+    return model, as_published(model)
 
 
 def prompt():
@@ -92,22 +94,23 @@ def run(benchmark, ours, rivals, min_speedup):
 
 @pytest.mark.benchmark(group="decoding, T=1")
 def bench_direct(benchmark, low_agreement):
-    model = low_agreement
+    model, rival = low_agreement
     for noise, scale in ((our_noise, 1.0), (no_noise, 0.0)):
-        expected = published(model, temperature=1.0, noise=noise)
+        expected = published(rival, temperature=1.0, noise=noise)
         assert torch.equal(ours(model, temperature=1.0, noise_scale=scale), expected)
     run(
         benchmark,
         partial(ours, model, temperature=1.0),
-        {PUBLISHED: partial(published, model, temperature=1.0)},
+        {PUBLISHED: partial(published, rival, temperature=1.0)},
         1.5,
     )
 
 
 @pytest.mark.benchmark(group="decoding, T=1/2, N=200, low agreement")
 def bench_batch_low_agreement(benchmark, low_agreement):
-    model, options = low_agreement, {"temperature": 0.5, "num_samples": DECODING.num_samples}
-    eligible, level = eligible_chunks(first_candidates(model), 2)
+    model, rival = low_agreement
+    options = {"temperature": 0.5, "num_samples": DECODING.num_samples}
+    eligible, level = eligible_chunks(first_candidates(rival), 2)
     found = ours(model, return_details=True, **options)
     first = found.sequences[0, DECODING.prompt_tokens :][: DECODING.patch_size]
     assert tuple(first.tolist()) in eligible
@@ -116,33 +119,34 @@ def bench_batch_low_agreement(benchmark, low_agreement):
     run(
         benchmark,
         partial(ours, model, **options),
-        {PUBLISHED: partial(published, model, **options)},
+        {PUBLISHED: partial(published, rival, **options)},
         2.5,
     )
 
 
 @pytest.mark.benchmark(group="decoding, T=1/2, N=200, full agreement")
 def bench_batch_full_agreement(benchmark, full_agreement):
-    model, options = full_agreement, {"temperature": 0.5, "num_samples": DECODING.num_samples}
-    assert len(set(first_candidates(model))) == 1
-    assert torch.equal(ours(model, **options), published(model, noise=our_noise, **options))
+    model, rival = full_agreement
+    options = {"temperature": 0.5, "num_samples": DECODING.num_samples}
+    assert len(set(first_candidates(rival))) == 1
+    assert torch.equal(ours(model, **options), published(rival, noise=our_noise, **options))
     run(
         benchmark,
         partial(ours, model, **options),
-        {PUBLISHED: partial(published, model, **options)},
+        {PUBLISHED: partial(published, rival, **options)},
         1.1,
     )
 
 
 @pytest.mark.benchmark(group="decoding, medoid, N=32, low agreement")
 def bench_medoid(benchmark, low_agreement):
-    model = low_agreement
-    expected = published(model, temperature=1.0, noise=no_noise)
+    model, rival = low_agreement
+    expected = published(rival, temperature=1.0, noise=no_noise)
     options = {"method": "medoid", "num_samples": 32}
     assert torch.equal(ours(model, noise_scale=0.0, **options), expected)
     run(
         benchmark,
         partial(ours, model, **options),
-        {PUBLISHED_N200: partial(published, model, temperature=0.5)},
+        {PUBLISHED_N200: partial(published, rival, temperature=0.5)},
         5.0,
     )

@@ -1,10 +1,26 @@
-"""The CALM of a shape: one place that turns sizes into configurations."""
+"""The CALM of a shape, and the same on the layers of the published code."""
 
-from typing import Any, Protocol
+from copy import deepcopy
+from typing import Any, Protocol, TypeVar
+
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from calm import AutoencoderConfig, CALMConfig
+from calm.models.layers import Linear, RMSNorm
 
-__all__ = ["autoencoder_config", "calm_config"]
+__all__ = ["as_published", "autoencoder_config", "calm_config"]
+
+PUBLISHED_LAYERS = {Linear: nn.Linear, RMSNorm: LlamaRMSNorm}
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def as_published(model: Model) -> Model:
+    """A copy with torch's linear layers and transformers' norms: what a rival is measured on."""
+    copied = deepcopy(model)
+    for module in copied.modules():
+        module.__class__ = PUBLISHED_LAYERS.get(type(module), type(module))
+    return copied
 
 
 class Sizes(Protocol):

@@ -10,13 +10,21 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from calm.models.autoencoder import Decoder
 from calm.models.continuous import ContinuousTransformer
 from calm_kernels import use_backend
 
-__all__ = ["eligible_chunks", "published_candidates", "published_generate", "published_vote"]
+__all__ = [
+    "eligible_chunks",
+    "published_candidates",
+    "published_generate",
+    "published_tokens",
+    "published_vote",
+]
 
 Chunk = tuple[int, ...]
 Noise = Callable[[int, int], Tensor]  # (chunk's index, draws) -> noise [draws, B, Z]
@@ -36,7 +44,7 @@ def published_generate(
     """Prompts of whole chunks ``[B, T]`` continued by Algorithm 2, one chunk at a time.
 
     Args:
-        model: a CALM with the energy head.
+        model: a CALM with the energy head, of `benchmarks.models.as_published`.
         input_ids: int64, T a multiple of K.
         max_new_tokens: a multiple of K.
         temperature: 1/n.
@@ -66,8 +74,12 @@ def published_candidates(model: ContinuousTransformer, hidden: Tensor, noise: Te
     """Chunks ``[N, B, K]`` for states ``[B, H]`` repeated N times and noise ``[N, B, Z]``."""
     repeated = hidden.expand(*noise.shape[:2], -1).flatten(0, 1)  # [N*B, H]
     latents = model.generative_head.sample(repeated, noise.flatten(0, 1))  # [N*B, L]
-    logits = model.ae_model.decoder(latent_states=latents[:, None])  # [N*B, K, V]
-    return logits.argmax(-1).view(*noise.shape[:2], -1)
+    return published_tokens(model.ae_model.decoder, latents).unflatten(0, noise.shape[:2])
+
+
+def published_tokens(decoder: Decoder, latents: Tensor) -> Tensor:
+    """Latents ``[R, L]`` to tokens ``[R, K]``, all logits at once."""
+    return F.linear(decoder.decode(latents), decoder.output_weight).argmax(-1)
 
 
 def published_vote(candidates: Sequence[Chunk], num_agreeing: int, rng: random.Random) -> Chunk:

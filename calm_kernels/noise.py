@@ -17,6 +17,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ _ROUNDS = 10
 _KEY_OFFSETS = tuple(tuple(step * size for size in _KEY_STEPS) for step in range(_ROUNDS))
 _RADIUS_BITS, _ANGLE_BITS = 20, 12
 _FEW = 8192  # words up to which a call costs by its number of operations
+_AHEAD = 16  # offsets whose few words are made together
 
 
 class Stream(IntEnum):
@@ -148,9 +150,64 @@ def _words(
     first_draw: int,
 ) -> tuple[Tensor, ...]:
     """Four word tensors ``[num_rows, num_draws, words]``."""
-    device = seed.device
     if seed.dim() == 2 and seed.shape[0] != num_rows:
         raise ValueError(f"seed has {seed.shape[0]} rows for {num_rows} rows of noise")
+    is_repeated = (
+        type(seed) is Tensor  # one with values
+        and seed.device.type == "cpu"
+        and seed.dim() == 2
+        and isinstance(first_row, int)
+        and 0 < _AHEAD * num_rows * num_draws * words <= _FEW
+        and not torch.compiler.is_compiling()
+    )
+    if not is_repeated:
+        return _fresh_words(num_rows, words, num_draws, seed, stream, first_row, first_draw)
+    rows = seed.tolist()
+    offset = rows[0][1]
+    apart = tuple((value, _wrapped(other - offset)) for value, other in rows)
+    step = offset % _AHEAD
+    kept = _words_ahead(apart, offset - step, words, num_draws, stream, first_row, first_draw)
+    return tuple(word[step] for word in kept)
+
+
+@lru_cache(maxsize=32)
+def _words_ahead(
+    apart: tuple[tuple[int, int], ...],
+    offset: int,
+    words: int,
+    num_draws: int,
+    stream: Stream,
+    first_row: int,
+    first_draw: int,
+) -> tuple[Tensor, ...]:
+    """`_words` of `_AHEAD` offsets from `offset` on, ``[_AHEAD, num_rows, num_draws, words]`` each.
+
+    Generation advances the offset by one a chunk; few words cost as much as all of these. `apart`
+    holds seed and distance to `offset` of each row.
+    """
+    with torch.inference_mode(False):  # whoever is next may need tensors that autograd knows
+        seed = torch.tensor(apart, dtype=torch.int64, device="cpu").repeat(_AHEAD, 1)
+        seed[:, 1] += offset + torch.arange(_AHEAD, device="cpu").repeat_interleave(len(apart))
+        drawn = _fresh_words(len(seed), words, num_draws, seed, stream, first_row, first_draw)
+        return tuple(word.unflatten(0, (_AHEAD, -1)) for word in drawn)
+
+
+def _wrapped(value: int) -> int:
+    """`value` as int64 holds it."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _fresh_words(
+    num_rows: int,
+    words: int,
+    num_draws: int,
+    seed: Tensor,
+    stream: Stream,
+    first_row: int | Tensor,
+    first_draw: int,
+) -> tuple[Tensor, ...]:
+    """`_words`, made now."""
+    device = seed.device
     value, offset = seed[..., 0], seed[..., 1]
     column = (slice(None), None, None) if seed.dim() == 2 else (None, None, None)
     value, offset = value[column], offset[column]

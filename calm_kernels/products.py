@@ -2,8 +2,9 @@
 
 torch sends float32 products on x86 CPUs to MKL, which leaves half the speed of an AMD CPU unused;
 oneDNN, part of the same torch, does not. Products large enough to be worth its call overhead go
-there. Everything else (other dtypes and devices, autocast, compiled graphs, a torch without
-oneDNN, ``torch.backends.mkldnn.enabled = False``) is `torch.nn.functional.linear`.
+there; smaller ones keep to one thread. Everything else (other dtypes and devices, autocast,
+compiled graphs, a torch without oneDNN, ``torch.backends.mkldnn.enabled = False``) is
+`torch.nn.functional.linear`.
 """
 
 import functools
@@ -15,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from calm_kernels.threads import MIN_MULTIPLICATIONS, one_thread
+
 __all__ = ["add_product", "linear", "multiply", "multiply_wide", "outer"]
 
-MIN_MULTIPLICATIONS = 2**20  # below, oneDNN's call costs more than its product saves
 MAX_THIN_ROWS = 4  # the slots of one decoded chunk
 
 
@@ -31,6 +33,11 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     Returns: ``[..., O]``.
     """
+    if inputs.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.linear(inputs, weight, bias)
+    if inputs.numel() * weight.shape[0] < MIN_MULTIPLICATIONS:
+        with one_thread():
+            return F.linear(inputs, weight, bias)
     if not _use_onednn(inputs, weight):
         return F.linear(inputs, weight, bias)
     return _Linear.apply(inputs, weight, bias)

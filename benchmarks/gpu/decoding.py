@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig, PreTrainedModel
 
 from benchmarks.gpu.run import RESULTS, environment
-from benchmarks.models import autoencoder_config, calm_config
+from benchmarks.models import as_published, autoencoder_config, calm_config
 from benchmarks.published_decoding import published_generate
 from calm import BaselineTransformer, EnergyTransformer
 from calm.decoding.engine import generate, warmup
@@ -121,7 +121,7 @@ def assert_parity(shape: Shape, device: str) -> None:
 
     options = {"max_new_tokens": PARITY_TOKENS, "temperature": 1.0}
     ours = generate(model, ids, noise_scale=0.0, seed=0, **options)
-    theirs = published_generate(model, ids, noise=no_noise, **options)
+    theirs = published_generate(as_published(model), ids, noise=no_noise, **options)
     assert torch.equal(ours, theirs), "ours and the published algorithm differ; nothing is timed"
 
 
@@ -185,7 +185,7 @@ def rows(shape: Shape, device: str, target: Target | None) -> Iterator[dict[str,
         if target is not None:
             row["floor_ms"] = chunk_floor_ms(model, count, 1, target)
         yield row
-        yield published_row(model, shape, device, **options)
+        yield published_row(as_published(model), shape, device, **options)
     yield row_of(model, "ours", shape, shape.batch_size, device, temperature=1.0)
     baseline = make_baseline(shape, device, dtype)
     yield row_of(baseline, "token by token", shape, shape.batch_size, device, temperature=1.0)

@@ -1,4 +1,4 @@
-"""What generation keeps between calls: the arranged backbone, and steps captured as CUDA graphs.
+"""What generation keeps between calls: arranged weights, and steps captured as CUDA graphs.
 
 A step of a small batch on a GPU is hundreds of kernels of a few microseconds; replayed from one
 graph they follow each other without the host. Seeds, tokens and the position in the cache live in
@@ -10,7 +10,7 @@ anew.
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from calm.decoding.trunk import Trunk
 from calm.errors import UserError
 from calm_kernels.backend import Backend, resolve
 
-__all__ = ["CapturedStep", "captured_step", "kept_trunk"]
+__all__ = ["Arranged", "CapturedStep", "arranged", "captured_step"]
 
 LEAST_CAPACITY = (
     64  # chunks; caches double from there, so that few graphs serve texts of all lengths
@@ -75,12 +75,24 @@ def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream
     return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
+class Arranged(NamedTuple):
+    """A model's weights, laid out for chunk after chunk.
+
+    Attributes:
+        trunk: its backbone.
+        model: what precedes and follows it, for `Predictor.using`.
+    """
+
+    trunk: Trunk
+    model: PreTrainedModel
+
+
 @dataclass
 class _Kept:
     """What one model keeps; a copy of the model starts with nothing."""
 
     weights: tuple[Any, ...] = ()
-    trunk: Trunk | None = None
+    arranged: Arranged | None = None
     steps: dict[tuple[Any, int], CapturedStep] = field(default_factory=dict)
     reserved: dict[Any, int] = field(default_factory=dict)  # chunks that a warm-up asked for
 
@@ -91,21 +103,22 @@ class _Kept:
         return _Kept, ()
 
 
-def kept_trunk(predictor: Predictor) -> Trunk:
-    """The predictor's arranged backbone.
+def arranged(predictor: Predictor) -> Arranged:
+    """The weights of the predictor's model, arranged once.
 
     Raises:
         UserError: a weight of the model is not finite. Its text would be of one token, as NaN has
             no order, and attention may even hide it.
     """
-    return _trunk(_kept(predictor), predictor)
+    return _arranged(_kept(predictor), predictor)
 
 
-def _trunk(kept: _Kept, predictor: Predictor) -> Trunk:
-    if kept.trunk is None:
+def _arranged(kept: _Kept, predictor: Predictor) -> Arranged:
+    if kept.arranged is None:
         _check_finite(predictor.model)
-        kept.trunk = Trunk(predictor.backbone)
-    return kept.trunk
+        with torch.inference_mode(False), torch.no_grad():  # a later call may be outside of it
+            kept.arranged = Arranged(Trunk(predictor.backbone), predictor.arrange())
+    return kept.arranged
 
 
 def _check_finite(model: PreTrainedModel) -> None:
@@ -128,8 +141,10 @@ def captured_step(
     whatever was generated before, unless a step `is_reserved`: that serves all that need no more.
     """
     kept = _kept(predictor)  # once: it reads from the device
-    trunk, steps, reserved = _trunk(kept, predictor), kept.steps, kept.reserved
-    backend = resolve(Backend.AUTO, "linear_argmax", trunk.norm)  # a graph holds this choice
+    weights, steps, reserved = _arranged(kept, predictor), kept.steps, kept.reserved
+    backend = resolve(
+        Backend.AUTO, "linear_argmax", weights.trunk.norm
+    )  # a graph holds this choice
     use = (predictor, batch_size, backend)
     capacity = max(LEAST_CAPACITY, 1 << (capacity - 1).bit_length(), reserved.get(use, 0))
     if is_reserved:
@@ -143,7 +158,11 @@ def captured_step(
     # Memory of inference mode could not be written outside of it, where a later call may be.
     with torch.inference_mode(False), torch.no_grad():
         state = State.allocate(
-            predictor, trunk, batch_size=batch_size, capacity=capacity, is_fixed=True
+            predictor.using(weights.model),
+            weights.trunk,
+            batch_size=batch_size,
+            capacity=capacity,
+            is_fixed=True,
         )
         steps[key] = CapturedStep.capture(state)
     return steps[key]
@@ -154,7 +173,7 @@ def _kept(predictor: Predictor) -> _Kept:
     kept = predictor.model.__dict__.setdefault("_kept_for_decoding", _Kept())
     weights = _fingerprint(predictor)
     if kept.weights != weights:
-        kept.weights, kept.trunk, kept.steps = weights, None, {}
+        kept.weights, kept.arranged, kept.steps = weights, None, {}
     return kept
 
 

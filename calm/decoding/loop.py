@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from calm.decoding.graph import CapturedStep, captured_step, kept_trunk
+from calm.decoding.graph import CapturedStep, arranged, captured_step
 from calm.decoding.predictors import Predictor
 from calm.decoding.prompt import (
     Prompt,
@@ -83,7 +83,8 @@ def continue_prompts(predictor: Predictor, request: Request) -> Generation:
         streamer=streamer,
     )
     try:
-        times = _run(predictor, transcript, seeds, is_watched=bool(streamer or stops))
+        with torch.inference_mode():  # operations cost less than without gradients alone
+            times = _run(predictor, transcript, seeds, is_watched=bool(streamer or stops))
     finally:  # after Ctrl-C too: what was generated is shown
         if streamer is not None:
             streamer.end()
@@ -101,7 +102,7 @@ def prepare(predictor: Predictor, *, batch_size: int, max_length: int) -> float:
         chunks = -(-max_length // predictor.patch_size) + 2  # a start chunk, one filled up
         captured_step(predictor, batch_size=batch_size, capacity=chunks, is_reserved=True)
     else:
-        kept_trunk(predictor)
+        arranged(predictor)
     return time.perf_counter() - begin
 
 
@@ -116,8 +117,10 @@ def _run(predictor: Predictor, transcript: Transcript, seeds: Tensor, *, is_watc
         captured = captured_step(predictor, batch_size=batch_size, capacity=capacity)
         state = captured.state
     else:
-        trunk = kept_trunk(predictor)
-        state = State.allocate(predictor, trunk, batch_size=batch_size, capacity=capacity)
+        weights = arranged(predictor)
+        state = State.allocate(
+            predictor.using(weights.model), weights.trunk, batch_size=batch_size, capacity=capacity
+        )
     times.warmup = time.perf_counter() - begin
     begin = time.perf_counter()
     hidden = prefill(state, ids.to(seeds.device), starts, seeds)

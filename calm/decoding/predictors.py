@@ -5,13 +5,14 @@ baseline, whose chunk is one token drawn from the softmax. The engine treats bot
 their speeds can be compared.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import LlamaModel, PreTrainedModel
 
+from calm.decoding.layout import by_columns
 from calm.decoding.methods import build_method
 from calm.decoding.source import Chunk, HeadSource, Method
 from calm.errors import UserError
@@ -44,6 +45,12 @@ class Predictor(Protocol):
     @property
     def is_capturable(self) -> bool:
         """Whether `choose` has fixed shapes and reads nothing back from a GPU."""
+
+    def arrange(self) -> Any:
+        """The model with all but its backbone laid out for few rows; a copy on a CPU."""
+
+    def using(self, model: Any) -> "Predictor":
+        """The same on what `arrange` gave."""
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids ``[B, P * K]`` to the backbone's inputs ``[B, P, H]``."""
@@ -82,6 +89,14 @@ class ChunkPredictor:
         """See `Predictor`."""
         return self.method.is_capturable
 
+    def arrange(self) -> ContinuousTransformer:
+        """See `Predictor`."""
+        return by_columns(self.model, self.backbone, self.model.ae_model.encoder)
+
+    def using(self, model: ContinuousTransformer) -> "ChunkPredictor":
+        """See `Predictor`."""
+        return replace(self, model=model)
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """See `Predictor`."""
         return self.model.embed_patches(input_ids)
@@ -110,6 +125,14 @@ class TokenPredictor:
     def backbone(self) -> Any:
         """See `Predictor`."""
         return self.model.model
+
+    def arrange(self) -> BaselineTransformer:
+        """See `Predictor`."""
+        return by_columns(self.model, self.backbone)
+
+    def using(self, model: BaselineTransformer) -> "TokenPredictor":
+        """See `Predictor`."""
+        return replace(self, model=model)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """See `Predictor`."""

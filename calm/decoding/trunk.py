@@ -20,8 +20,10 @@ from transformers import LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from calm.decoding.cache import PatchCache
+from calm.decoding.layout import Product, joined, plain
 from calm.errors import UserError
 from calm_kernels.products import linear
+from calm_kernels.threads import threads_for
 
 __all__ = ["Trunk"]
 
@@ -30,11 +32,11 @@ class _Layer(NamedTuple):
     """Weights of a layer, and their biases where it has any."""
 
     attention_norm: Tensor
-    qkv: tuple[Tensor, Tensor | None]
-    output: tuple[Tensor, Tensor | None]
+    qkv: Product
+    output: Product
     mlp_norm: Tensor
-    gate_up: tuple[Tensor, Tensor | None]
-    down: tuple[Tensor, Tensor | None]
+    gate_up: Product
+    down: Product
 
 
 class _Place(NamedTuple):
@@ -181,14 +183,15 @@ class Trunk:
         _write(values, place.columns, qkv[:, :, num_rotated:].transpose(1, 2))
         if chunks == 1:  # heads that share keys are rows of one query
             query = query.reshape(batch, self.num_kv_heads, -1, self.head_dim)
-        attended = F.scaled_dot_product_attention(
-            query,
-            keys[:, :, : place.seen],
-            values[:, :, : place.seen],
-            attn_mask=place.mask,
-            is_causal=place.is_causal,
-            enable_gqa=query.shape[1] != self.num_kv_heads,
-        )
+        with threads_for(query.numel() * place.seen, query):
+            attended = F.scaled_dot_product_attention(
+                query,
+                keys[:, :, : place.seen],
+                values[:, :, : place.seen],
+                attn_mask=place.mask,
+                is_causal=place.is_causal,
+                enable_gqa=query.shape[1] != self.num_kv_heads,
+            )
         if chunks > 1:
             attended = attended.transpose(1, 2)
         return linear(attended.reshape(batch, chunks, -1), *layer.output)
@@ -201,17 +204,17 @@ class Trunk:
         if not isinstance(layer, LlamaDecoderLayer):
             raise UserError(f"generate reads Llama layers, got {type(layer).__name__}")
         attention, mlp = cast(Any, layer.self_attn), cast(Any, layer.mlp)
-        query, key = (self._paired(*_plain(p)) for p in (attention.q_proj, attention.k_proj))
+        query, key = (self._paired(*plain(p)) for p in (attention.q_proj, attention.k_proj))
         return _Layer(
             cast(Tensor, layer.input_layernorm.weight).detach(),
-            _joined(query, key, _plain(attention.v_proj)),
-            _joined(_plain(attention.o_proj)),
+            joined(query, key, plain(attention.v_proj)),
+            joined(plain(attention.o_proj)),
             cast(Tensor, layer.post_attention_layernorm.weight).detach(),
-            _joined(_plain(mlp.gate_proj), _plain(mlp.up_proj)),
-            _joined(_plain(mlp.down_proj)),
+            joined(plain(mlp.gate_proj), plain(mlp.up_proj)),
+            joined(plain(mlp.down_proj)),
         )
 
-    def _paired(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _paired(self, weight: Tensor, bias: Tensor | None) -> Product:
         """Rows i and i + D/2 of each head, which rotate together, side by side."""
 
         def pair(rows: Tensor) -> Tensor:
@@ -219,28 +222,6 @@ class Trunk:
             return by_half.transpose(1, 2).reshape(rows.shape)
 
         return pair(weight), None if bias is None else pair(bias)
-
-
-def _plain(product: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a linear layer."""
-    if type(product) is not nn.Linear:
-        raise UserError(
-            f"generate needs plain linear layers, got {type(product).__name__}: merge adapters "
-            "into the weights, or load the model without quantisation"
-        )
-    return product.weight.detach(), None if product.bias is None else product.bias.detach()
-
-
-def _joined(*products: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """One product that gives the outputs of several, one after the other.
-
-    On a CPU its weight is stored by columns: one row meets it 1.6 times as fast.
-    """
-    weights, biases = zip(*products, strict=True)
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    if weight.device.type == "cpu":
-        weight = weight.T.contiguous().T
-    return weight, None if biases[0] is None else torch.cat(biases)
 
 
 def _rotate(heads: Tensor, rotation: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from torch import nn
 from transformers import LlamaModel
 
 from calm.models.initialization import initialize
+from calm.models.layers import Linear
 
 __all__ = ["Backbone", "compressor"]
 
@@ -21,8 +22,8 @@ class Backbone(LlamaModel):
 def compressor(in_features: int, hidden_size: int) -> nn.Sequential:
     """Two-layer MLP that turns a chunk into one input of the backbone (section 3.3.1)."""
     return nn.Sequential(
-        nn.Linear(in_features, 2 * hidden_size),
+        Linear(in_features, 2 * hidden_size),
         nn.SiLU(),
-        nn.Linear(2 * hidden_size, hidden_size),
+        Linear(2 * hidden_size, hidden_size),
         nn.LayerNorm(hidden_size, eps=NORM_EPS),
     )

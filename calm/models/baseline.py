@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from calm.models.backbone import Backbone
 from calm.models.initialization import initialize
+from calm.models.layers import Linear
 from calm_kernels.linear_cross_entropy import linear_cross_entropy
 
 __all__ = ["BaselineTransformer"]
@@ -30,7 +31,7 @@ class BaselineTransformer(LlamaForCausalLM):
         LlamaPreTrainedModel.__init__(self, config)
         self.model = Backbone(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -16,7 +16,11 @@ from calm_kernels.checks import (
     check_tensor,
 )
 from calm_kernels.energy_head.eager import energy_head_eager
-from calm_kernels.energy_head.parameters import HeadParameters, gather_parameters
+from calm_kernels.energy_head.parameters import (
+    HeadParameters,
+    gather_parameters,
+    parameters_by_name,
+)
 from calm_kernels.energy_head.reference import energy_head_reference
 from calm_kernels.noise import Seed, Stream, as_seed
 from calm_kernels.precision import product_dtype
@@ -75,7 +79,7 @@ def energy_head(
     """
     check_tensor("hidden", hidden, min_dim=1)
     check_dtype("hidden", hidden)
-    named = dict(parameters.named_parameters()) if isinstance(parameters, nn.Module) else parameters
+    named = parameters_by_name(parameters) if isinstance(parameters, nn.Module) else parameters
     head = gather_parameters(named)
     weight = head.noise_embd.weight
     width, noise_size = weight.shape

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from calm_kernels.backend import Backend
 from calm_kernels.checks import check_integer
 from calm_kernels.energy_head.api import energy_head
-from calm_kernels.energy_head.parameters import NORM_EPS
+from calm_kernels.energy_head.parameters import NORM_EPS, parameters_by_name
 from calm_kernels.noise import Seed
 
 __all__ = ["EnergyHead", "HeadInit"]
@@ -121,7 +121,7 @@ class EnergyHead(nn.Module):
             raise ValueError(f"noise_spread must be finite and at least 0, got {noise_spread}")
         if noise_spread == 1.0:
             return self
-        return dict(self.named_parameters()) | {
+        return parameters_by_name(self) | {
             "norm_noise.weight": self.norm_noise.weight * noise_spread
         }
 

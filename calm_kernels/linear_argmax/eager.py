@@ -5,6 +5,7 @@ from torch import Tensor
 
 from calm_kernels.precision import accumulation_dtype
 from calm_kernels.products import multiply
+from calm_kernels.threads import threads_for
 
 __all__ = ["linear_argmax_eager"]
 
@@ -50,5 +51,6 @@ def _one_block(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """All logits at once, where they are few: nothing to compare between blocks."""
     logits = multiply(rows, weight)
-    largest, index = logits.max(dim=-1)
+    with threads_for(logits.numel(), logits):
+        largest, index = logits.max(dim=-1)
     return index, largest, logits.logsumexp(dim=-1) if with_logsumexp else None

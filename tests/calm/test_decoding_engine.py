@@ -9,7 +9,7 @@ from tiny_models import BACKBONE, Recorder, prompt, tiny_baseline, tiny_calm
 from transformers import LlamaConfig
 
 from calm.decoding import generate, loop, warmup
-from calm.decoding.graph import kept_trunk
+from calm.decoding.graph import arranged
 from calm.decoding.predictors import make_predictor
 from calm.decoding.step import State, decode_one_chunk
 from calm.decoding.stopping import StopStrings
@@ -240,9 +240,10 @@ class ReplayedStep:
     """What `CapturedStep` is on a GPU, without the graph: fixed memory, one record reused."""
 
     def __init__(self, predictor, batch_size, capacity):
+        weights = arranged(predictor)
         self.state = State.allocate(
-            predictor, kept_trunk(predictor), batch_size=batch_size, capacity=capacity,
-            is_fixed=True,
+            predictor.using(weights.model), weights.trunk, batch_size=batch_size,
+            capacity=capacity, is_fixed=True,
         )  # fmt: skip
         self.num_steps = 0
 
@@ -309,8 +310,8 @@ def test_changed_weights_are_noticed(change):
     options = {"max_new_tokens": 40, "temperature": 1.0, "seed": 0}
     before = generate(model, ids, **options)
     predictor = predictor_of(model, "batch", 1.0)
-    kept = kept_trunk(predictor)
-    assert kept_trunk(predictor) is kept
+    kept = arranged(predictor)
+    assert arranged(predictor) is kept
     change(model)
     after = generate(model, ids, **options)
     assert not torch.equal(after, before)
@@ -323,7 +324,7 @@ def test_a_model_that_generated_is_copied_and_pickled_without_what_it_kept(tmp_p
     model, ids = tiny_calm(), prompt(1, 8)
     result = generate(model, ids, max_new_tokens=8, seed=0)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other._kept_for_decoding.trunk is None
+        assert other._kept_for_decoding.arranged is None
         assert torch.equal(generate(other, ids, max_new_tokens=8, seed=0), result)
     model.save_pretrained(tmp_path)
     assert not any("kept" in name for name in model.state_dict())

@@ -1,0 +1,39 @@
+"""Threads of a CPU for small operations."""
+
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+__all__ = ["MIN_MULTIPLICATIONS", "one_thread", "threads_for"]
+
+
+MIN_MULTIPLICATIONS = 2**20  # of work that a second thread is worth waking for
+
+
+class one_thread:
+    """A context in which torch keeps to one thread, for work that is over before a second wakes.
+
+    A thread that sleeps takes some 50 microseconds to wake (``OMP_WAIT_POLICY=PASSIVE``, or a pause
+    since its last work); torch and MKL split operations that take a fifth of that. Entering and
+    leaving costs less than an operation.
+    """
+
+    def __enter__(self) -> None:
+        self._count = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        torch.set_num_threads(self._count)
+
+
+def threads_for(multiplications: int, inputs: Tensor) -> AbstractContextManager[None]:
+    """`one_thread` for an operation of few multiplications on CPU tensors, else all of them."""
+    is_small = inputs.device.type == "cpu" and multiplications < MIN_MULTIPLICATIONS
+    return one_thread() if is_small and not torch.compiler.is_compiling() else nullcontext()
