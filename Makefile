@@ -65,7 +65,7 @@ check: lint types ## lint, types and the fast tests (under 5 minutes)
 	$(BIN)/python -m pytest -q -m "not gpu and not slow" $(ARGS)
 
 bench: $(READY) ## benchmarks on this machine; parity is asserted before anything is timed
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest benchmarks -q --benchmark-only $(ARGS)
+	$(BIN)/python -m pytest benchmarks -q --benchmark-only $(ARGS)
 
 bench-gpu: $(READY) ## benchmarks of kernels and decoding on this GPU; writes benchmarks/results/<device>*.json
 	$(BIN)/python -m benchmarks.gpu.run $(ARGS)

@@ -84,6 +84,8 @@ def sequence_seeds(seed: Seed | Sequence[int], batch: int, device: torch.device)
         if len(common) != batch:
             raise UserError(f"seed must hold one row per sequence, {batch}; got {len(common)}")
         return common
+    if batch == 1:
+        return common[None]
     value, offset = common.expand(batch, 2).unbind(1)
     row = torch.arange(batch, device=device)
     zero = torch.zeros_like(row)
