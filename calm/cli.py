@@ -8,11 +8,12 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
-from calm.errors import UserError
+from calm.errors import UserError, UserNotice
 
 __all__ = ["main"]
 
@@ -84,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     wants_traceback = words[:1] == ["--traceback"]
     words = words[wants_traceback:]
     try:
-        return _run(words)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _run(words)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -96,6 +99,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {' '.join(_explain(error, words).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A notice of ours as one line; others as Python shows them."""
+    text = f"warning: {message}\n"
+    if not issubclass(category, UserNotice):
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
 
 
 def _explain(error: Exception, words: list[str]) -> str:

@@ -1,7 +1,11 @@
-"""Errors that a user can mend: what is wrong, where, and what to do next, in one message."""
+"""What a user is told: what is wrong, where, and what to do next, in one message."""
 
-__all__ = ["UserError"]
+__all__ = ["UserError", "UserNotice"]
 
 
 class UserError(ValueError):
     """Bad input, configuration or data; the command line prints it as one line and exits with 2."""
+
+
+class UserNotice(UserWarning):
+    """What a user should know but need not mend; the command line prints it as one line."""

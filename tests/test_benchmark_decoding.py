@@ -4,13 +4,17 @@ import random
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 pytest.importorskip("triton")
 
 from benchmarks.gpu import decoding
+from benchmarks.models import as_published
 from benchmarks.published_decoding import eligible_chunks, published_generate, published_vote
 from calm.decoding.engine import generate
+from calm.models.layers import Linear, RMSNorm
 from calm_kernels.compiling.targets import TARGETS
 from calm_kernels.linear_argmax import eager
 
@@ -26,6 +30,17 @@ def test_rows_on_a_cpu():
         tokens = row["batch_size"] * decoding.QUICK.new_tokens
         assert row["tokens_per_second"] == pytest.approx(1e3 * tokens / row["call_ms"])
         assert row["chunk_ms"] == pytest.approx(row["call_ms"] / 4)
+
+
+def test_the_rival_has_the_layers_of_the_published_code():
+    model = decoding.make_calm(decoding.QUICK, "cpu", torch.float32)
+    rival = as_published(model)
+    kinds = {type(module) for module in rival.modules()}
+    assert {nn.Linear, LlamaRMSNorm} <= kinds and not {Linear, RMSNorm} & kinds
+    ids = decoding.prompts(decoding.QUICK, 1, "cpu")
+    actual, expected = (each(ids).last_hidden_state for each in (model, rival))
+    torch.testing.assert_close(actual, expected)
+    assert any(type(module) is Linear for module in model.modules())
 
 
 def test_floors_of_the_published_size():

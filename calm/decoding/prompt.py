@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calm.errors import UserError
+from calm.errors import UserError, UserNotice
 
 __all__ = [
     "ALIGNMENTS",
@@ -161,6 +161,7 @@ class PromptFormat:
                 "is filled with pad tokens, which this model never saw in training; prompts of "
                 "a chunk or more are exact, as are all with a model trained with a start chunk "
                 "(has_start_patch)",
+                UserNotice,
                 stacklevel=4,
             )
         return formatted

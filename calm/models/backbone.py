@@ -1,7 +1,7 @@
 """The Llama backbone and what leads into it."""
 
 from torch import nn
-from transformers import LlamaModel
+from transformers import LlamaConfig, LlamaModel
 
 from calm.models.initialization import initialize
 from calm.models.layers import Linear
@@ -12,7 +12,16 @@ NORM_EPS = 1e-6
 
 
 class Backbone(LlamaModel):
-    """`LlamaModel` with the initial weights that the configuration chooses."""
+    """`LlamaModel` with the initial weights that the configuration chooses, and with `Linear`.
+
+    transformers names no class for the products of a layer, so theirs change class.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        for module in self.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = Linear
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

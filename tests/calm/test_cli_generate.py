@@ -20,6 +20,14 @@ def test_generate_prints_the_prompt_and_its_continuation(kind, folders, capsys):
     assert capsys.readouterr().out != captured.out
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_short_prompt_is_noted_in_a_line(folders, capsys):
+    words = ("--model", folders / "calm", "--prompt", "ab", "--max-new-tokens", 4)
+    assert calm("generate", *words, "--num-samples", 8) == 0
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line.lower()]
+    assert note.startswith("warning: a prompt of 2 tokens is shorter than a chunk of 4")
+
+
 def test_generate_reads_a_prompt_file(folders, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text("grüße aus\n\n", encoding="utf-8")
     words = ("--model", folders / "calm", "--prompt-file", tmp_path / "prompt.txt", "--json")

@@ -304,6 +304,18 @@ def change_tensors(model):
     model.transformer.load_state_dict(weights, assign=True)
 
 
+def test_results_are_of_use_in_training():
+    """Decoding runs in inference mode, whose tensors autograd refuses to save."""
+    model, ids = tiny_calm(), prompt(1, 8)
+    result = generate(model, ids, max_new_tokens=8, seed=0, return_details=True)
+    tensors = [value for value in vars(result).values() if torch.is_tensor(value)]
+    assert tensors and not any(value.is_inference() for value in tensors)
+    model.train()(result.sequences, labels=result.sequences, seed=0).loss.backward()
+    assert model.embed_proj[0].weight.grad is not None
+    again = generate(model.eval(), ids, max_new_tokens=8, seed=0)
+    assert torch.equal(again, result.sequences)
+
+
 @pytest.mark.parametrize("change", [change_in_place, change_data, change_tensors])
 def test_changed_weights_are_noticed(change):
     model, ids = tiny_calm(), prompt(1, 8)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from calm_kernels import noise
 from calm_kernels.noise import Stream, as_seed, normal, philox, uniform
 
 MASK = 0xFFFFFFFF
@@ -68,6 +69,36 @@ def test_what_a_counter_names():
         first_draw=draw,
     )
     assert torch.equal(actual[0, 0], expected)
+
+
+@draws
+@pytest.mark.parametrize("offset", [0, 15, 16, 2**40 + 3, -1, -16, 2**63 - 2, -(2**63)], ids=str)
+def test_few_words_made_ahead(draw, offset, monkeypatch):
+    """Words of several offsets are made together; rows may be at different ones, and wrap."""
+    seed = torch.tensor([[5, offset], [-6, offset], [5, offset // 2], [7, -(2**63)]])
+    for _ in range(3):
+        options = {"stream": Stream.HEAD, "seed": seed, "num_draws": 2, "first_row": 3}
+        actual = draw(4, 9, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(noise, "_AHEAD", noise._FEW + 1)  # nothing is few enough
+            assert torch.equal(actual, draw(4, 9, **options))
+        seed = seed + torch.tensor([0, 1])
+
+
+@draws
+def test_words_made_ahead_are_nobodys(draw):
+    """Neither a caller that writes into its draws nor inference mode changes later ones."""
+    options = {"stream": Stream.HEAD, "seed": torch.tensor([[11, 2]])}
+    noise._words_ahead.cache_clear()
+    with torch.inference_mode():
+        first = draw(1, 8, **options)
+    later = draw(1, 8, **options)
+    assert not later.is_inference() and torch.equal(first, later)
+    later.zero_()
+    assert torch.equal(draw(1, 8, **options), first)
+    weight = torch.ones(8, requires_grad=True)
+    (weight * draw(1, 8, **options)).sum().backward()  # autograd saves the draws
+    assert torch.equal(weight.grad, first[0])
 
 
 def test_normal_of_a_word():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers import assert_no_worse_than_plain, leaf
 
 from calm_kernels import products
+from calm_kernels.threads import one_thread, threads_for
 
 SHAPES = [(64, 256, 128), (1001, 97, 257), (33, 512, 64), (7, 1000, 1001)]
 
@@ -111,3 +112,49 @@ def test_when_onednn_is_left_alone():
         assert not products._use_onednn(left, right)
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
         assert not products._use_onednn(left, right)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_small_work_keeps_to_one_thread(monkeypatch):
+    seen = []
+    plain = F.linear
+
+    def record(*arguments):
+        seen.append(torch.get_num_threads())
+        return plain(*arguments)
+
+    monkeypatch.setattr(F, "linear", record)
+    weight = torch.randn(64, 32, dtype=torch.float64)
+    products.linear(torch.randn(4, 32, dtype=torch.float64), weight)
+    products.linear(torch.randn(4096, 32, dtype=torch.float64), weight)
+    assert seen == [1, 2] and torch.get_num_threads() == 2
+    with threads_for(2**10, weight):
+        assert torch.get_num_threads() == 1
+    for multiplications, inputs in ((2**20, weight), (2**10, weight.to("meta"))):
+        with threads_for(multiplications, inputs):
+            assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_error_gives_the_threads_back():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        products.linear(torch.randn(4, 32), torch.randn(64, 31))
+    assert torch.get_num_threads() == 2
+    with one_thread(), one_thread():
+        pass
+    assert torch.get_num_threads() == 2
+
+
+def test_a_compiled_product_is_one_graph():
+    """Threads cannot be counted inside a graph."""
+    compiled = torch.compile(products.linear, backend="eager", fullgraph=True)
+    inputs, weight = torch.randn(3, 8), torch.randn(5, 8)
+    torch.testing.assert_close(compiled(inputs, weight), F.linear(inputs, weight))

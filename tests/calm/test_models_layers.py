@@ -1,0 +1,69 @@
+"""Layers of the models are those of torch and transformers; decoding's copies share the rest."""
+
+import pytest
+import torch
+from tiny_models import tiny_baseline, tiny_calm
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from calm import AutoencoderConfig
+from calm.decoding.layout import by_columns
+from calm.models.layers import FeedForward, Linear, RMSNorm
+
+
+def config(**fields):
+    return AutoencoderConfig(vocab_size=11, hidden_size=48, intermediate_size=80, **fields)
+
+
+@pytest.mark.parametrize("fields", [{}, {"mlp_bias": True}, {"hidden_act": "gelu"}], ids=str)
+def test_feed_forward_is_that_of_transformers(fields):
+    ours, theirs = FeedForward(config(**fields)), LlamaMLP(config(**fields))
+    theirs.load_state_dict(ours.state_dict())
+    hidden = torch.randn(3, 700, 48)  # enough for oneDNN
+    torch.testing.assert_close(ours(hidden), theirs(hidden))
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norm_is_that_of_transformers(dtype, weight_dtype):
+    ours, theirs = RMSNorm(48, eps=1e-6), LlamaRMSNorm(48, eps=1e-6)
+    nn.init.normal_(ours.weight)
+    theirs.load_state_dict(ours.state_dict())
+    hidden = torch.randn(5, 48).to(dtype)
+    actual, expected = ours.to(weight_dtype)(hidden), theirs.to(weight_dtype)(hidden)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected)
+
+
+def test_every_product_is_ours():
+    for model in (tiny_calm(), tiny_calm("diffusion"), tiny_baseline()):
+        others = {
+            name for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and not isinstance(module, Linear)
+        }  # fmt: skip
+        # The energy head's module only holds parameters; `energy_head` multiplies.
+        assert all(name.startswith("mlp_generator") for name in others)
+
+
+def test_a_copy_by_columns_leaves_the_model_alone(monkeypatch):
+    monkeypatch.setattr("calm.decoding.layout.MIN_MULTIPLICATIONS", 40 * 32)
+    model = tiny_calm()
+    model.embed_proj[0].weight.grad = torch.ones_like(model.embed_proj[0].weight)
+    copied = by_columns(model, model.transformer, model.ae_model.encoder)
+    assert copied.transformer is model.transformer
+    assert copied.ae_model.decoder.output_weight is model.ae_model.decoder.output_weight
+    layouts = set()
+    for name, weight in copied.named_parameters():
+        original = model.get_parameter(name)
+        assert torch.equal(weight, original) and original.is_contiguous()
+        if weight is not original and weight.dim() == 2 and 1 not in weight.shape:
+            is_small = weight.numel() < 40 * 32
+            assert weight.T.is_contiguous() if is_small else weight.is_contiguous()
+            assert weight.grad is None
+            layouts.add(is_small)
+    assert layouts == {True, False}
+
+
+def test_elsewhere_nothing_is_copied():
+    model = tiny_calm().to("meta")
+    assert by_columns(model, model.transformer) is model
