@@ -5,6 +5,11 @@ CONSTRAINTS ?= constraints.txt
 # The CPU build of torch is fetched from here when the machine has no NVIDIA or AMD GPU.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
+# Waiting threads spin, which speeds training by half; but with two cores or fewer another program
+# would then slow it many times over, and they sleep.
+ifndef OMP_WAIT_POLICY
+WAIT := $(shell [ "$$(getconf _NPROCESSORS_ONLN)" -gt 2 ] || echo OMP_WAIT_POLICY=PASSIVE)
+endif
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
@@ -36,8 +41,7 @@ $(READY): pyproject.toml setup.py $(CONSTRAINTS)
 	@touch $@
 
 demo: $(READY) ## train, evaluate and sample a small CALM on two cores in minutes; writes runs/demo
-	@# waiting threads sleep: spinning ones slow training ninefold when another program runs
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/calm demo $(ARGS)
+	$(WAIT) $(BIN)/calm demo $(ARGS)
 
 test: lint types ## lint, types and all tests that need no GPU (under 20 minutes on two cores)
 	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)

@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,15 +141,17 @@ def _philox_in_pairs(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> t
     return even[0], crossed[1], even[1], crossed[0]
 
 
-def _words(
-    num_rows: int,
-    words: int,
-    num_draws: int,
-    seed: Tensor,
-    stream: Stream,
-    first_row: int | Tensor,
-    first_draw: int,
-) -> tuple[Tensor, ...]:
+class _Draws(NamedTuple):
+    """What is drawn for each row."""
+
+    words: int
+    num_draws: int
+    stream: Stream
+    first_row: int | Tensor
+    first_draw: int
+
+
+def _words(num_rows: int, seed: Tensor, of: _Draws) -> tuple[Tensor, ...]:
     """Four word tensors ``[num_rows, num_draws, words]``."""
     if seed.dim() == 2 and seed.shape[0] != num_rows:
         raise ValueError(f"seed has {seed.shape[0]} rows for {num_rows} rows of noise")
@@ -156,30 +159,21 @@ def _words(
         type(seed) is Tensor  # one with values
         and seed.device.type == "cpu"
         and seed.dim() == 2
-        and isinstance(first_row, int)
-        and 0 < _AHEAD * num_rows * num_draws * words <= _FEW
+        and isinstance(of.first_row, int)
+        and 0 < _AHEAD * num_rows * of.num_draws * of.words <= _FEW
         and not torch.compiler.is_compiling()
     )
     if not is_repeated:
-        return _fresh_words(num_rows, words, num_draws, seed, stream, first_row, first_draw)
+        return _fresh_words(num_rows, seed, of)
     rows = seed.tolist()
     offset = rows[0][1]
-    apart = tuple((value, _wrapped(other - offset)) for value, other in rows)
     step = offset % _AHEAD
-    kept = _words_ahead(apart, offset - step, words, num_draws, stream, first_row, first_draw)
-    return tuple(word[step] for word in kept)
+    apart = tuple((value, _wrapped(other - offset)) for value, other in rows)
+    return tuple(word[step] for word in _words_ahead(apart, offset - step, of))
 
 
 @lru_cache(maxsize=32)
-def _words_ahead(
-    apart: tuple[tuple[int, int], ...],
-    offset: int,
-    words: int,
-    num_draws: int,
-    stream: Stream,
-    first_row: int,
-    first_draw: int,
-) -> tuple[Tensor, ...]:
+def _words_ahead(apart: tuple[tuple[int, int], ...], offset: int, of: _Draws) -> tuple[Tensor, ...]:
     """`_words` of `_AHEAD` offsets from `offset` on, ``[_AHEAD, num_rows, num_draws, words]`` each.
 
     Generation advances the offset by one a chunk; few words cost as much as all of these. `apart`
@@ -188,7 +182,7 @@ def _words_ahead(
     with torch.inference_mode(False):  # whoever is next may need tensors that autograd knows
         seed = torch.tensor(apart, dtype=torch.int64, device="cpu").repeat(_AHEAD, 1)
         seed[:, 1] += offset + torch.arange(_AHEAD, device="cpu").repeat_interleave(len(apart))
-        drawn = _fresh_words(len(seed), words, num_draws, seed, stream, first_row, first_draw)
+        drawn = _fresh_words(len(seed), seed, of)
         return tuple(word.unflatten(0, (_AHEAD, -1)) for word in drawn)
 
 
@@ -197,25 +191,17 @@ def _wrapped(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
-def _fresh_words(
-    num_rows: int,
-    words: int,
-    num_draws: int,
-    seed: Tensor,
-    stream: Stream,
-    first_row: int | Tensor,
-    first_draw: int,
-) -> tuple[Tensor, ...]:
+def _fresh_words(num_rows: int, seed: Tensor, of: _Draws) -> tuple[Tensor, ...]:
     """`_words`, made now."""
     device = seed.device
     value, offset = seed[..., 0], seed[..., 1]
     column = (slice(None), None, None) if seed.dim() == 2 else (None, None, None)
     value, offset = value[column], offset[column]
-    key = (value & _MASK, ((value >> 32) & _MASK) ^ int(stream))
+    key = (value & _MASK, ((value >> 32) & _MASK) ^ int(of.stream))
     row = torch.arange(num_rows, device=device)[:, None, None]
-    row = torch.zeros_like(row) + first_row if seed.dim() == 2 else row + first_row
-    draw = torch.arange(num_draws, device=device)[:, None] + first_draw
-    element = (draw * words + torch.arange(words, device=device))[None]
+    row = torch.zeros_like(row) + of.first_row if seed.dim() == 2 else row + of.first_row
+    draw = torch.arange(of.num_draws, device=device)[:, None] + of.first_draw
+    element = (draw * of.words + torch.arange(of.words, device=device))[None]
     row, low, high = row & _MASK, offset & _MASK, (offset >> 32) & _MASK
     return philox((element & _MASK, row, low, high), key)
 
@@ -267,7 +253,8 @@ def uniform(
     _check(num_rows, width, num_draws, first_draw)
     words = math.ceil(width / 4)
     count = 1 if num_draws is None else num_draws
-    drawn = _words(num_rows, words, count, as_seed(seed, device), stream, first_row, first_draw)
+    of = _Draws(words, count, stream, first_row, first_draw)
+    drawn = _words(num_rows, as_seed(seed, device), of)
     parts = [torch.cat(drawn, dim=-1)] if _is_few(drawn[0]) else drawn
     return _to_shape(
         [(part >> 8).to(torch.float32) * 2.0**-24 for part in parts], width, num_draws, dtype
@@ -295,7 +282,8 @@ def normal(
     _check(num_rows, width, num_draws, first_draw)
     words = math.ceil(width / 8)
     count = 1 if num_draws is None else num_draws
-    drawn = _words(num_rows, words, count, as_seed(seed, device), stream, first_row, first_draw)
+    of = _Draws(words, count, stream, first_row, first_draw)
+    drawn = _words(num_rows, as_seed(seed, device), of)
     slices = []
     for word in drawn:
         fraction = ((word >> _ANGLE_BITS).to(torch.float32) + 0.5) * 2.0**-_RADIUS_BITS
