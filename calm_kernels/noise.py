@@ -179,11 +179,10 @@ def _words_ahead(apart: tuple[tuple[int, int], ...], offset: int, of: _Draws) ->
     Generation advances the offset by one a chunk; few words cost as much as all of these. `apart`
     holds seed and distance to `offset` of each row.
     """
-    with torch.inference_mode(False):  # whoever is next may need tensors that autograd knows
-        seed = torch.tensor(apart, dtype=torch.int64, device="cpu").repeat(_AHEAD, 1)
-        seed[:, 1] += offset + torch.arange(_AHEAD, device="cpu").repeat_interleave(len(apart))
-        drawn = _fresh_words(len(seed), seed, of)
-        return tuple(word.unflatten(0, (_AHEAD, -1)) for word in drawn)
+    seed = torch.tensor(apart, dtype=torch.int64, device="cpu").repeat(_AHEAD, 1)
+    seed[:, 1] += offset + torch.arange(_AHEAD, device="cpu").repeat_interleave(len(apart))
+    drawn = _fresh_words(len(seed), seed, of)
+    return tuple(word.unflatten(0, (_AHEAD, -1)) for word in drawn)
 
 
 def _wrapped(value: int) -> int:

@@ -57,7 +57,6 @@ def by_columns(module: Module, *shared: nn.Module) -> Module:
     copied = deepcopy(module, memo)
     for parameter in copied.parameters():
         if id(parameter) not in memo:
-            parameter.grad = None
             parameter.data = _by_columns(parameter.data)
     return copied
 

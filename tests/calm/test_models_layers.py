@@ -64,6 +64,18 @@ def test_a_copy_by_columns_leaves_the_model_alone(monkeypatch):
     assert layouts == {True, False}
 
 
+@pytest.mark.parametrize("make_model", [tiny_calm, tiny_baseline])
+def test_decoding_reads_the_copy(make_model):
+    model = make_model()
+    ids = torch.randint(3, (1, 8), generator=torch.Generator().manual_seed(0))
+    expected = model.generate(ids, max_new_tokens=24, seed=0)
+    own = {id(weight) for weight in model.parameters()}
+    copies = model._kept_for_decoding.arranged.model.parameters()
+    for weight in (weight for weight in copies if id(weight) not in own):
+        weight.data.neg_()
+    assert not torch.equal(model.generate(ids, max_new_tokens=24, seed=0), expected)
+
+
 def test_elsewhere_nothing_is_copied():
     model = tiny_calm().to("meta")
     assert by_columns(model, model.transformer) is model

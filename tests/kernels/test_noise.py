@@ -86,6 +86,14 @@ def test_few_words_made_ahead(draw, offset, monkeypatch):
 
 
 @draws
+def test_words_are_made_once_in_16_steps(draw):
+    noise._words_ahead.cache_clear()
+    for offset in range(5, 37):
+        draw(1, 8, stream=Stream.HEAD, seed=torch.tensor([[11, offset]]))
+    assert noise._words_ahead.cache_info().misses == 3
+
+
+@draws
 def test_words_made_ahead_are_nobodys(draw):
     """Neither a caller that writes into its draws nor inference mode changes later ones."""
     options = {"stream": Stream.HEAD, "seed": torch.tensor([[11, 2]])}
