@@ -3,7 +3,7 @@
 torch sends float32 products on x86 CPUs to MKL, which leaves half the speed of an AMD CPU unused;
 oneDNN, part of the same torch, does not. Products large enough to be worth its call overhead go
 there; smaller ones keep to one thread. Everything else (other dtypes and devices, autocast,
-compiled graphs, a torch without oneDNN, ``torch.backends.mkldnn.enabled = False``) is
+compiled graphs, `torch.func`, a torch without oneDNN, ``torch.backends.mkldnn.enabled = False``) is
 `torch.nn.functional.linear`.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from calm_kernels.threads import MIN_MULTIPLICATIONS, one_thread
 
@@ -115,9 +115,15 @@ def _use_onednn(left: Tensor, right: Tensor) -> bool:
         and left.device.type == "cpu"
         and left.numel() * right.shape[0] >= MIN_MULTIPLICATIONS
         and not torch.is_autocast_enabled("cpu")
+        and not _is_transformed()
         and bool(torch.backends.mkldnn.enabled)
         and _has_onednn()
     )
+
+
+def _is_transformed() -> bool:
+    """Whether forward derivatives or `torch.func` are at work, which need torch's own products."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @functools.cache

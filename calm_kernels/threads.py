@@ -1,5 +1,6 @@
 """Threads of a CPU for small operations."""
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
@@ -17,12 +18,14 @@ class one_thread:
 
     A thread that sleeps takes some 50 microseconds to wake (``OMP_WAIT_POLICY=PASSIVE``, or a pause
     since its last work); torch and MKL split operations that take a fifth of that. Entering and
-    leaving costs less than an operation.
+    leaving costs less than an operation. The count is the whole process's: where other Python
+    threads run, which might begin with it, nothing changes.
     """
 
     def __enter__(self) -> None:
-        self._count = torch.get_num_threads()
-        torch.set_num_threads(1)
+        self._count = torch.get_num_threads() if threading.active_count() == 1 else 1
+        if self._count > 1:
+            torch.set_num_threads(1)
 
     def __exit__(
         self,
@@ -30,7 +33,8 @@ class one_thread:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        torch.set_num_threads(self._count)
+        if self._count > 1:
+            torch.set_num_threads(self._count)
 
 
 def threads_for(multiplications: int, inputs: Tensor) -> AbstractContextManager[None]:

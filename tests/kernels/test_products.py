@@ -1,5 +1,7 @@
 """Products through oneDNN are those of `torch.nn.functional.linear`, gradients included."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,6 +146,22 @@ def test_small_work_keeps_to_one_thread(monkeypatch):
 
 
 @pytest.mark.usefixtures("two_threads")
+def test_other_python_threads_keep_theirs():
+    """A thread takes over the process's count when it first asks torch for work."""
+    may_end = threading.Event()
+    other = threading.Thread(target=may_end.wait)
+    other.start()
+    try:
+        with one_thread():
+            assert torch.get_num_threads() == 2
+    finally:
+        may_end.set()
+        other.join()
+    with one_thread():
+        assert torch.get_num_threads() == 1
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_an_error_gives_the_threads_back():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         products.linear(torch.randn(4, 32), torch.randn(64, 31))
@@ -158,3 +176,26 @@ def test_a_compiled_product_is_one_graph():
     compiled = torch.compile(products.linear, backend="eager", fullgraph=True)
     inputs, weight = torch.randn(3, 8), torch.randn(5, 8)
     torch.testing.assert_close(compiled(inputs, weight), F.linear(inputs, weight))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_forward_derivatives_and_vmap():
+    """Transformed products are torch's own, which know how."""
+    inputs, weight, tangent = torch.randn(4, 64, 256), torch.randn(128, 256), torch.randn(64, 256)
+    assert products._use_onednn(inputs[0], weight) == products._has_onednn()
+
+    def product(function):
+        return lambda rows: function(rows, weight).square()
+
+    for transform in (
+        lambda f: torch.func.jvp(f, (inputs[0],), (tangent,))[1],
+        lambda f: torch.vmap(f)(inputs),
+        lambda f: torch.func.grad(lambda rows: f(rows).sum())(inputs[0]),
+    ):
+        torch.testing.assert_close(
+            transform(product(products.linear)), transform(product(F.linear)), rtol=1e-4, atol=1e-3
+        )
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs[0], tangent)
+        actual = torch.autograd.forward_ad.unpack_dual(products.linear(dual, weight)).tangent
+    torch.testing.assert_close(actual, F.linear(tangent, weight), rtol=1e-4, atol=1e-3)
