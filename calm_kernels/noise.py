@@ -36,7 +36,7 @@ _ROUNDS = 10
 _KEY_OFFSETS = tuple(tuple(step * size for size in _KEY_STEPS) for step in range(_ROUNDS))
 _RADIUS_BITS, _ANGLE_BITS = 20, 12
 _FEW = 8192  # words up to which a call costs by its number of operations
-_AHEAD = 16  # offsets whose few words are made together
+_AHEAD, _FEW_AHEAD = 16, 2048  # offsets whose words are made together, and words of all of them
 
 
 class Stream(IntEnum):
@@ -155,15 +155,9 @@ def _words(num_rows: int, seed: Tensor, of: _Draws) -> tuple[Tensor, ...]:
     """Four word tensors ``[num_rows, num_draws, words]``."""
     if seed.dim() == 2 and seed.shape[0] != num_rows:
         raise ValueError(f"seed has {seed.shape[0]} rows for {num_rows} rows of noise")
-    is_repeated = (
-        type(seed) is Tensor  # one with values
-        and seed.device.type == "cpu"
-        and seed.dim() == 2
-        and isinstance(of.first_row, int)
-        and 0 < _AHEAD * num_rows * of.num_draws * of.words <= _FEW
-        and not torch.compiler.is_compiling()
-    )
-    if not is_repeated:
+    is_small = 0 < _AHEAD * num_rows * of.num_draws * of.words <= _FEW_AHEAD
+    is_address = seed.dim() == 2 and isinstance(of.first_row, int)
+    if not (is_small and is_address and seed.device.type == "cpu" and _is_plain(seed)):
         return _fresh_words(num_rows, seed, of)
     rows = seed.tolist()
     offset = rows[0][1]
@@ -172,12 +166,23 @@ def _words(num_rows: int, seed: Tensor, of: _Draws) -> tuple[Tensor, ...]:
     return tuple(word[step] for word in _words_ahead(apart, offset - step, of))
 
 
+def _is_plain(seed: Tensor) -> bool:
+    """Whether the values of `seed` are there to be read, and reading them leaves no trace."""
+    return (
+        type(seed) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 @lru_cache(maxsize=32)
 def _words_ahead(apart: tuple[tuple[int, int], ...], offset: int, of: _Draws) -> tuple[Tensor, ...]:
     """`_words` of `_AHEAD` offsets from `offset` on, ``[_AHEAD, num_rows, num_draws, words]`` each.
 
-    Generation advances the offset by one a chunk; few words cost as much as all of these. `apart`
-    holds seed and distance to `offset` of each row.
+    Generation advances the offset by one a chunk, and few words cost nearly as much as all of
+    these. `apart` holds seed and distance to `offset` of each row.
     """
     seed = torch.tensor(apart, dtype=torch.int64, device="cpu").repeat(_AHEAD, 1)
     seed[:, 1] += offset + torch.arange(_AHEAD, device="cpu").repeat_interleave(len(apart))

@@ -10,10 +10,10 @@ anew.
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from calm.decoding.predictors import Predictor
@@ -29,6 +29,7 @@ LEAST_CAPACITY = (
 )
 MAX_GRAPHS = 4  # each holds a cache
 WARMUP_STEPS = 3
+KEPT = "_kept_for_decoding"  # where a model keeps it
 
 
 @dataclass
@@ -80,11 +81,15 @@ class Arranged(NamedTuple):
 
     Attributes:
         trunk: its backbone.
-        model: what precedes and follows it, for `Predictor.using`.
+        twin: the model with its other weights laid out; None where they are as they should be.
     """
 
     trunk: Trunk
-    model: PreTrainedModel
+    twin: PreTrainedModel | None
+
+    def predictor(self, predictor: Predictor) -> Predictor:
+        """A predictor of the model on these weights."""
+        return predictor if self.twin is None else predictor.using(self.twin)
 
 
 @dataclass
@@ -117,7 +122,10 @@ def _arranged(kept: _Kept, predictor: Predictor) -> Arranged:
     if kept.arranged is None:
         _check_finite(predictor.model)
         with torch.inference_mode(False), torch.no_grad():  # a later call may be outside of it
-            kept.arranged = Arranged(Trunk(predictor.backbone), predictor.arrange())
+            trunk, twin = Trunk(predictor.backbone), predictor.arrange()
+        if twin is not predictor.model:
+            vars(twin).pop(KEPT)  # lest each keep the other alive
+        kept.arranged = Arranged(trunk, None if twin is predictor.model else twin)
     return kept.arranged
 
 
@@ -158,7 +166,7 @@ def captured_step(
     # Memory of inference mode could not be written outside of it, where a later call may be.
     with torch.inference_mode(False), torch.no_grad():
         state = State.allocate(
-            predictor.using(weights.model),
+            weights.predictor(predictor),
             weights.trunk,
             batch_size=batch_size,
             capacity=capacity,
@@ -170,24 +178,36 @@ def captured_step(
 
 def _kept(predictor: Predictor) -> _Kept:
     """What the model keeps, if its weights are those it was made from; else nothing yet."""
-    kept = predictor.model.__dict__.setdefault("_kept_for_decoding", _Kept())
-    weights = _fingerprint(predictor)
+    kept: _Kept = predictor.model.__dict__.setdefault(KEPT, _Kept())
+    weights = _fingerprint(predictor.model)
     if kept.weights != weights:
         kept.weights, kept.arranged, kept.steps = weights, None, {}
     return kept
 
 
-def _fingerprint(predictor: Predictor) -> tuple[Any, ...]:
-    """Changes when weights move or are changed in place.
+def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
+    """Changes when a module is replaced or patched, when weights move or are changed in place.
 
     Writing through ``weight.data`` (averaged weights swapped in, say) counts as no change there, so
-    a few sums of the backbone's weights are part of it.
+    the sum of the first rows of all matrices is part of it.
     """
-    first, last = (cast(Any, predictor.backbone.layers[index]) for index in (0, -1))
-    probes = (first.self_attn.q_proj.weight[0], last.mlp.down_proj.weight[0])
-    sums = torch.stack([probe.sum() for probe in probes]).tolist()
-    where = tuple((weight.data_ptr(), _version(weight)) for weight in predictor.model.parameters())
-    return (*sums, *where)
+    found: list[Any] = []
+    rows: list[Tensor] = []
+    _describe(model, found, rows)
+    return float(torch.cat(rows).sum(dtype=torch.float32)), *found
+
+
+def _describe(module: nn.Module, found: list[Any], rows: list[Tensor]) -> None:
+    """What `_fingerprint` compares: `model.parameters()` would take twice its time."""
+    found.append((id(module), len(vars(module))))
+    for weight in module._parameters.values():
+        if weight is not None:
+            found.append((weight.data_ptr(), _version(weight)))
+            if weight.dim() == 2:
+                rows.append(weight.detach()[0])
+    for part in module._modules.values():
+        if part is not None:
+            _describe(part, found, rows)
 
 
 def _version(weight: Tensor) -> int:

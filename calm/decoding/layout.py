@@ -5,8 +5,8 @@ Large matrices keep their layout: their products run through oneDNN, which reads
 speed where their length is a power of two.
 """
 
-from copy import deepcopy
-from typing import Any, TypeVar, cast
+from copy import copy
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,23 +44,37 @@ def joined(*products: Product) -> Product:
 
 
 def by_columns(module: Module, *shared: nn.Module) -> Module:
-    """A copy with its small matrices stored by columns; on a GPU the module itself.
+    """A twin that reads small matrices from copies stored by columns; on a GPU the module itself.
+
+    Everything else is the module's own: other weights, attributes, hooks, and modules that are
+    neither torch's nor ours (adapters, say), whatever they hold.
 
     Args:
         module: any.
-        shared: parts of it that the copy has in common with it.
+        shared: parts of it that are left as they are.
     """
-    if any(parameter.device.type != "cpu" for parameter in module.parameters()):
+    is_own = type(module).__module__.startswith(("calm.", "calm_kernels.", "torch.nn.modules."))
+    if not is_own or any(module is part for part in shared):
         return module
-    same: list[Any] = [*shared, *(weight for part in shared for weight in part.parameters())]
-    memo = {id(value): value for value in same}
-    copied = deepcopy(module, memo)
-    for parameter in copied.parameters():
-        if id(parameter) not in memo:
-            parameter.data = _by_columns(parameter.data)
-    return copied
+    weights = {name: _twin_weight(weight) for name, weight in module._parameters.items()}
+    parts = {
+        name: None if part is None else by_columns(part, *shared)
+        for name, part in module._modules.items()
+    }
+    is_same = all(weights[name] is weight for name, weight in module._parameters.items())
+    if is_same and all(parts[name] is part for name, part in module._modules.items()):
+        return module
+    twin = copy(module)
+    twin._parameters, twin._modules = weights, parts
+    return twin
+
+
+def _twin_weight(weight: nn.Parameter | None) -> nn.Parameter | None:
+    if weight is None or weight.dim() != 2 or _by_columns(weight) is weight:
+        return weight
+    return nn.Parameter(_by_columns(weight.detach()), requires_grad=False)
 
 
 def _by_columns(weight: Tensor) -> Tensor:
     is_small = weight.device.type == "cpu" and weight.numel() < MIN_MULTIPLICATIONS
-    return weight.T.contiguous().T if is_small and weight.dim() == 2 else weight
+    return weight.T.contiguous().T if is_small else weight

@@ -82,10 +82,13 @@ def continue_prompts(predictor: Predictor, request: Request) -> Generation:
         stops=stops,
         streamer=streamer,
     )
+    num_threads = torch.get_num_threads()
     try:
         with torch.inference_mode():  # operations cost less than without gradients alone
             times = _run(predictor, transcript, seeds, is_watched=bool(streamer or stops))
     finally:  # after Ctrl-C too: what was generated is shown
+        if torch.get_num_threads() != num_threads:  # interrupted in `one_thread`
+            torch.set_num_threads(num_threads)
         if streamer is not None:
             streamer.end()
     return assemble(transcript, times, padding=padding, moves_padding=is_pad, device=device)
@@ -118,9 +121,11 @@ def _run(predictor: Predictor, transcript: Transcript, seeds: Tensor, *, is_watc
         state = captured.state
     else:
         weights = arranged(predictor)
-        state = State.allocate(
-            predictor.using(weights.model), weights.trunk, batch_size=batch_size, capacity=capacity
-        )
+        with torch.inference_mode(False), torch.no_grad():  # the model may keep what this makes
+            state = State.allocate(
+                weights.predictor(predictor), weights.trunk, batch_size=batch_size,
+                capacity=capacity,
+            )  # fmt: skip
     times.warmup = time.perf_counter() - begin
     begin = time.perf_counter()
     hidden = prefill(state, ids.to(seeds.device), starts, seeds)

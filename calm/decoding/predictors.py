@@ -47,7 +47,7 @@ class Predictor(Protocol):
         """Whether `choose` has fixed shapes and reads nothing back from a GPU."""
 
     def arrange(self) -> Any:
-        """The model with all but its backbone laid out for few rows; a copy on a CPU."""
+        """The model with all but its backbone laid out for few rows, see `by_columns`."""
 
     def using(self, model: Any) -> "Predictor":
         """The same on what `arrange` gave."""

@@ -72,7 +72,8 @@ class Transcript:
         self.has_ended[row] = len(new) == prompt.budget
         self._end(row, known)
         if self.streamer is not None:
-            self.streamer.put(torch.tensor(new[known:], dtype=torch.int64))
+            with torch.inference_mode(False):  # a streamer may do what it likes with its tokens
+                self.streamer.put(torch.tensor(new[known:], dtype=torch.int64))
 
     def _end(self, row: int, known: int) -> None:
         """End a sequence at an end token or a stop string among its tokens from `known` on."""

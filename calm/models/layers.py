@@ -1,4 +1,4 @@
-"""Layers of the autoencoder, with transformers' parameters and operations that suit the device."""
+"""Layers of the models, with transformers' parameters and operations that suit the device."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +12,11 @@ __all__ = ["FeedForward", "Linear", "RMSNorm"]
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` by `calm_kernels.products.linear`."""
+    """`torch.nn.Linear` by `calm_kernels.products.linear`.
+
+    Tools that look for the exact class `torch.nn.Linear` (torch's `quantize_dynamic`) want this one
+    named as well.
+    """
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``[..., I]`` to ``[..., O]``."""

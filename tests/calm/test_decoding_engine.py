@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import BACKBONE, Recorder, prompt, tiny_baseline, tiny_calm
 from transformers import LlamaConfig
+from transformers.generation.streamers import BaseStreamer
 
 from calm.decoding import generate, loop, warmup
 from calm.decoding.graph import arranged
@@ -242,7 +243,7 @@ class ReplayedStep:
     def __init__(self, predictor, batch_size, capacity):
         weights = arranged(predictor)
         self.state = State.allocate(
-            predictor.using(weights.model), weights.trunk, batch_size=batch_size,
+            weights.predictor(predictor), weights.trunk, batch_size=batch_size,
             capacity=capacity, is_fixed=True,
         )  # fmt: skip
         self.num_steps = 0
@@ -299,9 +300,45 @@ def change_data(model):
         parameter.data.copy_(parameter.data.flip(0))
 
 
+def change_data_behind(model):
+    for parameter in (*model.generative_head.parameters(), *model.embed_proj.parameters()):
+        parameter.data.mul_(-1.7)
+
+
 def change_tensors(model):
     weights = {name: tensor.flip(0) for name, tensor in model.transformer.state_dict().items()}
     model.transformer.load_state_dict(weights, assign=True)
+
+
+def test_a_streamer_may_do_what_it_likes():
+    class Writer(BaseStreamer):
+        def put(self, value):
+            value.add_(1)
+            assert not value.is_inference()
+
+        def end(self):
+            pass
+
+    model, ids = tiny_calm(), prompt(1, 8)
+    options = {"max_new_tokens": 12, "seed": 0}
+    shown = generate(model, ids, streamer=Writer(), **options)
+    assert torch.equal(shown, generate(model, ids, **options))
+
+
+def test_an_interrupt_gives_the_threads_back(monkeypatch):
+    def interrupt(*_):
+        torch.set_num_threads(1)  # as in the middle of `one_thread`
+        raise KeyboardInterrupt
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(loop, "decode_one_chunk", interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            generate(tiny_calm(), prompt(1, 8), max_new_tokens=12, seed=0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_results_are_of_use_in_training():
@@ -316,7 +353,9 @@ def test_results_are_of_use_in_training():
     assert torch.equal(again, result.sequences)
 
 
-@pytest.mark.parametrize("change", [change_in_place, change_data, change_tensors])
+@pytest.mark.parametrize(
+    "change", [change_in_place, change_data, change_data_behind, change_tensors]
+)
 def test_changed_weights_are_noticed(change):
     model, ids = tiny_calm(), prompt(1, 8)
     options = {"max_new_tokens": 40, "temperature": 1.0, "seed": 0}

@@ -1,4 +1,8 @@
-"""Layers of the models are those of torch and transformers; decoding's copies share the rest."""
+"""Layers of the models are those of torch and transformers; decoding's twins share the rest."""
+
+import gc
+import threading
+import weakref
 
 import pytest
 import torch
@@ -45,35 +49,73 @@ def test_every_product_is_ours():
         assert all(name.startswith("mlp_generator") for name in others)
 
 
-def test_a_copy_by_columns_leaves_the_model_alone(monkeypatch):
+def test_a_twin_by_columns_leaves_the_model_alone(monkeypatch):
     monkeypatch.setattr("calm.decoding.layout.MIN_MULTIPLICATIONS", 40 * 32)
     model = tiny_calm()
-    model.embed_proj[0].weight.grad = torch.ones_like(model.embed_proj[0].weight)
-    copied = by_columns(model, model.transformer, model.ae_model.encoder)
-    assert copied.transformer is model.transformer
-    assert copied.ae_model.decoder.output_weight is model.ae_model.decoder.output_weight
+    twin = by_columns(model, model.transformer, model.ae_model.encoder)
+    assert twin.transformer is model.transformer
+    assert twin.ae_model.decoder.output_weight is model.ae_model.decoder.output_weight
     layouts = set()
-    for name, weight in copied.named_parameters():
+    for name, weight in twin.named_parameters():
         original = model.get_parameter(name)
         assert torch.equal(weight, original) and original.is_contiguous()
-        if weight is not original and weight.dim() == 2 and 1 not in weight.shape:
-            is_small = weight.numel() < 40 * 32
-            assert weight.T.is_contiguous() if is_small else weight.is_contiguous()
-            assert weight.grad is None
-            layouts.add(is_small)
+        is_other = weight.dim() == 2 and weight.numel() < 40 * 32
+        is_left = name.startswith(("transformer", "ae_model.encoder"))
+        if is_other and not is_left and 1 not in weight.shape:
+            assert weight is not original and weight.T.is_contiguous()
+        layouts.add(weight is original)
+        assert (is_other and not is_left) or weight is original
     assert layouts == {True, False}
 
 
 @pytest.mark.parametrize("make_model", [tiny_calm, tiny_baseline])
-def test_decoding_reads_the_copy(make_model):
+def test_decoding_reads_the_twin(make_model):
     model = make_model()
     ids = torch.randint(3, (1, 8), generator=torch.Generator().manual_seed(0))
     expected = model.generate(ids, max_new_tokens=24, seed=0)
     own = {id(weight) for weight in model.parameters()}
-    copies = model._kept_for_decoding.arranged.model.parameters()
+    copies = model._kept_for_decoding.arranged.twin.parameters()
     for weight in (weight for weight in copies if id(weight) not in own):
         weight.data.neg_()
     assert not torch.equal(model.generate(ids, max_new_tokens=24, seed=0), expected)
+
+
+class Adapter(nn.Module):
+    """A product with a switch, as adapters have one."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.product, self.is_on = product, True
+
+    def forward(self, inputs):
+        return self.product(inputs) * (-1.0 if self.is_on else 1.0)
+
+
+def test_hooks_adapters_and_patches_are_not_missed():
+    model = tiny_calm()
+    model.lock = threading.Lock()  # which cannot be copied
+    model.embed_proj[0] = Adapter(model.embed_proj[0])
+    ids, calls = torch.randint(5, (1, 8), generator=torch.Generator().manual_seed(0)), []
+    before = model.generate(ids, max_new_tokens=24, seed=0)
+    model.embed_proj[2].register_forward_hook(lambda *_: calls.append(1))
+    model.embed_proj[0].is_on = False
+    after = model.generate(ids, max_new_tokens=24, seed=0)
+    assert calls and not torch.equal(after, before)
+    plain, calls = model.ae_model.decoder.expand, []
+    model.ae_model.decoder.expand = lambda latents: calls.append(1) or plain(latents)
+    assert torch.equal(model.generate(ids, max_new_tokens=24, seed=0), after) and calls
+
+
+def test_a_model_that_generated_is_freed():
+    model = tiny_calm()
+    model.generate(torch.zeros(1, 8, dtype=torch.int64), max_new_tokens=4, seed=0)
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_elsewhere_nothing_is_copied():

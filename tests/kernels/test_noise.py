@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from calm_kernels import noise
 from calm_kernels.noise import Stream, as_seed, normal, philox, uniform
@@ -80,7 +82,7 @@ def test_few_words_made_ahead(draw, offset, monkeypatch):
         options = {"stream": Stream.HEAD, "seed": seed, "num_draws": 2, "first_row": 3}
         actual = draw(4, 9, **options)
         with monkeypatch.context() as patch:
-            patch.setattr(noise, "_AHEAD", noise._FEW + 1)  # nothing is few enough
+            patch.setattr(noise, "_FEW_AHEAD", 0)  # nothing is few enough
             assert torch.equal(actual, draw(4, 9, **options))
         seed = seed + torch.tensor([0, 1])
 
@@ -91,6 +93,25 @@ def test_words_are_made_once_in_16_steps(draw):
     for offset in range(5, 37):
         draw(1, 8, stream=Stream.HEAD, seed=torch.tensor([[11, offset]]))
     assert noise._words_ahead.cache_info().misses == 3
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@draws
+def test_transformed_draws_are_made_at_once(draw):
+    """A seed without values to read leaves no trace for those that have them."""
+
+    def drawn(seed):
+        return draw(2, 8, stream=Stream.HEAD, seed=seed)
+
+    seeds = torch.tensor([[[1, 2], [3, 4]], [[5, 6], [7, 8]], [[9, 10], [11, 12]]])
+    expected = torch.stack([drawn(seed) for seed in seeds])
+    noise._words_ahead.cache_clear()
+    assert torch.equal(torch.vmap(drawn)(seeds), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        drawn(seeds[0])
+    assert noise._words_ahead.cache_info().currsize == 0
+    traced = make_fx(drawn)(seeds[0])
+    assert torch.equal(traced(seeds[1]), expected[1])
 
 
 @draws
