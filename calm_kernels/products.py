@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from calm_kernels.threads import MIN_MULTIPLICATIONS, one_thread
+from calm_kernels.threads import MIN_MULTIPLICATIONS, one_thread, threads_spin
 
-__all__ = ["add_product", "linear", "multiply", "multiply_wide", "outer"]
+__all__ = ["add_product", "linear", "multiply", "multiply_wide", "outer", "prefers_columns"]
 
+MIN_SHARED = 2**17  # entries of a weight from which threads share one row's product
 MAX_THIN_ROWS = 4  # the slots of one decoded chunk
 
 
@@ -36,11 +37,31 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if inputs.device.type != "cpu" or torch.compiler.is_compiling():
         return F.linear(inputs, weight, bias)
     if inputs.numel() * weight.shape[0] < MIN_MULTIPLICATIONS:
+        if inputs.numel() == weight.shape[1]:
+            return _one_row(inputs, weight, bias)
         with one_thread():
             return F.linear(inputs, weight, bias)
     if not _use_onednn(inputs, weight):
         return F.linear(inputs, weight, bias)
     return _Linear.apply(inputs, weight, bias)
+
+
+def prefers_columns(weight: Tensor) -> bool:
+    """Whether `linear` of one row is faster on a weight ``[O, I]`` that is stored by columns."""
+    limit = MIN_SHARED if threads_spin() else MIN_MULTIPLICATIONS
+    return weight.device.type == "cpu" and weight.numel() < limit
+
+
+def _one_row(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of one row: on one thread, or as two equal rows, which MKL does share."""
+    is_float32 = inputs.dtype == weight.dtype == torch.float32
+    is_shared = weight.numel() >= MIN_SHARED and is_float32 and threads_spin()
+    if not is_shared or torch.is_autocast_enabled("cpu"):
+        return F.linear(inputs, weight, bias)
+    row = inputs.reshape(1, -1)
+    output = (weight @ torch.cat([row, row]).T)[:, 0]
+    output = output.contiguous() if bias is None else output + bias
+    return output.view(*inputs.shape[:-1], -1)
 
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Weights laid out for few rows: those of one product together, small ones on a CPU by columns.
 
 There one row meets a matrix stored by columns up to 1.6 times as fast, and more rows do not mind.
-Large matrices keep their layout: their products run through oneDNN, which reads columns at half the
-speed where their length is a power of two.
+Larger matrices keep their layout: threads share their products, and oneDNN reads columns at half
+the speed where their length is a power of two.
 """
 
 from copy import copy
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from calm.errors import UserError
 from calm.models.layers import Linear
-from calm_kernels.threads import MIN_MULTIPLICATIONS
+from calm_kernels.products import prefers_columns
 
 __all__ = ["Product", "by_columns", "joined", "plain"]
 
@@ -76,5 +76,4 @@ def _twin_weight(weight: nn.Parameter | None) -> nn.Parameter | None:
 
 
 def _by_columns(weight: Tensor) -> Tensor:
-    is_small = weight.device.type == "cpu" and weight.numel() < MIN_MULTIPLICATIONS
-    return weight.T.contiguous().T if is_small else weight
+    return weight.T.contiguous().T if prefers_columns(weight) else weight

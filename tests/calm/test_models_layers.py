@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from calm import AutoencoderConfig
 from calm.decoding.layout import by_columns
 from calm.models.layers import FeedForward, Linear, RMSNorm
+from calm_kernels import products
 
 
 def config(**fields):
@@ -50,7 +51,8 @@ def test_every_product_is_ours():
 
 
 def test_a_twin_by_columns_leaves_the_model_alone(monkeypatch):
-    monkeypatch.setattr("calm.decoding.layout.MIN_MULTIPLICATIONS", 40 * 32)
+    monkeypatch.setattr(products, "MIN_MULTIPLICATIONS", 40 * 32)
+    monkeypatch.setattr(products, "MIN_SHARED", 40 * 32)
     model = tiny_calm()
     twin = by_columns(model, model.transformer, model.ae_model.encoder)
     assert twin.transformer is model.transformer

@@ -116,6 +116,21 @@ def test_when_onednn_is_left_alone():
         assert not products._use_onednn(left, right)
 
 
+@pytest.mark.parametrize("spin", [True, False], ids=["spin", "sleep"])
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("lead", [(), (1,), (1, 1)], ids=str)
+def test_one_row(monkeypatch, spin, has_bias, lead):
+    monkeypatch.setattr(products, "threads_spin", lambda: spin)
+    inputs = [torch.randn(*lead, 256), torch.randn(512, 256), torch.randn(512)]
+    inputs[2] = inputs[2] if has_bias else None
+    assert products.prefers_columns(inputs[1]) == (not spin)
+    assert_no_worse_than_plain(
+        gradients(products.linear, inputs),
+        gradients(F.linear, inputs),
+        gradients(F.linear, inputs, torch.float64),
+    )
+
+
 @pytest.fixture
 def two_threads():
     before = torch.get_num_threads()
