@@ -20,6 +20,19 @@ def threads_spin() -> bool:
     return not _MAY_SLEEP and torch.get_num_threads() > 1
 
 
+def _is_alone() -> bool:
+    """Whether no other Python thread could begin work with torch.
+
+    The monitor of tqdm's progress bars, which loading a model starts, does none.
+    """
+    if threading.active_count() == 1:
+        return True
+    own = threading.current_thread()
+    return all(
+        other is own or type(other).__name__ == "TMonitor" for other in threading.enumerate()
+    )
+
+
 class one_thread:
     """A context in which torch keeps to one thread, for work that is over before a second wakes.
 
@@ -30,7 +43,7 @@ class one_thread:
     """
 
     def __enter__(self) -> None:
-        self._count = torch.get_num_threads() if threading.active_count() == 1 else 1
+        self._count = torch.get_num_threads() if _is_alone() else 1
         if self._count > 1:
             torch.set_num_threads(1)
 

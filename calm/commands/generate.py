@@ -59,9 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature",
-        type=float,
+        type=_number,
         metavar="T",
-        help="in (0, 1]; 1 samples the model, lower is more likely text "
+        help="in (0, 1], as 0.5 or 1/2; 1 samples the model, lower is more likely text "
         "(default: 0.5, for the method 'direct' 1)",
     )
     parser.add_argument(
@@ -85,7 +85,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-draws",
         type=int,
         metavar="D",
-        help="draws a chunk at most, where a method or a prompt's end needs many",
+        help="draws a chunk at most, where a method or a prompt's end needs many (default: 25 N)",
     )
     parser.add_argument(
         "--seed",
@@ -94,6 +94,15 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="of the first prompt's draws; the next one has S + 1 (default: 0)",
     )
+
+
+def _number(text: str) -> float:
+    """A number, or a fraction of two."""
+    whole, slash, part = text.partition("/")
+    try:
+        return float(whole) / float(part) if slash else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"expected a number or a fraction, got {text!r}") from None
 
 
 def run(args: argparse.Namespace) -> int:

@@ -166,4 +166,6 @@ def _device(name: str) -> torch.device:
         raise UserError(f"--device must be cpu, cuda or cuda:<index>, got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here (see `calm env`)")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu, cuda or cuda:<index>, got {name!r}")
     return device

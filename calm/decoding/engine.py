@@ -46,8 +46,9 @@ def generate(
     """Continue prompts of any lengths, K tokens at a time.
 
     A sequence ends with its end token, with a stop string or at the length asked for; the rest of
-    its row is padding. No sequence depends on the others of the batch but through its seed. The
-    model runs in the dtype of its weights, autocast or not. It keeps what the first call arranged
+    its row is padding. No sequence depends on the others of the batch but through its seed (in 16
+    bits, products of other batches round otherwise, and a text may take another turn). The model
+    runs in the dtype of its weights, autocast or not. It keeps what the first call arranged
     for the next: a copy of the backbone and, on a CPU, of head and decoder, renewed when weights
     change.
 

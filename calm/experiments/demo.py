@@ -257,17 +257,18 @@ def _first_tokens(blocks: Iterable[Block], max_tokens: int) -> Iterator[Block]:
 def _continue(
     trainer: CALMTrainer, prompts: list[list[int]], temperature: float, seed: int
 ) -> tuple[list[str], float]:
-    """Continuations of the prompts, and tokens/s of all of them together."""
+    """Continuations of the prompts, and tokens/s of all of them together, the second time."""
     tokenizer: Any = trainer.processing_class
-    found: Any = generate(
-        trainer.model.eval(),
-        prompts,
-        max_new_tokens=SAMPLE_TOKENS,
-        temperature=temperature,
-        num_samples=CANDIDATES,
-        seed=seed,
-        return_details=True,
-    )
+    for _ in range(2):
+        found: Any = generate(
+            trainer.model.eval(),
+            prompts,
+            max_new_tokens=SAMPLE_TOKENS,
+            temperature=temperature,
+            num_samples=CANDIDATES,
+            seed=seed,
+            return_details=True,
+        )
     new = [
         row[len(prompt) : len(prompt) + count]
         for row, prompt, count in zip(found.sequences, prompts, found.new_tokens, strict=True)

@@ -31,6 +31,8 @@ __all__ = [
     "parse_arguments",
 ]
 
+# Flags that name a text, by kind.
+TEXT_SOURCES = ({"dataset_name", "dataset_config_name"}, {"train_file", "validation_file"})
 # Tokens of a block where no flag says otherwise, as in the published scripts.
 DEFAULT_BLOCK_SIZE = {Stage.AUTOENCODER: 2048, Stage.CALM: 8192, Stage.BASELINE: 2048}
 
@@ -202,7 +204,7 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     before.add_argument("--config")
     chosen, argv = before.parse_known_args(argv)
-    recipe = recipe_arguments(load_recipe(chosen.config, stage)) if chosen.config else []
+    recipe = _recipe_words(chosen.config, stage, argv) if chosen.config else []
     parser.parse(translate_old_flags(recipe, quiet=True), f"{chosen.config}: ")
     words = translate_old_flags([*recipe, *argv])
     namespace = parser.parse(words)
@@ -211,6 +213,15 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
     arguments = JobArguments(stage, *(_construct(group, namespace) for group in groups))
     _check(arguments)
     return arguments
+
+
+def _recipe_words(name: str, stage: Stage, argv: list[str]) -> list[str]:
+    """The recipe's flags, less its text where `argv` names another: only one can be read."""
+    given = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in argv}
+    hub, files = TEXT_SOURCES
+    dropped = (files if given & hub else set()) | (hub if given & files else set())
+    recipe = load_recipe(name, stage)
+    return recipe_arguments({flag: recipe[flag] for flag in recipe if flag not in dropped})
 
 
 def _construct(group: Any, namespace: argparse.Namespace) -> Any:

@@ -20,6 +20,19 @@ def test_generate_prints_the_prompt_and_its_continuation(kind, folders, capsys):
     assert capsys.readouterr().out != captured.out
 
 
+def test_temperatures_may_be_fractions(folders, capsys):
+    words = ("--model", folders / "calm", "--prompt", "the quick br", "--json")
+    words = (*words, "--max-new-tokens", 4, "--num-samples", 8)
+    assert calm("generate", *words, "--temperature", "1/4") == 0
+    (record,) = objects(capsys)
+    assert record["temperature"] == 0.25
+    for text in ("1/0", "half"):
+        error = error_of(capsys, "generate", *words, "--temperature", text)
+        assert f"expected a number or a fraction, got '{text}'" in error
+    error = error_of(capsys, "generate", *words, "--device", "meta")
+    assert "--device must be cpu, cuda or cuda:<index>, got 'meta'" in error
+
+
 @pytest.mark.filterwarnings("default")
 def test_a_short_prompt_is_noted_in_a_line(folders, capsys):
     words = ("--model", folders / "calm", "--prompt", "ab", "--max-new-tokens", 4)

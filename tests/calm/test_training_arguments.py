@@ -204,6 +204,15 @@ class TestRecipes:
             assert job.training.do_train and job.training.seed == 1
             assert job.training.adam_beta2 == 0.95 and job.training.weight_decay == 0.1
 
+    @pytest.mark.parametrize("flag", ["--train_file=a.jsonl", "--train-file=a.jsonl"])
+    def test_a_text_on_the_command_line_replaces_the_recipes(self, flag):
+        words = ["--config", "small", flag, "--output_dir", "out", "--use_cpu"]
+        data = parse_arguments([*words, "--bf16", "False"], Stage.AUTOENCODER).data
+        assert data.train_file == "a.jsonl" and not data.dataset_name
+        words[2] = "--dataset_name=embedded:topics"
+        data = parse_arguments([*words, "--bf16", "False"], Stage.AUTOENCODER).data
+        assert data.dataset_name == "embedded:topics" and not data.train_file
+
     @pytest.mark.parametrize("name", ["autoencoder", "calm-m", "calm-xl", "baseline-s"])
     def test_published_batches_are_the_published_tokens(self, name):
         (stage,) = recipe_stages(name)

@@ -161,14 +161,15 @@ def test_small_work_keeps_to_one_thread(monkeypatch):
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_other_python_threads_keep_theirs():
+@pytest.mark.parametrize(("kind", "count"), [("Server", 2), ("TMonitor", 1)])
+def test_other_python_threads_keep_theirs(kind, count):
     """A thread takes over the process's count when it first asks torch for work."""
     may_end = threading.Event()
-    other = threading.Thread(target=may_end.wait)
+    other = type(kind, (threading.Thread,), {})(target=may_end.wait)
     other.start()
     try:
         with one_thread():
-            assert torch.get_num_threads() == 2
+            assert torch.get_num_threads() == count
     finally:
         may_end.set()
         other.join()
