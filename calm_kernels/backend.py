@@ -22,7 +22,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-__all__ = ["OPERATIONS", "Backend", "resolve", "set_backend", "use_backend"]
+__all__ = ["OPERATIONS", "Backend", "resolve", "set_backend", "threads_sleep", "use_backend"]
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,11 @@ def has_triton() -> bool:
 def is_interpreted() -> bool:
     """Whether Triton kernels run in the interpreter, where CPU tensors are allowed."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def threads_sleep() -> bool:
+    """Whether OpenMP's threads sleep between operations, by ``OMP_WAIT_POLICY``."""
+    return os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
 
 
 def resolve(

@@ -1,6 +1,5 @@
 """Threads of a CPU for small operations."""
 
-import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
@@ -8,16 +7,18 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from calm_kernels.backend import threads_sleep
+
 __all__ = ["MIN_MULTIPLICATIONS", "one_thread", "threads_for", "threads_spin"]
 
 
 MIN_MULTIPLICATIONS = 2**20  # of work that a second thread is worth waking for
-_MAY_SLEEP = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
+_SLEEP = threads_sleep()  # OpenMP reads it once, too
 
 
 def threads_spin() -> bool:
     """Whether there are other threads that wait awake, and take a share of small work at once."""
-    return not _MAY_SLEEP and torch.get_num_threads() > 1
+    return not _SLEEP and torch.get_num_threads() > 1
 
 
 def _is_alone() -> bool:
