@@ -8,7 +8,7 @@ ARGS ?=
 # Waiting threads spin, which speeds training by half; but with two cores or fewer another program
 # would then slow it many times over, and they sleep.
 ifndef OMP_WAIT_POLICY
-WAIT := $(shell [ "$$(getconf _NPROCESSORS_ONLN)" -gt 2 ] || echo OMP_WAIT_POLICY=PASSIVE)
+WAIT := $(shell [ "$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)" -gt 2 ] || echo OMP_WAIT_POLICY=PASSIVE)
 endif
 
 BIN := $(VENV)/bin

@@ -37,7 +37,7 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if inputs.device.type != "cpu" or torch.compiler.is_compiling():
         return F.linear(inputs, weight, bias)
     if inputs.numel() * weight.shape[0] < MIN_MULTIPLICATIONS:
-        if inputs.numel() == weight.shape[1]:
+        if inputs.numel() == inputs.shape[-1] == weight.shape[1]:
             return _one_row(inputs, weight, bias)
         with one_thread():
             return F.linear(inputs, weight, bias)

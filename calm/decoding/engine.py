@@ -48,9 +48,8 @@ def generate(
     A sequence ends with its end token, with a stop string or at the length asked for; the rest of
     its row is padding. No sequence depends on the others of the batch but through its seed (in 16
     bits, products of other batches round otherwise, and a text may take another turn). The model
-    runs in the dtype of its weights, autocast or not. It keeps what the first call arranged
-    for the next: a copy of the backbone and, on a CPU, of head and decoder, renewed when weights
-    change.
+    runs in the dtype of its weights, autocast or not. It keeps what the first call arranged for the
+    next, renewed when weights change: a copy of its backbone and, on a CPU, of its small weights.
 
     Args:
         model: a CALM with any head, or the token-by-token baseline, whose chunk is one token. The

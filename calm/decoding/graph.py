@@ -123,9 +123,11 @@ def _arranged(kept: _Kept, predictor: Predictor) -> Arranged:
         _check_finite(predictor.model)
         with torch.inference_mode(False), torch.no_grad():  # a later call may be outside of it
             trunk, twin = Trunk(predictor.backbone), predictor.arrange()
-        if twin is not predictor.model:
+        if twin is predictor.model:
+            twin = None
+        else:
             vars(twin).pop(KEPT)  # lest each keep the other alive
-        kept.arranged = Arranged(trunk, None if twin is predictor.model else twin)
+        kept.arranged = Arranged(trunk, twin)
     return kept.arranged
 
 
@@ -150,9 +152,8 @@ def captured_step(
     """
     kept = _kept(predictor)  # once: it reads from the device
     weights, steps, reserved = _arranged(kept, predictor), kept.steps, kept.reserved
-    backend = resolve(
-        Backend.AUTO, "linear_argmax", weights.trunk.norm
-    )  # a graph holds this choice
+    # A graph holds the choice that is made while it is captured.
+    backend = resolve(Backend.AUTO, "linear_argmax", weights.trunk.norm)
     use = (predictor, batch_size, backend)
     capacity = max(LEAST_CAPACITY, 1 << (capacity - 1).bit_length(), reserved.get(use, 0))
     if is_reserved:

@@ -217,7 +217,8 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
 
 def _recipe_words(name: str, stage: Stage, argv: list[str]) -> list[str]:
     """The recipe's flags, less its text where `argv` names another: only one can be read."""
-    given = {word.lstrip("-").partition("=")[0].replace("-", "_") for word in argv}
+    flags = [word for word in argv if word.startswith("--")]
+    given = {flag[2:].partition("=")[0].replace("-", "_") for flag in flags}
     hub, files = TEXT_SOURCES
     dropped = (files if given & hub else set()) | (hub if given & files else set())
     recipe = load_recipe(name, stage)

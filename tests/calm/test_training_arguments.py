@@ -212,6 +212,9 @@ class TestRecipes:
         words[2] = "--dataset_name=embedded:topics"
         data = parse_arguments([*words, "--bf16", "False"], Stage.AUTOENCODER).data
         assert data.dataset_name == "embedded:topics" and not data.train_file
+        words[2:] = ["--output_dir", "train_file", "--use_cpu"]  # a value is no flag
+        data = parse_arguments([*words, "--bf16", "False"], Stage.AUTOENCODER).data
+        assert data.dataset_name == "embedded:docstrings"
 
     @pytest.mark.parametrize("name", ["autoencoder", "calm-m", "calm-xl", "baseline-s"])
     def test_published_batches_are_the_published_tokens(self, name):

@@ -131,6 +131,14 @@ def test_one_row(monkeypatch, spin, has_bias, lead):
     )
 
 
+@pytest.mark.parametrize("shape", [(2, 128), (64, 128), (128,)], ids=str)
+def test_shapes_that_do_not_fit(monkeypatch, shape):
+    """As many elements as one row has are no row."""
+    monkeypatch.setattr(products, "threads_spin", lambda: True)
+    with pytest.raises(RuntimeError):
+        products.linear(torch.randn(*shape), torch.randn(512, 256))
+
+
 @pytest.fixture
 def two_threads():
     before = torch.get_num_threads()
