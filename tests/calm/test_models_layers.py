@@ -97,25 +97,26 @@ def test_hooks_adapters_and_patches_are_not_missed():
     model = tiny_calm()
     model.lock = threading.Lock()  # which cannot be copied
     model.embed_proj[0] = Adapter(model.embed_proj[0])
-    ids, calls = torch.randint(5, (1, 8), generator=torch.Generator().manual_seed(0)), []
+    ids = torch.randint(5, (1, 8), generator=torch.Generator().manual_seed(0))
     before = model.generate(ids, max_new_tokens=24, seed=0)
-    model.embed_proj[2].register_forward_hook(lambda *_: calls.append(1))
+    hooked, patched = [], []
+    model.embed_proj[2].register_forward_hook(lambda *_: hooked.append(1))
     model.embed_proj[0].is_on = False
     after = model.generate(ids, max_new_tokens=24, seed=0)
-    assert calls and not torch.equal(after, before)
-    plain, calls = model.ae_model.decoder.expand, []
-    model.ae_model.decoder.expand = lambda latents: calls.append(1) or plain(latents)
-    assert torch.equal(model.generate(ids, max_new_tokens=24, seed=0), after) and calls
+    assert hooked and not torch.equal(after, before)
+    plain = model.ae_model.decoder.expand
+    model.ae_model.decoder.expand = lambda latents: patched.append(1) or plain(latents)
+    assert torch.equal(model.generate(ids, max_new_tokens=24, seed=0), after) and patched
 
 
-def test_a_model_that_generated_is_freed():
+def test_a_model_that_generated_is_freed_and_its_twin():
     model = tiny_calm()
     model.generate(torch.zeros(1, 8, dtype=torch.int64), max_new_tokens=4, seed=0)
-    alive = weakref.ref(model)
+    alive = [weakref.ref(model), weakref.ref(model._kept_for_decoding.arranged.twin)]
     gc.disable()
     try:
         del model
-        assert alive() is None
+        assert [reference() for reference in alive] == [None, None]
     finally:
         gc.enable()
 
