@@ -11,7 +11,7 @@ from benchmarks.models import as_published, autoencoder_config
 from benchmarks.published_decoding import published_tokens, published_vote
 from benchmarks.shapes import DECODING
 from calm import Autoencoder
-from calm.decoding.slots import Candidates, decode_and_vote
+from calm.decoding.sampling.lazy_decode import Candidates, decode_and_vote
 from calm_kernels import agreeing_patch, use_backend
 
 PUBLISHED = "published: all logits, a counter"

@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 from benchmarks.gpu import decoding
 from benchmarks.models import as_published
 from benchmarks.published_decoding import eligible_chunks, published_generate, published_vote
-from calm.decoding.engine import generate
-from calm.models.layers import Linear, RMSNorm
+from calm.decoding.generation import generate
+from calm.layers import Linear, RMSNorm
 from calm_kernels.compiling.targets import TARGETS
 from calm_kernels.linear_argmax import eager
 

@@ -23,7 +23,7 @@ from benchmarks.gpu.run import RESULTS, environment
 from benchmarks.models import as_published, autoencoder_config, calm_config
 from benchmarks.published_decoding import published_generate
 from calm import BaselineTransformer, EnergyTransformer
-from calm.decoding.engine import generate, warmup
+from calm.decoding.generation import generate, warmup
 from calm_kernels.compiling.targets import TARGETS, Target
 
 __all__ = ["QUICK", "REFERENCE", "Shape", "chunk_floor_ms", "main", "rows"]

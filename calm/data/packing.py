@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerBase
 from calm.data.corpus import Documents
 from calm.data.tokenization import CHARACTERS, TOKENS, align_documents, tokenize_documents
 from calm.errors import UserError
+from calm.labels import IGNORE_INDEX
 
 __all__ = [
-    "IGNORE_INDEX",
     "Block",
     "PackedBlocks",
     "PackedStream",
@@ -35,7 +35,6 @@ __all__ = [
     "pack_documents",
 ]
 
-IGNORE_INDEX = -100
 
 Block = dict[str, np.ndarray]
 

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from calm.decoding.graph import CapturedStep, arranged, captured_step
-from calm.decoding.predictors import Predictor
-from calm.decoding.prompt import (
+from calm.decoding.engine.cuda_graph import CapturedStep, arranged, captured_step
+from calm.decoding.engine.decode_step import State, decode_step, first_chunk, prefill, read_records
+from calm.decoding.engine.predictors import Predictor
+from calm.decoding.sampling.seeds import sequence_seeds
+from calm.decoding.text.prompt import (
     Prompt,
     PromptFormat,
     Prompts,
@@ -24,17 +26,15 @@ from calm.decoding.prompt import (
     read_prompts,
     right_aligned,
 )
-from calm.decoding.result import Generation, Times, assemble
-from calm.decoding.sampling import sequence_seeds
-from calm.decoding.step import State, decode_one_chunk, first_chunk, prefill, read_records
-from calm.decoding.stopping import StopStrings, end_tokens
-from calm.decoding.transcript import Transcript
+from calm.decoding.text.result import Generation, Times, assemble
+from calm.decoding.text.stopping import StopStrings, end_tokens
+from calm.decoding.text.transcript import Transcript
 from calm.errors import UserError
 from calm_kernels.noise import Seed
 
 __all__ = ["Request", "continue_prompts", "prepare"]
 
-STEPS_PER_LOOK = 8  # of a captured step
+STEPS_PER_SYNC = 8  # of a captured step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +137,8 @@ def _run(predictor: Predictor, transcript: Transcript, seeds: Tensor, *, is_watc
     fill = predictor.model.config.pad_token_id or 0  # behind what no draw continues
     known = left_aligned(given, fill=fill, width=size).to(seeds.device)
     first = first_chunk(state, hidden, known, [len(tokens) for tokens in given])
-    steps_per_look = STEPS_PER_LOOK if captured is not None and not is_watched else 1
-    _fill_transcript(transcript, state, captured, first, num_chunks, steps_per_look)
+    steps_per_sync = STEPS_PER_SYNC if captured is not None and not is_watched else 1
+    _fill_transcript(transcript, state, captured, first, num_chunks, steps_per_sync)
     times.decode = time.perf_counter() - begin
     return times
 
@@ -149,13 +149,13 @@ def _fill_transcript(
     captured: CapturedStep | None,
     first: Tensor,
     num_chunks: int,
-    steps_per_look: int,
+    steps_per_sync: int,
 ) -> None:
     """Step until every sequence has ended, at the latest after `num_chunks` of them."""
     rows = list(range(len(transcript.prompts)))  # sequences that the state holds
     unread, num_steps = [first], 1
     while True:
-        if len(unread) == steps_per_look or num_steps == num_chunks:
+        if len(unread) == steps_per_sync or num_steps == num_chunks:
             for records in read_records(unread):
                 for row, record in zip(rows, records, strict=True):
                     transcript.append(row, record)
@@ -164,7 +164,7 @@ def _fill_transcript(
                 return
             if captured is None:
                 state, rows = _without_ended(state, rows, transcript)
-        unread.append(decode_one_chunk(state) if captured is None else captured.replay())
+        unread.append(decode_step(state) if captured is None else captured.replay())
         num_steps += 1
 
 

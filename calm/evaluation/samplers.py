@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from calm.decoding.sampling import advance, draw_latents
+from calm.decoding.sampling.seeds import advance, draw_latents
 from calm.errors import UserError
 from calm.evaluation.rollout import Step
 from calm.models.agreement import MAX_ORDER, prefix_collisions, prefix_matches

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import transformers
 
-from calm.data.packing import IGNORE_INDEX, Block
+from calm.data.packing import Block
 from calm.decoding import generate
 from calm.errors import UserError
 from calm.evaluation import Evaluation, evaluate
@@ -36,6 +36,7 @@ from calm.experiments.report import (
     to_markdown,
 )
 from calm.experiments.stages import train_stage
+from calm.labels import IGNORE_INDEX
 from calm.training.precision import has_bfloat16_units
 from calm.training.recipe import Stage
 from calm.training.trainer import CALMTrainer

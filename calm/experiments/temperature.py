@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calm.decoding.methods import NoiseScale
+from calm.decoding.sampling.methods import NoiseScale
 from calm.errors import UserError
 from calm.experiments.tradeoff import (
     Outcomes,

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calm.decoding.methods import build_method
-from calm.decoding.source import HeadSource, Method
+from calm.decoding.sampling.chunk_distribution import HeadDistribution, Method
+from calm.decoding.sampling.methods import build_method
 from calm.errors import UserError
 from calm.models.agreement import prefix_collisions, prefix_matches
 from calm.models.continuous import ContinuousTransformer
@@ -140,7 +140,7 @@ def draw_outcomes(
     rows = torch.arange(len(hidden), device=hidden.device)
     seeds = torch.stack([(seed << 32) + rows, torch.zeros_like(rows)], dim=1)
     parts = [
-        method.choose(HeadSource(model, some), some_seeds)
+        method.choose(HeadDistribution(model, some), some_seeds)
         for some, some_seeds in zip(
             hidden.split(ROWS_AT_A_TIME), seeds.split(ROWS_AT_A_TIME), strict=True
         )
@@ -202,7 +202,7 @@ def milliseconds(model: ContinuousTransformer, positions: Positions, method: Met
     """
     times = []
     for index in range(min(TIMED, len(positions))):
-        source = HeadSource(model, positions.hidden[index : index + 1])
+        source = HeadDistribution(model, positions.hidden[index : index + 1])
         seed = torch.tensor([[index, 0]], device=positions.hidden.device)
         tries = []
         for _ in range(TRIES):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from calm.configuration import AutoencoderConfig
-from calm.models.chunks import IGNORED, num_chunks, weighted_mean
-from calm.models.layers import FeedForward, Linear, RMSNorm
+from calm.labels import IGNORE_INDEX, num_chunks, weighted_mean
+from calm.layers import FeedForward, Linear, RMSNorm
 from calm.models.pretrained import CALMPreTrainedModel
 from calm_kernels.linear_argmax import linear_argmax
 from calm_kernels.linear_cross_entropy import linear_cross_entropy
@@ -249,14 +249,16 @@ class Autoencoder(CALMPreTrainedModel):
         decoded = self.decoder.decode(latent)  # [B, P, K, H]
         by_chunk = rearrange(labels, "b (p k) -> b p k", k=self.patch_size)
         reconstruction = linear_cross_entropy(decoded, self.decoder.output_weight, by_chunk)
-        weight = (by_chunk[..., 0] != IGNORED).to(kl.dtype)  # a chunk of padding counts for nothing
+        weight = (by_chunk[..., 0] != IGNORE_INDEX).to(
+            kl.dtype
+        )  # a chunk of padding counts for nothing
         mean_kl = weighted_mean(kl, weight)
         loss, accuracy = reconstruction, None
         if self.training:
             loss = self.patch_size * reconstruction + self.config.kl_weight * mean_kl
         else:
-            is_right = self.decoder.tokens(decoded) == by_chunk  # no token is IGNORED
-            num_labels = (by_chunk != IGNORED).sum((1, 2)).clamp(min=1)
+            is_right = self.decoder.tokens(decoded) == by_chunk  # no token is IGNORE_INDEX
+            num_labels = (by_chunk != IGNORE_INDEX).sum((1, 2)).clamp(min=1)
             accuracy = is_right.sum((1, 2)) / num_labels
         return AutoencoderOutput(
             loss=loss,

@@ -3,8 +3,8 @@
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
+from calm.layers import Linear
 from calm.models.initialization import initialize
-from calm.models.layers import Linear
 
 __all__ = ["Backbone", "compressor"]
 

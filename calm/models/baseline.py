@@ -8,9 +8,9 @@ from transformers import Cache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
+from calm.layers import Linear
 from calm.models.backbone import Backbone
 from calm.models.initialization import initialize
-from calm.models.layers import Linear
 from calm_kernels.linear_cross_entropy import linear_cross_entropy
 
 __all__ = ["BaselineTransformer"]

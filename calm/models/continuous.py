@@ -17,10 +17,10 @@ from transformers.utils import ModelOutput
 
 from calm.configuration import AutoencoderConfig, CALMConfig, locate_autoencoder
 from calm.errors import UserError
+from calm.labels import IGNORE_INDEX, num_chunks
 from calm.models.agreement import MAX_ORDER, brier_terms, decode_compared
 from calm.models.autoencoder import Autoencoder
 from calm.models.backbone import Backbone, compressor
-from calm.models.chunks import IGNORED, num_chunks
 from calm.models.heads.base import GenerativeHead, Posterior
 from calm.models.pretrained import CALMPreTrainedModel
 from calm_kernels.noise import Seed, as_seed
@@ -289,15 +289,15 @@ class ContinuousTransformer(CALMPreTrainedModel):
 
         A token of it without a label is encoded as it will be read, from `following`.
         """
-        mean, log_std = self._encode(torch.where(targets == IGNORED, following, targets))
-        weight = (targets[:, :: self.patch_size] != IGNORED).to(torch.float32)
+        mean, log_std = self._encode(torch.where(targets == IGNORE_INDEX, following, targets))
+        weight = (targets[:, :: self.patch_size] != IGNORE_INDEX).to(torch.float32)
         return Posterior(mean, log_std, weight)
 
     @torch.no_grad()
     def _add_brier(self, output: CALMOutput, samples: Tensor, targets: Tensor) -> None:
         """Brier-1 to Brier-4 of each sequence, averaged over chunks whose first tokens count."""
         by_chunk = rearrange(targets, "b (s k) -> b s k", k=self.patch_size)
-        weight = (by_chunk[..., :MAX_ORDER] != IGNORED).all(-1).to(torch.float32)
+        weight = (by_chunk[..., :MAX_ORDER] != IGNORE_INDEX).all(-1).to(torch.float32)
         terms = brier_terms(self.decode_compared(samples, by_chunk), by_chunk) * weight[..., None]
         by_sequence = terms.sum(1) / weight.sum(1, keepdim=True).clamp(min=1)  # [B, 4]
         for order, values in enumerate(by_sequence.unbind(-1), start=1):

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from calm.data.packing import IGNORE_INDEX
 from calm.evaluation.bootstrap import brier_lm, corpus_means, standard_errors
 from calm.evaluation.brier import brier_sums
 from calm.evaluation.samplers import make_sampler
+from calm.labels import IGNORE_INDEX
 from calm.models import Autoencoder
 
 __all__ = ["metrics_of", "score_sequences"]

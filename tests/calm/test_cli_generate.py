@@ -149,7 +149,7 @@ def test_mistakes_in_prompts(words, message, folders, capsys):
 
 @pytest.mark.parametrize("kind", ["calm", "baseline"])
 def test_ctrl_c_keeps_the_text_so_far(kind, folders, capsys, monkeypatch):
-    from calm.decoding.transcript import Transcript
+    from calm.decoding.text.transcript import Transcript
 
     append, calls = Transcript.append, []
 

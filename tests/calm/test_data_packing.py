@@ -8,7 +8,6 @@ from tokenizers import processors
 from torch.utils.data import DataLoader
 
 from calm.data.packing import (
-    IGNORE_INDEX,
     PackedBlocks,
     PackedStream,
     check_block_size,
@@ -19,6 +18,7 @@ from calm.data.packing import (
 from calm.data.tokenization import align_documents, document_separator, tokenize_documents
 from calm.data.tokenizer import byte_tokenizer
 from calm.errors import UserError
+from calm.labels import IGNORE_INDEX
 
 TOKENIZER = byte_tokenizer()
 EOS, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from tiny_models import likely_prompt, prompt, tiny_calm
 
 from calm.decoding import generate
-from calm.decoding.methods import build_method
-from calm.decoding.sampling import advance, draw_patches, sequence_seeds
-from calm.decoding.source import HeadSource
+from calm.decoding.sampling.chunk_distribution import HeadDistribution
+from calm.decoding.sampling.methods import build_method
+from calm.decoding.sampling.seeds import advance, draw_patches, sequence_seeds
 from calm.errors import UserError
 from calm.models import MODEL_CLASSES
 from calm_kernels.noise import as_seed
@@ -46,7 +46,7 @@ def generate_without_cache(model, ids, chunks, *, seed, method="batch", **sampli
         inputs = model.embed_patches(text)
         hidden = model.transformer(inputs_embeds=inputs).last_hidden_state[:, -1]
         here = advance(sequence_seeds(seed, len(ids), torch.device("cpu")), index)
-        text = torch.cat([text, chosen.choose(HeadSource(model, hidden), here).tokens], dim=1)
+        text = torch.cat([text, chosen.choose(HeadDistribution(model, hidden), here).tokens], dim=1)
     return text[:, text.shape[1] - ids.shape[1] - chunks * model.patch_size :]
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from decoding_laws import ToySource, row_seeds
 
-from calm.decoding.conditioning import Known, draw_fitting, gather_completions, waves
-from calm.decoding.methods import METHODS, build_method
-from calm.decoding.sampling import ROUND_STRIDE, advance
-from calm.decoding.source import decode
+from calm.decoding.sampling.chunk_distribution import decode
+from calm.decoding.sampling.methods import METHODS, build_method
+from calm.decoding.sampling.prefix_rejection import Prefix, collect_accepted, draw_accepted, waves
+from calm.decoding.sampling.seeds import ROUND_STRIDE, advance
 
 CHANCES = (0.4, 0.3, 0.2, 0.1)
 
@@ -29,8 +29,8 @@ def test_waves_grow_to_their_size_and_stop_at_the_cap():
 def test_draws_that_fit_come_first_in_their_order():
     rows, size = 40, 30
     source, seed = ToySource(CHANCES, rows), row_seeds(rows)
-    known = Known(torch.ones(rows, 2, dtype=torch.int64), torch.arange(rows) % 3)
-    part = draw_fitting(source, known, size, seed, 1.0)
+    known = Prefix(torch.ones(rows, 2, dtype=torch.int64), torch.arange(rows) % 3)
+    part = draw_accepted(source, known, size, seed, 1.0)
     patches = decode(source, source.latents(size, seed))  # [N, B, K]
     for row in range(rows):
         fits = [
@@ -44,8 +44,8 @@ def test_draws_that_fit_come_first_in_their_order():
 def test_completions_are_the_first_that_fit_whatever_the_wave():
     rows, needed = 30, 14
     source, seed = ToySource(CHANCES, rows), row_seeds(rows)
-    known = Known(torch.ones(rows, 2, dtype=torch.int64), torch.arange(rows) % 3)
-    found = gather_completions(
+    known = Prefix(torch.ones(rows, 2, dtype=torch.int64), torch.arange(rows) % 3)
+    found = collect_accepted(
         source, known, needed=needed, wave_size=25, max_draws=60, seed=seed, noise_scale=1.0
     )
     everything = torch.cat(

@@ -6,11 +6,11 @@ from tiny_models import BACKBONE, Recorder, prompt, tiny_baseline, tiny_calm
 from transformers import LlamaConfig
 
 from calm.decoding import generate, loop, warmup
-from calm.decoding.graph import arranged
-from calm.decoding.predictors import make_predictor
-from calm.decoding.step import State, decode_one_chunk
-from calm.decoding.stopping import StopStrings
-from calm.decoding.trunk import Trunk
+from calm.decoding.engine.backbone import CachedBackbone
+from calm.decoding.engine.cuda_graph import arranged
+from calm.decoding.engine.decode_step import State, decode_step
+from calm.decoding.engine.predictors import make_predictor
+from calm.decoding.text.stopping import StopStrings
 from calm.errors import UserError
 from calm.models.backbone import Backbone
 
@@ -70,7 +70,7 @@ def read(backbone, row):
 def test_the_lean_backbone_is_the_backbone(fields, starts, is_fixed):
     backbone = make_backbone(**fields)
     embeds = torch.randn(3, 11, 32, generator=torch.Generator().manual_seed(1))
-    trunk = Trunk(backbone)
+    trunk = CachedBackbone(backbone)
     cache = trunk.allocate(3, 16, is_fixed=is_fixed)
     states = [trunk.prefill(embeds[:, :5], starts, cache)]
     states += [trunk.step(embeds[:, column : column + 1], cache) for column in range(5, 11)]
@@ -84,7 +84,7 @@ def test_the_lean_backbone_rounds_no_worse_in_bfloat16():
     embeds = torch.randn(2, 9, 32).bfloat16()
     expected = uncached(exact, embeds.float(), [0, 0])[:, 4:]
     plain = uncached(backbone, embeds, [0, 0])[:, 4:]
-    trunk = Trunk(backbone)
+    trunk = CachedBackbone(backbone)
     cache = trunk.allocate(2, 9)
     states = [trunk.prefill(embeds[:, :5], [0, 0], cache)]
     states += [trunk.step(embeds[:, column : column + 1], cache) for column in range(5, 9)]
@@ -96,7 +96,7 @@ def test_the_lean_backbone_rounds_no_worse_in_bfloat16():
 @torch.no_grad()
 def test_a_cache_is_begun_anew_and_selected():
     backbone = make_backbone()
-    trunk, embeds = Trunk(backbone), torch.randn(3, 8, 32)
+    trunk, embeds = CachedBackbone(backbone), torch.randn(3, 8, 32)
     cache = trunk.allocate(3, 8)
     for starts in ([0, 3, 1], [2, 0, 0]):
         trunk.prefill(embeds[:, :6], starts, cache)
@@ -222,10 +222,10 @@ def test_a_captured_step_reads_nothing_back(head, method, temperature):
     predictor = predictor_of(make_model(head).to("meta"), method, temperature)
     assert predictor.is_capturable
     state = State.allocate(
-        predictor, Trunk(predictor.backbone), batch_size=2, capacity=64, is_fixed=True
+        predictor, CachedBackbone(predictor.backbone), batch_size=2, capacity=64, is_fixed=True
     )
     seed = state.seed.data_ptr()
-    record = decode_one_chunk(state)
+    record = decode_step(state)
     assert record.shape == (2, predictor.patch_size + 5) and state.seed.data_ptr() == seed
 
 
@@ -246,7 +246,7 @@ class ReplayedStep:
 
     def replay(self):
         self.num_steps += 1
-        return decode_one_chunk(self.state)
+        return decode_step(self.state)
 
 
 @pytest.mark.parametrize("head", ["energy", "flow", "baseline"])

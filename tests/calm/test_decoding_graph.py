@@ -5,9 +5,9 @@ import torch
 from tiny_models import prompt, tiny_calm
 
 from calm.decoding import generate, graph, loop, warmup
-from calm.decoding.predictors import make_predictor
-from calm.decoding.step import State, decode_one_chunk, prefill
-from calm.decoding.trunk import Trunk
+from calm.decoding.engine.backbone import CachedBackbone
+from calm.decoding.engine.decode_step import State, decode_step, prefill
+from calm.decoding.engine.predictors import make_predictor
 
 OPTIONS = {"max_new_tokens": 40, "temperature": 1.0, "seed": [1, 2]}
 
@@ -26,7 +26,7 @@ class SingleSteps:
         return cls(state)
 
     def replay(self):
-        return decode_one_chunk(self.state)
+        return decode_step(self.state)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_an_earlier_text_that_was_not_finite_leaves_no_trace():
         tiny_calm(), method="batch", temperature=1.0, num_samples=8, noise_scale=1.0, max_draws=None
     )
     state = State.allocate(
-        predictor, Trunk(predictor.backbone), batch_size=2, capacity=64, is_fixed=True
+        predictor, CachedBackbone(predictor.backbone), batch_size=2, capacity=64, is_fixed=True
     )
     seed = torch.tensor([[1, 0], [2, 0]])
     records = []
@@ -92,5 +92,5 @@ def test_an_earlier_text_that_was_not_finite_leaves_no_trace():
         state.cache.values.fill_(value)
         state.tokens.zero_()
         prefill(state, prompt(2, 8), [0, 1], seed)
-        records.append(torch.stack([decode_one_chunk(state) for _ in range(3)]))
+        records.append(torch.stack([decode_step(state) for _ in range(3)]))
     assert torch.equal(*records)

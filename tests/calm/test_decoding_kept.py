@@ -9,8 +9,8 @@ from tiny_models import prompt, tiny_calm
 from transformers.generation.streamers import BaseStreamer
 
 from calm.decoding import generate, loop
-from calm.decoding.graph import arranged
-from calm.decoding.predictors import make_predictor
+from calm.decoding.engine.cuda_graph import arranged
+from calm.decoding.engine.predictors import make_predictor
 
 
 def change_in_place(model):
@@ -55,7 +55,7 @@ def test_an_interrupt_gives_the_threads_back(monkeypatch):
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    monkeypatch.setattr(loop, "decode_one_chunk", interrupt)
+    monkeypatch.setattr(loop, "decode_step", interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
             generate(tiny_calm(), prompt(1, 8), max_new_tokens=12, seed=0)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from decoding_laws import ToySource, check_frequencies, row_seeds, sharpened
 
-from calm.decoding.methods import build_method
-from calm.decoding.temperature import split_power
+from calm.decoding.sampling.methods import build_method
+from calm.decoding.sampling.voting import split_power
 
 CHANCES = (0.5, 0.25, 0.15, 0.1)
 TEMPERATURES = (0.9, 0.7, 0.5, 0.4, 1 / 3)

@@ -8,7 +8,8 @@ from decoding_laws import ToySource, check_frequencies, row_seeds, sharpened
 from tiny_models import tiny_calm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from calm.decoding.methods import (
+from calm.decoding.sampling.chunk_distribution import HeadDistribution, decode
+from calm.decoding.sampling.methods import (
     METHODS,
     Batch,
     Direct,
@@ -18,9 +19,8 @@ from calm.decoding.methods import (
     build_method,
     medoid,
 )
-from calm.decoding.sampling import sequence_seeds
-from calm.decoding.source import HeadSource, decode
-from calm.decoding.temperature import split_power
+from calm.decoding.sampling.seeds import sequence_seeds
+from calm.decoding.sampling.voting import split_power
 from calm.errors import UserError
 from calm.models.agreement import prefix_collisions
 from calm_kernels import agreeing_patch
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 def head_source(batch, **fields):
     model = tiny_calm(**fields)
     hidden = torch.randn(batch, 32, generator=torch.Generator().manual_seed(1))
-    return HeadSource(model, hidden)
+    return HeadDistribution(model, hidden)
 
 
 def build(name, **options):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from decoding_laws import row_seeds
 
-from calm.decoding.rounds import patience, play
-from calm.decoding.temperature import Power
+from calm.decoding.sampling.bernoulli_factory import factory_stopping_draw, run_rounds
+from calm.decoding.sampling.voting import Power
 from calm_kernels.noise import Stream, uniform
 
 
@@ -61,7 +61,7 @@ def test_blocks_play_the_rounds_of_the_loop(power, cuts):
     used, saved = torch.zeros_like(run), torch.zeros_like(run)
     is_open = torch.ones(rows, dtype=torch.bool)
     found, patch = torch.zeros_like(is_open), torch.full((rows,), -1)
-    begin_bears = left  # patience of the unfinished round, drawn where it began
+    begin_bears = left  # factory_stopping_draw of the unfinished round, drawn where it began
     for start, stop in zip((0, *cuts), (*cuts, size), strict=True):
         block = torch.cat([held, draws[:, start:stop]], dim=1)
         here = None
@@ -70,14 +70,14 @@ def test_blocks_play_the_rounds_of_the_loop(power, cuts):
             carried = torch.where(run == power.whole, left, begin_bears)
             here = torch.cat([carried[:, None].expand(-1, power.whole), here], dim=1)
         length = torch.full((rows,), stop - start)
-        outcome = play(block, length, power, run=run, bears=here)
+        outcome = run_rounds(block, length, power, run=run, stopping=here)
         saved += torch.where(is_open, outcome.saved, 0)
         new = is_open & outcome.is_accepted
         patch = torch.where(new, block.gather(1, outcome.first[:, None])[:, 0], patch)
         used += torch.where(new, outcome.used, torch.where(is_open, stop - start, 0))
         found, is_open = found | new, is_open & ~new
         held = block.gather(1, outcome.first[:, None])
-        run, left = torch.where(is_open, outcome.run, 0), outcome.patience
+        run, left = torch.where(is_open, outcome.run, 0), outcome.factory_left
         if here is not None:
             index = (outcome.first + power.whole - 1).clamp(min=0)[:, None]
             begin_bears = here.gather(1, index)[:, 0]
@@ -96,9 +96,11 @@ def test_draws_beyond_the_length_do_not_count():
     zero = torch.zeros(rows, dtype=torch.int64)
     padded = torch.cat([zero[:, None], draws], dim=1)
     length = torch.arange(rows) % 21
-    padded_outcome = play(padded, length, power, run=zero, bears=bears)
+    padded_outcome = run_rounds(padded, length, power, run=zero, stopping=bears)
     for size in range(21):
-        part = play(padded[:, : size + 1], zero + size, power, run=zero, bears=bears[:, : size + 2])
+        part = run_rounds(
+            padded[:, : size + 1], zero + size, power, run=zero, stopping=bears[:, : size + 2]
+        )
         same = length == size
         for name in ("is_accepted", "run", "saved"):
             assert torch.equal(getattr(part, name)[same], getattr(padded_outcome, name)[same]), name
@@ -109,9 +111,9 @@ def test_draws_beyond_the_length_do_not_count():
 
 @pytest.mark.parametrize("fraction", [0.05, 0.5, 0.95])
 def test_patience_survives_as_the_factory_does(fraction):
-    """P(patience > k) = prod_{j <= k} (1 - a/j)."""
+    """P(factory_stopping_draw > k) = prod_{j <= k} (1 - a/j)."""
     drawn = uniform(200_000, 1, stream=Stream.FACTORY, seed=row_seeds(200_000), dtype=torch.float64)
-    waited = patience(drawn, fraction, 50)
+    waited = factory_stopping_draw(drawn, fraction, 50)
     survival = 1.0
     for step in range(1, 51):
         survival *= 1.0 - fraction / step
@@ -124,10 +126,12 @@ def test_patience_survives_as_the_factory_does(fraction):
 def test_patience_beyond_its_table(fraction, monkeypatch):
     """What follows the table is the same law; a cap of any size costs no memory."""
     drawn = uniform(50_000, 1, stream=Stream.FACTORY, seed=row_seeds(50_000), dtype=torch.float64)
-    table = patience(drawn, fraction, 5000)
-    monkeypatch.setattr("calm.decoding.rounds.TABLE_SIZE", 200)
-    assert (patience(drawn, fraction, 5000) != table).double().mean() < 1e-3
+    table = factory_stopping_draw(drawn, fraction, 5000)
+    monkeypatch.setattr("calm.decoding.sampling.bernoulli_factory.TABLE_SIZE", 200)
+    assert (factory_stopping_draw(drawn, fraction, 5000) != table).double().mean() < 1e-3
     limit = 10**14
-    waited = patience(drawn, fraction, limit)
+    waited = factory_stopping_draw(drawn, fraction, limit)
     assert torch.equal(waited.clamp(max=201), table.clamp(max=201)) and waited.max() <= limit + 1
-    assert patience(torch.zeros(1, dtype=torch.float64), fraction, limit).tolist() == [limit + 1]
+    assert factory_stopping_draw(torch.zeros(1, dtype=torch.float64), fraction, limit).tolist() == [
+        limit + 1
+    ]

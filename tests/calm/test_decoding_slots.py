@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from calm.decoding.slots import Candidates, decode_and_vote, decode_matching
+from calm.decoding.sampling.lazy_decode import Candidates, decode_and_vote, decode_matching
 from calm_kernels import agreeing_patch
 
 WIDTH, VOCABULARY = 8, 11

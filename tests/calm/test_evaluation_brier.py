@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_baseline, tiny_calm
 
-from calm.decoding.sampling import draw_patches
+from calm.decoding.sampling.seeds import draw_patches
 from calm.errors import UserError
 from calm.evaluation import brier_scores, rollout, samplers
 from calm.models import MODEL_CLASSES

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from calm import AutoencoderConfig
-from calm.decoding.layout import by_columns
-from calm.models.layers import FeedForward, Linear, RMSNorm
+from calm.decoding.engine.layout import by_columns
+from calm.layers import FeedForward, Linear, RMSNorm
 from calm_kernels import products
 
 

@@ -6,9 +6,9 @@ from transformers import LlamaConfig
 
 from calm import AutoencoderConfig, BaselineTransformer, CALMConfig
 from calm.decoding import generate, loop, warmup
-from calm.decoding.graph import captured_step
-from calm.decoding.predictors import make_predictor
-from calm.decoding.step import decode_one_chunk
+from calm.decoding.engine.cuda_graph import captured_step
+from calm.decoding.engine.decode_step import decode_step
+from calm.decoding.engine.predictors import make_predictor
 from calm.models import MODEL_CLASSES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
@@ -58,7 +58,7 @@ def test_a_captured_step_gives_the_same_text(monkeypatch, head, sampling, dtype)
             self.state = step.state
 
         def replay(self):
-            return decode_one_chunk(self.state)
+            return decode_step(self.state)
 
     monkeypatch.setattr(
         loop, "captured_step", lambda *args, **kwargs: SingleSteps(captured_step(*args, **kwargs))
@@ -97,7 +97,7 @@ def test_a_step_never_waits_for_the_device(head, sampling):
         captured.state.cache.begin([0, 0])
         torch.cuda.set_sync_debug_mode("error")
         try:
-            decode_one_chunk(captured.state)
+            decode_step(captured.state)
             captured.replay()
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from model_cases import Launches, tiny_model
 
-from calm.decoding.methods import Batch, Direct
-from calm.decoding.predictors import ChunkPredictor
-from calm.decoding.step import State, decode_one_chunk, prefill
-from calm.decoding.trunk import Trunk
+from calm.decoding.engine.backbone import CachedBackbone
+from calm.decoding.engine.decode_step import State, decode_step, prefill
+from calm.decoding.engine.predictors import ChunkPredictor
+from calm.decoding.sampling.methods import Batch, Direct
 from calm_kernels import use_backend
 from calm_kernels.agreeing_patch import function as vote_function
 from calm_kernels.energy_head import launch as head_launch
@@ -29,12 +29,12 @@ METHODS = {
 def decode(model, method, backend, steps=3):
     """Tokens and how they were found, ``[steps, B, K + 5]``."""
     predictor = ChunkPredictor(model.eval(), method)
-    state = State.allocate(predictor, Trunk(predictor.backbone), batch_size=2, capacity=8)
+    state = State.allocate(predictor, CachedBackbone(predictor.backbone), batch_size=2, capacity=8)
     prompt = torch.randint(64, (2, 4), generator=torch.Generator().manual_seed(1))
     with use_backend(backend):
         prefill(state, prompt, [0, 0], torch.tensor([[3, 0], [4, 0]]))
         state.tokens.copy_(prompt[:, -2:])
-        return torch.stack([decode_one_chunk(state) for _ in range(steps)])
+        return torch.stack([decode_step(state) for _ in range(steps)])
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from calm.models.layers import Linear
+from calm.layers import Linear
 
 __all__ = ["Denoiser"]
 

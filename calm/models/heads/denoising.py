@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from calm.configuration import CALMConfig
-from calm.models.chunks import weighted_mean
+from calm.labels import weighted_mean
 from calm.models.heads.base import HeadLoss, Posterior, expand_rows
 from calm.models.heads.denoiser import Denoiser
 from calm_kernels.noise import Seed, Stream, as_seed, normal, uniform

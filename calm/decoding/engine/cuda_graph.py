@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from calm.decoding.predictors import Predictor
-from calm.decoding.step import State, decode_one_chunk
-from calm.decoding.trunk import Trunk
+from calm.decoding.engine.backbone import CachedBackbone
+from calm.decoding.engine.decode_step import State, decode_step
+from calm.decoding.engine.predictors import Predictor
 from calm.errors import UserError
 from calm_kernels.backend import Backend, resolve
 
@@ -46,22 +46,22 @@ class CapturedStep:
 
     @classmethod
     def capture(cls, state: State) -> "CapturedStep":
-        """Capture `decode_one_chunk` on this state, whose cache is fixed; its contents are lost."""
+        """Capture `decode_step` on this state, whose cache is fixed; its contents are lost."""
         device = state.seed.device
         aside, captured = _streams(device)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device), torch.cuda.stream(aside):
             for _ in range(WARMUP_STEPS):  # compile kernels, fill caches of tables
-                decode_one_chunk(state)
+                decode_step(state)
         torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device), torch.cuda.graph(graph, stream=captured):
-            record = decode_one_chunk(state)
+            record = decode_step(state)
         torch.cuda.synchronize(device)
         return cls(state, graph, record)
 
     def replay(self) -> Tensor:
-        """As `decode_one_chunk`."""
+        """As `decode_step`."""
         self._graph.replay()
         return self._record.clone()
 
@@ -84,7 +84,7 @@ class Arranged(NamedTuple):
         twin: the model with its other weights laid out; None where they are as they should be.
     """
 
-    trunk: Trunk
+    trunk: CachedBackbone
     twin: PreTrainedModel | None
 
     def predictor(self, predictor: Predictor) -> Predictor:
@@ -122,7 +122,7 @@ def _arranged(kept: _Kept, predictor: Predictor) -> Arranged:
     if kept.arranged is None:
         _check_finite(predictor.model)
         with torch.inference_mode(False), torch.no_grad():  # a later call may be outside of it
-            trunk, twin = Trunk(predictor.backbone), predictor.arrange()
+            trunk, twin = CachedBackbone(predictor.backbone), predictor.arrange()
         if twin is predictor.model:
             twin = None
         else:

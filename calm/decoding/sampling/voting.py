@@ -1,7 +1,7 @@
 """Temperature for a model that can only be sampled: 1/T draws that agree.
 
 A law sharpened to P(x)^(1/T) cannot be computed without probabilities, but 1/T independent draws of
-the model that happen to be equal follow it. `calm.decoding.exact` waits for such agreement
+the model that happen to be equal follow it. `calm.decoding.sampling.exact` waits for such agreement
 (Algorithm 1); the vote here looks for it among N candidates (Algorithm 2,
 `calm_kernels.agreeing_patch`).
 
@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from torch import Tensor, zeros_like
 
-from calm.decoding.conditioning import Known
-from calm.decoding.slots import Candidates, decode_and_vote
-from calm.decoding.source import Source, decode
+from calm.decoding.sampling.chunk_distribution import ChunkDistribution, decode
+from calm.decoding.sampling.lazy_decode import Candidates, decode_and_vote
+from calm.decoding.sampling.prefix_rejection import Prefix
 from calm_kernels.agreeing_patch import agreeing_patch
 
 __all__ = ["Power", "split_power", "vote", "vote_by_count"]
@@ -44,12 +44,12 @@ def split_power(temperature: float) -> Power:
 
 
 def vote(
-    source: Source,
+    source: ChunkDistribution,
     latents: Tensor,
     temperature: float,
     *,
     seed: Tensor,
-    known: Known | None = None,
+    known: Prefix | None = None,
     is_slotwise: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One of the N candidates of each row, as if 1/T independent draws had agreed on it.
@@ -79,13 +79,13 @@ def vote(
 
 
 def vote_by_count(
-    source: Source,
+    source: ChunkDistribution,
     latents: Tensor,
     count: Tensor,
     temperature: float,
     *,
     seed: Tensor,
-    known: Known,
+    known: Prefix,
 ) -> tuple[Tensor, Tensor]:
     """`vote` where rows have different numbers of candidates; rows of equal numbers vote together.
 

@@ -1,8 +1,9 @@
 """What sampling methods draw from, and what they return.
 
-A method sees a model as a `Source`: a law over latents for each sequence of a batch, and a decoder
-in two steps (latent -> one hidden state a slot -> token), so that it can leave out tokens which
-cannot matter. `HeadSource` is a CALM after its backbone; tests write laws that are known exactly.
+A method sees a model as a `ChunkDistribution`: a distribution over latents for each sequence of a
+batch, and a decoder in two steps (latent -> one hidden state a slot -> token), so that it can skip
+tokens which cannot matter. `HeadDistribution` is a CALM after its backbone; tests write
+distributions that are known exactly.
 
 Shapes: B sequences, N draws, L latent size, K tokens of a chunk (slots), H hidden size.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from calm.models.continuous import ContinuousTransformer
 
-__all__ = ["Chunk", "HeadSource", "Method", "Source", "decode"]
+__all__ = ["Chunk", "ChunkDistribution", "HeadDistribution", "Method", "decode"]
 
 
 class Chunk(NamedTuple):
@@ -39,7 +40,7 @@ class Chunk(NamedTuple):
     saved: Tensor | None = None
 
 
-class Source(Protocol):
+class ChunkDistribution(Protocol):
     """The law of the next chunk of each of B sequences."""
 
     @property
@@ -73,7 +74,7 @@ class Source(Protocol):
     def project(self, slots: Tensor) -> Tensor:
         """Hidden states ``[..., H]`` to token ids ``[...]``."""
 
-    def select(self, rows: Tensor) -> "Source":
+    def select(self, rows: Tensor) -> "ChunkDistribution":
         """The sequences `rows`, int64 ``[b]``."""
 
 
@@ -84,10 +85,12 @@ class Method(Protocol):
     def is_capturable(self) -> bool:
         """Whether `choose` has fixed shapes and reads nothing back from a GPU."""
 
-    def choose(self, source: Source, seed: Tensor) -> Chunk:
+    def choose(self, source: ChunkDistribution, seed: Tensor) -> Chunk:
         """The next chunk of each sequence; `seed` is int64 ``[B, 2]``, a stream for each."""
 
-    def complete(self, source: Source, given: Tensor, given_length: Tensor, seed: Tensor) -> Chunk:
+    def complete(
+        self, source: ChunkDistribution, given: Tensor, given_length: Tensor, seed: Tensor
+    ) -> Chunk:
         """The next chunk of each sequence, its first tokens being known.
 
         Args:
@@ -99,7 +102,7 @@ class Method(Protocol):
         """
 
 
-class HeadSource:
+class HeadDistribution:
     """A model's head after the backbone's hidden states.
 
     Args:
@@ -122,7 +125,7 @@ class HeadSource:
         noise_scale: float = 1.0,
         noise_spread: float = 1.0,
     ) -> Tensor:
-        """See `Source`."""
+        """See `ChunkDistribution`."""
         return self.model.generative_head.sample(
             self.hidden,
             num_samples=num_samples,
@@ -132,18 +135,18 @@ class HeadSource:
         )
 
     def slots(self, latents: Tensor) -> Tensor:
-        """See `Source`."""
+        """See `ChunkDistribution`."""
         return self.model.ae_model.decoder.expand(latents)
 
     def project(self, slots: Tensor) -> Tensor:
-        """See `Source`; the logits are never formed."""
+        """See `ChunkDistribution`; the logits are never formed."""
         return self.model.ae_model.decoder.project(slots)
 
-    def select(self, rows: Tensor) -> "HeadSource":
-        """See `Source`."""
-        return HeadSource(self.model, self.hidden[rows])
+    def select(self, rows: Tensor) -> "HeadDistribution":
+        """See `ChunkDistribution`."""
+        return HeadDistribution(self.model, self.hidden[rows])
 
 
-def decode(source: Source, latents: Tensor) -> Tensor:
+def decode(source: ChunkDistribution, latents: Tensor) -> Tensor:
     """Latents ``[..., L]`` to token ids ``[..., K]``."""
     return source.project(source.slots(latents))

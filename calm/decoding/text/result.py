@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calm.decoding.prompt import left_aligned
-from calm.decoding.transcript import Transcript
+from calm.decoding.text.prompt import left_aligned
+from calm.decoding.text.transcript import Transcript
 
 __all__ = ["Generation", "Times", "assemble"]
 

@@ -1,9 +1,9 @@
 """A batch that is being continued: prefill, then chunk after chunk on memory allocated once.
 
-`prefill` reads the prompts, `first_chunk` respects what they give of it, `decode_one_chunk` does
+`prefill` reads the prompts, `first_chunk` respects what they give of it, `decode_step` does
 everything else: embedding of the last chunk, backbone, head, decoder and choice. With a fixed cache
 and a capturable predictor it has fixed shapes and reads nothing back, so that a CUDA graph can
-replay it (`calm.decoding.graph`).
+replay it (`calm.decoding.engine.cuda_graph`).
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calm.decoding.cache import PatchCache
-from calm.decoding.predictors import Predictor
-from calm.decoding.source import Chunk
-from calm.decoding.trunk import Trunk
+from calm.decoding.engine.backbone import CachedBackbone
+from calm.decoding.engine.kv_cache import KVCache
+from calm.decoding.engine.predictors import Predictor
+from calm.decoding.sampling.chunk_distribution import Chunk
 
-__all__ = ["Record", "State", "decode_one_chunk", "first_chunk", "prefill", "read_records"]
+__all__ = ["Record", "State", "decode_step", "first_chunk", "prefill", "read_records"]
 
 
 @dataclass
@@ -33,8 +33,8 @@ class State:
     """
 
     predictor: Predictor
-    trunk: Trunk
-    cache: PatchCache
+    trunk: CachedBackbone
+    cache: KVCache
     seed: Tensor
     tokens: Tensor
 
@@ -42,7 +42,7 @@ class State:
     def allocate(
         cls,
         predictor: Predictor,
-        trunk: Trunk,
+        trunk: CachedBackbone,
         *,
         batch_size: int,
         capacity: int,
@@ -99,13 +99,13 @@ def first_chunk(state: State, hidden: Tensor, given: Tensor, given_length: list[
         chunk = state.predictor.complete(hidden, given, length, state.seed)
     else:
         chunk = state.predictor.choose(hidden, state.seed)
-    return _move_on(state, chunk)
+    return _advance(state, chunk)
 
 
-def decode_one_chunk(state: State) -> Tensor:
+def decode_step(state: State) -> Tensor:
     """One chunk for each sequence: tokens and how they were found, as `read_records` takes it."""
     hidden = state.trunk.step(state.predictor.embed(state.tokens), state.cache)
-    return _move_on(state, state.predictor.choose(hidden, state.seed))
+    return _advance(state, state.predictor.choose(hidden, state.seed))
 
 
 def read_records(steps: list[Tensor]) -> list[list[Record]]:
@@ -117,7 +117,7 @@ def read_records(steps: list[Tensor]) -> list[list[Record]]:
     ]
 
 
-def _move_on(state: State, chunk: Chunk) -> Tensor:
+def _advance(state: State, chunk: Chunk) -> Tensor:
     """Keep the chunk as the next input, and pack it, int64 ``[B, K + 5]``."""
     state.tokens.copy_(chunk.tokens)
     state.seed[:, 1] += 1

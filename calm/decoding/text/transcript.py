@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from calm.decoding.prompt import Prompt
-from calm.decoding.step import Record
-from calm.decoding.stopping import StopStrings
+from calm.decoding.engine.decode_step import Record
+from calm.decoding.text.prompt import Prompt
+from calm.decoding.text.stopping import StopStrings
 from calm.errors import UserError
 
 __all__ = ["Transcript"]

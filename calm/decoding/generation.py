@@ -2,8 +2,8 @@
 
 Prompts are read once; afterwards the cache, which counts chunks, grows by one a step. A chunk
 enters the backbone as tokens, never as the latent that it was decoded from. What a step does is in
-`calm.decoding.step`, how a chunk is chosen in `calm.decoding.methods`, the loop in
-`calm.decoding.loop`.
+`calm.decoding.engine.decode_step`, how a chunk is chosen in `calm.decoding.sampling.methods`, the
+loop in `calm.decoding.loop`.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from calm.decoding.engine.predictors import make_predictor
 from calm.decoding.loop import Request, continue_prompts, prepare
-from calm.decoding.predictors import make_predictor
-from calm.decoding.prompt import Prompts
-from calm.decoding.result import Generation
+from calm.decoding.text.prompt import Prompts
+from calm.decoding.text.result import Generation
 from calm_kernels.autograd import without_autocast
 from calm_kernels.noise import Seed
 
@@ -63,7 +63,7 @@ def generate(
         temperature: T in (0, 1]; 1 samples the model, below it chunks are chosen by `method`.
         num_samples: N, candidates of a choice; the more, the closer ``batch`` comes to P^(1/T).
         method: ``batch`` (Algorithm 2), ``exact`` (Algorithm 1), ``medoid``, ``noise_scale`` or
-            ``direct`` (T = 1 alone), see `calm.decoding.methods`.
+            ``direct`` (T = 1 alone), see `calm.decoding.sampling.methods`.
         noise_scale: factor on the head's noise, for every method; 0 is deterministic.
         prompt_alignment: what becomes of prompt tokens that fill no whole chunk. ``condition``
             draws the first chunk given them; where no draw within the cap fits, the chunk is filled

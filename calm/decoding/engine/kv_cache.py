@@ -7,11 +7,11 @@ from torch import Tensor
 
 from calm.errors import UserError
 
-__all__ = ["PatchCache"]
+__all__ = ["KVCache"]
 
 
 @dataclass
-class PatchCache:
+class KVCache:
     """Keys and values of a batch whose sequences end in the same column.
 
     A shorter sequence starts further right: column c of sequence b is its chunk ``c - starts[b]``,
@@ -49,7 +49,7 @@ class PatchCache:
         dtype: torch.dtype,
         rotations: Tensor,
         is_fixed: bool,
-    ) -> "PatchCache":
+    ) -> "KVCache":
         """An empty cache. It holds zeros, as what is masked must still be finite."""
         shape = (2, num_layers, batch_size, num_heads, capacity, head_dim)
         keys, values = torch.zeros(shape, device=device, dtype=dtype)
@@ -86,9 +86,9 @@ class PatchCache:
         if self.position is not None:
             self.position += columns
 
-    def select(self, rows: Tensor) -> "PatchCache":
+    def select(self, rows: Tensor) -> "KVCache":
         """The sequences `rows`, int64 ``[b]``, in a cache of their own."""
-        return PatchCache(
+        return KVCache(
             self.keys[:, rows],
             self.values[:, rows],
             self.rotations,

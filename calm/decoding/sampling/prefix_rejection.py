@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calm.decoding.sampling import ROUND_STRIDE, advance
-from calm.decoding.slots import decode_matching
-from calm.decoding.source import Source
+from calm.decoding.sampling.chunk_distribution import ChunkDistribution
+from calm.decoding.sampling.lazy_decode import decode_matching
+from calm.decoding.sampling.seeds import ROUND_STRIDE, advance
 
-__all__ = ["Completions", "Known", "draw_fitting", "gather_completions", "waves"]
+__all__ = ["CollectedDraws", "Prefix", "collect_accepted", "draw_accepted", "waves"]
 
 
-class Known(NamedTuple):
+class Prefix(NamedTuple):
     """First tokens of the next chunk that are known.
 
     Attributes:
@@ -27,12 +27,12 @@ class Known(NamedTuple):
     tokens: Tensor
     length: Tensor
 
-    def select(self, rows: Tensor) -> "Known":
+    def select(self, rows: Tensor) -> "Prefix":
         """Those of the sequences `rows`."""
-        return Known(self.tokens[rows], self.length[rows])
+        return Prefix(self.tokens[rows], self.length[rows])
 
 
-class Fitting(NamedTuple):
+class AcceptedDraws(NamedTuple):
     """Draws of one wave that fit, in their order.
 
     Attributes:
@@ -48,7 +48,7 @@ class Fitting(NamedTuple):
     is_finite: Tensor
 
 
-class Completions(NamedTuple):
+class CollectedDraws(NamedTuple):
     """Draws kept for each row.
 
     Attributes:
@@ -78,14 +78,14 @@ def waves(
         wave, before, most = wave + 1, before + draws, min(2 * most, size)
 
 
-def draw_fitting(
-    source: Source,
-    known: Known | None,
+def draw_accepted(
+    source: ChunkDistribution,
+    known: Prefix | None,
     num_samples: int,
     seed: Tensor,
     noise_scale: float,
     noise_spread: float = 1.0,
-) -> Fitting:
+) -> AcceptedDraws:
     """One wave of draws; those that begin with what is known."""
     latents = source.latents(
         num_samples, seed, noise_scale=noise_scale, noise_spread=noise_spread
@@ -94,17 +94,17 @@ def draw_fitting(
     if known is None:
         place = torch.arange(num_samples, device=source.device).expand(len(source), -1)
         count = place.new_full((len(source),), num_samples)
-        return Fitting(latents, count, place, is_finite)
+        return AcceptedDraws(latents, count, place, is_finite)
     fits = decode_matching(source.slots(latents), source.project, known.tokens, known.length)
     count = fits.sum(0)
     place = (~fits).to(torch.uint8).argsort(dim=0, stable=True)[: int(count.max())]
     latents = latents.gather(0, place[..., None].expand(-1, -1, latents.shape[-1]))
-    return Fitting(latents, count, place.T, is_finite)
+    return AcceptedDraws(latents, count, place.T, is_finite)
 
 
-def gather_completions(
-    source: Source,
-    known: Known,
+def collect_accepted(
+    source: ChunkDistribution,
+    known: Prefix,
     *,
     needed: int,
     wave_size: int,
@@ -112,7 +112,7 @@ def gather_completions(
     seed: Tensor,
     noise_scale: float,
     noise_spread: float = 1.0,
-) -> Completions:
+) -> CollectedDraws:
     """Draw in waves until each row has `needed` draws that fit, or `max_draws` were made.
 
     Args:
@@ -130,7 +130,7 @@ def gather_completions(
     is_finite = torch.ones_like(rows, dtype=torch.bool)
     kept: Tensor | None = None
     for wave_seed, before, size in waves(seed, wave_size, max_draws, first=wave_size):
-        part = draw_fitting(
+        part = draw_accepted(
             source.select(rows),
             known.select(rows),
             size,
@@ -153,4 +153,4 @@ def gather_completions(
         if not len(rows):
             break
     assert kept is not None  # max_draws >= 1
-    return Completions(kept, count, draws, is_finite)
+    return CollectedDraws(kept, count, draws, is_finite)

@@ -1,10 +1,13 @@
-"""Counting chunks and leaving masked ones out."""
+"""Labels: counting chunks, and means over those that count.
+
+A label of -100 does not count, as in PyTorch's and transformers' losses.
+"""
 
 from torch import Tensor
 
-__all__ = ["IGNORED", "num_chunks", "weighted_mean"]
+__all__ = ["IGNORE_INDEX", "num_chunks", "weighted_mean"]
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 def num_chunks(input_ids: Tensor, patch_size: int) -> int:

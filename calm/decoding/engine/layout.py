@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from calm.errors import UserError
-from calm.models.layers import Linear
+from calm.layers import Linear
 from calm_kernels.products import prefers_columns
 
 __all__ = ["Product", "by_columns", "joined", "plain"]

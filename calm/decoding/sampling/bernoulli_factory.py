@@ -22,11 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calm.decoding.temperature import Power
+from calm.decoding.sampling.voting import Power
 
-__all__ = ["Outcome", "patience", "play"]
+__all__ = ["Outcome", "factory_stopping_draw", "run_rounds"]
 
-TABLE_SIZE = 2**14  # of `patience`
+TABLE_SIZE = 2**14  # of `factory_stopping_draw`
 
 
 class Outcome(NamedTuple):
@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
         used: draws of the block up to the end of the round that succeeded.
         saved: draws that failed rounds did without by stopping at their first mismatch.
         run: equal draws of the unfinished round, 0 .. n; n where its factory runs.
-        patience: draws of the unfinished round's factory until it gives up.
+        factory_left: draws of the unfinished round's factory until it gives up.
     """
 
     is_accepted: Tensor
@@ -47,10 +47,10 @@ class Outcome(NamedTuple):
     used: Tensor
     saved: Tensor
     run: Tensor
-    patience: Tensor
+    factory_left: Tensor
 
 
-def patience(uniforms: Tensor, fraction: float, limit: int) -> Tensor:
+def factory_stopping_draw(uniforms: Tensor, fraction: float, limit: int) -> Tensor:
     """Draw of the factory that ends a round, in 1 .. limit + 1, by inversion of its law.
 
     Args:
@@ -71,8 +71,8 @@ def patience(uniforms: Tensor, fraction: float, limit: int) -> Tensor:
     return torch.where(ends > known, later, ends)
 
 
-def play(
-    draws: Tensor, length: Tensor, power: Power, *, run: Tensor, bears: Tensor | None
+def run_rounds(
+    draws: Tensor, length: Tensor, power: Power, *, run: Tensor, stopping: Tensor | None
 ) -> Outcome:
     """Play rounds until one succeeds or the block is used up.
 
@@ -82,8 +82,9 @@ def play(
         length: draws of the block that count, ``[B]``; they come first.
         power: n and a.
         run: equal draws of the round carried in, ``[B]``; 0 for none.
-        bears: `patience` of the round that begins at each draw, int64 ``[B, n + W]``; the first n
-            for a round carried in: what is left of its patience where its run is n. None for a = 0.
+        stopping: `factory_stopping_draw` of the round that begins at each draw, int64
+            ``[B, n + W]``; the first n for a round carried in: what is left of it where its run is
+            n. None for a = 0.
 
     Cost: O(B W log W) time.
     """
@@ -98,10 +99,10 @@ def play(
     ends = run_end + 1  # where the next round begins
     saved = torch.where(fails, n - 1 - equal, 0)
     accepts, stop = equal >= n, (place + n).expand_as(equal)
-    if bears is not None:
+    if stopping is not None:
         match = _next_equal(patches).gather(1, (stop - 1).clamp(max=size - 1))
         match = torch.where(match < end, match, size)
-        last = stop + bears - 1  # the factory gives up if this draw is a mismatch
+        last = stop + stopping - 1  # the factory gives up if this draw is a mismatch
         gives_up = accepts & (last < match) & (last < end)
         fails, ends = fails | gives_up, torch.where(gives_up, last + 1, ends)
         accepts, stop = accepts & (match <= last) & (match < size), match + 1
@@ -109,15 +110,15 @@ def play(
     at = begin.clamp(max=size - 1)[:, None]
     beyond = end[:, 0] - begin  # draws since the unfinished round began
     left = torch.zeros_like(run)
-    if bears is not None:
-        left = bears.gather(1, at)[:, 0] - (beyond - n).clamp(min=0)
+    if stopping is not None:
+        left = stopping.gather(1, at)[:, 0] - (beyond - n).clamp(min=0)
     return Outcome(
         is_accepted=accepts.gather(1, at)[:, 0] & (begin < size),
         first=(begin - n + 1).clamp(min=0, max=draws.shape[1] - 1),
         used=stop.gather(1, at)[:, 0] - n,
         saved=total,
         run=beyond.clamp(max=n),
-        patience=left,
+        factory_left=left,
     )
 
 

@@ -1,8 +1,9 @@
 """The backbone without its framework: a prompt's chunks at once, then one chunk a step.
 
 `transformers.LlamaModel` spends more time between its operations than in them when it reads one
-chunk. `Trunk` holds the same weights, those of one product side by side, and does what is left: for
-each layer two norms, four products, a rotation and the attention over a preallocated cache. All
+chunk. `CachedBackbone` holds the same weights, those of one product side by side, and does what is
+left: for each layer two norms, four products, a rotation and the attention over a preallocated
+cache. All
 that is decided per call (masks, rotations, columns to write) is decided once for all layers.
 
 Dimensions of a head are reordered so that the two that rotate together are neighbours and one
@@ -19,13 +20,13 @@ from torch import Tensor, nn
 from transformers import LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from calm.decoding.cache import PatchCache
-from calm.decoding.layout import Product, joined, plain
+from calm.decoding.engine.kv_cache import KVCache
+from calm.decoding.engine.layout import Product, joined, plain
 from calm.errors import UserError
 from calm_kernels.products import linear
 from calm_kernels.threads import threads_for
 
-__all__ = ["Trunk"]
+__all__ = ["CachedBackbone"]
 
 
 class _Layer(NamedTuple):
@@ -39,7 +40,7 @@ class _Layer(NamedTuple):
     down: Product
 
 
-class _Place(NamedTuple):
+class _Positions(NamedTuple):
     """Where the chunks of one call go, and what they see."""
 
     rotation: Tensor  # [B or 1, Q, 1, D/2] complex
@@ -49,7 +50,7 @@ class _Place(NamedTuple):
     is_causal: bool
 
 
-class Trunk:
+class CachedBackbone:
     """A backbone's weights, arranged for reading chunk after chunk; they are copied.
 
     Args:
@@ -70,9 +71,9 @@ class Trunk:
         self.norm = backbone.norm.weight.detach()
         self.layers = [self._arrange(layer) for layer in backbone.layers]
 
-    def allocate(self, batch_size: int, capacity: int, *, is_fixed: bool = False) -> PatchCache:
-        """A cache of `capacity` chunks, see `PatchCache`."""
-        return PatchCache.allocate(
+    def allocate(self, batch_size: int, capacity: int, *, is_fixed: bool = False) -> KVCache:
+        """A cache of `capacity` chunks, see `KVCache`."""
+        return KVCache.allocate(
             num_layers=len(self.layers),
             batch_size=batch_size,
             num_heads=self.num_kv_heads,
@@ -94,7 +95,7 @@ class Trunk:
         cos, sin = self.rotary(self.norm.new_empty((), dtype=torch.float32), positions)
         return torch.complex(cos, sin)[0, :, : self.head_dim // 2]
 
-    def prefill(self, embeds: Tensor, starts: list[int], cache: PatchCache) -> Tensor:
+    def prefill(self, embeds: Tensor, starts: list[int], cache: KVCache) -> Tensor:
         """Read prompts of any lengths, which end in the last column.
 
         Args:
@@ -115,12 +116,12 @@ class Trunk:
             # a column before the start sees itself, lest its softmax be empty
             mask = self._additive((is_own & is_past) | (column == column[:, None]))
         columns = slice(0, len(column))
-        place = _Place(rotation, columns, len(column), mask, is_causal=mask is None)
+        place = _Positions(rotation, columns, len(column), mask, is_causal=mask is None)
         hidden = self._run(embeds, cache, place)[:, -1]
         cache.advance(len(column))
         return self._normalised(hidden, self.norm)
 
-    def step(self, embeds: Tensor, cache: PatchCache) -> Tensor:
+    def step(self, embeds: Tensor, cache: KVCache) -> Tensor:
         """Read one more chunk.
 
         Args:
@@ -139,7 +140,7 @@ class Trunk:
         cache.advance(1)
         return self._normalised(hidden, self.norm)
 
-    def _next_place(self, cache: PatchCache) -> _Place:
+    def _next_place(self, cache: KVCache) -> _Positions:
         """The column after `cache.length` filled ones; attention reads no more than those."""
         column, mask = cache.length, None
         rotation = cache.rotations[column].view(1, 1, 1, -1)
@@ -147,20 +148,20 @@ class Trunk:
             rotation = cache.rotations[column - cache.starts][:, None, None]
             seen = torch.arange(column + 1, device=cache.starts.device)
             mask = self._additive(seen >= cache.starts[:, None, None, None])
-        return _Place(rotation, slice(column, column + 1), column + 1, mask, is_causal=False)
+        return _Positions(rotation, slice(column, column + 1), column + 1, mask, is_causal=False)
 
-    def _fixed_place(self, cache: PatchCache, position: Tensor) -> _Place:
+    def _fixed_place(self, cache: KVCache, position: Tensor) -> _Positions:
         """The column that the device counts; attention reads all and masks those to come."""
         rotation = cache.rotations[position - cache.starts][:, None, None]
         column = torch.arange(cache.capacity, device=position.device)
         mask = (column >= cache.starts[:, None, None, None]) & (column <= position)
-        return _Place(rotation, position, cache.capacity, self._additive(mask), is_causal=False)
+        return _Positions(rotation, position, cache.capacity, self._additive(mask), is_causal=False)
 
     def _additive(self, mask: Tensor) -> Tensor:
         """0 where `mask` is true, else -inf: what attention would make of it in every layer."""
         return torch.zeros_like(mask, dtype=self.norm.dtype).masked_fill(~mask, -torch.inf)
 
-    def _run(self, hidden: Tensor, cache: PatchCache, place: _Place) -> Tensor:
+    def _run(self, hidden: Tensor, cache: KVCache, place: _Positions) -> Tensor:
         """All layers on ``[B, Q, H]``."""
         for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             normalised = self._normalised(hidden, layer.attention_norm)
@@ -171,7 +172,7 @@ class Trunk:
         return hidden
 
     def _attend(
-        self, hidden: Tensor, layer: _Layer, keys: Tensor, values: Tensor, place: _Place
+        self, hidden: Tensor, layer: _Layer, keys: Tensor, values: Tensor, place: _Positions
     ) -> Tensor:
         """Attention of ``[B, Q, H]`` over the cache ``[B, heads, capacity, D]`` of one layer."""
         batch, chunks = hidden.shape[:2]

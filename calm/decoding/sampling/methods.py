@@ -21,10 +21,10 @@ from typing import ClassVar, TypedDict
 import torch
 from torch import Tensor
 
-from calm.decoding.conditioning import Completions, Known, gather_completions
-from calm.decoding.exact import Exact
-from calm.decoding.source import Chunk, Method, Source, decode
-from calm.decoding.temperature import split_power, vote, vote_by_count
+from calm.decoding.sampling.chunk_distribution import Chunk, ChunkDistribution, Method, decode
+from calm.decoding.sampling.exact import Exact
+from calm.decoding.sampling.prefix_rejection import CollectedDraws, Prefix, collect_accepted
+from calm.decoding.sampling.voting import split_power, vote, vote_by_count
 from calm.errors import UserError
 
 __all__ = ["METHODS", "Batch", "Direct", "Exact", "Medoid", "NoiseScale", "build_method"]
@@ -57,7 +57,7 @@ class Direct:
         """Draws that a chunk is chosen from."""
         return 1
 
-    def choose(self, source: Source, seed: Tensor) -> Chunk:
+    def choose(self, source: ChunkDistribution, seed: Tensor) -> Chunk:
         """See `Method`."""
         latents = source.latents(
             self.needed, seed, noise_scale=self.noise_scale, noise_spread=self.noise_spread
@@ -67,10 +67,12 @@ class Direct:
         tokens, level = self._pick(source, latents, seed)
         return Chunk(tokens, level, count, torch.zeros_like(is_finite), is_finite)
 
-    def complete(self, source: Source, given: Tensor, given_length: Tensor, seed: Tensor) -> Chunk:
+    def complete(
+        self, source: ChunkDistribution, given: Tensor, given_length: Tensor, seed: Tensor
+    ) -> Chunk:
         """See `Method`; flagged where fewer than the `needed` draws were found."""
-        known = Known(given, given_length)
-        found = gather_completions(
+        known = Prefix(given, given_length)
+        found = collect_accepted(
             source,
             known,
             needed=self.needed,
@@ -83,19 +85,21 @@ class Direct:
         tokens, level = self._pick_completion(source, found, known, seed)
         return Chunk(tokens, level, found.draws, found.counts < self.needed, found.is_finite)
 
-    def _pick(self, source: Source, latents: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    def _pick(
+        self, source: ChunkDistribution, latents: Tensor, seed: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Tokens ``[B, K]`` and level ``[B]`` from draws ``[needed, B, L]``."""
         return decode(source, latents[0]), torch.ones_like(seed[:, 0])
 
     def _pick_completion(
-        self, source: Source, found: Completions, known: Known, seed: Tensor
+        self, source: ChunkDistribution, found: CollectedDraws, known: Prefix, seed: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The same from draws that fit."""
         tokens = decode(source, self._representative(found))
         has_any = found.counts > 0
         return torch.where(has_any[:, None], tokens, known.tokens), has_any.to(torch.int64)
 
-    def _representative(self, found: Completions) -> Tensor:
+    def _representative(self, found: CollectedDraws) -> Tensor:
         """The latent to decode, ``[B, L]``."""
         return found.latents[0]
 
@@ -140,11 +144,13 @@ class Batch(Direct):
         """Draws that a chunk is chosen from."""
         return self.num_samples
 
-    def _pick(self, source: Source, latents: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    def _pick(
+        self, source: ChunkDistribution, latents: Tensor, seed: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return vote(source, latents, self.temperature, seed=seed, is_slotwise=self.is_slotwise)
 
     def _pick_completion(
-        self, source: Source, found: Completions, known: Known, seed: Tensor
+        self, source: ChunkDistribution, found: CollectedDraws, known: Prefix, seed: Tensor
     ) -> tuple[Tensor, Tensor]:
         return vote_by_count(
             source, found.latents, found.counts, self.temperature, seed=seed, known=known
@@ -167,11 +173,13 @@ class Medoid(Direct):
         """Draws that a chunk is chosen from."""
         return self.num_samples
 
-    def _pick(self, source: Source, latents: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    def _pick(
+        self, source: ChunkDistribution, latents: Tensor, seed: Tensor
+    ) -> tuple[Tensor, Tensor]:
         count = torch.full_like(seed[:, 0], len(latents))
         return decode(source, medoid(latents, count)), torch.ones_like(count)
 
-    def _representative(self, found: Completions) -> Tensor:
+    def _representative(self, found: CollectedDraws) -> Tensor:
         return medoid(found.latents, found.counts)
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaModel, PreTrainedModel
 
-from calm.decoding.layout import by_columns
-from calm.decoding.methods import build_method
-from calm.decoding.source import Chunk, HeadSource, Method
+from calm.decoding.engine.layout import by_columns
+from calm.decoding.sampling.chunk_distribution import Chunk, HeadDistribution, Method
+from calm.decoding.sampling.methods import build_method
 from calm.errors import UserError
 from calm.models.baseline import BaselineTransformer
 from calm.models.continuous import ContinuousTransformer
@@ -103,11 +103,11 @@ class ChunkPredictor:
 
     def choose(self, hidden: Tensor, seed: Tensor) -> Chunk:
         """See `Predictor`."""
-        return self.method.choose(HeadSource(self.model, hidden), seed)
+        return self.method.choose(HeadDistribution(self.model, hidden), seed)
 
     def complete(self, hidden: Tensor, given: Tensor, given_length: Tensor, seed: Tensor) -> Chunk:
         """See `Predictor`."""
-        return self.method.complete(HeadSource(self.model, hidden), given, given_length, seed)
+        return self.method.complete(HeadDistribution(self.model, hidden), given, given_length, seed)
 
 
 @dataclass(frozen=True)

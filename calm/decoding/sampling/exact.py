@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from calm.decoding.conditioning import Fitting, Known, draw_fitting, waves
-from calm.decoding.rounds import Outcome, patience, play
-from calm.decoding.slots import Candidates
-from calm.decoding.source import Chunk, Source
-from calm.decoding.temperature import split_power, vote_by_count
+from calm.decoding.sampling.bernoulli_factory import Outcome, factory_stopping_draw, run_rounds
+from calm.decoding.sampling.chunk_distribution import Chunk, ChunkDistribution
+from calm.decoding.sampling.lazy_decode import Candidates
+from calm.decoding.sampling.prefix_rejection import AcceptedDraws, Prefix, draw_accepted, waves
+from calm.decoding.sampling.voting import split_power, vote_by_count
 from calm_kernels.noise import Stream, uniform
 
 __all__ = ["Exact"]
@@ -46,15 +46,17 @@ class Exact:
     max_draws: int = 5000
     is_capturable: ClassVar[bool] = False
 
-    def choose(self, source: Source, seed: Tensor) -> Chunk:
+    def choose(self, source: ChunkDistribution, seed: Tensor) -> Chunk:
         """See `Method`."""
         return self._search(source, None, seed)
 
-    def complete(self, source: Source, given: Tensor, given_length: Tensor, seed: Tensor) -> Chunk:
+    def complete(
+        self, source: ChunkDistribution, given: Tensor, given_length: Tensor, seed: Tensor
+    ) -> Chunk:
         """See `Method`."""
-        return self._search(source, Known(given, given_length), seed)
+        return self._search(source, Prefix(given, given_length), seed)
 
-    def _search(self, source: Source, known: Known | None, seed: Tensor) -> Chunk:
+    def _search(self, source: ChunkDistribution, known: Prefix | None, seed: Tensor) -> Chunk:
         search = _Search(self, source, known, seed)
         plan = waves(seed, self.num_samples, self.max_draws, first=FIRST_WAVE)
         for wave_seed, before, size in plan:
@@ -69,10 +71,12 @@ class _Search:
 
     Attributes:
         rows: sequences without a chunk, ``[b]``; each has a round that may be unfinished: a latent
-            of its patch, how many draws are equal to it, and how long its factory still bears.
+            of its patch, how many draws are equal to it, and how long its factory still stopping.
     """
 
-    def __init__(self, method: Exact, source: Source, known: Known | None, seed: Tensor) -> None:
+    def __init__(
+        self, method: Exact, source: ChunkDistribution, known: Prefix | None, seed: Tensor
+    ) -> None:
         self.method, self.source, self.known, self.seed = method, source, known, seed
         self.power = split_power(method.temperature)
         self.rows = torch.arange(len(source), device=source.device)
@@ -82,13 +86,13 @@ class _Search:
         self.draws, self.saved = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
         self.level = torch.full_like(self.rows, self.power.whole)
         self.is_finite = torch.ones_like(self.rows, dtype=torch.bool)
-        self.history: list[tuple[Tensor, Fitting]] = []
+        self.history: list[tuple[Tensor, AcceptedDraws]] = []
 
     def draw_wave(self, seed: Tensor, before: int, size: int) -> None:
         """Draw `size` more for each sequence without a chunk, `before` having been drawn."""
         rows, source = self.rows, self.source.select(self.rows)
         known = None if self.known is None else self.known.select(rows)
-        part = draw_fitting(source, known, size, seed[rows], self.method.noise_scale)
+        part = draw_accepted(source, known, size, seed[rows], self.method.noise_scale)
         self.history.append((rows, part))
         self.is_finite[rows] &= part.is_finite
         self.draws[rows] = before + size
@@ -101,17 +105,21 @@ class _Search:
         groups = candidates.groups
         if not held:
             groups = torch.cat([groups[:, :1], groups], dim=1)
-        bears = self._bears(seed[rows], size, len(part.latents))
-        outcome = play(groups, part.counts, self.power, run=self.run, bears=bears)
+        stopping = self._stopping_draws(seed[rows], size, len(part.latents))
+        outcome = run_rounds(groups, part.counts, self.power, run=self.run, stopping=stopping)
         index = outcome.first if held else (outcome.first - 1).clamp(min=0)
         self.tokens[rows] = candidates.tokens(index)
         self._record(outcome, part, before)
         stays = ~outcome.is_accepted
-        self.rows, self.run, self.left = rows[stays], outcome.run[stays], outcome.patience[stays]
+        self.rows, self.run, self.left = (
+            rows[stays],
+            outcome.run[stays],
+            outcome.factory_left[stays],
+        )
         self.held = latents[index, torch.arange(len(rows), device=rows.device)][stays]
 
-    def _bears(self, seed: Tensor, size: int, fitting: int) -> Tensor | None:
-        """Draws that the factory of the round beginning at each draw bears, ``[b, n + M]``."""
+    def _stopping_draws(self, seed: Tensor, size: int, fitting: int) -> Tensor | None:
+        """Draws that the factory of the round beginning at each draw stopping, ``[b, n + M]``."""
         whole, fraction = self.power
         if fraction == 0.0:
             return None
@@ -123,10 +131,10 @@ class _Search:
             device=seed.device,
             dtype=torch.float64,
         )[:, : whole + fitting]
-        bears = patience(uniforms, fraction, self.method.max_draws)
-        return torch.where((self.run == whole)[:, None], _with_first(bears, self.left), bears)
+        stopping = factory_stopping_draw(uniforms, fraction, self.method.max_draws)
+        return torch.where((self.run == whole)[:, None], _with_first(stopping, self.left), stopping)
 
-    def _record(self, outcome: Outcome, part: Fitting, before: int) -> None:
+    def _record(self, outcome: Outcome, part: AcceptedDraws, before: int) -> None:
         """Count the draws of this wave."""
         rows = self.rows
         last = (outcome.used - 1).clamp(min=0, max=part.place.shape[1] - 1)
@@ -141,7 +149,9 @@ class _Search:
             rows = self.rows
             is_fallback[rows] = True
             latents, count = self._all_draws(rows)
-            known = self.known or Known(torch.zeros_like(self.tokens), torch.zeros_like(self.draws))
+            known = self.known or Prefix(
+                torch.zeros_like(self.tokens), torch.zeros_like(self.draws)
+            )
             self.tokens[rows], self.level[rows] = vote_by_count(
                 self.source.select(rows),
                 latents,

@@ -1,0 +1,1 @@
+"""What runs on the device: a lean backbone, its KV cache, one decode step, CUDA graphs."""

@@ -1,0 +1,1 @@
+"""How the next chunk is chosen from draws of the head: temperature, voting, rejection, seeds."""
