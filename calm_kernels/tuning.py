@@ -43,8 +43,9 @@ class Launch:
     block_n: int = 8
     block_m: int = 16
     block_rows: int = 8
-    block_words: int = 128
-    block_features: int = 64
+    block_vocab: int = 128  # tokens of linear_argmax
+    block_outputs: int = 128  # output features of a fused layer of the energy head
+    block_features: int = 64  # summed over in one step of a matmul
     programs_per_processor: int = 1
 
 
@@ -100,54 +101,54 @@ TABLE: dict[tuple[str, str, int], Launch] = {
         num_warps=8, block_rows=16, block_features=256
     ),
     # The width of a fused layer is its number of rows; ".norm" normalises them as they are loaded,
-    # in every program again: few rows and many words each.
+    # in every program again: few rows and many outputs each.
     ("energy_head.layer", DEFAULT, 16): Launch(
-        num_warps=4, num_stages=4, block_rows=16, block_words=16, block_features=256
+        num_warps=4, num_stages=4, block_rows=16, block_outputs=16, block_features=256
     ),
     ("energy_head.layer", DEFAULT, 256): Launch(
-        num_warps=4, num_stages=5, block_rows=64, block_words=32
+        num_warps=4, num_stages=5, block_rows=64, block_outputs=32
     ),
     ("energy_head.layer", DEFAULT, MANY): Launch(
-        num_warps=4, num_stages=4, block_rows=64, block_words=64
+        num_warps=4, num_stages=4, block_rows=64, block_outputs=64
     ),
     ("energy_head.layer", "gfx942", 16): Launch(
-        num_warps=4, num_stages=2, block_rows=16, block_words=16, block_features=256
+        num_warps=4, num_stages=2, block_rows=16, block_outputs=16, block_features=256
     ),
     ("energy_head.layer", "gfx942", 256): Launch(
-        num_warps=4, num_stages=2, block_rows=64, block_words=32
+        num_warps=4, num_stages=2, block_rows=64, block_outputs=32
     ),
     ("energy_head.layer", "gfx942", MANY): Launch(
-        num_warps=4, num_stages=2, block_rows=64, block_words=64
+        num_warps=4, num_stages=2, block_rows=64, block_outputs=64
     ),
     ("energy_head.layer.norm", DEFAULT, 16): Launch(
-        num_warps=4, num_stages=3, block_rows=16, block_words=16, block_features=256
+        num_warps=4, num_stages=3, block_rows=16, block_outputs=16, block_features=256
     ),
     ("energy_head.layer.norm", DEFAULT, 256): Launch(
-        num_warps=4, num_stages=3, block_rows=32, block_words=64, block_features=128
+        num_warps=4, num_stages=3, block_rows=32, block_outputs=64, block_features=128
     ),
     ("energy_head.layer.norm", DEFAULT, MANY): Launch(
-        num_warps=8, num_stages=3, block_rows=64, block_words=128
+        num_warps=8, num_stages=3, block_rows=64, block_outputs=128
     ),
     ("energy_head.layer.norm", "gfx942", 16): Launch(
-        num_warps=4, num_stages=2, block_rows=16, block_words=16, block_features=256
+        num_warps=4, num_stages=2, block_rows=16, block_outputs=16, block_features=256
     ),
     ("energy_head.layer.norm", "gfx942", 256): Launch(
-        num_warps=4, num_stages=2, block_rows=32, block_words=64, block_features=128
+        num_warps=4, num_stages=2, block_rows=32, block_outputs=64, block_features=128
     ),
     ("energy_head.layer.norm", "gfx942", MANY): Launch(
-        num_warps=8, num_stages=2, block_rows=64, block_words=128
+        num_warps=8, num_stages=2, block_rows=64, block_outputs=128
     ),
     ("energy_head.layer.fp32", DEFAULT, MANY): Launch(
-        num_warps=4, num_stages=4, block_rows=64, block_words=32
+        num_warps=4, num_stages=4, block_rows=64, block_outputs=32
     ),
     ("energy_head.layer.fp32", "sm_80", MANY): Launch(
-        num_warps=4, num_stages=3, block_rows=32, block_words=32
+        num_warps=4, num_stages=3, block_rows=32, block_outputs=32
     ),
     ("energy_head.layer.fp32", "gfx942", MANY): Launch(
-        num_warps=4, num_stages=2, block_rows=64, block_words=32
+        num_warps=4, num_stages=2, block_rows=64, block_outputs=32
     ),
     # The width of linear_argmax is its number of rows: few of them wait for the weight, many for
-    # the products, and then a block of 256 words reads least from the cache.
+    # the matmuls, and then a block of 256 tokens reads least from the cache.
     ("linear_argmax", DEFAULT, 16): Launch(
         num_warps=4, num_stages=3, block_rows=16, block_features=128, programs_per_processor=3
     ),
@@ -168,11 +169,11 @@ TABLE: dict[tuple[str, str, int], Launch] = {
         num_warps=4, num_stages=4, block_rows=64, programs_per_processor=2
     ),
     ("linear_argmax", "sm_90", MANY): Launch(
-        num_warps=8, num_stages=3, block_rows=128, block_words=256
+        num_warps=8, num_stages=3, block_rows=128, block_vocab=256
     ),
     ("linear_argmax", "gfx942", MANY): Launch(num_warps=8, num_stages=2, block_rows=128),
     ("linear_argmax.fp32", DEFAULT, 16): Launch(
-        num_warps=4, num_stages=3, block_rows=16, block_words=64, programs_per_processor=2
+        num_warps=4, num_stages=3, block_rows=16, block_vocab=64, programs_per_processor=2
     ),
     ("linear_argmax.fp32", DEFAULT, MANY): Launch(
         num_warps=8, num_stages=2, block_rows=64, block_features=32

@@ -56,7 +56,7 @@ def layer_constants(
         "WIDTH": width,
         "IS_EVEN": width % chosen.block_features == 0,
         "BLOCK_R": chosen.block_rows,
-        "BLOCK_C": chosen.block_words,
+        "BLOCK_C": chosen.block_outputs,
         "BLOCK_K": chosen.block_features,
         "DOT_DTYPE": PRODUCT_DTYPES[dtype if can_round else torch.float32],
         "PRECISION": "tf32x3" if has_fast_math and dtype == torch.float32 else "ieee",
@@ -64,7 +64,7 @@ def layer_constants(
     if form != "residual":
         constants["FAST"] = has_fast_math
     if form == "silu":
-        tile = setting(name, arch, num_rows).block_words  # of the residual layer
+        tile = setting(name, arch, num_rows).block_outputs  # of the residual layer
         block = min(_BLOCK_TILES, 1 << (-(-width // tile) - 1).bit_length())
         constants |= {"TILE": tile, "BLOCK_T": block, "NORM_EPS": NORM_EPS}
     return constants | flags, launch_options(chosen)

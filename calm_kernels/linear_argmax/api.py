@@ -41,8 +41,8 @@ def linear_argmax(
 
     Source: CALM, section 3.3.3 (the autoencoder's decoder). Cost: 2 V H flops a row. The torch
         backend holds one block of logits at a time, never ``[rows, V]``; the kernels none at all.
-        Half-precision inputs are multiplied and summed in float32, and so is float32 (three tf32
-        products each on NVIDIA GPUs, which together are as accurate).
+        Half-precision inputs are multiplied and summed in float32, and so is float32 (as
+        three tf32 matmuls on NVIDIA GPUs, which together are as accurate).
     """
     dtype = check_projection(hidden, weight)
     chosen = resolve(backend, "linear_argmax", hidden, obstacle=_obstacle(dtype))

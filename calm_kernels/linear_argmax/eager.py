@@ -1,4 +1,4 @@
-"""The torch backend: blocks of logits, their running maximum and running log-sum-exp."""
+"""The torch backend: blocks of logits with a running maximum and log-sum-exp."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from calm_kernels.threads import threads_for
 
 __all__ = ["linear_argmax_eager"]
 
-# A block must fit the cache of a CPU (16 MB), and fill a GPU.
+# A block must fit into the cache of a CPU (16 MB) and fill a GPU.
 LOGITS_PER_BLOCK, LOGITS_PER_GPU_BLOCK = 2**22, 2**26
 MAX_ROWS = 1024
 
@@ -30,10 +30,10 @@ def linear_argmax_eager(
     for start in range(0, rows.shape[0], MAX_ROWS):
         block = slice(start, start + MAX_ROWS)
         inputs = rows[block].to(dtype)
-        num_words = num_logits // inputs.shape[0]
-        for first in range(0, weight.shape[0], num_words):
-            words = weight[first : first + num_words].to(rows.dtype).to(dtype)
-            logits = multiply(inputs, words)  # [MAX_ROWS, num_words] at most
+        block_vocab = num_logits // inputs.shape[0]
+        for first in range(0, weight.shape[0], block_vocab):
+            part = weight[first : first + block_vocab].to(rows.dtype).to(dtype)
+            logits = multiply(inputs, part)  # [MAX_ROWS, block_vocab] at most
             high, where = logits.max(dim=-1)
             best = largest[block]
             # strictly larger, so that the first of equals stays; NaN is larger than all but NaN
@@ -49,7 +49,7 @@ def linear_argmax_eager(
 def _one_block(
     rows: Tensor, weight: Tensor, with_logsumexp: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All logits at once, where they are few: nothing to compare between blocks."""
+    """All logits at once, where they are few: blocks need no comparison."""
     logits = multiply(rows, weight)
     with threads_for(logits.numel(), logits):
         largest, index = logits.max(dim=-1)

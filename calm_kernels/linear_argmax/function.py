@@ -20,7 +20,7 @@ __all__ = ["constants", "linear_argmax", "num_splits", "reduce_constants"]
 
 # A program of the second stage holds this many entries.
 _REDUCE_ENTRIES = 4096
-# Waves beyond the fewest that are tried, so that the last one leaves no processors idle.
+# Numbers of waves tried beyond the fewest, so that the last wave leaves no processors idle.
 _MORE_WAVES = 7
 
 
@@ -38,9 +38,9 @@ def constants(
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Compile-time constants and compiler options of the first stage.
 
-    float32 is multiplied in three tf32 products, whose error is that of float32 (AMD: float32);
-    the interpreter multiplies 16-bit numbers in float32 (`can_round` is False), because it would
-    take their bits for integers.
+    float32 is multiplied as three tf32 matmuls, whose error is that of float32 (AMD: float32). The
+    interpreter multiplies 16-bit numbers in float32 (`can_round` is False), because it would read
+    their bits as integers.
     """
     launch = setting(_operation(dtype), arch, num_rows)
     is_rounded = dtype.itemsize == 2 and can_round
@@ -49,7 +49,7 @@ def constants(
         "IS_EVEN": width % launch.block_features == 0,
         "WITH_TOTAL": with_total,
         "BLOCK_R": launch.block_rows,
-        "BLOCK_V": launch.block_words,
+        "BLOCK_V": launch.block_vocab,
         "BLOCK_H": launch.block_features,
         "DOT_DTYPE": half if is_rounded else tl.float32,
         "PRECISION": "tf32x3" if has_fast_math else "ieee",
@@ -61,8 +61,9 @@ def constants(
 def reduce_constants(
     slots: int, *, with_total: bool, has_fast_math: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compile-time constants and compiler options of the second stage, for at most `slots` splits:
-    they change with the number of rows, and nothing is compiled again for them.
+    """Compile-time constants and compiler options of the second stage, for at most `slots` splits.
+
+    The number of splits changes with that of rows; nothing is compiled again for it.
     """
     block = 1 << (slots - 1).bit_length()
     chosen = {
@@ -75,30 +76,29 @@ def reduce_constants(
 
 
 def num_splits(
-    num_rows: int, num_words: int, chosen: dict[str, Any], slots: int
+    num_rows: int, vocab_size: int, chosen: dict[str, Any], slots: int
 ) -> tuple[int, int]:
-    """Splits of the vocabulary and words in each: at most `slots` splits, and programs that fill
-    one wave of `slots`, or as many waves as are soonest done.
+    """Splits of the vocabulary, at most `slots`, and the tokens in each.
 
-    With one block of rows the weight is read once and nothing else takes time: splits then differ
-    by a fraction of a block.
+    The programs fill one wave of `slots`, or the number of waves that is done soonest. With one
+    block of rows reading the weight takes all the time, and splits are cut to 16 tokens.
     """
     row_blocks = -(-num_rows // chosen["BLOCK_R"])
     granule = chosen["BLOCK_V"] if row_blocks > 1 else 16
 
-    def words_of(waves: int) -> int:
-        words = -(-num_words // max(1, waves * slots // row_blocks))
-        return -(-words // granule) * granule
+    def tokens_of(waves: int) -> int:
+        tokens = -(-vocab_size // max(1, waves * slots // row_blocks))
+        return -(-tokens // granule) * granule
 
     def time(waves: int) -> int:
-        """In words that a processor reads; a program starts in that of about a block."""
-        words = words_of(waves)
-        programs = row_blocks * -(-num_words // words)
-        return -(-programs // slots) * (words + granule)
+        """In tokens that a processor reads; starting a program costs about one block."""
+        tokens = tokens_of(waves)
+        programs = row_blocks * -(-vocab_size // tokens)
+        return -(-programs // slots) * (tokens + granule)
 
     fewest = -(-row_blocks // slots)
-    words = words_of(min(range(fewest, min(fewest + _MORE_WAVES, row_blocks) + 1), key=time))
-    return -(-num_words // words), words
+    tokens = tokens_of(min(range(fewest, min(fewest + _MORE_WAVES, row_blocks) + 1), key=time))
+    return -(-vocab_size // tokens), tokens
 
 
 def _operation(dtype: torch.dtype) -> str:
@@ -109,7 +109,7 @@ def _operation(dtype: torch.dtype) -> str:
 def _argmax_op(rows: Tensor, weight: Tensor, with_logsumexp: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Index, largest entry and log-sum-exp (empty if not asked for)."""
     index, largest, logsumexp = _outputs(rows, with_logsumexp)
-    (num_rows, width), num_words = rows.shape, weight.shape[0]
+    (num_rows, width), vocab_size = rows.shape, weight.shape[0]
     if not num_rows:
         return index, largest, logsumexp
     arch, has_fast_math = architecture(rows.device), use_fast_math()
@@ -119,19 +119,19 @@ def _argmax_op(rows: Tensor, weight: Tensor, with_logsumexp: bool) -> tuple[Tens
     )  # fmt: skip
     at_once = setting(_operation(rows.dtype), arch, num_rows).programs_per_processor
     slots = at_once * num_processors(rows.device)
-    splits, words = num_splits(num_rows, num_words, chosen, slots)
-    high, word, total = _partials(rows, splits, with_logsumexp)
+    splits, tokens = num_splits(num_rows, vocab_size, chosen, slots)
+    high, token, total = _partials(rows, splits, with_logsumexp)
     grid = (-(-num_rows // chosen["BLOCK_R"]), splits)
     with torch.cuda.device_of(rows):
         partial_kernel[grid](
-            rows, weight, high, word, total, num_rows, num_words, words, width, *rows.stride(),
+            rows, weight, high, token, total, num_rows, vocab_size, tokens, width, *rows.stride(),
             *weight.stride(), **chosen, **options,
         )  # fmt: skip
         chosen, options = reduce_constants(
             slots, with_total=with_logsumexp, has_fast_math=has_fast_math
         )
         reduce_kernel[(-(-num_rows // chosen["BLOCK_R"]),)](
-            high, word, total, index, largest, logsumexp, num_rows, splits, **chosen, **options
+            high, token, total, index, largest, logsumexp, num_rows, splits, **chosen, **options
         )
     return index, largest, logsumexp
 
@@ -146,7 +146,7 @@ def _outputs(rows: Tensor, with_logsumexp: bool) -> tuple[Tensor, Tensor, Tensor
 
 
 def _partials(rows: Tensor, splits: int, with_logsumexp: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest logit, word and sum of exponentials of each split and row."""
+    """Largest logit, its token and the sum of exponentials of each split and row."""
     shape = (splits, rows.shape[0])
     return (
         rows.new_empty(shape, dtype=torch.float32),

@@ -1,4 +1,4 @@
-"""Argmax over the vocabulary by writing all logits down."""
+"""Argmax over the vocabulary with all logits in memory."""
 
 from torch import Tensor
 

@@ -29,7 +29,7 @@ def linear_cross_entropy(
         hidden: ``[..., H]``, any float dtype; differentiable.
         weight: ``[V, H]``, same dtype (under autocast both are cast) and device; differentiable.
         labels: ``[...]`` int64, in [0, V) or `ignore_index`.
-        ignore_index: label of a row that counts for nothing.
+        ignore_index: label of a row that is skipped.
         backend: ``auto``, ``reference``, ``torch`` or ``triton`` (no float64).
 
     Returns: scalar in float32 (float64 for float64). As `torch.nn.functional.cross_entropy` it is
@@ -40,8 +40,8 @@ def linear_cross_entropy(
             also a label out of range. On a GPU such a label fails an assertion of the torch backend
             and makes the loss of the Triton backend NaN.
 
-    Source: CALM, section 2.1 (reconstruction loss). Cost: three matrix products, one if no gradient
-        is needed. Torch and Triton hold the logits of one block of rows at a time, never
+    Source: CALM, section 2.1 (reconstruction loss). Cost: three matmuls, one if no gradient is
+        needed. Torch and Triton hold the logits of one block of rows at a time, never
         ``[rows, V]``, and compute the gradients in the forward pass; they have no second derivative
         and do not synchronise a GPU. Half-precision inputs are multiplied and summed in float32,
         logits and their gradients kept in float32 (Triton: in the dtype of the inputs).
@@ -72,11 +72,11 @@ def _obstacle(dtype: torch.dtype) -> str | None:
     return "computes in float32 and takes no float64 input" if dtype == torch.float64 else None
 
 
-def _check_range(labels: Tensor, num_words: int, ignore_index: int) -> None:
+def _check_range(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
     """On the CPU, where reading costs nothing; a GPU's gather asserts on the device."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    is_wrong = ((labels < 0) | (labels >= num_words)) & (labels != ignore_index)
+    is_wrong = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
     if is_wrong.any():
         found = int(labels[is_wrong][0])
-        raise ValueError(f"labels must lie in [0, {num_words}) or be {ignore_index}; got {found}")
+        raise ValueError(f"labels must lie in [0, {vocab_size}) or be {ignore_index}; got {found}")

@@ -1,4 +1,4 @@
-"""The torch backend: blocks of rows whose gradients are taken while their logits are at hand."""
+"""The torch backend: blocks of rows; gradients are computed while the logits are there."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from calm_kernels.products import multiply, outer
 
 __all__ = ["linear_cross_entropy_eager"]
 
-# A block must fit the cache of a CPU (16 MB), and fill a GPU; each block also reads and writes the
+# A block must fit into the cache of a CPU (16 MB) and fill a GPU. Each block reads and writes the
 # gradient of the weight once, so it must not have too few rows.
 LOGITS_PER_BLOCK, LOGITS_PER_GPU_BLOCK = 2**22, 2**28
 MIN_ROWS = 256
@@ -26,7 +26,7 @@ def linear_cross_entropy_eager(
     product_dtype: torch.dtype,
 ) -> Tensor:
     """Mean cross-entropy, scalar; see `calm_kernels.linear_cross_entropy`."""
-    if not torch.is_grad_enabled():  # else the function would compute gradients all the same
+    if not torch.is_grad_enabled():  # the function would compute gradients even so
         rows, weight = rows.detach(), weight.detach()
     return _LinearCrossEntropy.apply(rows, weight, labels, ignore_index, product_dtype)
 
@@ -34,8 +34,8 @@ def linear_cross_entropy_eager(
 class _LinearCrossEntropy(Function):
     """Turns the logits of a block into softmax - onehot, their gradient up to the weight of a row.
 
-    That weight, 1 / count or 0, multiplies the narrow factors instead: the rows for the gradient
-    of `weight`, the result for the gradient of `rows`.
+    That weight, 1 / count or 0, multiplies smaller arrays instead: the rows for the gradient of
+    `weight`, the result for the gradient of `rows`.
     """
 
     @staticmethod
@@ -47,27 +47,27 @@ class _LinearCrossEntropy(Function):
         ignore_index: int,
         product_dtype: torch.dtype,
     ) -> Tensor:
-        words = weight.to(product_dtype).to(accumulation_dtype(product_dtype))
+        cast_weight = weight.to(product_dtype).to(accumulation_dtype(product_dtype))
         needs_rows, needs_weight = ctx.needs_input_grad[:2]
         drows = torch.empty_like(rows) if needs_rows else None
-        dwords = words.new_zeros(words.shape[::-1]) if needs_weight else None  # [H, V]
+        dweight = cast_weight.new_zeros(cast_weight.shape[::-1]) if needs_weight else None  # [H, V]
         is_counted = labels != ignore_index
         count = is_counted.sum()
-        share = is_counted[:, None].to(words.dtype) / count.clamp(min=1)  # [R, 1]
+        share = is_counted[:, None].to(cast_weight.dtype) / count.clamp(min=1)  # [R, 1]
         targets = labels.where(is_counted, 0)[:, None]
-        losses = words.new_empty(rows.shape[0])
+        losses = cast_weight.new_empty(rows.shape[0])
         num_logits = LOGITS_PER_BLOCK if rows.device.type == "cpu" else LOGITS_PER_GPU_BLOCK
-        block_rows = max(MIN_ROWS, num_logits // words.shape[0])
+        block_rows = max(MIN_ROWS, num_logits // cast_weight.shape[0])
         for start in range(0, rows.shape[0], block_rows):
             block = slice(start, start + block_rows)
-            inputs = rows[block].to(product_dtype).to(words.dtype)
-            losses[block], dlogits = _losses(multiply(inputs, words), targets[block])
+            inputs = rows[block].to(product_dtype).to(cast_weight.dtype)
+            losses[block], dlogits = _losses(multiply(inputs, cast_weight), targets[block])
             if drows is not None:
-                drows[block] = multiply(dlogits, words.T).mul_(share[block])
-            if dwords is not None:
-                dwords += outer(inputs * share[block], dlogits)
+                drows[block] = multiply(dlogits, cast_weight.T).mul_(share[block])
+            if dweight is not None:
+                dweight += outer(inputs * share[block], dlogits)
             del dlogits  # its memory serves the next block
-        ctx.save_for_backward(drows, None if dwords is None else dwords.T.to(weight.dtype))
+        ctx.save_for_backward(drows, None if dweight is None else dweight.T.to(weight.dtype))
         return losses.where(is_counted, 0.0).sum() / count
 
     @staticmethod
@@ -80,7 +80,7 @@ class _LinearCrossEntropy(Function):
 def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each row ``[rows]`` and its gradient, softmax - onehot ``[rows, V]``.
 
-    The log-sum-exp is read off the softmax at the largest logit, where it is at least 1 / V.
+    The log-sum-exp follows from the softmax at the largest logit, which is at least 1 / V.
     """
     softmax = torch.softmax(logits, dim=-1)
     logsumexp = logits.amax(dim=-1) - softmax.amax(dim=-1).log()

@@ -1,5 +1,8 @@
-"""Chunks of rows: a product for their logits, one kernel that turns these into losses and
-gradients, and the products that take the gradients on. Autograd is taught to scale what is stored.
+"""The custom op and its gradient.
+
+The op takes blocks of rows: one matmul gives their logits, one kernel turns these into losses and
+gradients, and two matmuls carry the gradients on to rows and weight. The backward pass scales the
+stored gradients.
 """
 
 from typing import Any
@@ -12,13 +15,13 @@ from calm_kernels.linear_cross_entropy.kernels import loss_kernel
 from calm_kernels.products import add_product, multiply_wide
 from calm_kernels.tuning import architecture, launch_options, setting, use_fast_math, warp_size
 
-__all__ = ["chunk_rows", "constants", "linear_cross_entropy", "row_stride"]
+__all__ = ["block_rows", "constants", "linear_cross_entropy", "row_stride"]
 
-# A chunk's logits take at most this; each chunk also reads and writes the weight's gradient.
+# The logits of a block take at most this; each block also reads and writes the weight's gradient.
 LOGITS_BYTES = 2**31
-# Softmax of 1e5 words would lose bits in float16, whose smallest normal number is 6e-5.
+# A softmax over 1e5 tokens would lose bits in float16, whose smallest normal number is 6e-5.
 _SCALES = {torch.float16: 1024.0}
-_PADDING = 16  # words; rows then start where 16 bytes are read at once
+_PADDING = 16  # elements; rows then start where 16 bytes are read at once
 
 
 def linear_cross_entropy(
@@ -29,23 +32,23 @@ def linear_cross_entropy(
     return _loss_op(rows, weight, labels.contiguous(), ignore_index, product_dtype, *needs)[0]
 
 
-def row_stride(num_words: int) -> int:
-    """Words of a row of logits with its padding."""
-    return -(-num_words // _PADDING) * _PADDING
+def row_stride(vocab_size: int) -> int:
+    """Elements from one row of logits to the next, padding included."""
+    return -(-vocab_size // _PADDING) * _PADDING
 
 
-def chunk_rows(num_rows: int, num_words: int, itemsize: int) -> int:
-    """Rows of a chunk: as few chunks as memory allows, all of nearly the same size."""
-    most = max(128, LOGITS_BYTES // (row_stride(num_words) * itemsize))
-    chunks = -(-num_rows // most)
-    return min(num_rows, most, -(-num_rows // (128 * chunks)) * 128)
+def block_rows(num_rows: int, vocab_size: int, itemsize: int) -> int:
+    """Rows of a block: as few blocks as memory allows, all of nearly the same size."""
+    most = max(128, LOGITS_BYTES // (row_stride(vocab_size) * itemsize))
+    num_blocks = -(-num_rows // most)
+    return min(num_rows, most, -(-num_rows // (128 * num_blocks)) * 128)
 
 
 def constants(
-    num_words: int, dtype: torch.dtype, arch: str, *, need_gradient: bool, has_fast_math: bool
+    vocab_size: int, dtype: torch.dtype, arch: str, *, need_gradient: bool, has_fast_math: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time constants and compiler options of the kernel."""
-    launch = setting("linear_cross_entropy", arch, num_words)
+    launch = setting("linear_cross_entropy", arch, vocab_size)
     inner = 16 // dtype.itemsize
     vectors = launch.features_per_lane // 8  # of 16 bytes
     chosen = {
@@ -67,23 +70,23 @@ def _loss_op(
     need_rows: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, and with `factor`, a scalar, still to come: gradients of rows and weight in float32,
-    empty if not needed.
+    """Loss, the scalar `factor`, and the gradients of rows and weight in float32, still to be
+    multiplied by `factor`; a gradient that is not needed is empty.
     """
     loss, factor, drows, dweight = _outputs(rows, weight, need_rows, need_weight)
-    words = weight.to(product_dtype)
-    num_rows, num_words, stride = rows.shape[0], weight.shape[0], row_stride(weight.shape[0])
+    cast_weight = weight.to(product_dtype)
+    num_rows, vocab_size, stride = rows.shape[0], weight.shape[0], row_stride(weight.shape[0])
     losses = rows.new_zeros(num_rows, dtype=torch.float32)
-    size = chunk_rows(num_rows, num_words, product_dtype.itemsize) if num_rows else 0
+    size = block_rows(num_rows, vocab_size, product_dtype.itemsize) if num_rows else 0
     logits = rows.new_empty(size, stride, dtype=product_dtype)
     for start in range(0, num_rows, max(1, size)):
-        chunk = slice(start, start + size)
-        inputs = rows[chunk].to(product_dtype)
-        dlogits = logits[: inputs.shape[0], :num_words]
-        torch.mm(inputs, words.T, out=dlogits)
-        _launch(dlogits, labels[chunk], losses[chunk], ignore_index, need_rows or need_weight)
+        block = slice(start, start + size)
+        inputs = rows[block].to(product_dtype)
+        dlogits = logits[: inputs.shape[0], :vocab_size]
+        torch.mm(inputs, cast_weight.T, out=dlogits)
+        _launch(dlogits, labels[block], losses[block], ignore_index, need_rows or need_weight)
         if need_rows:
-            drows[chunk] = multiply_wide(dlogits, words)
+            drows[block] = multiply_wide(dlogits, cast_weight)
         if need_weight:
             add_product(dweight, dlogits.T, inputs)
     count = (labels != ignore_index).sum()
@@ -95,15 +98,15 @@ def _loss_op(
 def _launch(
     logits: Tensor, labels: Tensor, losses: Tensor, ignore_index: int, need_gradient: bool
 ) -> None:
-    """Losses of a chunk; logits become their gradient."""
-    num_rows, num_words = logits.shape
+    """Losses of a block of rows; logits become their gradient."""
+    num_rows, vocab_size = logits.shape
     chosen, options = constants(
-        num_words, logits.dtype, architecture(logits.device), need_gradient=need_gradient,
+        vocab_size, logits.dtype, architecture(logits.device), need_gradient=need_gradient,
         has_fast_math=use_fast_math(),
     )  # fmt: skip
     with torch.cuda.device_of(logits):
         loss_kernel[(num_rows,)](
-            logits, labels, losses, num_words, logits.stride(0), ignore_index,
+            logits, labels, losses, vocab_size, logits.stride(0), ignore_index,
             _SCALES.get(logits.dtype, 1.0), **chosen, **options,
         )  # fmt: skip
 
@@ -111,7 +114,7 @@ def _launch(
 def _outputs(
     rows: Tensor, weight: Tensor, need_rows: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, factor and gradients; the weight's starts at zero, because chunks add to it."""
+    """Loss, factor and gradients; the weight's starts at zero, because blocks add to it."""
     return (
         rows.new_empty((), dtype=torch.float32),
         rows.new_empty((), dtype=torch.float32),
@@ -134,7 +137,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep the gradients that the chunks left."""
+    """Keep the gradients that the blocks left."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
     ctx.dtypes = [tensor.dtype for tensor in inputs[:2]]

@@ -1,8 +1,8 @@
 """Cross-entropy of a row of logits, and its gradient written over the logits.
 
-A program walks over its row twice: for the log-sum-exp, and for softmax - onehot. A lane reads 16
-bytes at a time, keeps its own maximum and sum, and meets the other lanes once, at the end. Rows
-whose label does not count are filled with zeros and never read.
+A program reads its row twice: for the log-sum-exp, and for softmax - onehot. A lane reads 16 bytes
+at a time and keeps its own maximum and sum; the lanes are combined once, at the end. Rows whose
+label is ignored are filled with zeros and never read.
 """
 
 import triton
@@ -18,24 +18,24 @@ _LOWEST = tl.constexpr(-1e38)  # finite, so that no difference is inf - inf
 
 
 @triton.jit
-def _load(logits_ptr, column, num_words, stride_r, EVICTION: tl.constexpr):
-    """Logits of these columns; -inf from `num_words` to the end of the padded row."""
+def _load(logits_ptr, column, vocab_size, stride_r, EVICTION: tl.constexpr):
+    """Logits of these columns; -inf from `vocab_size` to the end of the padded row."""
     logits = tl.load(
         logits_ptr + column, mask=column < stride_r, other=0.0, eviction_policy=EVICTION
     )
-    return tl.where(column < num_words, logits.to(tl.float32), float("-inf"))
+    return tl.where(column < vocab_size, logits.to(tl.float32), float("-inf"))
 
 
 @triton.jit
 def _logsumexp(
-    logits_ptr, column, num_words, stride_r, LANES: tl.constexpr, INNER: tl.constexpr,
+    logits_ptr, column, vocab_size, stride_r, LANES: tl.constexpr, INNER: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
     """Largest logit m of the row, and log2 Σ exp(logit - m)."""
     high = tl.full([LANES], _LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
-    for start in range(0, num_words, LANES * INNER):
-        logits = _load(logits_ptr, start + column, num_words, stride_r, "evict_last")
+    for start in range(0, vocab_size, LANES * INNER):
+        logits = _load(logits_ptr, start + column, vocab_size, stride_r, "evict_last")
         raised = tl.maximum(high, tl.max(logits, axis=1))
         terms = exp2((logits - raised[:, None]) * _LOG2_E, FAST)
         total = total * exp2((high - raised) * _LOG2_E, FAST) + tl.sum(terms, axis=1)
@@ -47,13 +47,13 @@ def _logsumexp(
 
 @triton.jit
 def _write_gradient(
-    logits_ptr, column, label, largest, logarithm, num_words, stride_r, scale, LANES: tl.constexpr,
+    logits_ptr, column, label, largest, logarithm, vocab_size, stride_r, scale, LANES: tl.constexpr,
     INNER: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """scale · (softmax - onehot) over the logits."""
-    for start in range(0, num_words, LANES * INNER):
+    for start in range(0, vocab_size, LANES * INNER):
         here = start + column
-        logits = _load(logits_ptr, here, num_words, stride_r, "evict_first")
+        logits = _load(logits_ptr, here, vocab_size, stride_r, "evict_first")
         softmax = exp2((logits - largest) * _LOG2_E - logarithm, FAST)
         gradient = scale * tl.where(here == label, softmax - 1.0, softmax)
         gradient = gradient.to(logits_ptr.dtype.element_ty)
@@ -62,11 +62,11 @@ def _write_gradient(
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def loss_kernel(
-    logits_ptr, labels_ptr, losses_ptr, num_words, stride_r, ignore_index, scale,
+    logits_ptr, labels_ptr, losses_ptr, vocab_size, stride_r, ignore_index, scale,
     NEED_GRADIENT: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """loss = log Σ exp(logits) - logit of the label, 0 where it is ignored and NaN where it is no
-    word; rows are `stride_r` apart and padded to it.
+    """loss = log Σ exp(logits) - logit of the label; 0 where the label is ignored, NaN where it is
+    out of range. Rows are `stride_r` apart and padded to it.
     """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
@@ -77,16 +77,18 @@ def loss_kernel(
         tl.store(losses_ptr + row, 0.0)
         if NEED_GRADIENT:
             zeros = tl.zeros([LANES, INNER], logits_ptr.dtype.element_ty)
-            for start in range(0, num_words, LANES * INNER):
+            for start in range(0, vocab_size, LANES * INNER):
                 here = start + column
                 tl.store(logits_ptr + here, zeros, mask=here < stride_r)
     else:
-        is_word = (label >= 0) & (label < num_words)
-        chosen = tl.load(logits_ptr + label, mask=is_word, other=float("nan")).to(tl.float32)
-        largest, logarithm = _logsumexp(logits_ptr, column, num_words, stride_r, LANES, INNER, FAST)
+        is_token = (label >= 0) & (label < vocab_size)
+        chosen = tl.load(logits_ptr + label, mask=is_token, other=float("nan")).to(tl.float32)
+        largest, logarithm = _logsumexp(
+            logits_ptr, column, vocab_size, stride_r, LANES, INNER, FAST
+        )
         tl.store(losses_ptr + row, largest - chosen + logarithm * _LN_2)
         if NEED_GRADIENT:
             _write_gradient(
-                logits_ptr, column, label, largest, logarithm, num_words, stride_r, scale, LANES,
+                logits_ptr, column, label, largest, logarithm, vocab_size, stride_r, scale, LANES,
                 INNER, FAST,
             )  # fmt: skip

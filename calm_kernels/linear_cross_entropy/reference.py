@@ -1,4 +1,4 @@
-"""Cross-entropy by writing all logits down."""
+"""Cross-entropy with all logits in memory."""
 
 import torch
 import torch.nn.functional as F

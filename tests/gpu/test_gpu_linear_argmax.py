@@ -5,15 +5,15 @@ import torch
 
 from calm_kernels import linear_argmax
 
-WORDS, WIDTH = 128_256, 512
+VOCAB_SIZE, WIDTH = 128_256, 512
 # A difference of two logits that the order of their sums cannot turn round.
 MARGIN = {torch.bfloat16: 1e-3, torch.float16: 1e-3, torch.float32: 1e-3}
 
 
-def make_inputs(rows, words=WORDS, width=WIDTH, dtype=torch.bfloat16):
+def make_inputs(rows, vocab_size=VOCAB_SIZE, width=WIDTH, dtype=torch.bfloat16):
     generator = torch.Generator("cuda").manual_seed(rows)
     options = {"device": "cuda", "generator": generator}
-    hidden, weight = torch.randn(rows, width, **options), torch.randn(words, width, **options)
+    hidden, weight = torch.randn(rows, width, **options), torch.randn(vocab_size, width, **options)
     return hidden.to(dtype), weight.to(dtype)
 
 
@@ -35,14 +35,16 @@ def test_parity_at_full_size(rows, dtype):
     torch.testing.assert_close(logsumexp.double(), logits.logsumexp(-1), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("rows", "words", "width"), [(3, 1, 8), (5, 32_001, 72), (129, 777, 500)])
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "width"), [(3, 1, 8), (5, 32_001, 72), (129, 777, 500)]
+)
 @pytest.mark.parametrize("dtype", MARGIN, ids=str)
-def test_odd_sizes_with_ties(rows, words, width, dtype):
+def test_odd_sizes_with_ties(rows, vocab_size, width, dtype):
     """Small integers: logits are exact, and ties are everywhere."""
     generator = torch.Generator("cuda").manual_seed(0)
     options = {"device": "cuda", "generator": generator}
     hidden = torch.randint(-1, 2, (rows, width), **options).to(dtype)
-    weight = torch.randint(-1, 2, (words, width), **options).to(dtype)
+    weight = torch.randint(-1, 2, (vocab_size, width), **options).to(dtype)
     index = linear_argmax(hidden, weight, backend="triton")
     assert torch.equal(index, (hidden.double() @ weight.double().T).argmax(-1))
 
@@ -76,7 +78,7 @@ def test_a_captured_graph_and_memory():
 
 
 def test_offsets_beyond_32_bits():
-    words, width = 600_000, 4096
-    hidden, weight = make_inputs(3, words, width)
-    weight[words - 1] = 10 * hidden[1]
-    assert linear_argmax(hidden, weight, backend="triton")[1] == words - 1
+    vocab_size, width = 600_000, 4096
+    hidden, weight = make_inputs(3, vocab_size, width)
+    weight[vocab_size - 1] = 10 * hidden[1]
+    assert linear_argmax(hidden, weight, backend="triton")[1] == vocab_size - 1

@@ -10,12 +10,12 @@ from calm_kernels import linear_cross_entropy
 ERROR = {torch.bfloat16: 6e-3, torch.float16: 2e-3, torch.float32: 2e-3}
 
 
-def make_inputs(rows, words, width, dtype=torch.bfloat16):
+def make_inputs(rows, vocab_size, width, dtype=torch.bfloat16):
     generator = torch.Generator("cuda").manual_seed(1)
     options = {"device": "cuda", "generator": generator}
     hidden = torch.randn(rows, width, **options).to(dtype).requires_grad_()
-    weight = (0.05 * torch.randn(words, width, **options)).to(dtype).requires_grad_()
-    labels = torch.randint(words, (rows,), **options)
+    weight = (0.05 * torch.randn(vocab_size, width, **options)).to(dtype).requires_grad_()
+    labels = torch.randint(vocab_size, (rows,), **options)
     labels[::7] = -100
     return hidden, weight, labels
 
@@ -28,10 +28,10 @@ def run(inputs, backend):
 
 @pytest.mark.parametrize("dtype", ERROR, ids=str)
 @pytest.mark.parametrize(
-    ("rows", "words", "width"), [(5, 7, 8), (1000, 32_001, 72), (9000, 128_256, 512)]
+    ("rows", "vocab_size", "width"), [(5, 7, 8), (1000, 32_001, 72), (9000, 128_256, 512)]
 )
-def test_parity(rows, words, width, dtype):
-    inputs = make_inputs(rows, words, width, dtype)
+def test_parity(rows, vocab_size, width, dtype):
+    inputs = make_inputs(rows, vocab_size, width, dtype)
     actual = run(inputs, "triton")
     wide = [value.detach().float().requires_grad_() for value in inputs[:2]]
     for value, wanted in zip(actual, run([*wide, inputs[2]], "torch"), strict=True):

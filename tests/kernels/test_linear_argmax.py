@@ -128,7 +128,7 @@ def test_autocast_multiplies_in_its_dtype(backend, generator):
     assert torch.equal(mixed, plain)
 
 
-def test_memory_does_not_grow_with_rows_times_words():
+def test_memory_does_not_grow_with_rows_times_vocabulary():
     hidden, weight = torch.randn(3000, 4), torch.randn(4000, 4)
     with LargestOutput() as largest:
         linear_argmax(hidden, weight, return_logsumexp=True, backend="torch")

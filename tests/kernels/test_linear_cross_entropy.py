@@ -140,7 +140,7 @@ def test_only_the_products_that_are_needed(frozen, products, generator):
         assert (weight.grad is None) == (frozen == "weight")
 
 
-def test_memory_does_not_grow_with_rows_times_words():
+def test_memory_does_not_grow_with_rows_times_vocabulary():
     hidden = torch.randn(3000, 4, requires_grad=True)
     weight = torch.randn(4000, 4, requires_grad=True)
     labels = torch.randint(4000, (3000,))

@@ -15,11 +15,11 @@ SHAPES = [(1, 1, 1), (5, 7, 97), (16, 64, 257), (33, 16, 66), (70, 40, 129)]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks of 16 words, so that small vocabularies have many of them."""
+    """Blocks of 16 tokens, so that small vocabularies have many of them."""
     for key, launch in list(tuning.TABLE.items()):
         if key[0].startswith("linear_argmax"):
             rows = min(launch.block_rows, 32)
-            small = replace(launch, block_rows=rows, block_words=16, block_features=32)
+            small = replace(launch, block_rows=rows, block_vocab=16, block_features=32)
             monkeypatch.setitem(tuning.TABLE, key, small)
 
 
@@ -85,7 +85,7 @@ def test_infinite_logits():
 
 
 def test_logits_far_from_zero():
-    """Sums of exponentials are taken relative to a maximum that grows along the words."""
+    """Sums of exponentials are taken relative to a maximum that grows along the vocabulary."""
     hidden, weight = torch.ones(2, 1), torch.linspace(-3e4, -100.0, 150)[:, None]
     hidden[1] = -1.0
     expected = (hidden.double() @ weight.double().T).logsumexp(-1)
@@ -123,23 +123,23 @@ def test_float64_goes_to_torch_or_is_refused():
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 800, 100_000])
-@pytest.mark.parametrize("words", [1, 130, 32_001, 128_256])
-def test_splits_cover_the_vocabulary(rows, words):
-    for block_rows, block_words in ((16, 128), (64, 128), (128, 256)):
-        chosen = {"BLOCK_R": block_rows, "BLOCK_V": block_words}
+@pytest.mark.parametrize("vocab_size", [1, 130, 32_001, 128_256])
+def test_splits_cover_the_vocabulary(rows, vocab_size):
+    for block_rows, block_vocab in ((16, 128), (64, 128), (128, 256)):
+        chosen = {"BLOCK_R": block_rows, "BLOCK_V": block_vocab}
         for slots in (4, 132, 396):
-            splits, each = function.num_splits(rows, words, chosen, slots)
-            assert (splits - 1) * each < words <= splits * each
+            splits, each = function.num_splits(rows, vocab_size, chosen, slots)
+            assert (splits - 1) * each < vocab_size <= splits * each
             assert splits <= slots
 
 
 @pytest.mark.parametrize(("row_blocks", "least"), [(7, 0.9), (100, 0.9), (133, 0.85), (400, 0.85)])
 def test_the_last_wave_leaves_few_processors_idle(row_blocks, least):
-    words, slots = 128_256, 132
+    vocab_size, slots = 128_256, 132
     chosen = {"BLOCK_R": 128, "BLOCK_V": 256}
-    splits, each = function.num_splits(128 * row_blocks, words, chosen, slots)
+    splits, each = function.num_splits(128 * row_blocks, vocab_size, chosen, slots)
     waves = -(-row_blocks * splits // slots)
-    assert row_blocks * words > least * waves * slots * each
+    assert row_blocks * vocab_size > least * waves * slots * each
 
 
 def test_the_operator_keeps_its_contract():

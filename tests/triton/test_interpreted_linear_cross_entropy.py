@@ -17,7 +17,7 @@ SHAPES = [(1, 1, 1), (6, 8, 97), (33, 16, 256), (3, 5, 12, 50), (9, 4, 4999)]
 @pytest.fixture(params=[False, True], ids=["one-chunk", "many-chunks"])
 def chunks(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr(function, "chunk_rows", lambda *sizes: 5)
+        monkeypatch.setattr(function, "block_rows", lambda *sizes: 5)
 
 
 @pytest.mark.usefixtures("chunks")
@@ -42,7 +42,7 @@ def test_half_precision_rounds_logits_and_gradients_once(dtype, generator):
 
 
 def test_float16_keeps_small_probabilities(generator):
-    """Of 5000 words each has 2e-4; their gradients over many rows are what pushes words apart."""
+    """Of 5000 tokens each has probability 2e-4; over many rows their gradients add up."""
     hidden, weight, labels = make_case((12, 4, 5000), generator, torch.float32)
     case = 0.01 * hidden.half(), 0.01 * weight.half(), labels
     actual, truth = (
@@ -166,14 +166,15 @@ def test_memory_is_one_chunk_of_logits(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 127, 4096, 32768, 100_000])
-@pytest.mark.parametrize("words", [50, 32_001, 128_256])
+@pytest.mark.parametrize("vocab_size", [50, 32_001, 128_256])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_chunks_are_as_large_as_memory_allows(rows, words, itemsize):
-    size = function.chunk_rows(rows, words, itemsize)
-    assert size * function.row_stride(words) * itemsize <= function.LOGITS_BYTES
-    chunks = -(-rows // size)
-    assert (chunks - 1) * function.LOGITS_BYTES < rows * function.row_stride(words) * itemsize * 1.1
-    assert function.chunk_rows(32768, 128_256, 2) == 8192
+def test_blocks_are_as_large_as_memory_allows(rows, vocab_size, itemsize):
+    size = function.block_rows(rows, vocab_size, itemsize)
+    row_bytes = function.row_stride(vocab_size) * itemsize
+    assert size * row_bytes <= function.LOGITS_BYTES
+    num_blocks = -(-rows // size)
+    assert (num_blocks - 1) * function.LOGITS_BYTES < rows * row_bytes * 1.1
+    assert function.block_rows(32768, 128_256, 2) == 8192
 
 
 def test_float64_and_second_derivatives_are_refused(generator):

@@ -1,4 +1,4 @@
-"""The argmax over V = 128256 words of H = 512 features, on 132 processors."""
+"""The argmax over V = 128256 tokens of H = 512 features, on 132 processors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,10 +11,10 @@ from calm_kernels.linear_argmax.kernels import partial_kernel, reduce_kernel
 
 __all__ = ["cases"]
 
-WORDS, WIDTH, PROCESSORS = 128_256, 512, 132
+VOCAB_SIZE, WIDTH, PROCESSORS = 128_256, 512, 132
 _TYPES = {
     "high_ptr": "*fp32",
-    "word_ptr": "*i32",
+    "token_ptr": "*i32",
     "total_ptr": "*fp32",
     "index_ptr": "*i64",
     "largest_ptr": "*fp32",
@@ -23,7 +23,7 @@ _TYPES = {
 
 
 def _splits(rows: int, constants: dict[str, Any], at_once: int) -> tuple[int, int]:
-    return function.num_splits(rows, WORDS, constants, at_once * PROCESSORS)
+    return function.num_splits(rows, VOCAB_SIZE, constants, at_once * PROCESSORS)
 
 
 def _partial(
@@ -45,15 +45,15 @@ def _partial(
             rows, width, dtype, target.name, with_total=with_total, has_fast_math=target.is_nvidia
         ),
         trips=trips,
-        bytes_per_row=dtype.itemsize * width * (WORDS / rows + 1),
+        bytes_per_row=dtype.itemsize * width * (VOCAB_SIZE / rows + 1),
         rows=rows,
         programs=lambda constants: (
             _splits(rows, constants, at_once)[0] * -(-rows // constants["BLOCK_R"])
         ),
-        flops_per_row=2.0 * WORDS * width,
+        flops_per_row=2.0 * VOCAB_SIZE * width,
         types=_TYPES,
         ones=("stride_rh", "stride_vh"),
-        aligned=("num_words", "width", "stride_r", "stride_v"),
+        aligned=("vocab_size", "width", "stride_r", "stride_v"),
         needed=needed,
         is_main=is_main,
     )
