@@ -105,7 +105,7 @@ def load_tokenizer(
     *,
     argument: str = "tokenizer_name",
     texts: Iterable[str] | None = None,
-    add_pad_token: bool = False,
+    add_pad_token: bool = True,
     **options: Any,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer called `name` (see the module's table), with an end and a pad token.
@@ -114,12 +114,13 @@ def load_tokenizer(
         name: ``bytes``, ``bpe:<n>``, a folder or a hub name.
         argument: the flag that `name` comes from, for messages.
         texts: documents that ``bpe:<n>`` learns from.
-        add_pad_token: append ``[PAD]`` where there is no pad token, as the published scripts do;
-            the vocabulary grows by one.
+        add_pad_token: append ``[PAD]`` to a tokenizer without pad token, as the published scripts
+            do. The vocabulary grows by one. False makes a missing pad token an error.
         options: passed on to `AutoTokenizer.from_pretrained`.
 
     Raises:
-        UserError: no such tokenizer, nothing to train on, or no end or pad token.
+        UserError: no such tokenizer, nothing to train on, no end token, or no pad token where none
+            may be appended.
     """
     if name == BYTES_NAME:
         return byte_tokenizer()
@@ -140,7 +141,7 @@ def load_tokenizer(
 
 
 def check_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, name: str, *, add_pad_token: bool = False
+    tokenizer: PreTrainedTokenizerBase, name: str, *, add_pad_token: bool = True
 ) -> PreTrainedTokenizerBase:
     """`tokenizer` with an end and a pad token; `add_pad_token` appends a missing pad token."""
     if tokenizer.eos_token_id is None:
@@ -149,14 +150,19 @@ def check_tokenizer(
             "and save the tokenizer: tokenizer.add_special_tokens({'eos_token': ...})"
         )
     if tokenizer.pad_token_id is None:
+        advice = "set one and save the tokenizer: tokenizer.pad_token = ..."
         if not add_pad_token:
             raise UserError(
-                f"tokenizer_name: {name} has no pad token; pass --add_pad_token to append "
-                f"{PUBLISHED_PAD}, as the published scripts do (the vocabulary grows by one), "
-                "or set one and save the tokenizer"
+                f"tokenizer_name: {name} has no pad token, and add_pad_token is off; {advice}"
             )
         tokenizer.add_special_tokens({"pad_token": PUBLISHED_PAD})
-        logger.info("%s: appended %s, %d entries now", name, PUBLISHED_PAD, len(tokenizer))
+        logger.info(
+            "%s has no pad token: appended %s, the vocabulary has %d entries now; to avoid this %s",
+            name,
+            PUBLISHED_PAD,
+            len(tokenizer),
+            advice,
+        )
     return tokenizer
 
 

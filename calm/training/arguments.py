@@ -80,7 +80,7 @@ class ModelArguments:
         "saved with the model or autoencoder.",
     )
     add_pad_token: bool = _flag(
-        False, "Append [PAD] to a tokenizer without pad token, as the published scripts do."
+        True, "Append [PAD] to a tokenizer without pad token. False: stop there with an error."
     )
     cache_dir: str | None = _flag(None, "Where downloads and prepared data are kept.")
     use_fast_tokenizer: bool = _flag(True, "Use the fast form of the tokenizer.")

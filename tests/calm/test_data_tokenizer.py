@@ -95,15 +95,23 @@ class TestSpecialTokens:
 
     def test_no_end_token(self, tmp_path):
         with pytest.raises(UserError, match=r"has no end token.*add_special_tokens"):
-            load_tokenizer(self.save(tmp_path), add_pad_token=True)
+            load_tokenizer(self.save(tmp_path))
 
     def test_no_pad_token(self, tmp_path):
-        with pytest.raises(UserError, match=r"has no pad token; pass --add_pad_token .*\[PAD\]"):
-            load_tokenizer(self.save(tmp_path, eos_token="</s>"))
+        with pytest.raises(UserError, match=r"has no pad token, and add_pad_token is off; set one"):
+            load_tokenizer(self.save(tmp_path, eos_token="</s>"), add_pad_token=False)
 
-    def test_published_pad_token_on_request(self, tmp_path, caplog):
+    def test_published_pad_token(self, tmp_path, caplog):
         folder = self.save(tmp_path, eos_token="</s>")
         with caplog.at_level("INFO", logger="calm"):
-            tokenizer = load_tokenizer(folder, add_pad_token=True)
+            tokenizer = load_tokenizer(folder)
         assert tokenizer.pad_token == "[PAD]" and tokenizer.pad_token_id == 3 == len(tokenizer) - 1
-        assert "appended [PAD], 4 entries now" in caplog.text
+        (record,) = caplog.records
+        assert "appended [PAD], the vocabulary has 4 entries now" in record.getMessage()
+        assert "to avoid this set one and save the tokenizer" in record.getMessage()
+
+    def test_a_pad_token_of_its_own_stays(self, tmp_path, caplog):
+        folder = self.save(tmp_path, eos_token="</s>", pad_token="a")
+        with caplog.at_level("INFO", logger="calm"):
+            assert load_tokenizer(folder).pad_token_id == 2
+        assert not caplog.records

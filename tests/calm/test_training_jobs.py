@@ -330,13 +330,14 @@ class TestBadInput:
         ("special", "part"),
         [
             ({}, "has no end token"),
-            ({"eos_token": "</s>"}, "has no pad token; pass --add_pad_token"),
+            ({"eos_token": "</s>"}, "has no pad token, and add_pad_token is off"),
         ],
     )
     def test_tokenizer_without_special_tokens(self, tmp_path, run, special, part):
         words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
         PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(tmp_path / "t")
-        assert_one_error(*run("autoencoder", f"--tokenizer_name={tmp_path / 't'}"), part)
+        words = [f"--tokenizer_name={tmp_path / 't'}", "--add_pad_token=False"]
+        assert_one_error(*run("autoencoder", *words), part)
 
     @pytest.mark.usefixtures("offline")
     def test_weights_that_are_not_there(self, run):
