@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -176,9 +177,28 @@ def test_files_and_functions_stay_short(path):
             assert length <= MAX_FUNCTION_LINES, f"{relative(path)}: {node.name} is {length} lines"
 
 
-def test_the_readme_tree_names_every_package_file():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def files_in_the_tree() -> dict[str, set[str]]:
+    """Folder -> the Python files that the tree in docs/architecture.md names there."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    found, folders = {}, []
+    for line in page.split("```")[1].splitlines():
+        entry = line.lstrip()
+        depth = (len(line) - len(entry)) // 2
+        folders = folders[:depth]
+        if match := re.match(r"\w+/", entry):
+            folders.append(match[0])
+        found.setdefault("".join(folders), set()).update(re.findall(r"\b\w+\.py\b", entry))
+    return found
+
+
+def test_the_tree_names_every_package_file_and_no_other():
+    tree = files_in_the_tree()
     for path in PACKAGE_SOURCES:
-        if path.name == "__init__.py" or path.parent.parent.name == "calm_kernels":
-            continue  # operation folders are one line each
-        assert path.name in readme, f"README tree lacks {relative(path)}"
+        folder = relative(path.parent) + "/"
+        assert folder in tree, f"docs/architecture.md lacks {folder}"
+        is_operation = (path.parent / "api.py").is_file()  # one line for the folder
+        if path.name != "__init__.py" and not is_operation:
+            assert path.name in tree[folder], f"docs/architecture.md lacks {relative(path)}"
+    for folder, names in tree.items():
+        for name in names:
+            assert (ROOT / folder / name).is_file(), f"docs/architecture.md: no {folder}{name}"
