@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from calm.experiments.temperature import QUICK, StudyOptions, run_study, write_study
-    from calm.experiments.tradeoff import take_positions
+    from calm.experiments.temperature import QUICK, run_study, write_study
+    from calm.experiments.temperature_measures import StudyOptions, take_positions
     from calm.models.continuous import ContinuousTransformer
 
     if args.positions < 2:

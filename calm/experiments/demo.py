@@ -26,8 +26,8 @@ from calm.data.packing import Block
 from calm.decoding import generate
 from calm.errors import UserError
 from calm.evaluation import Evaluation, evaluate
-from calm.experiments.plots import plot_demo
-from calm.experiments.report import (
+from calm.experiments.demo_plot import plot_demo
+from calm.experiments.demo_report import (
     DemoResults,
     LanguageModelResults,
     Sample,
@@ -35,7 +35,7 @@ from calm.experiments.report import (
     to_console,
     to_markdown,
 )
-from calm.experiments.stages import train_stage
+from calm.experiments.demo_stages import train_stage
 from calm.labels import IGNORE_INDEX
 from calm.training.precision import has_bfloat16_units
 from calm.training.recipe import Stage

@@ -2,64 +2,39 @@
 
 Every method draws chunks at the same held-out positions of a trained model. `temperature.md`,
 `temperature.json` and `temperature.png` then show accuracy against diversity and against cost, and
-how far each law is from the exact one.
+how far the distribution of each method is from the exact one.
 """
 
 import json
 import platform
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from calm.decoding.sampling.methods import NoiseScale
-from calm.errors import UserError
-from calm.experiments.tradeoff import (
+from calm.experiments.temperature_measures import (
     Outcomes,
     Positions,
+    Result,
     Setting,
+    Study,
+    StudyOptions,
     draw_outcomes,
     geometric_mean,
     interval,
-    law_distance,
     milliseconds,
+    squared_distance,
 )
+from calm.experiments.temperature_plot import plot_study
 from calm.models.continuous import ContinuousTransformer
 
-__all__ = ["Result", "Study", "StudyOptions", "run_study", "settings_of", "write_study"]
+__all__ = ["QUICK", "run_study", "settings_of", "write_study"]
 
-ANY = 0.5  # a temperature for methods whose law does not depend on it
+ANY_TEMPERATURE = 0.5  # for methods whose distribution does not depend on it
 Progress = Callable[[list[Setting]], Iterable[Setting]]
-
-
-@dataclass(frozen=True)
-class StudyOptions:
-    """How much is measured.
-
-    Attributes:
-        temperatures: below 1, for every method that takes one.
-        candidates: N of the vote.
-        medoids: N of the medoid.
-        noise_temperatures: of single draws with less noise, besides `temperatures`.
-        repeats: R chunks a position, at least 2.
-        max_draws: cap of the exact method, a chunk.
-        seed: of all draws.
-    """
-
-    temperatures: tuple[float, ...] = (0.8, 2 / 3, 0.5, 1 / 3)
-    candidates: tuple[int, ...] = (10, 50, 200)
-    medoids: tuple[int, ...] = (4, 8, 32, 200)
-    noise_temperatures: tuple[float, ...] = (0.9, 0.2, 0.1)
-    repeats: int = 6
-    max_draws: int = 2000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.repeats < 2:
-            raise UserError(f"repeats must be at least 2, got {self.repeats}")
 
 
 QUICK = StudyOptions(
@@ -68,53 +43,17 @@ QUICK = StudyOptions(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Result:
-    """One setting; shares lie in [0, 1].
-
-    Attributes:
-        setting: what was measured.
-        accuracy: share of draws that are the text, geometric mean over n-grams.
-        accuracy_interval: 95 %, bootstrap over positions.
-        collision: share of pairs of draws that agree, likewise.
-        collision_interval: likewise.
-        distances: squared, to the exact law at each temperature: (temperature, distance, its
-            error), over the positions at which no exact draw came to its cap.
-        draws: of the head, mean of a chunk.
-        fallbacks: share of chunks that a stated fallback decided.
-        milliseconds: to choose a chunk of one sequence.
-    """
-
-    setting: Setting
-    accuracy: float
-    accuracy_interval: tuple[float, float]
-    collision: float
-    collision_interval: tuple[float, float]
-    distances: list[tuple[float, float, float]]
-    draws: float
-    fallbacks: float
-    milliseconds: float
-
-
-@dataclass(frozen=True)
-class Study:
-    """All results, and what they were measured on."""
-
-    measured_on: dict[str, Any]
-    results: list[Result]
-
-
 def settings_of(options: StudyOptions) -> list[Setting]:
-    """Every setting that the study measures; exact ones first, which the others are compared to."""
+    """Every setting that the study measures, in the order of the table."""
     temperatures = options.temperatures
-    wave = max(options.candidates)
-    narrowing = sorted({*temperatures, *options.noise_temperatures}, reverse=True)
+    draws_at_once = max(options.candidates)
+    noise_temperatures = sorted({*temperatures, *options.noise_temperatures}, reverse=True)
     return [
         Setting("direct"),
-        *(Setting("exact", t, wave) for t in temperatures),
+        *(Setting("exact", t, draws_at_once) for t in temperatures),
         *(Setting("batch", t, n) for n in options.candidates for t in temperatures),
-        *(Setting("medoid", ANY, n) for n in options.medoids),
-        *(Setting("noise_scale", t) for t in narrowing),
+        *(Setting("medoid", ANY_TEMPERATURE, n) for n in options.medoids),
+        *(Setting("noise_scale", t) for t in noise_temperatures),
         Setting("direct", noise_scale=0.0),
     ]
 
@@ -130,7 +69,7 @@ def run_study(
     Args:
         model: a CALM, in evaluation mode.
         positions: see `take_positions`.
-        options: see there.
+        options: how much is measured.
         progress: wraps the settings, to show a bar.
     """
     measured: list[tuple[Setting, Outcomes, float]] = []
@@ -173,7 +112,7 @@ def _result(
         collision=float(geometric_mean(collisions.mean(0))),
         collision_interval=interval(collisions),
         distances=[
-            (temperature, *law_distance(outcomes, other, within_cap))
+            (temperature, *squared_distance(outcomes, other, within_cap))
             for temperature, other in exact.items()
             if setting.method != "exact"
         ],
@@ -185,8 +124,6 @@ def _result(
 
 def write_study(study: Study, folder: Path) -> str:
     """Write table, record and figure to `folder`; returns the table."""
-    from calm.experiments.tradeoff_plot import plot_study
-
     folder.mkdir(parents=True, exist_ok=True)
     table = to_markdown(study)
     record = json.dumps(asdict(study), indent=1)
@@ -197,7 +134,7 @@ def write_study(study: Study, folder: Path) -> str:
 
 
 def to_markdown(study: Study) -> str:
-    """Two tables: a row for each setting, and the heuristics nearest to each exact law."""
+    """Two tables: a row for each setting, and the heuristics nearest to each exact distribution."""
     facts = ", ".join(f"{name} {value}" for name, value in study.measured_on.items())
     return f"{_settings_table(study)}\n\n{_nearest_table(study)}\n\nMeasured on: {facts}.\n"
 
@@ -233,10 +170,10 @@ def _noise(setting: Setting) -> float:
 
 
 def _nearest_table(study: Study) -> str:
-    """Squared distances from exact laws: of the model itself, and the least of each heuristic."""
+    """Squared distances from exact distributions: of the model itself, and each heuristic's least."""
     lines = [
-        "| exact law at T | the model itself | vote, same T | medoid | noise scaled, same T "
-        "| noise scaled |",
+        "| exact distribution at T | the model itself | vote, same T | medoid "
+        "| noise scaled, same T | noise scaled |",
         "|---|---|---|---|---|---|",
     ]
     plain = [result for result in study.results if result.setting == Setting("direct")]
@@ -256,7 +193,7 @@ def _nearest_table(study: Study) -> str:
 
 
 def _nearest(results: list[Result], index: int) -> str:
-    """Least distance from the exact law number `index`, and the setting that has it."""
+    """Least distance from the exact distribution number `index`, and the setting that has it."""
     best = min(results, key=lambda result: result.distances[index][1])
     setting = best.setting
     _, distance, error = best.distances[index]

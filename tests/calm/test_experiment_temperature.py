@@ -1,4 +1,4 @@
-"""The temperature study: its statistics on laws that are known, and a whole run."""
+"""The temperature study: its statistics on known distributions, and a whole run."""
 
 import json
 import math
@@ -9,26 +9,28 @@ from cli_cases import calm, error_of
 from tiny_models import tiny_calm
 
 from calm.errors import UserError
-from calm.experiments.temperature import Setting, StudyOptions, run_study, settings_of
-from calm.experiments.tradeoff import (
+from calm.experiments.temperature import run_study, settings_of
+from calm.experiments.temperature_measures import (
     Outcomes,
     Positions,
+    Setting,
+    StudyOptions,
     draw_outcomes,
     geometric_mean,
     interval,
-    law_distance,
+    squared_distance,
     take_positions,
 )
 
-LAW, OTHER = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.3, 0.5])
+KNOWN, OTHER = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.3, 0.5])
 POSITIONS, REPEATS = 4000, 5
 
 
-def outcomes(law, seed, *, repeats=REPEATS):
-    """Chunks x, x + 1, x + 2, x + 3 with x drawn from `law` at every position."""
+def outcomes(distribution, seed, *, repeats=REPEATS):
+    """Chunks x, x + 1, x + 2, x + 3 with x drawn from `distribution` at every position."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.multinomial(
-        law.expand(POSITIONS, -1), repeats, replacement=True, generator=generator
+        distribution.expand(POSITIONS, -1), repeats, replacement=True, generator=generator
     ).T  # [R, P]
     tokens = first[..., None] + torch.arange(4)
     nothing = torch.zeros(first.shape, dtype=torch.int64)
@@ -39,8 +41,8 @@ def everywhere():
     return torch.ones(POSITIONS, dtype=torch.bool)
 
 
-def test_accuracy_and_collision_of_a_known_law():
-    drawn = outcomes(LAW, 1)
+def test_accuracy_and_collision_of_a_known_distribution():
+    drawn = outcomes(KNOWN, 1)
     target = torch.arange(4).expand(POSITIONS, -1)  # the first of the three chunks
     # Equal in the first token is equal in all: one share for every n.
     torch.testing.assert_close(
@@ -52,23 +54,23 @@ def test_accuracy_and_collision_of_a_known_law():
 
 
 @pytest.mark.parametrize(
-    ("other", "expected"), [(LAW, 0.0), (OTHER, 0.4**2 + 0.4**2)], ids=["same", "other"]
+    ("other", "expected"), [(KNOWN, 0.0), (OTHER, 0.4**2 + 0.4**2)], ids=["same", "other"]
 )
-def test_distance_of_known_laws(other, expected):
-    distance, error = law_distance(outcomes(LAW, 1), outcomes(other, 2), everywhere())
+def test_distance_of_known_distributions(other, expected):
+    distance, error = squared_distance(outcomes(KNOWN, 1), outcomes(other, 2), everywhere())
     assert 0 < error < 0.02
     assert abs(distance - expected) < 4 * error
 
 
-def test_distance_leaves_positions_out():
+def test_distance_skips_positions_that_do_not_count():
     counts = everywhere()
     counts[1:] = False
-    first = outcomes(LAW, 1)
-    distance, _ = law_distance(first, first, counts)
+    first = outcomes(KNOWN, 1)
+    distance, _ = squared_distance(first, first, counts)
     same = (first.tokens[:, None, 0] == first.tokens[:, 0]).all(-1).double()  # [R, R]
     within = (same.sum() - REPEATS) / (REPEATS * (REPEATS - 1))
     assert distance == pytest.approx(float(2 * within - 2 * same.mean()))
-    assert math.isnan(law_distance(first, first, ~everywhere())[0])
+    assert math.isnan(squared_distance(first, first, ~everywhere())[0])
 
 
 def test_the_interval_holds_the_value_and_shrinks():
@@ -121,7 +123,7 @@ def test_draws_are_independent_and_repeat_with_the_seed():
     assert not torch.equal(drawn.tokens, other.tokens)
 
 
-def test_a_vote_comes_nearer_to_the_exact_law_than_the_model():
+def test_a_vote_comes_nearer_to_the_exact_distribution_than_the_model():
     model = tiny_calm(vocab_size=2)
     hidden = torch.randn(60, 32, generator=torch.Generator().manual_seed(1))
     positions = Positions(hidden, torch.zeros(60, 4, dtype=torch.int64))

@@ -1,12 +1,13 @@
-"""What a way of choosing chunks gives and costs: accuracy, diversity, distance from exact laws.
+"""The data of the temperature study, and how accuracy, diversity, distance and cost are measured.
 
-Contexts are true text, encoded once; every setting then draws R chunks at each of P positions.
+The model reads true text once. Every setting then draws R chunks at each of P positions:
 
     accuracy  = share of draws whose first n tokens are the text's, geometric mean over n = 1 .. 4
-    collision = share of pairs of draws whose first n tokens agree, likewise: low is diverse
+    collision = share of pairs of draws whose first n tokens agree, likewise; low means diverse
     distance  = sum_x (Q(x) - P_T(x))^2 over whole chunks, from agreements within and between draws
 
-All three are without bias before the geometric mean (paper, figures 10 and 11, for the first two).
+All three are unbiased before the geometric mean. Source: paper, figures 10 and 11, for the first
+two.
 """
 
 import time
@@ -26,20 +27,23 @@ from calm.models.continuous import ContinuousTransformer
 __all__ = [
     "Outcomes",
     "Positions",
+    "Result",
     "Setting",
+    "Study",
+    "StudyOptions",
     "draw_outcomes",
     "geometric_mean",
     "interval",
-    "law_distance",
     "milliseconds",
+    "squared_distance",
     "take_positions",
 ]
 
-ROWS_AT_A_TIME = 64  # sequences that draw together
-BLOCKS_AT_A_TIME = 16
-CONTEXT = 4  # chunks that a position has before it, at least
-TIMED, TRIES = 16, 3  # chunks of one sequence
-RESAMPLES = 1000
+SEQUENCES_AT_A_TIME = 64  # that draw together
+BLOCKS_AT_A_TIME = 16  # that the model reads together
+MIN_CONTEXT = 4  # chunks before a position
+TIMED_POSITIONS, TIMED_RUNS = 16, 3
+RESAMPLES = 1000  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,71 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class StudyOptions:
+    """How much is measured.
+
+    Attributes:
+        temperatures: below 1, for every method that takes one.
+        candidates: N of the vote.
+        medoids: N of the medoid.
+        noise_temperatures: of single draws with less noise, besides `temperatures`.
+        repeats: R, chunks drawn at each position, at least 2.
+        max_draws: cap of the exact method for one chunk.
+        seed: of all draws.
+    """
+
+    temperatures: tuple[float, ...] = (0.8, 2 / 3, 0.5, 1 / 3)
+    candidates: tuple[int, ...] = (10, 50, 200)
+    medoids: tuple[int, ...] = (4, 8, 32, 200)
+    noise_temperatures: tuple[float, ...] = (0.9, 0.2, 0.1)
+    repeats: int = 6
+    max_draws: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.repeats < 2:
+            raise UserError(f"repeats must be at least 2, got {self.repeats}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one setting; shares lie in [0, 1].
+
+    Attributes:
+        setting: which one.
+        accuracy: share of draws that are the text, geometric mean over n.
+        accuracy_interval: 95 %, bootstrap over positions.
+        collision: share of pairs of draws that agree, likewise.
+        collision_interval: likewise.
+        distances: squared, to the exact distribution at each temperature: (temperature, distance,
+            its standard error), over positions where no exact draw reached its cap.
+        draws: of the head for one chunk, mean.
+        fallbacks: share of chunks that a stated fallback decided.
+        milliseconds: to choose a chunk of one sequence.
+    """
+
+    setting: Setting
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    collision: float
+    collision_interval: tuple[float, float]
+    distances: list[tuple[float, float, float]]
+    draws: float
+    fallbacks: float
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Study:
+    """All results, and what they were measured on."""
+
+    measured_on: dict[str, Any]
+    results: list[Result]
+
+
+@dataclass(frozen=True)
 class Positions:
-    """Places in a text: states ``[P, H]`` before, and the chunks ``[P, K]`` that stand there."""
+    """Positions in a text: the states ``[P, H]`` before them, and the true chunks ``[P, K]``."""
 
     hidden: Tensor
     chunks: Tensor
@@ -75,8 +142,12 @@ class Positions:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """R chunks at each position: tokens ``[R, P, K]``, and of each the draws it took and whether
-    a stated fallback decided, ``[R, P]``.
+    """R chunks at each of P positions.
+
+    Attributes:
+        tokens: ``[R, P, K]``.
+        draws: draws of the head that each chunk took, ``[R, P]``.
+        is_fallback: whether a stated fallback decided, bool ``[R, P]``.
     """
 
     tokens: Tensor
@@ -96,13 +167,13 @@ class Outcomes:
 def take_positions(
     model: ContinuousTransformer, blocks: Iterable[Mapping[str, Any]], count: int, seed: int
 ) -> Positions:
-    """`count` random positions of a text; runs of one repeated token and padding are left out.
+    """`count` random positions of a text; runs of one repeated token and padding are skipped.
 
     Args:
         model: a CALM.
         blocks: of `calm.data.packing`: ``input_ids`` and ``labels`` ``[T]``.
-        count: P, at most.
-        seed: of the choice.
+        count: P at most.
+        seed: of the choice of positions.
 
     Raises:
         UserError: the text holds no position with enough context.
@@ -113,14 +184,14 @@ def take_positions(
     hidden, chunks = [], []
     for begin in range(0, len(rows), BLOCKS_AT_A_TIME):
         ids, labels = map(torch.stack, zip(*rows[begin : begin + BLOCKS_AT_A_TIME], strict=True))
-        targets = labels.to(model.device).unflatten(1, (-1, size))[:, CONTEXT:]  # [B, S, K]
+        targets = labels.to(model.device).unflatten(1, (-1, size))[:, MIN_CONTEXT:]  # [B, S, K]
         states = model(ids.to(model.device)).last_hidden_state
         states = states[:, -targets.shape[1] - 1 : -1]  # the state before each target
         counts = (targets >= 0).all(-1) & (targets != targets[..., :1]).any(-1)
         hidden.append(states[counts])
         chunks.append(targets[counts])
     if not sum(map(len, chunks)):
-        raise UserError(f"the text holds no chunk with {CONTEXT} others before it; pass more")
+        raise UserError(f"the text holds no chunk with {MIN_CONTEXT} others before it; pass more")
     every = torch.cat(chunks)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(every), generator=generator)[:count].to(every.device)
@@ -142,7 +213,7 @@ def draw_outcomes(
     parts = [
         method.choose(HeadDistribution(model, some), some_seeds)
         for some, some_seeds in zip(
-            hidden.split(ROWS_AT_A_TIME), seeds.split(ROWS_AT_A_TIME), strict=True
+            hidden.split(SEQUENCES_AT_A_TIME), seeds.split(SEQUENCES_AT_A_TIME), strict=True
         )
     ]
     if not all(bool(part.is_finite.all()) for part in parts):
@@ -155,8 +226,9 @@ def draw_outcomes(
     )
 
 
-def law_distance(ours: Outcomes, exact: Outcomes, counts: Tensor) -> tuple[float, float]:
-    """Squared distance of two laws of whole chunks, mean over positions, and its standard error.
+def squared_distance(ours: Outcomes, exact: Outcomes, counts: Tensor) -> tuple[float, float]:
+    """Squared distance of two distributions of whole chunks, mean over positions, and its standard
+    error.
 
     sum_x (Q - P)^2 = (pairs within Q that agree) - 2 (pairs between) + (pairs within P)
 
@@ -198,14 +270,14 @@ def interval(shares: Tensor, seed: int = 0) -> tuple[float, float]:
 def milliseconds(model: ContinuousTransformer, positions: Positions, method: Method) -> float:
     """Mean over positions of the time it takes to choose the chunk of one sequence.
 
-    The backbone's step is left out. Of `TRIES` runs with the same draws the fastest counts.
+    The backbone is not timed. Of `TIMED_RUNS` runs with the same draws the fastest counts.
     """
     times = []
-    for index in range(min(TIMED, len(positions))):
+    for index in range(min(TIMED_POSITIONS, len(positions))):
         source = HeadDistribution(model, positions.hidden[index : index + 1])
         seed = torch.tensor([[index, 0]], device=positions.hidden.device)
         tries = []
-        for _ in range(TRIES):
+        for _ in range(TIMED_RUNS):
             begin = time.perf_counter()
             method.choose(source, seed).tokens.tolist()
             tries.append(1e3 * (time.perf_counter() - begin))

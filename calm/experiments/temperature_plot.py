@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from calm.experiments.style import INK, MUTED, ORANGE, TEAL, VIOLET, style_axes
-from calm.experiments.temperature import Result, Study
+from calm.experiments.plot_style import INK, MUTED, ORANGE, TEAL, VIOLET, style_axes
+from calm.experiments.temperature_measures import Result, Study
 
 __all__ = ["plot_study"]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from calm.evaluation import Evaluation
-from calm.experiments.stages import StageRun
+from calm.experiments.demo_stages import StageRun
 
 __all__ = [
     "ORDERS",
@@ -122,7 +122,7 @@ def to_markdown(results: DemoResults) -> str:
         "## Language models",
         "\n".join([table[0], rule, *table[1:]]),
         f"Held-out documents: {protocol['blocks']} blocks of {protocol['block_size']} tokens, "
-        f"{protocol['num_samples']} draws a position, runs of one repeated token left out, 95 % "
+        f"{protocol['num_samples']} draws a position, runs of one repeated token skipped, 95 % "
         "bootstrap intervals over blocks. CALM is scored at the starts of chunks"
         + (", the first of a document among them" if protocol["start_chunks"] else "")
         + ", the baseline at every token. Brier-n is 2 P(y) - sum P(x)^2 of the next n tokens: "

@@ -11,14 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from calm.experiments.report import (
+from calm.experiments.demo_report import (
     ORDERS,
     DemoResults,
     LanguageModelResults,
     temperature_name,
 )
-from calm.experiments.stages import StageRun
-from calm.experiments.style import INK, MUTED, ORANGE, TEAL, VIOLET, style_axes
+from calm.experiments.demo_stages import StageRun
+from calm.experiments.plot_style import INK, MUTED, ORANGE, TEAL, VIOLET, style_axes
 
 __all__ = ["plot_demo"]
 
