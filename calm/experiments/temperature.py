@@ -170,7 +170,7 @@ def _noise(setting: Setting) -> float:
 
 
 def _nearest_table(study: Study) -> str:
-    """Squared distances from exact distributions: of the model itself, and each heuristic's least."""
+    """Squared distances from exact distributions: the model's, and each heuristic's least."""
     lines = [
         "| exact distribution at T | the model itself | vote, same T | medoid "
         "| noise scaled, same T | noise scaled |",
