@@ -1,19 +1,23 @@
-"""A prompt continued, ours against the published algorithm, at both extremes of agreement."""
+"""A prompt continued, against the reference decoding, where candidates agree and where not."""
 
 from functools import partial
 
 import pytest
 import torch
 
-from benchmarks.measure import Requirement, compare
+from benchmarks.measure import Baseline, Requirement, compare
 from benchmarks.models import as_published, autoencoder_config, calm_config
-from benchmarks.published_decoding import eligible_chunks, published_candidates, published_generate
+from benchmarks.reference_decoding import (
+    chunk_noise,
+    eligible_chunks,
+    reference_candidates,
+    reference_generate,
+)
 from benchmarks.shapes import DECODING
 from calm import EnergyTransformer
-from calm_kernels.noise import Stream, uniform
 
-PUBLISHED = "published algorithm"
-PUBLISHED_N200 = "published algorithm, T=1/2, N=200"
+REFERENCE = "reference decoding"
+REFERENCE_N200 = "reference decoding, T=1/2, N=200"
 SEED = 5
 ROUNDS = 5
 
@@ -28,7 +32,7 @@ def make_model():
 
 
 def mute_noise(model):
-    """All candidates agree from now on, though their latents differ."""
+    """From now on all candidates agree, though their latents differ."""
     embedding = model.mlp_generator.noise_embd
     with torch.no_grad():
         embedding.weight.mul_(1e-4)
@@ -57,15 +61,12 @@ def ours(model, **options):
     return model.generate(prompt(), max_new_tokens=DECODING.new_tokens, seed=SEED, **options)
 
 
-def published(model, **options):
-    return published_generate(model, prompt(), max_new_tokens=DECODING.new_tokens, **options)
+def reference(model, **options):
+    return reference_generate(model, prompt(), max_new_tokens=DECODING.new_tokens, **options)
 
 
 def our_noise(index, count):
-    """The head's noise that ours draws for chunk `index` of a sequence with this seed."""
-    seed = torch.tensor([[SEED, index]])
-    drawn = uniform(1, DECODING.noise_size, stream=Stream.HEAD, seed=seed, num_draws=count)
-    return drawn - 0.5
+    return chunk_noise(SEED, index, count, DECODING.noise_size)
 
 
 def no_noise(index, count):
@@ -74,79 +75,74 @@ def no_noise(index, count):
 
 @torch.no_grad()
 def first_candidates(model):
-    """The published candidates of the first chunk, from the noise of ours."""
+    """Candidates of the reference for the first chunk, with the noise of ours."""
     hidden = model.transformer(inputs_embeds=model.embed_patches(prompt())).last_hidden_state
     noise = our_noise(0, DECODING.num_samples)
-    return [tuple(row) for row in published_candidates(model, hidden[:, -1], noise)[:, 0].tolist()]
+    return [tuple(row) for row in reference_candidates(model, hidden[:, -1], noise)[:, 0].tolist()]
 
 
-def run(benchmark, ours, rivals, min_speedup):
-    (rival,) = rivals
+def run(benchmark, ours, name, baseline, min_speedup):
     compare(
         benchmark,
         ours,
-        rivals,
+        {name: baseline},
         shape=DECODING,
-        requirements=(Requirement(rival, min_speedup=min_speedup),),
+        requirements=(Requirement(name, min_speedup=min_speedup),),
         rounds=ROUNDS,
     )
 
 
 @pytest.mark.benchmark(group="decoding, T=1")
 def bench_direct(benchmark, low_agreement):
-    model, rival = low_agreement
-    for noise, scale in ((our_noise, 1.0), (no_noise, 0.0)):
-        expected = published(rival, temperature=1.0, noise=noise)
-        assert torch.equal(ours(model, temperature=1.0, noise_scale=scale), expected)
-    run(
-        benchmark,
-        partial(ours, model, temperature=1.0),
-        {PUBLISHED: partial(published, rival, temperature=1.0)},
-        1.5,
-    )
+    model, plain = low_agreement
+
+    def same_text():
+        for noise, scale in ((our_noise, 1.0), (no_noise, 0.0)):
+            expected = reference(plain, temperature=1.0, noise=noise)
+            assert torch.equal(ours(model, temperature=1.0, noise_scale=scale), expected)
+
+    baseline = Baseline(partial(reference, plain, temperature=1.0), same_text)
+    run(benchmark, partial(ours, model, temperature=1.0), REFERENCE, baseline, 1.5)
 
 
 @pytest.mark.benchmark(group="decoding, T=1/2, N=200, low agreement")
 def bench_batch_low_agreement(benchmark, low_agreement):
-    model, rival = low_agreement
+    model, plain = low_agreement
     options = {"temperature": 0.5, "num_samples": DECODING.num_samples}
-    eligible, level = eligible_chunks(first_candidates(rival), 2)
-    found = ours(model, return_details=True, **options)
-    first = found.sequences[0, DECODING.prompt_tokens :][: DECODING.patch_size]
-    assert tuple(first.tolist()) in eligible
-    assert int(found.levels[0, 0]) == level
-    assert float(found.levels.double().mean()) < 1.5, "candidates agree: not what is measured here"
-    run(
-        benchmark,
-        partial(ours, model, **options),
-        {PUBLISHED: partial(published, rival, **options)},
-        2.5,
-    )
+
+    def eligible_first_chunk():
+        eligible, level = eligible_chunks(first_candidates(plain), 2)
+        found = ours(model, return_details=True, **options)
+        first = found.sequences[0, DECODING.prompt_tokens :][: DECODING.patch_size]
+        assert tuple(first.tolist()) in eligible
+        assert int(found.levels[0, 0]) == level
+        assert float(found.levels.double().mean()) < 1.5, "candidates agree: not what is measured"
+
+    baseline = Baseline(partial(reference, plain, **options), eligible_first_chunk)
+    run(benchmark, partial(ours, model, **options), REFERENCE, baseline, 2.5)
 
 
 @pytest.mark.benchmark(group="decoding, T=1/2, N=200, full agreement")
 def bench_batch_full_agreement(benchmark, full_agreement):
-    model, rival = full_agreement
+    model, plain = full_agreement
     options = {"temperature": 0.5, "num_samples": DECODING.num_samples}
-    assert len(set(first_candidates(rival))) == 1
-    assert torch.equal(ours(model, **options), published(rival, noise=our_noise, **options))
-    run(
-        benchmark,
-        partial(ours, model, **options),
-        {PUBLISHED: partial(published, rival, **options)},
-        1.1,
-    )
+
+    def same_text():
+        assert len(set(first_candidates(plain))) == 1
+        assert torch.equal(ours(model, **options), reference(plain, noise=our_noise, **options))
+
+    baseline = Baseline(partial(reference, plain, **options), same_text)
+    run(benchmark, partial(ours, model, **options), REFERENCE, baseline, 1.1)
 
 
 @pytest.mark.benchmark(group="decoding, medoid, N=32, low agreement")
 def bench_medoid(benchmark, low_agreement):
-    model, rival = low_agreement
-    expected = published(rival, temperature=1.0, noise=no_noise)
+    model, plain = low_agreement
     options = {"method": "medoid", "num_samples": 32}
-    assert torch.equal(ours(model, noise_scale=0.0, **options), expected)
-    run(
-        benchmark,
-        partial(ours, model, **options),
-        {PUBLISHED_N200: partial(published, rival, temperature=0.5)},
-        5.0,
-    )
+
+    def same_text_without_noise():
+        expected = reference(plain, temperature=1.0, noise=no_noise)
+        assert torch.equal(ours(model, noise_scale=0.0, **options), expected)
+
+    baseline = Baseline(partial(reference, plain, temperature=0.5), same_text_without_noise)
+    run(benchmark, partial(ours, model, **options), REFERENCE_N200, baseline, 5.0)

@@ -1,4 +1,7 @@
-"""Times ours and its rivals in turn in one run, and the peak of allocated memory."""
+"""Times ours and its baselines in turn in one run, and the peak of allocated memory.
+
+Nothing is timed before every baseline has shown that it computes what ours computes.
+"""
 
 import statistics
 import time
@@ -8,19 +11,56 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Requirement", "compare", "peak_memory_bytes"]
+__all__ = ["Baseline", "Requirement", "compare", "peak_memory_bytes"]
 
 Run = Callable[[], object]
+Check = Callable[[], None]
 ROUNDS, WARMUP_ROUNDS = 7, 2
 
 
 @dataclass(frozen=True)
-class Requirement:
-    """What a comparison has to reach: rival / ours in time, ours / rival in peak memory."""
+class Baseline:
+    """What ours is timed against.
 
-    rival: str
+    Attributes:
+        run: one call.
+        check: raises AssertionError unless `run` computes what ours computes; for runs with draws
+            of their own. If None, the outputs of both are compared.
+        rtol: relative tolerance of that comparison.
+        atol: its absolute tolerance.
+    """
+
+    run: Run
+    check: Check | None = None
+    rtol: float = 1e-3
+    atol: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """What a comparison has to reach: baseline / ours in time, ours / baseline in peak memory."""
+
+    baseline: str
     min_speedup: float
     max_memory_share: float | None = None
+
+
+def assert_parity(ours: Run, baselines: Mapping[str, Baseline]) -> None:
+    """Every baseline computes what `ours` does.
+
+    Raises:
+        AssertionError: one does not; its name is in the message.
+    """
+    for name, baseline in baselines.items():
+        try:
+            if baseline.check is not None:
+                baseline.check()
+            else:
+                torch.testing.assert_close(
+                    ours(), baseline.run(), rtol=baseline.rtol, atol=baseline.atol
+                )
+        except AssertionError as error:
+            raise AssertionError(f"{name!r} and ours differ, nothing is timed: {error}") from error
 
 
 def peak_memory_bytes(run: Run) -> int:
@@ -45,31 +85,32 @@ def _milliseconds(run: Run) -> float:
 def compare(
     benchmark,
     ours: Run,
-    rivals: Mapping[str, Run],
+    baselines: Mapping[str, Baseline],
     *,
     shape: object,
     requirements: tuple[Requirement, ...] = (),
     rounds: int = ROUNDS,
 ) -> None:
-    """Time `ours` through pytest-benchmark, and every rival once before each of its rounds.
+    """Assert parity; then time `ours` by pytest-benchmark, each baseline once before each round.
 
-    Medians, ratios and peak memory go into ``extra_info``. The caller has asserted parity.
+    Medians, ratios and peak memory go into ``extra_info``.
     """
-    rival_ms: dict[str, list[float]] = {name: [] for name in rivals}
-    for run in (*rivals.values(), ours):
+    assert_parity(ours, baselines)
+    times: dict[str, list[float]] = {name: [] for name in baselines}
+    for run in (*(baseline.run for baseline in baselines.values()), ours):
         for _ in range(WARMUP_ROUNDS):
             run()
 
-    def time_rivals() -> None:
-        for name, run in rivals.items():
-            rival_ms[name].append(_milliseconds(run))
+    def time_baselines() -> None:
+        for name, baseline in baselines.items():
+            times[name].append(_milliseconds(baseline.run))
 
-    benchmark.pedantic(ours, setup=time_rivals, rounds=rounds)
+    benchmark.pedantic(ours, setup=time_baselines, rounds=rounds)
     ours_ms = benchmark.stats.stats.median * 1e3
     ours_bytes = peak_memory_bytes(ours)
     rows = {}
-    for name, run in rivals.items():
-        median, peak = statistics.median(rival_ms[name]), peak_memory_bytes(run)
+    for name, baseline in baselines.items():
+        median, peak = statistics.median(times[name]), peak_memory_bytes(baseline.run)
         rows[name] = {
             "median_ms": median,
             "speedup": median / ours_ms,
@@ -80,7 +121,7 @@ def compare(
         shape=asdict(shape),
         median_ms=ours_ms,
         peak_memory_bytes=ours_bytes,
-        rivals=rows,
+        baselines=rows,
         requirements=[asdict(requirement) for requirement in requirements],
         num_threads=torch.get_num_threads(),
     )

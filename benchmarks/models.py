@@ -1,4 +1,4 @@
-"""The CALM of a shape, and the same on the layers of the published code."""
+"""A language model of given sizes, and the same with the layers of the published code."""
 
 from copy import deepcopy
 from typing import Any, Protocol, TypeVar
@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def as_published(model: Model) -> Model:
-    """A copy with torch's linear layers and transformers' norms: what a rival is measured on."""
+    """A copy with torch's linear layers and transformers' norms: what the reference runs on."""
     copied = deepcopy(model)
     for module in copied.modules():
         module.__class__ = PUBLISHED_LAYERS.get(type(module), type(module))
@@ -40,7 +40,7 @@ class Sizes(Protocol):
 
 
 def autoencoder_config(sizes: Sizes, **options: Any) -> AutoencoderConfig:
-    """Of the autoencoder; `options` are further fields."""
+    """Configuration of the autoencoder; `options` are further fields."""
     return AutoencoderConfig(
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.ae_hidden_size,
@@ -52,9 +52,10 @@ def autoencoder_config(sizes: Sizes, **options: Any) -> AutoencoderConfig:
 
 
 def calm_config(sizes: Sizes, **options: Any) -> CALMConfig:
-    """Of the language model; `options` are further fields.
+    """Configuration of the language model; `options` are further fields.
 
-    A head whose last layer is zero would leave its gradients and its draws untested.
+    The head starts with scaled weights: with a last layer of zeros its gradients and its draws
+    would not be tested.
     """
     return CALMConfig(
         vocab_size=sizes.vocab_size,

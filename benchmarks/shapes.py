@@ -17,7 +17,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class EnergyShape:
-    """Energy score: R patches, N samples against M targets in L dimensions."""
+    """Energy score: R chunks, N samples against M targets in L dimensions."""
 
     num_rows: int = 512
     num_samples: int = 8
@@ -56,7 +56,7 @@ class ProjectionShape:
 
 @dataclass(frozen=True)
 class VoteShape:
-    """Agreement voting: B sequences, N candidates of K tokens, n that must agree."""
+    """Vote: B sequences, N candidates of K tokens, n that must agree."""
 
     batch_size: int = 16
     num_candidates: int = 200
@@ -83,7 +83,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class StepShape(ModelShape):
-    """The bench configuration: a whole training step of it."""
+    """The bench configuration, and the batch of a training step."""
 
     num_samples: int = 8
     num_targets: int = 100
@@ -93,7 +93,7 @@ class StepShape(ModelShape):
 
 @dataclass(frozen=True)
 class DecodingShape(ModelShape):
-    """One prompt continued by it; N candidates a chunk below temperature 1."""
+    """The bench configuration, and a prompt to continue; below T = 1 with N candidates a chunk."""
 
     prompt_tokens: int = 32
     new_tokens: int = 64

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from benchmarks.gpu import decoding
 from benchmarks.models import as_published
-from benchmarks.published_decoding import eligible_chunks, published_generate, published_vote
+from benchmarks.reference_decoding import eligible_chunks, reference_generate, reference_vote
 from calm.decoding.generation import generate
 from calm.layers import Linear, RMSNorm
 from calm_kernels.compiling.targets import TARGETS
@@ -52,12 +52,12 @@ def test_floors_of_the_published_size():
     assert 0.1 < many < 0.5
 
 
-def test_the_published_vote():
+def test_the_reference_vote():
     assert eligible_chunks([A, A, B, B, B, C], 2) == ({A: 2, B: 3}, 2)
     assert eligible_chunks([A, A, B], 3) == ({A: 2}, 2)  # nobody has three
     assert eligible_chunks([A, B], 1) == ({A: 1, B: 1}, 1)
     rng = random.Random(0)
-    votes = [published_vote([A, A, B, B, B, C], 2, rng) for _ in range(4000)]
+    votes = [reference_vote([A, A, B, B, B, C], 2, rng) for _ in range(4000)]
     assert votes.count(B) / 4000 == pytest.approx(3 / 4, abs=0.03)  # C(3, 2) against C(2, 2)
     assert votes.count(C) == 0
 
@@ -107,7 +107,7 @@ def test_the_published_algorithm_holds_them():
     model = decoding.make_calm(SHAPE, "cpu", torch.float32)
     ids = decoding.prompts(SHAPE, 1, "cpu")
     options = {"max_new_tokens": 4, "temperature": 0.5, "num_samples": CANDIDATES}
-    assert largest_of(published_generate, model, ids, **options) >= 4 * CANDIDATES * VOCABULARY
+    assert largest_of(reference_generate, model, ids, **options) >= 4 * CANDIDATES * VOCABULARY
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from benchmarks.gpu.run import RESULTS, environment
 from benchmarks.models import as_published, autoencoder_config, calm_config
-from benchmarks.published_decoding import published_generate
+from benchmarks.reference_decoding import reference_generate
 from calm import BaselineTransformer, EnergyTransformer
 from calm.decoding.generation import generate, warmup
 from calm_kernels.compiling.targets import TARGETS, Target
@@ -121,7 +121,7 @@ def assert_parity(shape: Shape, device: str) -> None:
 
     options = {"max_new_tokens": PARITY_TOKENS, "temperature": 1.0}
     ours = generate(model, ids, noise_scale=0.0, seed=0, **options)
-    theirs = published_generate(as_published(model), ids, noise=no_noise, **options)
+    theirs = reference_generate(as_published(model), ids, noise=no_noise, **options)
     assert torch.equal(ours, theirs), "ours and the published algorithm differ; nothing is timed"
 
 
@@ -158,7 +158,7 @@ def published_row(
     ids = prompts(shape, 1, device)
 
     def run() -> object:
-        return published_generate(model, ids, max_new_tokens=shape.new_tokens, **options)
+        return reference_generate(model, ids, max_new_tokens=shape.new_tokens, **options)
 
     return _row("published", shape, 1, timed(run, PUBLISHED_REPEATS, device), 0.0, options)
 

@@ -1,7 +1,8 @@
-"""The published decoding loop, as its paper and code describe it, on the published formulas.
+"""Decoding as the paper and the published code describe it, on our reference backend.
 
-What ours is measured against: every candidate a row of its own through head and decoder, logits
-over the whole vocabulary, a counter for each sequence on the CPU, temperatures 1/n only.
+The baseline of `make bench` (`benchmarks.published` runs the published code itself). Every
+candidate has a row of its own in head and decoder, all logits are computed, and a counter for each
+sequence on the CPU chooses. Temperatures are 1/n only.
 """
 
 import math
@@ -17,13 +18,15 @@ from transformers import DynamicCache
 from calm.models.autoencoder import Decoder
 from calm.models.continuous import ContinuousTransformer
 from calm_kernels import use_backend
+from calm_kernels.noise import Stream, uniform
 
 __all__ = [
+    "chunk_noise",
     "eligible_chunks",
-    "published_candidates",
-    "published_generate",
-    "published_tokens",
-    "published_vote",
+    "reference_candidates",
+    "reference_generate",
+    "reference_tokens",
+    "reference_vote",
 ]
 
 Chunk = tuple[int, ...]
@@ -31,7 +34,7 @@ Noise = Callable[[int, int], Tensor]  # (chunk's index, draws) -> noise [draws, 
 
 
 @torch.no_grad()
-def published_generate(
+def reference_generate(
     model: ContinuousTransformer,
     input_ids: Tensor,
     *,
@@ -63,26 +66,26 @@ def published_generate(
                 inputs_embeds=model.embed_patches(parts[-1]), past_key_values=cache, use_cache=True
             ).last_hidden_state[:, -1]
             drawn = noise(index, count) if noise else _fresh_noise(model, hidden, count)
-            candidates = published_candidates(model, hidden, drawn)  # [N, B, K]
+            candidates = reference_candidates(model, hidden, drawn)  # [N, B, K]
             rows = candidates.transpose(0, 1).tolist()
-            voted = [published_vote([tuple(row) for row in few], num_agreeing, rng) for few in rows]
+            voted = [reference_vote([tuple(row) for row in few], num_agreeing, rng) for few in rows]
             parts.append(torch.tensor(voted, device=input_ids.device))
     return torch.cat(parts, dim=1)
 
 
-def published_candidates(model: ContinuousTransformer, hidden: Tensor, noise: Tensor) -> Tensor:
+def reference_candidates(model: ContinuousTransformer, hidden: Tensor, noise: Tensor) -> Tensor:
     """Chunks ``[N, B, K]`` for states ``[B, H]`` repeated N times and noise ``[N, B, Z]``."""
     repeated = hidden.expand(*noise.shape[:2], -1).flatten(0, 1)  # [N*B, H]
     latents = model.generative_head.sample(repeated, noise.flatten(0, 1))  # [N*B, L]
-    return published_tokens(model.ae_model.decoder, latents).unflatten(0, noise.shape[:2])
+    return reference_tokens(model.ae_model.decoder, latents).unflatten(0, noise.shape[:2])
 
 
-def published_tokens(decoder: Decoder, latents: Tensor) -> Tensor:
+def reference_tokens(decoder: Decoder, latents: Tensor) -> Tensor:
     """Latents ``[R, L]`` to tokens ``[R, K]``, all logits at once."""
     return F.linear(decoder.decode(latents), decoder.output_weight).argmax(-1)
 
 
-def published_vote(candidates: Sequence[Chunk], num_agreeing: int, rng: random.Random) -> Chunk:
+def reference_vote(candidates: Sequence[Chunk], num_agreeing: int, rng: random.Random) -> Chunk:
     """Algorithm 2 for one sequence."""
     counts, level = eligible_chunks(candidates, num_agreeing)
     weights = [math.comb(count, level) for count in counts.values()]
@@ -99,3 +102,12 @@ def eligible_chunks(candidates: Sequence[Chunk], num_agreeing: int) -> tuple[dic
 def _fresh_noise(model: ContinuousTransformer, hidden: Tensor, count: int) -> Tensor:
     shape = (count, len(hidden), model.config.noise_size)
     return torch.rand(shape, device=hidden.device, dtype=hidden.dtype) - 0.5
+
+
+def chunk_noise(seed: int, index: int, draws: int, noise_size: int) -> Tensor:
+    """The head's noise ``[draws, 1, noise_size]`` that `calm.decoding.generate` draws for chunk
+    `index` of a sequence with this seed.
+    """
+    address = torch.tensor([[seed, index]])
+    drawn = uniform(1, noise_size, stream=Stream.HEAD, seed=address, num_draws=draws)
+    return drawn - 0.5
