@@ -1,97 +1,182 @@
-"""Tables from saved results: ``python benchmarks/report.py FILE.json [--readme README.md]``.
+"""Tables from saved results: ``python benchmarks/report.py FILE [FILE ...] [--readme README.md]``.
 
-No number in the README is typed by hand: this script writes the table between the two markers.
+The files are those of `make bench ARGS=--benchmark-json=FILE` or those of `benchmarks.published`.
+Where several runs are given, the table quotes the range over them, never the best. No number in
+the README is typed by hand: this script writes the tables between their markers.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-__all__ = ["main", "markdown_table", "requirement_lines"]
+__all__ = ["main", "markdown_table", "published_table", "requirement_lines"]
 
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 MEBIBYTE = 2**20
+Results = dict
+Row = tuple[str, str]  # work, baseline
 
 
-def _entries(results: dict) -> list[dict]:
-    return [entry for entry in results["benchmarks"] if "rivals" in entry.get("extra_info", {})]
+def read_rows(results: Results) -> dict[Row, dict]:
+    """Measurements of one `make bench` by work and baseline."""
+    rows = {}
+    for entry in results["benchmarks"]:
+        info = entry.get("extra_info", {})
+        for name, baseline in info.get("baselines", {}).items():
+            rows[entry["group"], name] = {
+                "ours_ms": info["median_ms"],
+                "baseline_ms": baseline["median_ms"],
+                "speedup": baseline["speedup"],
+                "ours_mib": info["peak_memory_bytes"] / MEBIBYTE,
+                "baseline_mib": baseline["peak_memory_bytes"] / MEBIBYTE,
+            }
+    return rows
 
 
-def markdown_table(results: dict) -> str:
-    """One row per benchmark and rival: times, speed-up, peak memory."""
+def span(values: Iterable[float], digits: int, unit: str = "") -> str:
+    """The least and the greatest value, or one number where they read the same."""
+    numbers = list(values)
+    least, greatest = f"{min(numbers):.{digits}f}", f"{max(numbers):.{digits}f}"
+    return f"{least}{unit}" if least == greatest else f"{least}–{greatest}{unit}"
+
+
+def emphasised(text: str, is_faster: bool) -> str:
+    """Bold where ours is faster in every run."""
+    return f"**{text}**" if is_faster else text
+
+
+def same_rows(runs: Sequence[dict]) -> list:
+    """The keys of every run, which must be the same.
+
+    Raises:
+        ValueError: a row is missing in one of the runs.
+    """
+    keys = list(runs[0])
+    for number, run in enumerate(runs[1:], start=2):
+        if run.keys() != runs[0].keys():
+            odd = sorted(str(key) for key in run.keys() ^ runs[0].keys())
+            raise ValueError(
+                f"results: every run must have the same rows, but the first and number {number} "
+                f"differ in {', '.join(odd)}"
+            )
+    return keys
+
+
+def markdown_table(results: Sequence[Results]) -> str:
+    """A row for each work and baseline of `make bench`: times, speed-up, peak memory."""
+    runs = [read_rows(each) for each in results]
     lines = [
-        "| work | ours, ms | against | its ms | speed-up | peak memory, ours / its MiB |",
+        "| work | ours, ms | baseline | baseline, ms | speed-up "
+        "| peak memory, ours / baseline, MiB |",
         "|---|---|---|---|---|---|",
     ]
-    for entry in _entries(results):
-        info = entry["extra_info"]
-        for name, rival in info["rivals"].items():
-            memory = (
-                f"{info['peak_memory_bytes'] / MEBIBYTE:.1f} / "
-                f"{rival['peak_memory_bytes'] / MEBIBYTE:.1f}"
-            )
-            speedup = f"{rival['speedup']:.1f}x"
-            lines.append(
-                f"| {entry['group']} | {info['median_ms']:.2f} | {name} | {rival['median_ms']:.1f} "
-                f"| {f'**{speedup}**' if rival['speedup'] > 1 else speedup} | {memory} |"
-            )
+    for work, baseline in same_rows(runs):
+        found = [run[work, baseline] for run in runs]
+        column = {name: [row[name] for row in found] for name in found[0]}
+        speedup = emphasised(span(column["speedup"], 1, "x"), min(column["speedup"]) > 1)
+        lines.append(
+            f"| {work} | {span(column['ours_ms'], 2)} | {baseline} "
+            f"| {span(column['baseline_ms'], 1)} | {speedup} "
+            f"| {span(column['ours_mib'], 1)} / {span(column['baseline_mib'], 1)} |"
+        )
     return "\n".join(lines)
 
 
-def requirement_lines(results: dict) -> list[tuple[bool, str]]:
-    """(met, text) for every figure that a benchmark has to reach."""
+def published_table(results: Sequence[Results]) -> str:
+    """A row for each work of `benchmarks.published`, and the memory of both processes.
+
+    The ratio of a run is the median over its rounds; the last column has the least round of all.
+    """
+    lines = [
+        "| work | ours, ms | published code, ms | speed-up | least round |",
+        "|---|---|---|---|---|",
+    ]
+    for work in same_rows([each["rows"] for each in results]):
+        found = [each["rows"][work] for each in results]
+        column = {name: [row[name] for row in found] for name in found[0]}
+        ratio = emphasised(span(column["median_ratio"], 2, "x"), min(column["median_ratio"]) > 1)
+        lines.append(
+            f"| {work} | {span(column['ours_ms'], 1)} | {span(column['published_ms'], 1)} "
+            f"| {ratio} | {min(column['least_ratio']):.2f}x |"
+        )
+    memory = [each["peak_memory_mib"] for each in results]
+    shares = span((each["published"] / each["ours"] for each in memory), 2, "x")
+    mine, theirs = (span((each[name] for each in memory), 0) for name in ("ours", "published"))
+    lines.append(f"\nPeak memory: ours {mine} MiB, published code {theirs} MiB ({shares} ours).")
+    return "\n".join(lines)
+
+
+def requirement_lines(results: Results) -> list[tuple[bool, str]]:
+    """(met, text) for every figure that a benchmark of one run has to reach."""
     lines = []
-    for entry in _entries(results):
-        info = entry["extra_info"]
-        for need in info["requirements"]:
-            rival = info["rivals"][need["rival"]]
-            met = rival["speedup"] >= need["min_speedup"]
+    for entry in results["benchmarks"]:
+        info = entry.get("extra_info", {})
+        for need in info.get("requirements", ()):
+            baseline = info["baselines"][need["baseline"]]
+            met = baseline["speedup"] >= need["min_speedup"]
             text = (
-                f"{entry['group']} against {need['rival']}: "
-                f"{rival['speedup']:.2f}x (at least {need['min_speedup']:g}x)"
+                f"{entry['group']} against {need['baseline']}: "
+                f"{baseline['speedup']:.2f}x (at least {need['min_speedup']:g}x)"
             )
             if need["max_memory_share"] is not None:
-                met = met and rival["memory_share"] <= need["max_memory_share"]
+                met = met and baseline["memory_share"] <= need["max_memory_share"]
                 text += (
-                    f", peak memory {rival['memory_share']:.3f} "
+                    f", peak memory {baseline['memory_share']:.3f} "
                     f"(at most {need['max_memory_share']:g})"
                 )
             lines.append((met, text))
     return lines
 
 
-def _caption(results: dict) -> str:
-    machine, commit = results["machine_info"], results["commit_info"]
-    return (
-        f"{machine['processor_name']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"Python {machine['python_version']}, commit {commit['id'][:10]}; "
-        "medians of interleaved rounds."
+def distinct(results: Sequence[Results], text: Callable[[Results], str]) -> str:
+    """What the runs say, each answer once."""
+    return ", ".join(dict.fromkeys(text(each) for each in results))
+
+
+def caption(results: Sequence[Results]) -> str:
+    """Machines, versions, and how many runs."""
+    runs = "one run" if len(results) == 1 else f"{len(results)} runs, least to greatest"
+    machine = distinct(
+        results,
+        lambda each: "{processor_name} with {threads} threads".format(**each["machine_info"]),
     )
+    versions = distinct(
+        results,
+        lambda each: "torch {torch}, Python {python_version}".format(**each["machine_info"]),
+    )
+    commit = distinct(results, lambda each: each["commit_info"]["id"][:10])
+    return f"{machine}; {versions}; commit {commit}; {runs}; medians of interleaved rounds."
 
 
-def write_readme(results: dict, readme: Path) -> None:
-    """Replace what stands between the markers of `readme`."""
+def write_between(readme: Path, name: str, body: str) -> None:
+    """Replace what stands between the markers of `name` in `readme`."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{readme} lacks the markers {BEGIN} and {END}")
-    head, rest = text.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    body = f"{BEGIN}\n{_caption(results)}\n\n{markdown_table(results)}\n{END}"
-    readme.write_text(head + body + tail, encoding="utf-8")
+    if begin not in text or end not in text:
+        raise ValueError(f"{readme} lacks the markers {begin} and {end}")
+    head, rest = text.split(begin, 1)
+    tail = rest.split(end, 1)[1]
+    readme.write_text(f"{head}{begin}\n{body}\n{end}{tail}", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the tables of one result file; with ``--readme`` write them there."""
+    """Print the tables of the given results; with ``--readme`` write them there."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path, help="JSON written by pytest-benchmark")
-    parser.add_argument("--readme", type=Path, help="file with the two markers to fill in")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files, one for each run")
+    parser.add_argument("--readme", type=Path, help="file with the markers to fill in")
     arguments = parser.parse_args(argv)
-    results = json.loads(arguments.results.read_text(encoding="utf-8"))
-    if arguments.readme:
-        write_readme(results, arguments.readme)
-    print(_caption(results), "", markdown_table(results), "", sep="\n")
-    lines = requirement_lines(results)
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]
+    bench = [each for each in results if "benchmarks" in each]
+    published = [each for each in results if "published_info" in each]
+    tables = (("published", published, published_table), ("benchmarks", bench, markdown_table))
+    for name, runs, table in tables:
+        if runs:
+            body = f"{caption(runs)}\n\n{table(runs)}"
+            if arguments.readme:
+                write_between(arguments.readme, name, body)
+            print(body, end="\n\n")
+    lines = [line for each in bench for line in requirement_lines(each)]
     for met, text in lines:
         print("met  " if met else "SHORT", text)
     return 0 if all(met for met, _ in lines) else 1
