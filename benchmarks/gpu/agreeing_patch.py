@@ -1,4 +1,4 @@
-"""A vote among drawn patches, against the torch backend and the published loop over sequences."""
+"""A vote among drawn chunks, against the torch backend and the published loop over sequences."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,9 +11,9 @@ from calm_kernels import agreeing_patch
 
 __all__ = ["QUICK", "SHAPES", "Shape", "works"]
 
-# In decoding the candidates were written just before: they are in the cache, so few buffers do.
+# In decoding the candidates have just been written and are in the cache: few buffers are enough.
 BUFFERS = 20
-RIVALS = {"torch": "torch", "reference": "published loop"}
+BASELINES = {"torch": "torch", "reference": "published loop"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _works(shape: Shape, device: str) -> Iterator[Work]:
 
     for ours, theirs in zip(vote(0, "triton"), vote(0, "reference"), strict=True):
         assert torch.equal(ours, theirs), "agreeing_patch: other choices; nothing is timed"
-    for backend, name in {"triton": "triton", **RIVALS}.items():
+    for backend, name in {"triton": "triton", **BASELINES}.items():
         yield Work(
             "agreeing_patch", "vote", name, asdict(shape),
             lambda index, backend=backend: vote(index, backend), BUFFERS, shape.traffic(),

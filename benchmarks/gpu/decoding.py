@@ -1,9 +1,10 @@
-"""``python -m benchmarks.gpu.decoding``: continuing prompts on this GPU, against the published
-algorithm, the token baseline, and the time that reading the weights takes.
+"""``python -m benchmarks.gpu.decoding``: prompts continued on this GPU.
 
-Random weights at published sizes. Parity is asserted in float32 before anything is timed in
-bfloat16. Times are of whole calls of `generate`, captured beforehand; the capture is a row's
-``warmup_seconds``. Results go to benchmarks/results/<device>-decoding.json.
+Ours stands beside the published algorithm on our reference backend, beside the baseline that writes
+single tokens, and beside the time that reading the weights takes. Weights are random, at published
+sizes. Parity is asserted in float32 before anything is timed in bfloat16. Times are of whole calls
+of `generate` with a graph captured beforehand; a row's ``warmup_seconds`` is the capture. Results
+go to benchmarks/results/<device>-decoding.json.
 """
 
 import argparse
@@ -35,7 +36,7 @@ SEED = 3
 
 @dataclass(frozen=True)
 class Shape:
-    """CALM-M and Transformer-S (paper, table 1), and what they continue."""
+    """CALM-M and Transformer-S (paper, table 1), and the prompts that they continue."""
 
     vocab_size: int = 128256
     patch_size: int = 4
@@ -67,7 +68,7 @@ QUICK = Shape(
 
 
 def make_calm(shape: Shape, device: str, dtype: torch.dtype) -> EnergyTransformer:
-    """Random weights, the same for every dtype; no token ends a text."""
+    """A model with random weights, the same for every dtype; no token ends a text."""
     torch.manual_seed(0)
     scale = {"initializer": "fan_in", "embedding_std": 1.0}
     autoencoder = autoencoder_config(shape, **scale)
@@ -76,7 +77,7 @@ def make_calm(shape: Shape, device: str, dtype: torch.dtype) -> EnergyTransforme
 
 
 def make_baseline(shape: Shape, device: str, dtype: torch.dtype) -> BaselineTransformer:
-    """The token-by-token model of the nearest quality."""
+    """The token-by-token model that comes nearest in quality."""
     config = LlamaConfig(
         vocab_size=shape.vocab_size, hidden_size=shape.baseline_hidden_size,
         intermediate_size=shape.baseline_intermediate_size,
@@ -96,7 +97,7 @@ def prompts(shape: Shape, batch_size: int, device: str) -> torch.Tensor:
 def chunk_floor_ms(
     model: EnergyTransformer, num_samples: int, batch_size: int, target: Target
 ) -> float:
-    """Time of a chunk if every weight is read once and products run at full rate."""
+    """Time of a chunk if every weight is read once and GEMMs run at full rate."""
     backbone = sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
@@ -113,7 +114,7 @@ def chunk_floor_ms(
 
 
 def assert_parity(shape: Shape, device: str) -> None:
-    """Without noise ours and the published algorithm continue alike, in float32."""
+    """Without noise, in float32, ours and the published algorithm write the same text."""
     model, ids = make_calm(shape, device, torch.float32), prompts(shape, 2, device)
 
     def no_noise(index: int, count: int) -> torch.Tensor:
@@ -126,7 +127,7 @@ def assert_parity(shape: Shape, device: str) -> None:
 
 
 def timed(run: Callable[[], object], repeats: int, device: str) -> float:
-    """Median milliseconds of a call, the first one left out."""
+    """Median milliseconds of a call, without the first."""
     times = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
@@ -140,7 +141,7 @@ def timed(run: Callable[[], object], repeats: int, device: str) -> float:
 def row_of(
     model: PreTrainedModel, name: str, shape: Shape, batch_size: int, device: str, **options: Any
 ) -> dict[str, Any]:
-    """Ours (of any model) on `batch_size` prompts."""
+    """`generate` of any of our models on `batch_size` prompts."""
     ids = prompts(shape, batch_size, device)
     length = shape.prompt_tokens + shape.new_tokens
     seconds = warmup(model, batch_size=batch_size, max_length=length, **options)
@@ -175,7 +176,7 @@ def _row(
 
 
 def rows(shape: Shape, device: str, target: Target | None) -> Iterator[dict[str, Any]]:
-    """One prompt at T = 1 and 1/2 against the published algorithm; a batch against the baseline."""
+    """One prompt at T = 1 and 1/2 beside the published algorithm; a batch beside the baseline."""
     assert_parity(shape, device)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = make_calm(shape, device, dtype)

@@ -1,4 +1,4 @@
-"""Time on the device: a captured graph of many launches over rotating buffers, medians."""
+"""Time on the device: the median of a captured graph of many launches over rotating buffers."""
 
 import math
 import statistics
@@ -11,17 +11,17 @@ from benchmarks.gpu.work import Measurement, Work
 __all__ = ["measure", "num_buffers"]
 
 LAUNCHES, REPLAYS, WARMUP = 20, 15, 3
-ENOUGH_MS = 100.0  # of launches that are timed together
-CACHE_MULTIPLE = 4  # the buffers of a work together, in sizes of the device's cache
+ENOUGH_MS = 100.0  # time of the launches that are timed together
+CACHE_MULTIPLE = 4  # size of all buffers of a work, in sizes of the device's cache
 
 
 def num_buffers(bytes_each: int, cache_bytes: int) -> int:
-    """Sets of inputs so that each has left the cache when its turn comes again; at least two."""
+    """Number of input buffers, so that each has left the cache before its next use; at least two."""
     return max(2, math.ceil(CACHE_MULTIPLE * cache_bytes / max(1, bytes_each)))
 
 
 def num_launches(buffers: int, call_ms: float = 0.0) -> int:
-    """`LAUNCHES` or a few more, fewer of long calls, and every buffer as often as any other."""
+    """About `LAUNCHES`, fewer of long calls; every buffer is used equally often."""
     wanted = min(LAUNCHES, ENOUGH_MS / max(call_ms, 1e-3))
     return math.ceil(wanted / buffers) * buffers
 
@@ -44,7 +44,7 @@ def _call(work: Work, launches: int) -> None:
 
 
 def _capture(work: Work, launches: int) -> tuple[torch.cuda.CUDAGraph, list[object]]:
-    """The graph, and the results: kept, so that no launch writes where the one before it did."""
+    """The graph and its results, which are kept so that each launch writes to memory of its own."""
     graph, results = torch.cuda.CUDAGraph(), []
     with torch.cuda.graph(graph):
         for index in range(launches):
@@ -66,8 +66,8 @@ def _peak_memory_bytes(work: Work) -> int:
 def measure(work: Work) -> Measurement:
     """Time `work` over its buffers in turn.
 
-    What cannot be captured, because it waits for the device, is timed as it is called, launch gaps
-    included; its row says so.
+    A call that waits for the device cannot be captured. It is timed as it is called, with the gaps
+    between launches, and its row says so.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())  # which fills the buffers

@@ -1,8 +1,8 @@
 """The energy head: forward and backward in training, forward alone at decoding.
 
-Training is bf16 autocast over float32 parameters, decoding all bf16. The published module repeats
-the hidden states for every draw; its noise is drawn beforehand, which is in its favour. At decoding
-the weights are most of what is read, so that heads take turns as buffers do.
+Training is bf16 autocast over float32 parameters; decoding is bf16 throughout. The published module
+repeats the hidden states for every draw. Its noise is drawn beforehand, which favours it. In
+decoding most of what is read are weights, so several heads rotate as the buffers do.
 """
 
 import copy
@@ -22,7 +22,7 @@ __all__ = ["QUICK", "SHAPES", "Shape", "works"]
 
 @dataclass(frozen=True)
 class Shape:
-    """R patches, N draws each, width C, noise Z, latent L, D blocks."""
+    """R chunks, N draws each, width C, noise Z, latent L, D blocks."""
 
     rows: int = 8192
     num_samples: int = 8
@@ -33,7 +33,7 @@ class Shape:
     is_training: bool = True
 
     def multiplications(self) -> int:
-        """Of the products: what depends on the patch once, the rest for every draw."""
+        """Of the GEMMs: once for what depends on the chunk alone, else for every draw."""
         square = self.width**2
         ends = self.width * (self.noise_size + self.latent_size)
         draw = (5 * self.num_blocks + 1) * square + ends
@@ -59,7 +59,7 @@ Draw = Callable[[EnergyHead, Tensor], Tensor]
 
 
 def _heads(shape: Shape, device: str, count: int) -> list[EnergyHead]:
-    """Of the same parameters; `count` in decoding, one in training, which reads far more."""
+    """Heads with the same parameters: `count` for decoding, one for training."""
     torch.manual_seed(0)
     head = EnergyHead(
         shape.width, shape.latent_size, shape.noise_size, shape.num_blocks, init="scaled"
@@ -105,7 +105,7 @@ def _run(draw: Draw, head: EnergyHead, hidden: Tensor, upstream: Tensor) -> list
 
 
 def _works(shape: Shape, device: str) -> Iterator[Work]:
-    torch._dynamo.reset()  # the compiled rival is compiled for each shape
+    torch._dynamo.reset()  # the compiled baseline is compiled for each shape
     seed = torch.tensor([1, 0], device=device)
     hidden_bytes = (4 if shape.is_training else 2) * shape.rows * shape.width
     parameter_bytes = 2 * shape.parameters()

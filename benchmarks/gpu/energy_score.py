@@ -18,8 +18,10 @@ Score = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """R patches, N samples, M targets, L dimensions; a posterior's log_std has deviation `spread`,
-    and a large one leaves the series for the quadrature.
+    """R chunks, N samples, M targets, L dimensions.
+
+    The posterior's log_std has the standard deviation `spread`; where it is large, the kernel uses
+    quadrature in place of the series.
     """
 
     rows: int = 8192
@@ -53,7 +55,7 @@ SHAPES = QUICK + sorted({s for sweep in SWEEPS.values() for s in sweep} - {REFER
 
 
 def make_inputs(shape: Shape, seed: int, device: str) -> list[Tensor]:
-    """Samples in patch-major memory, mean, log_std, bf16."""
+    """Samples in chunk-major memory, mean, log_std, bf16."""
     generator = torch.Generator(device).manual_seed(seed)
     options = {"device": device, "generator": generator}
     mean = torch.randn(shape.rows, shape.width, **options)
@@ -64,7 +66,7 @@ def make_inputs(shape: Shape, seed: int, device: str) -> list[Tensor]:
 
 
 def cdist_score(samples: Tensor, targets: Tensor) -> Tensor:
-    """The strongest plain rival: torch.cdist in float32, patches as the batch."""
+    """The fastest plain PyTorch: torch.cdist in float32, chunks as the batch."""
     points = samples.transpose(0, 1).float()
     pairs = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
     n = points.shape[1]
@@ -78,7 +80,7 @@ def _ours(shape: Shape, backend: str, targets: str, seed: Tensor) -> Score:
     )
 
 
-def _rivals(shape: Shape, device: str) -> Iterator[tuple[str, Score, bool]]:
+def _scores(shape: Shape, device: str) -> Iterator[tuple[str, Score, bool]]:
     """Name, score of (samples, mean, log_std), and whether a graph can capture it."""
     seed = torch.tensor([1, 0], device=device)
 
@@ -93,7 +95,7 @@ def _rivals(shape: Shape, device: str) -> Iterator[tuple[str, Score, bool]]:
 
     for targets in ("analytic", "antithetic", "sample"):
         yield f"triton, {targets}", _ours(shape, "triton", targets, seed), True
-    # asks the device which patches need quadrature
+    # waits for the device to know which chunks need quadrature
     yield "torch, analytic", _ours(shape, "torch", "analytic", seed), False
     yield "torch.cdist", by_cdist, True
     if 3 * shape.eager_bytes() < memory_limit(device):
@@ -103,7 +105,7 @@ def _rivals(shape: Shape, device: str) -> Iterator[tuple[str, Score, bool]]:
 
 
 def memory_limit(device: str) -> int:
-    """Half of the device's memory for a rival's intermediates."""
+    """Half of the device's memory for a baseline's intermediates."""
     return (
         1 << 30 if device == "cpu" else torch.cuda.get_device_properties(device).total_memory // 2
     )
@@ -126,12 +128,12 @@ def _assert_parity(shape: Shape, inputs: Sequence[Tensor], upstream: Tensor) -> 
 
 
 def _gaussian_works(shape: Shape, device: str) -> Iterator[Work]:
-    torch._dynamo.reset()  # the compiled rival is compiled for each shape
+    torch._dynamo.reset()  # the compiled baseline is compiled for each shape
     count = num_buffers(shape.traffic() // 2, cache_bytes(device))
     buffers = [make_inputs(shape, seed, device) for seed in range(count)]
     upstream = torch.full((shape.rows,), 1 / shape.rows, device=device)
     _assert_parity(shape, buffers[0], upstream)
-    for name, score, can_capture in _rivals(shape, device):
+    for name, score, can_capture in _scores(shape, device):
         yield Work(
             operation="energy_score",
             label=ANALYTIC,
@@ -152,15 +154,15 @@ def _given_works(shape: Shape, device: str) -> Iterator[Work]:
         samples, mean, log_std = make_inputs(shape, seed, device)
         draws = torch.randn(shape.num_targets, *mean.shape, device=device).to(mean.dtype)
         buffers.append((samples, mean + log_std.exp() * draws))
-    rivals: dict[str, Score] = {
+    scores: dict[str, Score] = {
         backend: lambda *points, backend=backend: energy_score(*points, backend=backend)
         for backend in ("triton", "torch")
     }
-    rivals["torch.cdist"] = cdist_score
-    results = [_gradient(score, buffers[0], upstream) for score in rivals.values()]
+    scores["torch.cdist"] = cdist_score
+    results = [_gradient(score, buffers[0], upstream) for score in scores.values()]
     for other in results[1:]:
         assert_close(results[0], other, 1e-2, "given targets")
-    for name, score in rivals.items():
+    for name, score in scores.items():
         yield Work(
             operation="energy_score",
             label=GIVEN,
@@ -173,7 +175,7 @@ def _given_works(shape: Shape, device: str) -> Iterator[Work]:
 
 
 def works(shapes: Sequence[Shape], device: str = "cuda") -> Iterator[Work]:
-    """Gaussian targets at every shape, given targets at the first."""
+    """Given targets at the first shape, Gaussian targets at every shape."""
     yield from _given_works(shapes[0], device)
     for shape in shapes:
         yield from _gaussian_works(shape, device)

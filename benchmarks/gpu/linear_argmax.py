@@ -1,4 +1,4 @@
-"""The likeliest word of each row against logits in memory."""
+"""The likeliest token of each row, against logits in memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ __all__ = ["QUICK", "SHAPES", "Shape", "works"]
 
 @dataclass(frozen=True)
 class Shape:
-    """R rows of H features against V words."""
+    """R rows of H features against V vocabulary entries."""
 
     rows: int = 800
     vocab_size: int = 128_256
@@ -43,7 +43,7 @@ def _ours(backend: str, **options: bool) -> Callable[..., Tensor]:
 
 
 def _assert_parity(hidden: Tensor, weight: Tensor) -> None:
-    """The chosen logit is the largest, but for the order of a sum."""
+    """The chosen logit is the largest, up to rounding."""
     index, largest = linear_argmax(hidden, weight, return_max=True, backend="triton")
     wanted = linear_argmax(hidden, weight, return_max=True, backend="torch")[1]
     torch.testing.assert_close(largest, wanted, rtol=1e-5, atol=1e-5)

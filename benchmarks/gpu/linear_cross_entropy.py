@@ -20,7 +20,7 @@ BUFFERS = 2  # a call moves more than any cache holds
 
 @dataclass(frozen=True)
 class Shape:
-    """R rows of H features against V words."""
+    """R rows of H features against V vocabulary entries."""
 
     rows: int = 32_768
     vocab_size: int = 128_256
@@ -31,7 +31,7 @@ class Shape:
         return 4 * self.hidden_size * (self.vocab_size + self.rows) + 8 * self.rows
 
     def flops(self) -> int:
-        """Of three products."""
+        """Operations of three GEMMs."""
         return 6 * self.rows * self.vocab_size * self.hidden_size
 
     def logits_bytes(self) -> int:
@@ -48,7 +48,7 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), labels)
 
 
-def _rivals(shape: Shape, device: str) -> Iterator[tuple[str, Loss, bool]]:
+def _losses(shape: Shape, device: str) -> Iterator[tuple[str, Loss, bool]]:
     """Name, loss of (hidden, weight, labels), and whether a graph can capture it."""
     for backend in ("triton", "torch"):
         yield backend, lambda *inputs, b=backend: linear_cross_entropy(*inputs, backend=b), True
@@ -80,12 +80,12 @@ def _make_inputs(shape: Shape, device: str) -> list[Tensor]:
 
 def _works(shape: Shape, device: str) -> Iterator[Work]:
     buffers = [_make_inputs(shape, device) for _ in range(BUFFERS)]
-    rivals = list(_rivals(shape, device))
-    expected = _step(rivals[1][1], *buffers[0])
-    for name, loss, _ in rivals:
+    losses = list(_losses(shape, device))
+    expected = _step(losses[1][1], *buffers[0])
+    for name, loss, _ in losses:
         if "torch.compile" not in name:
             assert_close(_step(loss, *buffers[0]), expected, 2e-2, f"linear_cross_entropy, {name}")
-    for name, loss, can_capture in rivals:
+    for name, loss, can_capture in losses:
         yield Work(
             "linear_cross_entropy", "forward + gradients", name, asdict(shape),
             lambda index, loss=loss: _step(loss, *buffers[index]), BUFFERS, shape.traffic(),

@@ -1,4 +1,4 @@
-"""Time and memory of the energy score against patches, samples, targets and dimensions."""
+"""Time and memory of the energy score over chunks, samples, targets and dimensions."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 __all__ = ["draw", "series"]
 
 AXES = {
-    "rows": "patches",
+    "rows": "chunks",
     "num_samples": "samples N",
     "num_targets": "targets M",
     "width": "latent size L",

@@ -34,7 +34,7 @@ def _both(states: Tensor, upstream: Sequence[Tensor], seed: Tensor, backend: str
 
 
 def _works(shape: Shape, device: str) -> Iterator[Work]:
-    element = 2 * shape.rows * shape.width  # bytes of one bf16 value a latent
+    element = 2 * shape.rows * shape.width  # bytes of one bf16 value for each latent dimension
     count = num_buffers(2 * element, cache_bytes(device))
     buffers = [
         torch.randn(shape.rows, 2 * shape.width, device=device).bfloat16().requires_grad_()
@@ -66,7 +66,7 @@ def _works(shape: Shape, device: str) -> Iterator[Work]:
         yield work("forward + backward", backend, 8 * element, both)
 
     def backward(index: int) -> Tensor:
-        # The operator itself: autograd would run it on the stream of the forward, not captured.
+        # The operator itself: autograd would use the stream of the forward, which is not captured.
         return torch.ops.calm_kernels.reparameterize_backward(
             buffers[index].detach(), None, None, seed, first_row, *upstream, FLOOR, DROPOUT
         )

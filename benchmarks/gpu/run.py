@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu.run``: kernels against their rivals on this GPU.
+"""``python -m benchmarks.gpu.run``: kernels against their baselines on this GPU.
 
 Parity is asserted before anything is timed. Results go to benchmarks/results/<device>.json with
 versions and commit, and are drawn as plots beside it.
@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ import triton
 from benchmarks.gpu.device_time import measure
 from benchmarks.gpu.plots import draw
 from benchmarks.gpu.work import Measurement, Work, row_of
+from benchmarks.machine import current_commit
 from calm_kernels.backend import OPERATIONS
 from calm_kernels.compiling.targets import TARGETS
 from calm_kernels.tuning import architecture
@@ -40,10 +40,7 @@ def operations() -> dict[str, ModuleType]:
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to repeat the run."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    """Device and versions, which a reader needs to repeat the run."""
     return {
         "device": torch.cuda.get_device_name(),
         "architecture": architecture(torch.device("cuda")),
@@ -52,14 +49,14 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": current_commit(),
     }
 
 
 def measured(
     works: Iterator[Work], arch: str, timer: Callable[[Work], Measurement] = measure
 ) -> Iterator[dict[str, Any]]:
-    """The rows of these works, each timed when its turn comes."""
+    """The rows of these works, timed one after the other."""
     for work in works:
         yield row_of(work, timer(work), TARGETS.get(arch))
 
@@ -94,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in measured(works, found["architecture"]):
             results["rows"].append(row)
             print(line(row), flush=True)
-        # after each operation, so that a run which is cut short leaves what it measured
+        # written after each operation, so that a run that is cut short keeps its results
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if not arguments.quick and "energy_score" in (arguments.op or modules):
         draw(results, path.with_suffix(".png"))

@@ -13,17 +13,17 @@ __all__ = ["Measurement", "Work", "assert_close", "cache_bytes", "relative_error
 
 @dataclass(frozen=True)
 class Work:
-    """A call to time: what, by whom, at which shape, and what it cannot do without."""
+    """A call to time: what it computes, who computes it, its shape, and the least it must move."""
 
     operation: str
     label: str  # what is computed: "forward + gradient"
-    name: str  # who computes it: "triton", a rival
+    name: str  # who computes it: "triton" or a baseline
     shape: dict[str, Any]
     run: Callable[[int], Any]  # takes the number of a buffer
     buffers: int
     traffic: int  # bytes that must move, whoever computes it
-    flops: int = 0  # of products on tensor cores
-    can_capture: bool = True  # into a CUDA graph: it never waits for the device
+    flops: int = 0  # of GEMMs on tensor cores
+    can_capture: bool = True  # into a CUDA graph, because it never waits for the device
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Measurement:
 
 
 def row_of(work: Work, found: Measurement, target: Target | None) -> dict[str, Any]:
-    """What is written to the results: the floor is that of `target`, None for an unknown device."""
+    """A row of the results; its floor is the least time on `target`, None if that is unknown."""
     floor_ms = None
     if target is not None:
         seconds = max(work.traffic / target.bandwidth, work.flops / target.tensor_rate)
