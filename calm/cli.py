@@ -40,7 +40,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "env": Command("calm.commands.env", "versions, devices and the chosen implementations", ""),
     "demo": Command(
-        "calm.experiments.demo", "train, evaluate and sample a small CALM in minutes", "train,plot"
+        "calm.commands.demo", "train, evaluate and sample a small CALM in minutes", "train,plot"
     ),
     "prepare": Command("calm.commands.prepare", "make a tokenizer, and tokenize a corpus"),
     "plan": Command("calm.commands.plan", "parameter counts of a recipe or a checkpoint"),

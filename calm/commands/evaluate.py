@@ -2,11 +2,11 @@
 
 import argparse
 import os
-import sys
+from functools import partial
 from pathlib import Path
 
-from calm.commands.held_out import add_text_arguments, load_blocks
-from calm.commands.loading import add_model_arguments, load_model, load_tokenizer_of
+from calm.commands.model_flags import add_model_arguments, load_model, load_tokenizer_of
+from calm.commands.text_flags import add_evaluation_text_arguments, load_blocks
 from calm.errors import UserError
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
@@ -23,7 +23,7 @@ Compare numbers only if their protocols agree: the block size alone moves BrierL
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the subcommand."""
     add_model_arguments(parser)
-    add_text_arguments(parser)
+    add_evaluation_text_arguments(parser)
     parser.add_argument(
         "--batch-size",
         type=int,
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-repeats",
         action="store_true",
-        help="leave out n-grams of one repeated token, such as rules and blank runs",
+        help="skip n-grams of one repeated token, such as rules and blank runs",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="of draws and bootstrap (default: 0)"
@@ -71,16 +71,14 @@ def run(args: argparse.Namespace) -> int:
     total = -(-len(blocks) // args.batch_size)
     evaluation = evaluate(
         model,
-        (blocks[index] for index in range(len(blocks))),
+        blocks,
         num_samples=args.num_samples,
         brier_draws=args.brier_draws,
         noise_scale=args.noise_scale,
         skip_repeats=args.skip_repeats,
         seed=args.seed,
         batch_size=args.batch_size,
-        progress=lambda batches: tqdm(
-            batches, total=total, desc="evaluating", disable=not sys.stderr.isatty()
-        ),
+        progress=partial(tqdm, total=total, desc="evaluating", disable=None),  # at a terminal
         describe={"model": args.model, "kind": type(model).__name__, "data": args.data},
     )
     print(evaluation.to_table())

@@ -2,11 +2,12 @@
 
 import argparse
 import os
-import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from calm.commands.held_out import add_text_arguments, load_blocks
-from calm.commands.loading import add_model_arguments, load_model, load_tokenizer_of
+from calm.commands.model_flags import add_model_arguments, load_model, load_tokenizer_of
+from calm.commands.text_flags import add_evaluation_text_arguments, load_blocks
 from calm.errors import UserError
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the subcommand."""
     parser.add_argument("study", choices=("temperature",), help="which study")
     add_model_arguments(parser, default=os.path.join("runs", "demo", "calm"))
-    add_text_arguments(parser, default="embedded:docstrings")
+    add_evaluation_text_arguments(parser, default="embedded:docstrings")
     parser.add_argument(
         "--positions", type=int, default=128, metavar="P", help="places of the text (default: 128)"
     )
@@ -49,8 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write, print the table."""
-    from dataclasses import replace
-
     from tqdm import tqdm
 
     from calm.experiments.temperature import QUICK, run_study, write_study
@@ -68,14 +67,9 @@ def run(args: argparse.Namespace) -> int:
     if not isinstance(model, ContinuousTransformer):
         raise UserError(f"{args.model} holds a token baseline; this study needs a CALM")
     blocks = load_blocks(args, model, load_tokenizer_of(args, model))
-    every = (blocks[index] for index in range(len(blocks)))
-    positions = take_positions(model, every, args.positions, args.seed)
-    study = run_study(
-        model,
-        positions,
-        options,
-        progress=lambda settings: tqdm(settings, desc="settings", disable=not sys.stderr.isatty()),
-    )
+    positions = take_positions(model, blocks, args.positions, args.seed)
+    progress = partial(tqdm, desc="settings", disable=None)  # at a terminal
+    study = run_study(model, positions, options, progress)
     study.measured_on.update(model=args.model, data=args.data)
     folder = Path(args.output_dir)
     print(write_study(study, folder))

@@ -5,8 +5,8 @@ import json
 import sys
 from typing import Any
 
-from calm.commands.loading import add_model_arguments, load_model, load_tokenizer_of
-from calm.commands.prompts import add_prompt_arguments, is_interactive, read_prompts
+from calm.commands.model_flags import add_model_arguments, load_model, load_tokenizer_of
+from calm.commands.prompt_flags import add_prompt_arguments, is_interactive, read_prompts
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 

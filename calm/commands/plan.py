@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from calm.commands.loading import model_kind, read_config
+from calm.commands.model_flags import model_kind, read_config
 from calm.errors import UserError
 
 __all__ = ["EXAMPLES", "add_arguments", "count_parts", "plan_of", "run"]

@@ -1,12 +1,15 @@
 """`calm prepare`: make or load a tokenizer, save it, and tokenize a corpus into the cache."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from calm.commands.text_flags import (
+    DEFAULT_SPLIT,
+    add_split_argument,
+    add_text_arguments,
+    corpus_options,
+)
 from calm.errors import UserError
-
-if TYPE_CHECKING:
-    from calm.data.corpus import CorpusOptions
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -21,13 +24,7 @@ Training tokenizes what is not tokenized yet; preparing it first lets several ru
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the subcommand."""
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="TEXT",
-        help=".txt, .jsonl or .json files (comma-separated, globs work), embedded:docstrings, "
-        "embedded:topics, or a hub dataset",
-    )
+    add_text_arguments(parser, ", embedded:docstrings, embedded:topics, or a hub dataset")
     parser.add_argument(
         "--tokenizer",
         required=True,
@@ -37,18 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder to save the tokenizer in"
     )
-    parser.add_argument(
-        "--text-unit",
-        choices=("line", "paragraph", "file"),
-        default="line",
-        help="one document of a .txt file (default: line)",
-    )
-    parser.add_argument(
-        "--validation-split-percentage",
-        type=float,
-        default=5.0,
-        metavar="P",
-        help="documents to hold out, in percent; must be that of training (default: 5)",
+    add_split_argument(
+        parser,
+        f"documents to hold out, in percent; must be that of training (default: {DEFAULT_SPLIT:g})",
+        default=DEFAULT_SPLIT,
     )
     parser.add_argument("--cache-dir", metavar="DIR", help="where prepared data are kept")
     parser.add_argument(
@@ -89,12 +78,3 @@ def run(args: argparse.Namespace) -> int:
             f"({characters / max(1, tokens):.2f} characters a token)"
         )
     return 0
-
-
-def corpus_options(data: str, **options: Any) -> "CorpusOptions":
-    """`CorpusOptions` for ``--data``: files if it looks like files, else a corpus of that name."""
-    from calm.data.corpus import CorpusOptions
-
-    is_files = data.removesuffix(".gz").endswith((".txt", ".jsonl", ".json")) or "*" in data
-    source: dict[str, Any] = {"train_file" if is_files else "dataset_name": data}
-    return CorpusOptions(**source, **options)

@@ -1,30 +1,26 @@
-"""`calm demo`: autoencoder, CALM and token baseline from nothing, in minutes on two cores.
+"""The demo: autoencoder, CALM and token baseline from nothing, in minutes on two cores.
 
-Both language models read the same text for the same seconds and are scored on the same held-out
-documents. ``runs/demo`` then holds three models that `calm generate` and `calm eval` load,
+Both language models train on the same text for the same seconds and are scored on the same held-out
+documents. The output folder then holds three models that `calm generate` and `calm eval` load,
 ``report.md``, ``results.json`` and ``curves.png``.
 """
 
-import argparse
 import json
-import logging
 import platform
 import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-import transformers
 
+from calm.data.files import TextUnit
 from calm.data.packing import Block
 from calm.decoding import generate
-from calm.errors import UserError
 from calm.evaluation import Evaluation, evaluate
 from calm.experiments.demo_plot import plot_demo
 from calm.experiments.demo_report import (
@@ -32,7 +28,6 @@ from calm.experiments.demo_report import (
     LanguageModelResults,
     Sample,
     temperature_name,
-    to_console,
     to_markdown,
 )
 from calm.experiments.demo_stages import train_stage
@@ -41,14 +36,7 @@ from calm.training.precision import has_bfloat16_units
 from calm.training.recipe import Stage
 from calm.training.trainer import CALMTrainer
 
-__all__ = ["EXAMPLES", "add_arguments", "run"]
-
-EXAMPLES = """\
-  calm demo                                    the embedded text, about 8 minutes on two cores
-  calm demo --text my.txt --minutes 20         your own text
-  calm generate --model runs/demo/calm --prompt "Returns the " --temperature 0.33
-  OMP_WAIT_POLICY=PASSIVE calm demo            the same where other programs share the cores
-"""
+__all__ = ["DemoOptions", "run_demo"]
 
 EMBEDDED_TEXT = "docstrings of Python's standard library, flattened to sentences"
 # Shares of the time; what is left goes to reading the text, scoring and sampling.
@@ -66,65 +54,52 @@ TEMPERATURES = (1.0, 1 / 3)
 CANDIDATES = 200  # of a vote at low temperature; more of them repeat more
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the subcommand."""
-    parser.add_argument(
-        "--text",
-        metavar="FILES",
-        help=".txt, .jsonl or .json files to learn from (comma-separated, globs work); "
-        "default: docstrings of Python's standard library",
-    )
-    parser.add_argument(
-        "--text-unit",
-        choices=("paragraph", "line", "file"),
-        default="paragraph",
-        help="one document of a .txt file; some are held out (default: paragraph)",
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=8.0, metavar="M", help="time for all of it (default: 8)"
-    )
-    parser.add_argument(
-        "--output-dir",
-        default="runs/demo",
-        metavar="DIR",
-        help="written over if it exists (default: runs/demo)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=1,
-        metavar="S",
-        help="of weights, batches and draws (default: 1)",
-    )
-    parser.add_argument(
-        "--recipe", default="demo", metavar="NAME", help="sizes and rates (default: demo)"
-    )
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the demo learns from, and for how long.
+
+    Attributes:
+        folder: of the three models and the report; created, or written over.
+        text: files to learn from, as the flag ``--train_file`` takes them; None for the docstrings.
+        text_unit: one document of a .txt file.
+        minutes: time for all of it, positive.
+        seed: of weights, batches and draws.
+        recipe: name or file of the recipe that gives sizes and rates.
+    """
+
+    folder: Path
+    text: str | None = None
+    text_unit: TextUnit = "paragraph"
+    minutes: float = 8.0
+    seed: int = 1
+    recipe: str = "demo"
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train, score, sample, report."""
-    if not args.minutes > 0:
-        raise UserError(f"--minutes must be positive, got {args.minutes}")
-    _quieten()
-    folder = Path(args.output_dir)
+def run_demo(options: DemoOptions) -> DemoResults:
+    """Train, score and sample all three models; write them and the report to the folder.
+
+    Returns: what ``results.json`` holds.
+    Raises:
+        UserError: the text or the recipe cannot be used.
+    """
+    folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
-    results = _experiment(args, folder)
+    results = _train_and_score(options)
     record = json.dumps(asdict(results), indent=1, ensure_ascii=False)
     (folder / "results.json").write_text(record + "\n", encoding="utf-8")
     (folder / "report.md").write_text(to_markdown(results), encoding="utf-8")
     plot_demo(results, folder / "curves.png")
-    print(to_console(results))
-    print(f"\n{folder}: report.md, curves.png, results.json and the three models")
-    return 0
+    return results
 
 
-def _experiment(args: argparse.Namespace, folder: Path) -> DemoResults:
+def _train_and_score(options: DemoOptions) -> DemoResults:
     """The three stages, the autoencoder first; both language models get the same seconds."""
     began = time.perf_counter()
-    flags = _common_flags(args)
+    folder = options.folder
+    flags = _common_flags(options)
     trainer, autoencoder = train_stage(
         Stage.AUTOENCODER,
-        [*flags, *_stage_flags(folder / "autoencoder", args.minutes * AUTOENCODER_SHARE)],
+        [*flags, *_stage_flags(folder / "autoencoder", options.minutes * AUTOENCODER_SHARE)],
         title="autoencoder   ",
         score=_reconstruction,
         num_scores=CURVE_SCORES,
@@ -134,18 +109,18 @@ def _experiment(args: argparse.Namespace, folder: Path) -> DemoResults:
         "CALM",
         folder / "calm",
         [*flags, f"--ae_name_or_path={folder / 'autoencoder'}"],
-        args,
+        options,
     )
     baseline = _language_model(
         Stage.BASELINE,
         "token by token",
         folder / "baseline",
         flags,
-        args,
+        options,
         max_tokens=calm.evaluation.protocol["tokens"],
     )
     return DemoResults(
-        text=args.text or EMBEDDED_TEXT,
+        text=options.text or EMBEDDED_TEXT,
         machine=_machine(),
         seconds=time.perf_counter() - began,
         peak_memory_bytes=_peak_memory_bytes(),
@@ -153,7 +128,7 @@ def _experiment(args: argparse.Namespace, folder: Path) -> DemoResults:
         autoencoder=autoencoder,
         calm=calm,
         baseline=baseline,
-        commands=_commands(args, folder, trainer),
+        commands=_commands(options, trainer),
     )
 
 
@@ -162,23 +137,25 @@ def _language_model(
     name: str,
     folder: Path,
     flags: Sequence[str],
-    args: argparse.Namespace,
+    options: DemoOptions,
     max_tokens: int | None = None,
 ) -> LanguageModelResults:
     """Train, evaluate (on so many held-out tokens) and sample one of the two."""
     trainer, run = train_stage(
         stage,
-        [*flags, *_stage_flags(folder, args.minutes * LANGUAGE_MODEL_SHARE)],
+        [*flags, *_stage_flags(folder, options.minutes * LANGUAGE_MODEL_SHARE)],
         title=f"{name:14}",
         score=_curve_score,
         num_scores=CURVE_SCORES,
     )
     evaluation = _evaluate(trainer, max_tokens, **FINAL)
     tokenizer: Any = trainer.processing_class
-    prompts = tokenizer(list(PROMPTS))["input_ids"] if args.text is None else _beginnings(trainer)
+    prompts = (
+        tokenizer(list(PROMPTS))["input_ids"] if options.text is None else _beginnings(trainer)
+    )
     samples, speeds = [], {}
     for temperature in TEMPERATURES:
-        texts, speed = _continue(trainer, prompts, temperature, args.seed)
+        texts, speed = _continue(trainer, prompts, temperature, options.seed)
         samples += [
             Sample(temperature, prompt, text)
             for prompt, text in zip(tokenizer.batch_decode(prompts), texts, strict=True)
@@ -190,12 +167,12 @@ def _language_model(
 # Flags
 
 
-def _common_flags(args: argparse.Namespace) -> list[str]:
+def _common_flags(options: DemoOptions) -> list[str]:
     """Flags that all stages share, on top of the recipe."""
-    flags = [f"--config={args.recipe}", f"--seed={args.seed}"]
-    if args.text is not None:
-        flags += ["--dataset_name=", f"--train_file={args.text}"]
-        flags.append(f"--text_unit={args.text_unit}")
+    flags = [f"--config={options.recipe}", f"--seed={options.seed}"]
+    if options.text is not None:
+        flags += ["--dataset_name=", f"--train_file={options.text}"]
+        flags.append(f"--text_unit={options.text_unit}")
     if not torch.cuda.is_available():
         flags.append("--use_cpu=true")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -234,10 +211,9 @@ def _curve_score(trainer: CALMTrainer) -> dict[str, float]:
 
 def _evaluate(trainer: CALMTrainer, max_tokens: int | None = None, **settings: Any) -> Evaluation:
     blocks: Any = trainer.eval_dataset
-    chosen = (blocks[index] for index in range(len(blocks)))
     return evaluate(
         trainer.model,
-        chosen if max_tokens is None else _first_tokens(chosen, max_tokens),
+        blocks if max_tokens is None else _first_tokens(blocks, max_tokens),
         skip_repeats=True,
         batch_size=SCORE_BATCH,
         **settings,
@@ -289,14 +265,6 @@ def _beginnings(trainer: CALMTrainer) -> list[list[int]]:
     return [document[:PROMPT_TOKENS].tolist() for document in (long or [tokens])[: len(PROMPTS)]]
 
 
-def _quieten() -> None:
-    """The bars and figures are the output; warnings and errors still show."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    transformers.utils.logging.set_verbosity_warning()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
 def _machine() -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
@@ -307,14 +275,15 @@ def _peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _commands(args: argparse.Namespace, folder: Path, trainer: CALMTrainer) -> list[str]:
+def _commands(options: DemoOptions, trainer: CALMTrainer) -> list[str]:
     """What to try next; the second repeats the score of the report."""
+    folder = options.folder / "calm"
     blocks: Any = trainer.eval_dataset
-    data = args.text or trainer.protocol["dataset"]
-    unit = "" if args.text is None else f" --text-unit {args.text_unit}"
+    data = options.text or trainer.protocol["dataset"]
+    unit = "" if options.text is None else f" --text-unit {options.text_unit}"
     return [
-        f'calm generate --model {folder / "calm"} --prompt "{PROMPTS[0]}" --temperature 0.3333',
-        f"calm eval --model {folder / 'calm'} --data {data}{unit} --block-size {blocks.block_size} "
+        f'calm generate --model {folder} --prompt "{PROMPTS[0]}" --temperature 0.3333',
+        f"calm eval --model {folder} --data {data}{unit} --block-size {blocks.block_size} "
         f"--validation-split-percentage {trainer.protocol['validation_split_percentage']} "
         f"--skip-repeats --num-samples {FINAL['num_samples']} "
         f"--max-blocks {min(len(blocks), FINAL['max_blocks'])}",

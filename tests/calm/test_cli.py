@@ -26,7 +26,9 @@ def test_help_lists_every_command(capsys):
     assert capsys.readouterr().out == text
 
 
-@pytest.mark.parametrize("name", ["env", "prepare", "plan", "eval", "generate", "experiment"])
+@pytest.mark.parametrize(
+    "name", ["env", "demo", "prepare", "plan", "eval", "generate", "experiment"]
+)
 def test_each_command_has_help_with_examples(name, capsys):
     with pytest.raises(SystemExit) as done:
         calm(name, "--help")

@@ -23,7 +23,9 @@ def modules_after(code):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--help"], ["--version"]], ids=["nothing", "help", "version"]
+    "words",
+    [[], ["--help"], ["--version"], ["demo", "--help"]],
+    ids=["nothing", "help", "version", "demo"],
 )
 def test_help_waits_for_no_library(words):
     code = f"from calm import cli\ntry:\n    cli.main({words})\nexcept SystemExit:\n    pass"
@@ -49,14 +51,17 @@ def test_any_public_name_registers_the_models(name):
     )
 
 
-@pytest.mark.parametrize(("command", "extras"), [("demo", "train,plot"), ("train", "train")])
-def test_a_missing_package_is_named_with_its_extra(command, extras):
+@pytest.mark.parametrize(
+    ("command", "flag", "extras"),
+    [("demo", "--output-dir", "train,plot"), ("train", "--output_dir", "train")],
+)
+def test_a_missing_package_is_named_with_its_extra(command, flag, extras):
     """In a Python of its own, as imports that fail halfway leave modules behind."""
     code = (
         "import sys\n"
         "sys.modules['datasets'] = None\n"
         "from calm import cli\n"
-        f"sys.exit(cli.main(['{command}', '--output_dir', 'nowhere']))"
+        f"sys.exit(cli.main(['{command}', '{flag}', 'nowhere']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -1,0 +1,145 @@
+"""The flags that name a text, and the documents or blocks that they stand for."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from calm.errors import UserError
+
+if TYPE_CHECKING:
+    from calm.data.corpus import CorpusOptions
+
+__all__ = [
+    "add_evaluation_text_arguments",
+    "add_split_argument",
+    "add_text_arguments",
+    "corpus_options",
+    "load_blocks",
+]
+
+FILES = ".txt, .jsonl or .json files (comma-separated, globs work)"
+TEXT_UNITS = ("line", "paragraph", "file")
+DEFAULT_BLOCK_SIZE = 2048
+DEFAULT_SPLIT = 5.0  # percent of a text that training holds out
+
+
+def add_text_arguments(
+    parser: argparse.ArgumentParser,
+    or_else: str,
+    *,
+    flag: str = "--data",
+    metavar: str = "TEXT",
+    is_required: bool = True,
+    default: str | None = None,
+    text_unit: str = "line",
+    about_units: str = "",
+) -> None:
+    """The flags that say which text to read, and what one document of it is.
+
+    Args:
+        parser: of the command.
+        or_else: continues the help text after the kinds of files.
+        flag: that names the text.
+        metavar: its value in the help text.
+        is_required: whether the flag must be given.
+        default: the text without the flag.
+        text_unit: one document of a .txt file by default.
+        about_units: continues the help text of ``--text-unit``.
+    """
+    parser.add_argument(
+        flag, required=is_required, default=default, metavar=metavar, help=FILES + or_else
+    )
+    parser.add_argument(
+        "--text-unit",
+        choices=TEXT_UNITS,
+        default=text_unit,
+        help=f"one document of a .txt file{about_units} (default: {text_unit})",
+    )
+
+
+def add_split_argument(
+    parser: argparse.ArgumentParser, about: str, default: float | None = None
+) -> None:
+    """The flag that says how much of the text training holds out; `about` is its help text."""
+    parser.add_argument(
+        "--validation-split-percentage", type=float, metavar="P", default=default, help=about
+    )
+
+
+def add_evaluation_text_arguments(
+    parser: argparse.ArgumentParser, default: str | None = None
+) -> None:
+    """The flags that say which text a model is evaluated on, and how it is cut into blocks.
+
+    Args:
+        parser: of the command.
+        default: the text without a flag; None makes the flag required.
+    """
+    add_text_arguments(
+        parser,
+        ", or embedded:docstrings, embedded:topics"
+        + ("" if default is None else f" (default: {default})"),
+        is_required=default is None,
+        default=default,
+    )
+    add_split_argument(
+        parser,
+        "score the P %% of documents that training with this setting holds out; 0 scores all "
+        f"(default: {DEFAULT_SPLIT:g} for embedded corpora, 0 for files)",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        metavar="T",
+        help=f"tokens of a sequence (default: {DEFAULT_BLOCK_SIZE}, or the model's context)",
+    )
+    parser.add_argument("--max-blocks", type=int, metavar="N", help="use the first N blocks only")
+
+
+def corpus_options(data: str, **options: Any) -> "CorpusOptions":
+    """`CorpusOptions` for ``--data``: files if it looks like files, else a corpus of that name."""
+    from calm.data.corpus import CorpusOptions
+
+    is_files = data.removesuffix(".gz").endswith((".txt", ".jsonl", ".json")) or "*" in data
+    source: dict[str, Any] = {"train_file" if is_files else "dataset_name": data}
+    return CorpusOptions(**source, **options)
+
+
+def load_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+    """The text that the flags of `add_evaluation_text_arguments` name, as packed blocks."""
+    import datasets
+
+    from calm.data.corpus import load_corpus
+    from calm.data.embedded import PREFIX
+    from calm.data.packing import pack_documents
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    percentage = args.validation_split_percentage
+    if percentage is None:
+        percentage = DEFAULT_SPLIT if args.data.startswith(PREFIX) else 0.0
+    corpus = load_corpus(
+        corpus_options(
+            args.data,
+            validation_split_percentage=percentage,
+            text_unit=args.text_unit,
+        )
+    )
+    patch_size = getattr(model, "patch_size", 1)
+    return pack_documents(
+        corpus.validation if percentage else corpus.train,
+        tokenizer,
+        block_size=_block_size(args.block_size, model.config.max_position_embeddings * patch_size),
+        patch_size=patch_size,
+        start_token_id=getattr(model, "start_token_id", None),
+        max_blocks=args.max_blocks,
+    )
+
+
+def _block_size(wanted: int | None, context: int) -> int:
+    """The block size, within the model's context."""
+    if wanted is None:
+        return min(DEFAULT_BLOCK_SIZE, context)
+    if wanted > context:
+        raise UserError(f"--block-size {wanted} exceeds the model's context of {context} tokens")
+    return wanted
