@@ -22,7 +22,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-__all__ = ["OPERATIONS", "Backend", "resolve", "set_backend", "threads_sleep", "use_backend"]
+__all__ = ["OPERATIONS", "Backend", "is_host_readable", "resolve", "set_backend", "use_backend"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +109,13 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
-def threads_sleep() -> bool:
-    """Whether OpenMP's threads sleep between operations, by ``OMP_WAIT_POLICY``."""
-    return os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
+def is_host_readable(tensor: Tensor) -> bool:
+    """Whether the host can read sizes from this tensor without waiting for a device.
+
+    Code that decodes only what matters needs such reads; elsewhere all of it, in fixed shapes, is
+    faster and can be captured in a graph.
+    """
+    return tensor.device.type == "cpu"
 
 
 def resolve(

@@ -15,9 +15,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
 import math
-from collections.abc import Sequence
 from enum import IntEnum
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -33,10 +31,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_KEY_OFFSETS = tuple(tuple(step * size for size in _KEY_STEPS) for step in range(_ROUNDS))
 _RADIUS_BITS, _ANGLE_BITS = 20, 12
-_FEW = 8192  # words up to which a call costs by its number of operations
-_AHEAD, _FEW_AHEAD = 16, 2048  # offsets whose words are made together, and words of all of them
 
 
 class Stream(IntEnum):
@@ -88,26 +83,10 @@ def philox(
 ) -> tuple[Tensor, ...]:
     """Philox 4x32-10: four 32-bit words (in int64) for each counter; arguments broadcast.
 
-    A 32 x 32 bit product wraps in int64, which leaves its 64 bits right. Its upper half, the next
-    counter after two exclusive ors, is masked there; its lower half only ever enters such an or, so
-    it may keep its upper bits until the end.
+    A 32 x 32 bit multiplication wraps in int64, which leaves its 64 bits right. Its upper half, the
+    next counter after two exclusive ors, is masked there; its lower half only ever enters such an
+    or, so it may keep its upper bits until the end.
     """
-    if counter[0].device.type == "cpu":  # constants would have to be copied to a GPU
-        words = torch.broadcast_tensors(*counter, *key)[:4]
-        if _is_few(words[0]):
-            return _philox_in_pairs(words, key)
-    return _philox_word_by_word(counter, key)
-
-
-def _is_few(words: Tensor) -> bool:
-    """Whether operations cost by their number; a compiler joins them itself."""
-    return not torch.compiler.is_compiling() and words.numel() <= _FEW
-
-
-def _philox_word_by_word(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
-) -> tuple[Tensor, ...]:
-    """`philox` without temporaries that do not fit into a cache."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for step in range(_ROUNDS):
@@ -118,27 +97,6 @@ def _philox_word_by_word(
         c2 = ((product0 >> 32) ^ c3 ^ k1) & _MASK
         c1, c3 = product1, product0
     return c0, c1 & _MASK, c2, c3 & _MASK
-
-
-def _philox_in_pairs(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """`philox` with half of the operations, whose number is what few draws on a CPU cost.
-
-    (c0, c2) are one tensor and (c3, c1) another; the keys of all rounds are made at once.
-    """
-    c0, c1, c2, c3 = counter
-    ones = [1] * c0.dim()
-    factors = torch.tensor(_MULTIPLIERS, device=c0.device).view(2, *ones)
-    offsets = torch.tensor(_KEY_OFFSETS, device=c0.device).view(_ROUNDS, 2, *ones)
-    pair = torch.stack(torch.broadcast_tensors(*key))
-    pair = pair.view(2, *ones[pair.dim() - 1 :], *pair.shape[1:])
-    even, crossed = torch.stack([c0, c2]), torch.stack([c3, c1])
-    for round_key in ((pair + offsets) & _MASK).unbind():
-        product = even * factors
-        even = (product >> 32).bitwise_xor_(crossed).flip(0)
-        even.bitwise_xor_(round_key).bitwise_and_(_MASK)
-        crossed = product
-    crossed = crossed & _MASK
-    return even[0], crossed[1], even[1], crossed[0]
 
 
 class _Draws(NamedTuple):
@@ -155,48 +113,6 @@ def _words(num_rows: int, seed: Tensor, of: _Draws) -> tuple[Tensor, ...]:
     """Four word tensors ``[num_rows, num_draws, words]``."""
     if seed.dim() == 2 and seed.shape[0] != num_rows:
         raise ValueError(f"seed has {seed.shape[0]} rows for {num_rows} rows of noise")
-    is_small = 0 < _AHEAD * num_rows * of.num_draws * of.words <= _FEW_AHEAD
-    is_address = seed.dim() == 2 and isinstance(of.first_row, int)
-    if not (is_small and is_address and seed.device.type == "cpu" and _is_plain(seed)):
-        return _fresh_words(num_rows, seed, of)
-    rows = seed.tolist()
-    offset = rows[0][1]
-    step = offset % _AHEAD
-    apart = tuple((value, _wrapped(other - offset)) for value, other in rows)
-    return tuple(word[step] for word in _words_ahead(apart, offset - step, of))
-
-
-def _is_plain(seed: Tensor) -> bool:
-    """Whether the values of `seed` are there to be read, and reading them leaves no trace."""
-    return (
-        type(seed) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
-
-
-@lru_cache(maxsize=32)
-def _words_ahead(apart: tuple[tuple[int, int], ...], offset: int, of: _Draws) -> tuple[Tensor, ...]:
-    """`_words` of `_AHEAD` offsets from `offset` on, ``[_AHEAD, num_rows, num_draws, words]`` each.
-
-    Generation advances the offset by one a chunk, and few words cost nearly as much as all of
-    these. `apart` holds seed and distance to `offset` of each row.
-    """
-    seed = torch.tensor(apart, dtype=torch.int64, device="cpu").repeat(_AHEAD, 1)
-    seed[:, 1] += offset + torch.arange(_AHEAD, device="cpu").repeat_interleave(len(apart))
-    drawn = _fresh_words(len(seed), seed, of)
-    return tuple(word.unflatten(0, (_AHEAD, -1)) for word in drawn)
-
-
-def _wrapped(value: int) -> int:
-    """`value` as int64 holds it."""
-    return (value + 2**63) % 2**64 - 2**63
-
-
-def _fresh_words(num_rows: int, seed: Tensor, of: _Draws) -> tuple[Tensor, ...]:
-    """`_words`, made now."""
     device = seed.device
     value, offset = seed[..., 0], seed[..., 1]
     column = (slice(None), None, None) if seed.dim() == 2 else (None, None, None)
@@ -259,9 +175,8 @@ def uniform(
     count = 1 if num_draws is None else num_draws
     of = _Draws(words, count, stream, first_row, first_draw)
     drawn = _words(num_rows, as_seed(seed, device), of)
-    parts = [torch.cat(drawn, dim=-1)] if _is_few(drawn[0]) else drawn
     return _to_shape(
-        [(part >> 8).to(torch.float32) * 2.0**-24 for part in parts], width, num_draws, dtype
+        [(part >> 8).to(torch.float32) * 2.0**-24 for part in drawn], width, num_draws, dtype
     )
 
 

@@ -38,7 +38,6 @@ FORBIDDEN = {
     "calm/errors.py": ("calm", "calm_kernels"),
     "calm/labels.py": ("calm.layers", "calm.decoding", "calm.models", *ABOVE_MODELS),
     "calm/configuration.py": ("calm.layers", "calm.decoding", "calm.models", *ABOVE_MODELS),
-    "calm/layers.py": ("calm.decoding", "calm.models", *ABOVE_MODELS),
     "calm/data": ("calm.decoding", "calm.models", *ABOVE_MODELS),
     "calm/decoding": ABOVE_MODELS,
     "calm/decoding/text": ("calm.decoding.sampling",),

@@ -7,24 +7,35 @@ loop in `calm.decoding.loop`.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from calm.decoding.engine.predictors import make_predictor
+from calm.decoding.engine.predictors import Predictor
 from calm.decoding.loop import Request, continue_prompts, prepare
+from calm.decoding.sampling.methods import build_method
 from calm.decoding.text.prompt import Prompts
 from calm.decoding.text.result import Generation
+from calm.errors import UserError
 from calm_kernels.autograd import without_autocast
 from calm_kernels.noise import Seed
 
-__all__ = ["generate", "warmup"]
+__all__ = ["Sampling", "generate", "warmup"]
+
+
+class Sampling(TypedDict, total=False):
+    """The arguments of `generate` that say how a chunk is chosen."""
+
+    method: str
+    temperature: float
+    num_samples: int
+    noise_scale: float
+    max_draws: int | None
 
 
 def generate(
-    model: PreTrainedModel,
+    model: Any,
     input_ids: Prompts,
     attention_mask: Tensor | None = None,
     *,
@@ -47,9 +58,9 @@ def generate(
 
     A sequence ends with its end token, with a stop string or at the length asked for; the rest of
     its row is padding. No sequence depends on the others of the batch but through its seed (in 16
-    bits, products of other batches round otherwise, and a text may take another turn). The model
-    runs in the dtype of its weights, autocast or not. It keeps what the first call arranged for the
-    next, renewed when weights change: a copy of its backbone and, on a CPU, of its small weights.
+    bits a matmul over another batch rounds otherwise, and a text may take another turn). The model
+    runs in the dtype of its weights, autocast or not, and is read as it is at the call: nothing is
+    copied. On a GPU it keeps captured decode steps, see `calm.decoding.engine.cuda_graph`.
 
     Args:
         model: a CALM with any head, or the token-by-token baseline, whose chunk is one token. The
@@ -85,10 +96,10 @@ def generate(
     Returns: prompts and continuations, ``[B, T']``, or a `Generation`.
     Raises:
         UserError: an argument out of range, ids beyond the vocabulary, no room in the context,
-            latents that are not finite.
+            weights or latents that are not finite.
     Source: paper, section 3.3.3 and Algorithms 1 and 2.
     """
-    predictor = make_predictor(
+    predictor = _predictor(
         model,
         method=method,
         temperature=temperature,
@@ -114,15 +125,7 @@ def generate(
 
 
 def warmup(
-    model: PreTrainedModel,
-    *,
-    batch_size: int = 1,
-    max_length: int,
-    temperature: float = 0.5,
-    num_samples: int = 200,
-    method: str = "batch",
-    noise_scale: float = 1.0,
-    max_draws: int | None = None,
+    model: Any, *, batch_size: int = 1, max_length: int, **sampling: Unpack[Sampling]
 ) -> float:
     """Compile and capture what `generate` will run, so that its first call is as fast as the next.
 
@@ -131,21 +134,16 @@ def warmup(
         batch_size: B, prompts of a call.
         max_length: tokens of prompt and continuation; what is captured serves all calls that need
             no more.
-        temperature: as in `generate`, like all that follow.
-        num_samples: likewise.
-        method: likewise.
-        noise_scale: likewise.
-        max_draws: likewise.
+        **sampling: how a chunk is chosen, as in `generate`.
 
     Returns: the seconds it took. Without a GPU, or for ``exact``, nothing is captured.
     """
-    predictor = make_predictor(
-        model,
-        method=method,
-        temperature=temperature,
-        num_samples=num_samples,
-        noise_scale=noise_scale,
-        max_draws=max_draws,
-    )
+    predictor = _predictor(model, **sampling)
     with without_autocast(predictor.backbone.norm.weight):
         return prepare(predictor, batch_size=batch_size, max_length=max_length)
+
+
+def _predictor(model: Any, **sampling: Unpack[Sampling]) -> Predictor:
+    if not hasattr(model, "make_predictor"):
+        raise UserError(f"model must be a CALM or the token baseline, got {type(model).__name__}")
+    return model.make_predictor(build_method(**sampling), sampling.get("temperature", 0.5))

@@ -1,8 +1,8 @@
 """The loop: prompts in, chunk after chunk, text out; with any kind of model.
 
-On a GPU a captured step is replayed, and the text is looked at every few steps, as that stops the
-device. Elsewhere, and for methods that cannot be captured, the same step runs operation by
-operation, and sequences that have ended are left out.
+On a GPU a captured decode step is replayed, and the host reads the chunks every few steps, because
+that synchronises. Elsewhere, and for methods that cannot be captured, the same step runs operation
+by operation, and sequences that have ended are dropped from the batch.
 """
 
 import time
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from calm.decoding.engine.cuda_graph import CapturedStep, arranged, captured_step
-from calm.decoding.engine.decode_step import State, decode_step, first_chunk, prefill, read_records
+from calm.decoding.chunk import read_records
+from calm.decoding.engine.cuda_graph import CapturedStep, captured_step
+from calm.decoding.engine.decode_step import DecodeState, decode_step, first_chunk, prefill
 from calm.decoding.engine.predictors import Predictor
 from calm.decoding.sampling.seeds import sequence_seeds
 from calm.decoding.text.prompt import (
@@ -34,7 +35,7 @@ from calm_kernels.noise import Seed
 
 __all__ = ["Request", "continue_prompts", "prepare"]
 
-STEPS_PER_SYNC = 8  # of a captured step
+STEPS_PER_SYNC = 8  # decode steps of a captured graph between two reads by the host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ class Request:
 def continue_prompts(predictor: Predictor, request: Request) -> Generation:
     """Continue the prompts of a request; see `calm.decoding.generate`."""
     config, device = predictor.model.config, predictor.model.device
+    _check_finite(predictor.model)
     prompts = PromptFormat(
         patch_size=predictor.patch_size,
         context=config.max_position_embeddings,
@@ -82,13 +84,10 @@ def continue_prompts(predictor: Predictor, request: Request) -> Generation:
         stops=stops,
         streamer=streamer,
     )
-    num_threads = torch.get_num_threads()
     try:
         with torch.inference_mode():  # operations cost less than without gradients alone
             times = _run(predictor, transcript, seeds, is_watched=bool(streamer or stops))
     finally:  # after Ctrl-C too: what was generated is shown
-        if torch.get_num_threads() != num_threads:  # interrupted in `one_thread`
-            torch.set_num_threads(num_threads)
         if streamer is not None:
             streamer.end()
     return assemble(transcript, times, padding=padding, moves_padding=is_pad, device=device)
@@ -98,14 +97,12 @@ def continue_prompts(predictor: Predictor, request: Request) -> Generation:
 def prepare(predictor: Predictor, *, batch_size: int, max_length: int) -> float:
     """Capture the step for texts of up to `max_length` tokens; the seconds it took.
 
-    Where nothing is captured (no GPU, a method without fixed shapes) only the weights are arranged.
+    Nothing is captured without a GPU, or for a method without fixed shapes.
     """
     begin = time.perf_counter()
     if _is_captured(predictor):
         chunks = -(-max_length // predictor.patch_size) + 2  # a start chunk, one filled up
         captured_step(predictor, batch_size=batch_size, capacity=chunks, is_reserved=True)
-    else:
-        arranged(predictor)
     return time.perf_counter() - begin
 
 
@@ -120,12 +117,7 @@ def _run(predictor: Predictor, transcript: Transcript, seeds: Tensor, *, is_watc
         captured = captured_step(predictor, batch_size=batch_size, capacity=capacity)
         state = captured.state
     else:
-        weights = arranged(predictor)
-        with torch.inference_mode(False), torch.no_grad():  # the model may keep what this makes
-            state = State.allocate(
-                weights.predictor(predictor), weights.trunk, batch_size=batch_size,
-                capacity=capacity,
-            )  # fmt: skip
+        state = DecodeState.allocate(predictor, batch_size=batch_size, capacity=capacity)
     times.warmup = time.perf_counter() - begin
     begin = time.perf_counter()
     hidden = prefill(state, ids.to(seeds.device), starts, seeds)
@@ -135,8 +127,8 @@ def _run(predictor: Predictor, transcript: Transcript, seeds: Tensor, *, is_watc
     begin = time.perf_counter()
     given = [prompt.given for prompt in transcript.prompts]
     fill = predictor.model.config.pad_token_id or 0  # behind what no draw continues
-    known = left_aligned(given, fill=fill, width=size).to(seeds.device)
-    first = first_chunk(state, hidden, known, [len(tokens) for tokens in given])
+    given_ids = left_aligned(given, fill=fill, width=size).to(seeds.device)
+    first = first_chunk(state, hidden, given_ids, [len(tokens) for tokens in given])
     steps_per_sync = STEPS_PER_SYNC if captured is not None and not is_watched else 1
     _fill_transcript(transcript, state, captured, first, num_chunks, steps_per_sync)
     times.decode = time.perf_counter() - begin
@@ -145,7 +137,7 @@ def _run(predictor: Predictor, transcript: Transcript, seeds: Tensor, *, is_watc
 
 def _fill_transcript(
     transcript: Transcript,
-    state: State,
+    state: DecodeState,
     captured: CapturedStep | None,
     first: Tensor,
     num_chunks: int,
@@ -169,13 +161,26 @@ def _fill_transcript(
 
 
 def _without_ended(
-    state: State, rows: list[int], transcript: Transcript
-) -> tuple[State, list[int]]:
+    state: DecodeState, rows: list[int], transcript: Transcript
+) -> tuple[DecodeState, list[int]]:
     """The sequences that go on, once they are at most half: the cache is copied."""
     live = [index for index, row in enumerate(rows) if not transcript.has_ended[row]]
     if 2 * len(live) > len(rows):
         return state, rows
     return state.select(live), [rows[index] for index in live]
+
+
+def _check_finite(model: Any) -> None:
+    """Raise `UserError` if a weight is not finite: attention may hide it, and NaN has no order."""
+    names, weights = zip(*model.named_parameters(), strict=True)
+    largest = torch.stack([weight.abs().amax().to(torch.float32) for weight in weights])
+    is_finite = torch.isfinite(largest)
+    if not is_finite.all():
+        name = names[int(is_finite.to(torch.uint8).argmin())]
+        raise UserError(
+            f"the model's weight {name} is not finite: the file is damaged or training diverged; "
+            "load an earlier checkpoint"
+        )
 
 
 def _is_captured(predictor: Predictor) -> bool:

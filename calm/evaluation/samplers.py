@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from calm.decoding.sampling.seeds import advance, draw_latents
+from calm.decoding.sampling.seeds import advance
 from calm.errors import UserError
 from calm.evaluation.rollout import Step
 from calm.models.agreement import MAX_ORDER, prefix_collisions, prefix_matches
@@ -117,13 +117,14 @@ class CALMSampler:
         """Token ids ``[N, R, K]``; with a target that holds a whole n-gram, only what is compared:
         no rollout continues with them.
         """
-        latents = draw_latents(
-            self.model,
-            hidden,
-            num_samples=self.num_draws,
-            seed=seed,
-            noise_scale=self.noise_scale,
+        latents = self.model.generative_head.sample(
+            hidden, num_samples=self.num_draws, seed=seed, noise_scale=self.noise_scale
         )
+        if not torch.isfinite(latents).all():
+            raise UserError(
+                "the head drew latents that are not finite: the weights are damaged or training "
+                "diverged; load an earlier checkpoint"
+            )
         if target is None or self.patch_size < MAX_ORDER:
             return self.model.decode_latents(latents)
         return self.model.decode_compared(latents, target)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calm.decoding.sampling.chunk_distribution import HeadDistribution, Method
+from calm.decoding.sampling.chunk_distribution import Method
 from calm.decoding.sampling.methods import build_method
 from calm.errors import UserError
 from calm.models.agreement import prefix_collisions, prefix_matches
@@ -211,7 +211,7 @@ def draw_outcomes(
     rows = torch.arange(len(hidden), device=hidden.device)
     seeds = torch.stack([(seed << 32) + rows, torch.zeros_like(rows)], dim=1)
     parts = [
-        method.choose(HeadDistribution(model, some), some_seeds)
+        method.choose(model.distribution(some), some_seeds)
         for some, some_seeds in zip(
             hidden.split(SEQUENCES_AT_A_TIME), seeds.split(SEQUENCES_AT_A_TIME), strict=True
         )
@@ -274,7 +274,7 @@ def milliseconds(model: ContinuousTransformer, positions: Positions, method: Met
     """
     times = []
     for index in range(min(TIMED_POSITIONS, len(positions))):
-        source = HeadDistribution(model, positions.hidden[index : index + 1])
+        source = model.distribution(positions.hidden[index : index + 1])
         seed = torch.tensor([[index, 0]], device=positions.hidden.device)
         tries = []
         for _ in range(TIMED_RUNS):

@@ -7,15 +7,12 @@ equal each other (paper, equations 12-14; two draws give its estimator). Brier-n
 tokens of a chunk as one outcome.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_ORDER", "brier_terms", "decode_compared", "prefix_collisions", "prefix_matches"]
+__all__ = ["MAX_ORDER", "brier_terms", "prefix_collisions", "prefix_matches"]
 
 MAX_ORDER = 4  # BrierLM is made of Brier-1 to Brier-4
-UNREAD = -1  # stands for a token that was not decoded
 
 
 def prefix_matches(draws: Tensor, target: Tensor) -> Tensor:
@@ -75,37 +72,3 @@ def brier_terms(draws: Tensor, target: Tensor) -> Tensor:
             "calm.evaluation.brier_scores rolls shorter chunks out"
         )
     return 2.0 * prefix_matches(draws, target).mean(0) - prefix_collisions(draws)
-
-
-def decode_compared(slots: Tensor, project: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
-    """Tokens of draws as far as a comparison with the target and each other depends on them.
-
-    Slot by slot: a draw that neither the target nor another draw of its chunk agrees with so far
-    matches nothing, whatever its other tokens are. `brier_terms` of the result are those of all
-    tokens. The host reads sizes in between: on a GPU, decoding everything is faster.
-
-    Args:
-        slots: one hidden state a token of N draws, ``[N, ..., K, H]``.
-        project: hidden states ``[M, H]`` to token ids ``[M]``.
-        target: the true chunk, ``[..., K]``.
-
-    Returns: int64 ``[N, ..., min(K, 4)]``, -1 where nothing was decoded.
-    """
-    count, order = len(slots), min(MAX_ORDER, slots.shape[-2])
-    target = target[..., :order].flatten(0, -2)  # [R, order]
-    states = slots[..., :order, :].reshape(count, len(target), order, -1)
-    tokens = torch.full(states.shape[:-1], UNREAD, device=slots.device)
-    is_open = tokens[..., 0] == UNREAD  # [N, R]
-    for slot in range(order):
-        draw, row = is_open.nonzero(as_tuple=True)
-        if not len(row):
-            break
-        tokens[draw, row, slot] = project(states[draw, row, slot])
-        read = tokens[..., : slot + 1]
-        agrees = (read == target[:, : slot + 1]).all(-1)
-        for lag in range(1, count):
-            pair = (read[lag:] == read[:-lag]).all(-1)
-            agrees[lag:] |= pair
-            agrees[:-lag] |= pair
-        is_open &= agrees
-    return tokens.view(*slots.shape[:-2], order)

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils import ModelOutput
 
 from calm.configuration import AutoencoderConfig
 from calm.labels import IGNORE_INDEX, num_chunks, weighted_mean
-from calm.layers import FeedForward, Linear, RMSNorm
+from calm.models.norm import RMSNorm
 from calm.models.pretrained import CALMPreTrainedModel
 from calm_kernels.linear_argmax import linear_argmax
 from calm_kernels.linear_cross_entropy import linear_cross_entropy
 from calm_kernels.noise import Seed, Stream, as_seed, uniform
-from calm_kernels.products import linear
 from calm_kernels.reparameterize import reparameterize
 
 __all__ = ["Autoencoder", "AutoencoderOutput"]
@@ -52,7 +53,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.mlp = FeedForward(config)
+        self.mlp = LlamaMLP(config)
         self.layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -73,9 +74,9 @@ class Encoder(nn.Module):
         self.patch_size = config.patch_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.encoder_layers = _blocks(config, config.num_encoder_layers)
-        self.squeeze_layer = Linear(config.patch_size * width, width)
+        self.squeeze_layer = nn.Linear(config.patch_size * width, width)
         self.norm = RMSNorm(width, eps=config.rms_norm_eps)
-        self.hidden_to_latent = Linear(width, 2 * config.latent_size)
+        self.hidden_to_latent = nn.Linear(width, 2 * config.latent_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Token ids ``[B, P*K]`` to mean and log std side by side, ``[B, P, 2L]``."""
@@ -96,9 +97,9 @@ class Decoder(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.patch_size = config.patch_size
-        self.latent_to_hidden = Linear(config.latent_size, width)
+        self.latent_to_hidden = nn.Linear(config.latent_size, width)
         self.decoder_layers = _blocks(config, config.num_decoder_layers)
-        self.expand_layer = Linear(width, config.patch_size * width)
+        self.expand_layer = nn.Linear(width, config.patch_size * width)
         self.norm = RMSNorm(width, eps=config.rms_norm_eps)
         # In a tuple, so that the matrix is registered and saved once, as the encoder's.
         self._tied = (embed_tokens,)
@@ -131,7 +132,7 @@ class Decoder(nn.Module):
     def forward(self, latent_states: Tensor) -> Tensor:
         """Latents ``[B, P, L]`` to logits ``[B, P*K, V]``."""
         hidden = rearrange(self.decode(latent_states), "b p k h -> b (p k) h")
-        return linear(hidden, self.output_weight)
+        return F.linear(hidden, self.output_weight)
 
     def project(self, hidden: Tensor) -> Tensor:
         """States of `expand`, ``[..., H]``, to token ids ``[...]``; the logits are never formed."""

@@ -2,9 +2,10 @@
 
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from calm.layers import Linear
 from calm.models.initialization import initialize
+from calm.models.norm import RMSNorm
 
 __all__ = ["Backbone", "compressor"]
 
@@ -12,16 +13,16 @@ NORM_EPS = 1e-6
 
 
 class Backbone(LlamaModel):
-    """`LlamaModel` with the initial weights that the configuration chooses, and with `Linear`.
+    """`LlamaModel` with the initial weights that the configuration chooses, and with `RMSNorm`.
 
-    transformers names no class for the products of a layer, so theirs change class.
+    transformers names no class for the norms of a layer, so theirs change class.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         for module in self.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = Linear
+            if type(module) is LlamaRMSNorm:
+                module.__class__ = RMSNorm
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -31,8 +32,8 @@ class Backbone(LlamaModel):
 def compressor(in_features: int, hidden_size: int) -> nn.Sequential:
     """Two-layer MLP that turns a chunk into one input of the backbone (section 3.3.1)."""
     return nn.Sequential(
-        Linear(in_features, 2 * hidden_size),
+        nn.Linear(in_features, 2 * hidden_size),
         nn.SiLU(),
-        Linear(2 * hidden_size, hidden_size),
+        nn.Linear(2 * hidden_size, hidden_size),
         nn.LayerNorm(hidden_size, eps=NORM_EPS),
     )

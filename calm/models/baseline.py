@@ -1,6 +1,5 @@
 """The token-by-token baseline: a Llama language model whose loss never forms the logits."""
 
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,7 +7,10 @@ from transformers import Cache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from calm.layers import Linear
+from calm.decoding.engine.predictors import TokenPredictor
+from calm.decoding.mixin import DecodingMixin
+from calm.decoding.sampling.chunk_distribution import Method
+from calm.errors import UserError
 from calm.models.backbone import Backbone
 from calm.models.initialization import initialize
 from calm_kernels.linear_cross_entropy import linear_cross_entropy
@@ -16,7 +18,7 @@ from calm_kernels.linear_cross_entropy import linear_cross_entropy
 __all__ = ["BaselineTransformer"]
 
 
-class BaselineTransformer(LlamaForCausalLM):
+class BaselineTransformer(DecodingMixin, LlamaForCausalLM):  # type: ignore[misc] # own `generate`
     """`LlamaForCausalLM` (its configuration and weights) with a chunked cross-entropy.
 
     `generate` is that of the other models, so that they can be compared.
@@ -31,17 +33,21 @@ class BaselineTransformer(LlamaForCausalLM):
         LlamaPreTrainedModel.__init__(self, config)
         self.model = Backbone(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         initialize(module, self.config)
 
-    def generate(self, *args: Any, **options: Any) -> Any:
-        """Continue prompts: `calm.decoding.generate` of this model, which has the arguments."""
-        # Decoding builds on the models, which know nothing of it until it is asked for.
-        return import_module("calm.decoding").generate(self, *args, **options)
+    def make_predictor(self, method: Method, temperature: float) -> TokenPredictor:
+        """See `DecodingMixin`; every method samples from softmax(logits / T)."""
+        if method.noise_scale != 1:
+            raise UserError(
+                f"noise_scale must be 1 for a {type(self).__name__}, which has no head whose noise "
+                f"could be scaled; got {method.noise_scale}"
+            )
+        return TokenPredictor(self, temperature)
 
     def forward(
         self,

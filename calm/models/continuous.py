@@ -7,7 +7,6 @@ the head, L latent size, H hidden size.
 import os
 from copy import deepcopy
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
@@ -16,13 +15,18 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from calm.configuration import AutoencoderConfig, CALMConfig, locate_autoencoder
+from calm.decoding.engine.predictors import ChunkPredictor
+from calm.decoding.mixin import DecodingMixin
+from calm.decoding.sampling.chunk_distribution import HeadDistribution, Method
+from calm.decoding.sampling.lazy_decode import decode_compared
 from calm.errors import UserError
 from calm.labels import IGNORE_INDEX, num_chunks
-from calm.models.agreement import MAX_ORDER, brier_terms, decode_compared
+from calm.models.agreement import MAX_ORDER, brier_terms
 from calm.models.autoencoder import Autoencoder
 from calm.models.backbone import Backbone, compressor
 from calm.models.heads.base import GenerativeHead, Posterior
 from calm.models.pretrained import CALMPreTrainedModel
+from calm_kernels.backend import is_host_readable
 from calm_kernels.noise import Seed, as_seed
 
 __all__ = ["CALMOutput", "ContinuousTransformer"]
@@ -55,7 +59,7 @@ class CALMOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
 
 
-class ContinuousTransformer(CALMPreTrainedModel):
+class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
     """What the three language models share; they differ in their head alone.
 
     A checkpoint holds the autoencoder too, which is frozen and in evaluation mode whatever is
@@ -223,23 +227,29 @@ class ContinuousTransformer(CALMPreTrainedModel):
 
     @torch.no_grad()
     def decode_compared(self, latents: Tensor, target: Tensor) -> Tensor:
-        """Draws ``[N, ..., L]`` to token ids for `brier_terms` with `target` ``[..., K]``; on a CPU
-        only those that matter (`calm.models.agreement.decode_compared`).
+        """Draws ``[N, ..., L]`` to token ids for `brier_terms` with `target` ``[..., K]``.
+
+        Where reading sizes does not synchronise, only tokens that matter are decoded
+        (`calm.decoding.sampling.lazy_decode.decode_compared`); the others are -1.
         """
-        if latents.is_cuda:
+        if not is_host_readable(latents):
             return self.decode_latents(latents)
         decoder = self.ae_model.decoder
-        return decode_compared(decoder.expand(latents), decoder.project, target)
+        slots = decoder.expand(latents)[..., :MAX_ORDER, :]
+        return decode_compared(slots, decoder.project, target[..., :MAX_ORDER])
 
     def _hidden_states(self, input_ids: Tensor) -> Tensor:
         """Hidden states after each chunk."""
         inputs = self.embed_patches(input_ids)
         return self.transformer(inputs_embeds=inputs, use_cache=False).last_hidden_state
 
-    def generate(self, *args: Any, **options: Any) -> Any:
-        """Continue prompts: `calm.decoding.generate` of this model, which has the arguments."""
-        # Imported by name: the models are a layer below.
-        return import_module("calm.decoding").generate(self, *args, **options)
+    def distribution(self, hidden: Tensor) -> HeadDistribution:
+        """The distribution of the chunk that follows each hidden state ``[B, H]``."""
+        return HeadDistribution(self.generative_head, self.ae_model.decoder, hidden)
+
+    def make_predictor(self, method: Method, temperature: float) -> ChunkPredictor:
+        """See `DecodingMixin`; the method knows its temperature."""
+        return ChunkPredictor(self, method)
 
     # Training and evaluation
 

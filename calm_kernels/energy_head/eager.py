@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from calm_kernels.energy_head.parameters import NORM_EPS, BlockParameters, HeadParameters, Pair
-from calm_kernels.products import linear
 
 __all__ = ["energy_head_eager"]
 
@@ -22,14 +21,14 @@ def energy_head_eager(
 ) -> Tensor:
     """Latents ``[N, R, L]``, a view of ``[R, N, L]``; see `calm_kernels.energy_head`."""
     noise = noise.transpose(0, 1).to(hidden.dtype)
-    sample = _norm(linear(noise, *head.noise_embd), head.norm_noise)  # [R, N, C]
+    sample = _norm(F.linear(noise, *head.noise_embd), head.norm_noise)  # [R, N, C]
     for block, context in zip(head.blocks, _contexts(hidden, head), strict=True):
         if recompute:
             sample = checkpoint(_block, sample, context, block, use_reentrant=False)
         else:
             sample = _block(sample, context, block)
-    features = F.silu(linear(_norm(sample, head.final_norm), *head.final_first))
-    return linear(features, *head.final_second).transpose(0, 1)
+    features = F.silu(F.linear(_norm(sample, head.final_norm), *head.final_first))
+    return F.linear(features, *head.final_second).transpose(0, 1)
 
 
 def _contexts(hidden: Tensor, head: HeadParameters) -> tuple[Tensor, ...]:
@@ -39,20 +38,20 @@ def _contexts(hidden: Tensor, head: HeadParameters) -> tuple[Tensor, ...]:
     and a training step nothing.
     """
     width = hidden.shape[-1]
-    context = _norm(linear(hidden, *head.hidden_embd), head.norm_hidden)
+    context = _norm(F.linear(hidden, *head.hidden_embd), head.norm_hidden)
     return tuple(
-        linear(context, block.first.weight[:, width:], block.first.bias)[:, None]
+        F.linear(context, block.first.weight[:, width:], block.first.bias)[:, None]
         for block in head.blocks
     )
 
 
 def _block(sample: Tensor, context: Tensor, block: BlockParameters) -> Tensor:
     width = sample.shape[-1]
-    features = linear(_norm(sample, block.norm), block.first.weight[:, :width])
+    features = F.linear(_norm(sample, block.norm), block.first.weight[:, :width])
     features = F.silu(features + context)
-    features = F.silu(linear(features, *block.second))
-    gate, up = linear(features, *block.gate_up).chunk(2, dim=-1)
-    return sample + linear(F.silu(gate) * up, *block.down)
+    features = F.silu(F.linear(features, *block.second))
+    gate, up = F.linear(features, *block.gate_up).chunk(2, dim=-1)
+    return sample + F.linear(F.silu(gate) * up, *block.down)
 
 
 def _norm(values: Tensor, norm: Pair) -> Tensor:

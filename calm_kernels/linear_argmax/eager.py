@@ -4,14 +4,13 @@ import torch
 from torch import Tensor
 
 from calm_kernels.precision import accumulation_dtype
-from calm_kernels.products import multiply
-from calm_kernels.threads import threads_for
 
 __all__ = ["linear_argmax_eager"]
 
 # A block must fit into the cache of a CPU (16 MB) and fill a GPU.
 LOGITS_PER_BLOCK, LOGITS_PER_GPU_BLOCK = 2**22, 2**26
 MAX_ROWS = 1024
+FEW_ROWS = 4  # the tokens of one decoded chunk
 
 
 def linear_argmax_eager(
@@ -33,7 +32,7 @@ def linear_argmax_eager(
         block_vocab = num_logits // inputs.shape[0]
         for first in range(0, weight.shape[0], block_vocab):
             part = weight[first : first + block_vocab].to(rows.dtype).to(dtype)
-            logits = multiply(inputs, part)  # [MAX_ROWS, block_vocab] at most
+            logits = _logits(inputs, part)  # [MAX_ROWS, block_vocab] at most
             high, where = logits.max(dim=-1)
             best = largest[block]
             # strictly larger, so that the first of equals stays; NaN is larger than all but NaN
@@ -50,7 +49,13 @@ def _one_block(
     rows: Tensor, weight: Tensor, with_logsumexp: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """All logits at once, where they are few: blocks need no comparison."""
-    logits = multiply(rows, weight)
-    with threads_for(logits.numel(), logits):
-        largest, index = logits.max(dim=-1)
+    logits = _logits(rows, weight)
+    largest, index = logits.max(dim=-1)
     return index, largest, logits.logsumexp(dim=-1) if with_logsumexp else None
+
+
+def _logits(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows @ weight.T``; a CPU is twice as fast the other way round where rows are few."""
+    if rows.shape[0] <= FEW_ROWS:
+        return (weight @ rows.T).T
+    return rows @ weight.T

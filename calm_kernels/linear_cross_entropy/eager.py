@@ -8,7 +8,6 @@ from torch.autograd import Function
 
 from calm_kernels.autograd import refuse_second_derivative
 from calm_kernels.precision import accumulation_dtype
-from calm_kernels.products import multiply, outer
 
 __all__ = ["linear_cross_entropy_eager"]
 
@@ -61,11 +60,11 @@ class _LinearCrossEntropy(Function):
         for start in range(0, rows.shape[0], block_rows):
             block = slice(start, start + block_rows)
             inputs = rows[block].to(product_dtype).to(cast_weight.dtype)
-            losses[block], dlogits = _losses(multiply(inputs, cast_weight), targets[block])
+            losses[block], dlogits = _losses(inputs @ cast_weight.T, targets[block])
             if drows is not None:
-                drows[block] = multiply(dlogits, cast_weight.T).mul_(share[block])
+                drows[block] = (dlogits @ cast_weight).mul_(share[block])
             if dweight is not None:
-                dweight += outer(inputs * share[block], dlogits)
+                dweight += (inputs * share[block]).T @ dlogits
             del dlogits  # its memory serves the next block
         ctx.save_for_backward(drows, None if dweight is None else dweight.T.to(weight.dtype))
         return losses.where(is_counted, 0.0).sum() / count

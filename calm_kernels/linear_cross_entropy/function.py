@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calm_kernels.autograd import refuse_second_derivative
 from calm_kernels.linear_cross_entropy.kernels import loss_kernel
-from calm_kernels.products import add_product, multiply_wide
+from calm_kernels.matmul import add_matmul_fp32, matmul_fp32
 from calm_kernels.tuning import architecture, launch_options, setting, use_fast_math, warp_size
 
 __all__ = ["block_rows", "constants", "linear_cross_entropy", "row_stride"]
@@ -86,9 +86,9 @@ def _loss_op(
         torch.mm(inputs, cast_weight.T, out=dlogits)
         _launch(dlogits, labels[block], losses[block], ignore_index, need_rows or need_weight)
         if need_rows:
-            drows[block] = multiply_wide(dlogits, cast_weight)
+            drows[block] = matmul_fp32(dlogits, cast_weight)
         if need_weight:
-            add_product(dweight, dlogits.T, inputs)
+            add_matmul_fp32(dweight, dlogits.T, inputs)
     count = (labels != ignore_index).sum()
     torch.div(losses.sum(), count, out=loss)
     torch.reciprocal(count.clamp(min=1) * _SCALES.get(product_dtype, 1.0), out=factor)

@@ -8,9 +8,8 @@ from safetensors.torch import load_file
 from tiny_models import likely_prompt, prompt, tiny_calm
 
 from calm.decoding import generate
-from calm.decoding.sampling.chunk_distribution import HeadDistribution
 from calm.decoding.sampling.methods import build_method
-from calm.decoding.sampling.seeds import advance, draw_patches, sequence_seeds
+from calm.decoding.sampling.seeds import advance, sequence_seeds
 from calm.errors import UserError
 from calm.models import MODEL_CLASSES
 from calm_kernels.noise import as_seed
@@ -46,7 +45,13 @@ def generate_without_cache(model, ids, chunks, *, seed, method="batch", **sampli
         inputs = model.embed_patches(text)
         hidden = model.transformer(inputs_embeds=inputs).last_hidden_state[:, -1]
         here = advance(sequence_seeds(seed, len(ids), torch.device("cpu")), index)
-        text = torch.cat([text, chosen.choose(HeadDistribution(model, hidden), here).tokens], dim=1)
+        text = torch.cat(
+            [
+                text,
+                chosen.choose(model.distribution(hidden), here).tokens,
+            ],
+            dim=1,
+        )
     return text[:, text.shape[1] - ids.shape[1] - chunks * model.patch_size :]
 
 
@@ -122,7 +127,8 @@ def test_equal_prompts_in_a_batch_get_different_texts():
 def chunk_law(model, ids, draws=40_000):
     """How often each chunk follows `ids`, by its tokens."""
     hidden = model.transformer(inputs_embeds=model.embed_patches(ids)).last_hidden_state[:, -1]
-    drawn = draw_patches(model, hidden, num_samples=draws, seed=as_seed(11, "cpu"))[:, 0]
+    latents = model.generative_head.sample(hidden, num_samples=draws, seed=as_seed(11, "cpu"))
+    drawn = model.decode_latents(latents)[:, 0]
     chunks, counts = drawn.unique(dim=0, return_counts=True)
     shares = (counts / draws).tolist()
     return {tuple(chunk): share for chunk, share in zip(chunks.tolist(), shares, strict=True)}

@@ -74,7 +74,7 @@ def test_a_chunk_that_knows_nothing_is_chosen_as_any_other(name):
     chosen = method.choose(source, seed)
     completed = method.complete(source, torch.zeros(rows, 2).long(), given_length, seed)
     free = given_length == 0
-    for field in ("tokens", "level", "draws", "is_fallback"):
+    for field in ("tokens", "num_agreeing", "draws", "is_fallback"):
         assert torch.equal(getattr(chosen, field)[free], getattr(completed, field)[free]), field
 
 
@@ -89,10 +89,10 @@ def test_what_was_given_stands_where_no_draw_fits(name):
     never = given[:, 0] == 7
     if name != "noise_scale":  # which narrows the toy's law to patches that begin with 0
         assert (chunk.tokens[~never, 1] != 9).all()
-        assert not chunk.is_fallback[~never].any() and (chunk.level[~never] >= 1).all()
+        assert not chunk.is_fallback[~never].any() and (chunk.num_agreeing[~never] >= 1).all()
     assert torch.equal(chunk.tokens[never], given[never])
     assert chunk.is_fallback[never].all() and (chunk.draws[never] == 400).all()
-    assert (chunk.level[never] == 0).all()
+    assert (chunk.num_agreeing[never] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["batch", "medoid"])
@@ -101,6 +101,6 @@ def test_fewer_draws_than_asked_for_decide_and_are_flagged(name):
     source, seed = ToySource((0.6, 0.3, 0.06, 0.04), rows), row_seeds(rows)
     given, length = torch.ones(rows, 2).long(), torch.ones(rows).long()
     chunk = build(name, num_samples=20, max_draws=40).complete(source, given, length, seed)
-    has_any = chunk.level > 0
+    has_any = chunk.num_agreeing > 0
     assert chunk.is_fallback.all() and has_any.any()
     assert (chunk.tokens[:, 0] == 1).all() and (chunk.tokens[has_any] <= 1).all()

@@ -1,13 +1,16 @@
 """Captured steps without a GPU: which are kept, and what their memory stands up to."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from tiny_models import prompt, tiny_calm
 
-from calm.decoding import generate, graph, loop, warmup
-from calm.decoding.engine.backbone import CachedBackbone
-from calm.decoding.engine.decode_step import State, decode_step, prefill
-from calm.decoding.engine.predictors import make_predictor
+from calm.decoding import generate, loop, warmup
+from calm.decoding.engine import cuda_graph
+from calm.decoding.engine.decode_step import DecodeState, decode_step, prefill
+from calm.decoding.sampling.methods import build_method
 
 OPTIONS = {"max_new_tokens": 40, "temperature": 1.0, "seed": [1, 2]}
 
@@ -33,7 +36,7 @@ class SingleSteps:
 def capacities(monkeypatch):
     """Those of the steps that are captured, in order."""
     SingleSteps.capacities = []
-    monkeypatch.setattr(graph, "CapturedStep", SingleSteps)
+    monkeypatch.setattr(cuda_graph, "CapturedStep", SingleSteps)
     monkeypatch.setattr(loop, "_is_captured", lambda predictor: True)
     return SingleSteps.capacities
 
@@ -69,6 +72,37 @@ def test_what_was_captured_in_inference_mode_serves_outside(capacities, first):
     assert capacities == [64]
 
 
+def test_a_graph_is_captured_again_when_what_it_reads_has_moved(capacities):
+    """A write in place is read by the next replay; another tensor, module or hook is not."""
+    model, ids = tiny_calm(), prompt(2, 8)
+    layer = model.transformer.layers[1]
+
+    def replace_module():
+        layer.mlp = copy.deepcopy(layer.mlp)
+
+    def move_weight():
+        layer.mlp.up_proj.weight.data = layer.mlp.up_proj.weight.data.clone()
+
+    def replace_parameter():
+        layer.mlp.up_proj.weight = torch.nn.Parameter(layer.mlp.up_proj.weight.detach().clone())
+
+    def add_hook():
+        layer.register_forward_hook(lambda *_: None)
+
+    generate(model, ids, **OPTIONS)
+    layer.mlp.up_proj.weight.data[1:].mul_(-2.0)
+    model.load_state_dict(model.state_dict())
+    generate(model, ids, **OPTIONS)
+    assert capacities == [64]
+    for count, move in enumerate((replace_module, move_weight, replace_parameter, add_hook), 2):
+        move()
+        generate(model, ids, **OPTIONS)
+        assert len(capacities) == count, move.__name__
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(tiny_calm()))):
+        generate(other, ids, **OPTIONS)
+    assert len(capacities) == count + 2
+
+
 def test_autocast_changes_nothing(capacities):
     model = tiny_calm()
     expected = generate(model, prompt(2, 8), **OPTIONS)
@@ -79,12 +113,8 @@ def test_autocast_changes_nothing(capacities):
 
 @torch.no_grad()
 def test_an_earlier_text_that_was_not_finite_leaves_no_trace():
-    predictor = make_predictor(
-        tiny_calm(), method="batch", temperature=1.0, num_samples=8, noise_scale=1.0, max_draws=None
-    )
-    state = State.allocate(
-        predictor, CachedBackbone(predictor.backbone), batch_size=2, capacity=64, is_fixed=True
-    )
+    predictor = tiny_calm().make_predictor(build_method(temperature=1.0), 1.0)
+    state = DecodeState.allocate(predictor, batch_size=2, capacity=64, is_fixed=True)
     seed = torch.tensor([[1, 0], [2, 0]])
     records = []
     for value in (0.0, torch.nan):

@@ -36,7 +36,7 @@ def test_algorithm_1_is_exact_and_takes_the_draws_of_theorem_2(temperature):
     assert not chunk.is_fallback.any()
     check_frequencies(source.numbers(chunk.tokens), sharpened(CHANCES, 1 / temperature))
     check_mean(chunk.draws, expected_draws(CHANCES, temperature))
-    assert (chunk.saved >= 0).all() and (chunk.level == int(1 / temperature + 1e-9)).all()
+    assert (chunk.saved >= 0).all() and (chunk.num_agreeing == int(1 / temperature + 1e-9)).all()
     if temperature < 0.4:  # rounds of three may stop at the second draw
         assert chunk.saved.double().mean() > 1
 
@@ -155,6 +155,6 @@ def test_at_its_cap_algorithm_1_is_algorithm_2_over_all_its_draws(temperature):
     chunk = method.choose(source, seed)
     assert chunk.is_fallback.float().mean() > 0.8
     assert ((chunk.draws - chunk.saved)[chunk.is_fallback] == 24).all()
-    assert (chunk.level[chunk.is_fallback] < 1 / temperature).all()
+    assert (chunk.num_agreeing[chunk.is_fallback] < 1 / temperature).all()
     again = method.choose(source, seed)
     assert torch.equal(chunk.tokens, again.tokens)

@@ -8,7 +8,7 @@ from decoding_laws import ToySource, check_frequencies, row_seeds, sharpened
 from tiny_models import tiny_calm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from calm.decoding.sampling.chunk_distribution import HeadDistribution, decode
+from calm.decoding.sampling.chunk_distribution import decode
 from calm.decoding.sampling.methods import (
     METHODS,
     Batch,
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 def head_source(batch, **fields):
     model = tiny_calm(**fields)
     hidden = torch.randn(batch, 32, generator=torch.Generator().manual_seed(1))
-    return HeadDistribution(model, hidden)
+    return model.distribution(hidden)
 
 
 def build(name, **options):
@@ -80,7 +80,7 @@ def test_slot_by_slot_chooses_what_decoding_everything_chooses(temperature):
     for is_slotwise in (True, False, None):
         method = Batch(temperature=temperature, num_samples=40, is_slotwise=is_slotwise)
         chunk = method.choose(source, seed)
-        assert torch.equal(chunk.tokens, tokens) and torch.equal(chunk.level, level)
+        assert torch.equal(chunk.tokens, tokens) and torch.equal(chunk.num_agreeing, level)
     assert len(level.unique()) > 1
 
 
@@ -94,7 +94,9 @@ def test_one_draw_is_the_same_with_every_method(name):
     assert isinstance(at_one, Direct) and at_one.is_capturable
     chunk = at_one.choose(source, seed)
     assert torch.equal(chunk.tokens, plain)
-    assert (chunk.draws == 1).all() and (chunk.level == 1).all() and not chunk.is_fallback.any()
+    assert (
+        (chunk.draws == 1).all() and (chunk.num_agreeing == 1).all() and not chunk.is_fallback.any()
+    )
     for method in (Batch(num_samples=1), Medoid(num_samples=1), Exact(temperature=1.0)):
         assert torch.equal(method.choose(source, seed).tokens, plain)
 
@@ -120,7 +122,7 @@ def test_a_hung_low_temperature_ends_at_its_cap(temperature):
     method = build_method("exact", temperature=temperature, num_samples=50, max_draws=300)
     chunk = method.choose(source, row_seeds(5))
     assert chunk.is_fallback.all() and (chunk.draws - chunk.saved == 300).all()
-    assert (chunk.level < 1 / temperature).all() and (chunk.level >= 1).all()
+    assert (chunk.num_agreeing < 1 / temperature).all() and (chunk.num_agreeing >= 1).all()
     assert chunk.saved.min() >= 0 and (chunk.tokens < 40).all()
 
 
@@ -131,7 +133,9 @@ def test_the_fallback_at_the_cap_is_algorithm_2_over_the_draws_made():
     )
     expected = Batch(temperature=0.25, num_samples=16).choose(source, seed)
     assert chunk.is_fallback.all()
-    assert torch.equal(chunk.tokens, expected.tokens) and torch.equal(chunk.level, expected.level)
+    assert torch.equal(chunk.tokens, expected.tokens) and torch.equal(
+        chunk.num_agreeing, expected.num_agreeing
+    )
 
 
 def test_the_medoid_is_the_latent_nearest_to_the_others():

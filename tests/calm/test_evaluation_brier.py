@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_baseline, tiny_calm
 
-from calm.decoding.sampling.seeds import draw_patches
 from calm.errors import UserError
 from calm.evaluation import brier_scores, rollout, samplers
 from calm.models import MODEL_CLASSES
@@ -96,7 +95,8 @@ def enumerated_calm(model, tokens, draws=20_000):
     def law_after(prefix):
         inputs = model.embed_patches(torch.tensor([prefix]))
         hidden = model.transformer(inputs_embeds=inputs).last_hidden_state[:, -1]
-        drawn = draw_patches(model, hidden, num_samples=draws, seed=as_seed(None, "cpu"))[:, 0]
+        latents = model.generative_head.sample(hidden, num_samples=draws, seed=as_seed(None, "cpu"))
+        drawn = model.decode_latents(latents)[:, 0]
         return torch.bincount((drawn * powers).sum(-1), minlength=len(outcomes)).double() / draws
 
     def law(prefix):

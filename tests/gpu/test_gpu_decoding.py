@@ -8,7 +8,7 @@ from calm import AutoencoderConfig, BaselineTransformer, CALMConfig
 from calm.decoding import generate, loop, warmup
 from calm.decoding.engine.cuda_graph import captured_step
 from calm.decoding.engine.decode_step import decode_step
-from calm.decoding.engine.predictors import make_predictor
+from calm.decoding.sampling.methods import build_method
 from calm.models import MODEL_CLASSES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
@@ -90,8 +90,8 @@ def test_a_sequence_does_not_depend_on_its_batch():
 @pytest.mark.parametrize("sampling", SAMPLINGS[1:4], ids=lambda s: "-".join(map(str, s.values())))
 def test_a_step_never_waits_for_the_device(head, sampling):
     """No synchronisation, whether the step is replayed or runs kernel by kernel."""
-    settings = {"method": "batch", "num_samples": 16, "noise_scale": 1.0, "max_draws": None}
-    predictor = make_predictor(make_model(head), **{**settings, **sampling})
+    method = build_method(**{"num_samples": 16, **sampling})
+    predictor = make_model(head).make_predictor(method, sampling["temperature"])
     with torch.no_grad():
         captured = captured_step(predictor, batch_size=2, capacity=64)
         captured.state.cache.begin([0, 0])
@@ -112,21 +112,25 @@ def test_the_exact_method_runs_without_a_graph():
     assert result.new_tokens.tolist() == [12, 12, 12] and (result.draws > 0).all()
 
 
-def test_a_graph_is_made_once_and_after_changes_of_weights():
+def test_a_graph_reads_the_weights_in_place_and_is_captured_again_when_they_move():
     model = make_model()
     options = {"temperature": 1.0, "seed": 0, "max_new_tokens": 40}
     assert warmup(model, max_length=100, temperature=1.0) > 0
     warm = generate(model, PROMPTS[:1], return_details=True, **options)
     assert warm.warmup_seconds < 0.02
-    with torch.no_grad():
-        model.transformer.layers[0].mlp.up_proj.weight.mul_(-2.0)
+    weight = model.transformer.layers[0].mlp.up_proj.weight
+    weight.data[1:].mul_(-2.0)
     changed = generate(model, PROMPTS[:1], return_details=True, **options)
-    assert changed.warmup_seconds > warm.warmup_seconds
+    assert changed.warmup_seconds < 0.02
     assert not torch.equal(changed.sequences, warm.sequences)
+    weight.data = weight.data.clone()
+    moved = generate(model, PROMPTS[:1], return_details=True, **options)
+    assert moved.warmup_seconds > changed.warmup_seconds
+    assert torch.equal(moved.sequences, changed.sequences)
 
 
 def test_ended_sequences_and_streams():
-    """Looking every few steps runs past an end, which no text shows; a stream sees every chunk."""
+    """Reading every few steps runs past an end, which no text shows; a stream sees every chunk."""
     model = make_model()
     free = generate(model, PROMPTS, max_new_tokens=60, temperature=1.0, seed=[1, 2, 3])
     model.config.eos_token_id = free[0, 30].item()

@@ -6,8 +6,7 @@ import pytest
 import torch
 from model_cases import Launches, tiny_model
 
-from calm.decoding.engine.backbone import CachedBackbone
-from calm.decoding.engine.decode_step import State, decode_step, prefill
+from calm.decoding.engine.decode_step import DecodeState, decode_step, prefill
 from calm.decoding.engine.predictors import ChunkPredictor
 from calm.decoding.sampling.methods import Batch, Direct
 from calm_kernels import use_backend
@@ -29,7 +28,7 @@ METHODS = {
 def decode(model, method, backend, steps=3):
     """Tokens and how they were found, ``[steps, B, K + 5]``."""
     predictor = ChunkPredictor(model.eval(), method)
-    state = State.allocate(predictor, CachedBackbone(predictor.backbone), batch_size=2, capacity=8)
+    state = DecodeState.allocate(predictor, batch_size=2, capacity=8)
     prompt = torch.randint(64, (2, 4), generator=torch.Generator().manual_seed(1))
     with use_backend(backend):
         prefill(state, prompt, [0, 0], torch.tensor([[3, 0], [4, 0]]))

@@ -1,38 +1,33 @@
-"""From a backbone's states to the next chunk: all that the engine asks of a model.
+"""From the backbone's hidden states to the next chunk: all that the engine asks of a model.
 
 `ChunkPredictor` is a CALM with any head and a sampling method, `TokenPredictor` the token-by-token
 baseline, whose chunk is one token drawn from the softmax. The engine treats both alike, so that
-their speeds can be compared.
+their speeds can be compared. A model makes its own, see `calm.decoding.mixin`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import LlamaModel, PreTrainedModel
 
-from calm.decoding.engine.layout import by_columns
-from calm.decoding.sampling.chunk_distribution import Chunk, HeadDistribution, Method
-from calm.decoding.sampling.methods import build_method
-from calm.errors import UserError
-from calm.models.baseline import BaselineTransformer
-from calm.models.continuous import ContinuousTransformer
+from calm.decoding.chunk import Chunk
+from calm.decoding.sampling.chunk_distribution import Method
 from calm_kernels import noise
 
-__all__ = ["ChunkPredictor", "Predictor", "TokenPredictor", "make_predictor"]
+__all__ = ["ChunkPredictor", "Predictor", "TokenPredictor"]
 
 
 class Predictor(Protocol):
     """A model and how its next chunk is chosen; equal predictors choose alike."""
 
     @property
-    def model(self) -> PreTrainedModel:
-        """The model."""
+    def model(self) -> Any:
+        """The model, a `PreTrainedModel`."""
 
     @property
-    def backbone(self) -> LlamaModel:
-        """What reads embedded chunks."""
+    def backbone(self) -> Any:
+        """The `LlamaModel` that reads embedded chunks."""
 
     @property
     def patch_size(self) -> int:
@@ -46,17 +41,11 @@ class Predictor(Protocol):
     def is_capturable(self) -> bool:
         """Whether `choose` has fixed shapes and reads nothing back from a GPU."""
 
-    def arrange(self) -> Any:
-        """The model with all but its backbone laid out for few rows, see `by_columns`."""
-
-    def using(self, model: Any) -> "Predictor":
-        """The same on what `arrange` gave."""
-
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids ``[B, P * K]`` to the backbone's inputs ``[B, P, H]``."""
 
     def choose(self, hidden: Tensor, seed: Tensor) -> Chunk:
-        """The chunk after each state ``[B, H]``; seeds are int64 ``[B, 2]``."""
+        """The chunk after each hidden state ``[B, H]``; seeds are int64 ``[B, 2]``."""
 
     def complete(self, hidden: Tensor, given: Tensor, given_length: Tensor, seed: Tensor) -> Chunk:
         """The same, given its first tokens; see `Method.complete`."""
@@ -64,13 +53,18 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class ChunkPredictor:
-    """A CALM and a sampling method."""
+    """A CALM and a sampling method.
 
-    model: ContinuousTransformer
+    Attributes:
+        model: a `calm.models.ContinuousTransformer`.
+        method: how a chunk is chosen.
+    """
+
+    model: Any
     method: Method
 
     @property
-    def backbone(self) -> LlamaModel:
+    def backbone(self) -> Any:
         """See `Predictor`."""
         return self.model.transformer
 
@@ -89,32 +83,29 @@ class ChunkPredictor:
         """See `Predictor`."""
         return self.method.is_capturable
 
-    def arrange(self) -> ContinuousTransformer:
-        """See `Predictor`."""
-        return by_columns(self.model, self.backbone, self.model.ae_model.encoder)
-
-    def using(self, model: ContinuousTransformer) -> "ChunkPredictor":
-        """See `Predictor`."""
-        return replace(self, model=model)
-
     def embed(self, input_ids: Tensor) -> Tensor:
         """See `Predictor`."""
         return self.model.embed_patches(input_ids)
 
     def choose(self, hidden: Tensor, seed: Tensor) -> Chunk:
         """See `Predictor`."""
-        return self.method.choose(HeadDistribution(self.model, hidden), seed)
+        return self.method.choose(self.model.distribution(hidden), seed)
 
     def complete(self, hidden: Tensor, given: Tensor, given_length: Tensor, seed: Tensor) -> Chunk:
         """See `Predictor`."""
-        return self.method.complete(HeadDistribution(self.model, hidden), given, given_length, seed)
+        return self.method.complete(self.model.distribution(hidden), given, given_length, seed)
 
 
 @dataclass(frozen=True)
 class TokenPredictor:
-    """The baseline at temperature T: one draw from softmax(logits / T), no top-k or top-p."""
+    """The baseline at temperature T: one draw from softmax(logits / T), no top-k or top-p.
 
-    model: BaselineTransformer
+    Attributes:
+        model: a `calm.models.BaselineTransformer`.
+        temperature: T in (0, 1].
+    """
+
+    model: Any
     temperature: float
 
     patch_size = 1
@@ -125,14 +116,6 @@ class TokenPredictor:
     def backbone(self) -> Any:
         """See `Predictor`."""
         return self.model.model
-
-    def arrange(self) -> BaselineTransformer:
-        """See `Predictor`."""
-        return by_columns(self.model, self.backbone)
-
-    def using(self, model: BaselineTransformer) -> "TokenPredictor":
-        """See `Predictor`."""
-        return replace(self, model=model)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """See `Predictor`."""
@@ -159,32 +142,3 @@ class TokenPredictor:
     def complete(self, hidden: Tensor, given: Tensor, given_length: Tensor, seed: Tensor) -> Chunk:
         """Nothing of a token can be given."""
         raise NotImplementedError("a chunk of one token has no first part that a prompt could give")
-
-
-def make_predictor(
-    model: PreTrainedModel,
-    *,
-    method: str,
-    temperature: float,
-    num_samples: int,
-    noise_scale: float,
-    max_draws: int | None,
-) -> Predictor:
-    """The predictor of a CALM or of the baseline; arguments as `calm.decoding.generate`."""
-    chosen = build_method(
-        method,
-        temperature=temperature,
-        num_samples=num_samples,
-        noise_scale=noise_scale,
-        max_draws=max_draws,
-    )
-    if isinstance(model, ContinuousTransformer):
-        return ChunkPredictor(model, chosen)
-    if not isinstance(model, BaselineTransformer):
-        raise UserError(f"model must be a CALM or the token baseline, got {type(model).__name__}")
-    if noise_scale != 1:
-        raise UserError(
-            f"noise_scale must be 1 for a {type(model).__name__}, which has no head whose noise "
-            f"could be scaled; got {noise_scale}"
-        )
-    return TokenPredictor(model, temperature)

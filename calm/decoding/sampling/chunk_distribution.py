@@ -1,4 +1,4 @@
-"""What sampling methods draw from, and what they return.
+"""What sampling methods draw from.
 
 A method sees a model as a `ChunkDistribution`: a distribution over latents for each sequence of a
 batch, and a decoder in two steps (latent -> one hidden state a slot -> token), so that it can skip
@@ -8,40 +8,18 @@ distributions that are known exactly.
 Shapes: B sequences, N draws, L latent size, K tokens of a chunk (slots), H hidden size.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from calm.models.continuous import ContinuousTransformer
+from calm.decoding.chunk import Chunk
 
-__all__ = ["Chunk", "ChunkDistribution", "HeadDistribution", "Method", "decode"]
-
-
-class Chunk(NamedTuple):
-    """The next chunk of each sequence, and how it was found.
-
-    Attributes:
-        tokens: ``[B, K]``.
-        level: draws that agreed, ``[B]``: the whole part of 1/T, or less where a vote had to settle
-            for less; 1 for methods that compare no tokens.
-        draws: head draws of this chunk, ``[B]``; `Exact` counts them as Algorithm 1 is written.
-        is_fallback: whether a stated fallback decided, bool ``[B]``: draws came to their cap.
-        is_finite: whether all latents were finite, bool ``[B]``; where not, tokens mean nothing.
-        saved: draws that `draws` counts, but that a round did not need because it stopped at its
-            first mismatch, ``[B]``; None for methods without rounds.
-    """
-
-    tokens: Tensor
-    level: Tensor
-    draws: Tensor
-    is_fallback: Tensor
-    is_finite: Tensor
-    saved: Tensor | None = None
+__all__ = ["ChunkDistribution", "HeadDistribution", "Method", "decode"]
 
 
 class ChunkDistribution(Protocol):
-    """The law of the next chunk of each of B sequences."""
+    """The distribution of the next chunk of each of B sequences."""
 
     @property
     def patch_size(self) -> int:
@@ -82,6 +60,10 @@ class Method(Protocol):
     """How a chunk is chosen: a frozen dataclass of its parameters."""
 
     @property
+    def noise_scale(self) -> float:
+        """Factor on the head's noise."""
+
+    @property
     def is_capturable(self) -> bool:
         """Whether `choose` has fixed shapes and reads nothing back from a GPU."""
 
@@ -94,7 +76,7 @@ class Method(Protocol):
         """The next chunk of each sequence, its first tokens being known.
 
         Args:
-            source: the law without that knowledge.
+            source: the distribution without that knowledge.
             given: ``[B, K]``; what follows the known tokens is the chunk that is returned, flagged,
                 where no draw within the cap begins with them (published: pad tokens).
             given_length: how many are known, int64 ``[B]``, 0 to K.
@@ -103,16 +85,18 @@ class Method(Protocol):
 
 
 class HeadDistribution:
-    """A model's head after the backbone's hidden states.
+    """A CALM's head after the backbone's hidden states.
 
     Args:
-        model: a CALM.
+        head: draws latents, a `calm.models.heads.base.GenerativeHead`.
+        decoder: of the autoencoder, a `calm.models.autoencoder.Decoder`.
         hidden: ``[B, H]``.
     """
 
-    def __init__(self, model: ContinuousTransformer, hidden: Tensor) -> None:
-        self.model, self.hidden = model, hidden
-        self.patch_size, self.device = model.patch_size, hidden.device
+    def __init__(self, head: Any, decoder: Any, hidden: Tensor) -> None:
+        self.head, self.decoder, self.hidden = head, decoder, hidden
+        self.patch_size: int = decoder.patch_size
+        self.device = hidden.device
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -126,7 +110,7 @@ class HeadDistribution:
         noise_spread: float = 1.0,
     ) -> Tensor:
         """See `ChunkDistribution`."""
-        return self.model.generative_head.sample(
+        return self.head.sample(
             self.hidden,
             num_samples=num_samples,
             seed=seed,
@@ -136,15 +120,15 @@ class HeadDistribution:
 
     def slots(self, latents: Tensor) -> Tensor:
         """See `ChunkDistribution`."""
-        return self.model.ae_model.decoder.expand(latents)
+        return self.decoder.expand(latents)
 
     def project(self, slots: Tensor) -> Tensor:
         """See `ChunkDistribution`; the logits are never formed."""
-        return self.model.ae_model.decoder.project(slots)
+        return self.decoder.project(slots)
 
     def select(self, rows: Tensor) -> "HeadDistribution":
         """See `ChunkDistribution`."""
-        return HeadDistribution(self.model, self.hidden[rows])
+        return HeadDistribution(self.head, self.decoder, self.hidden[rows])
 
 
 def decode(source: ChunkDistribution, latents: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from calm.decoding.chunk import Chunk
 from calm.decoding.sampling.bernoulli_factory import Outcome, factory_stopping_draw, run_rounds
-from calm.decoding.sampling.chunk_distribution import Chunk, ChunkDistribution
+from calm.decoding.sampling.chunk_distribution import ChunkDistribution
 from calm.decoding.sampling.lazy_decode import Candidates
 from calm.decoding.sampling.prefix_rejection import AcceptedDraws, Prefix, draw_accepted, waves
 from calm.decoding.sampling.voting import split_power, vote_by_count

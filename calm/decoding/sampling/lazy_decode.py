@@ -1,9 +1,9 @@
 """Candidates decoded slot by slot, and only where a token can matter.
 
-A vote asks which of N drawn patches are equal, and one of them is read. A candidate whose first r
-tokens no other shares differs from all, whatever its other tokens are; a group that shares a prefix
-but is smaller than the number of draws that must agree cannot win. Neither needs more of its slots
-projected onto the vocabulary. The choice is, draw by draw, the one that decoding everything makes.
+A vote asks which of N drawn chunks are equal, and one of them is returned. A candidate whose first
+r tokens no other shares differs from all, whatever its other tokens are; a group that shares a
+prefix but is smaller than the number of draws that must agree cannot win. Neither needs more of its
+slots projected onto the vocabulary. The choice is, draw by draw, the one of decoding everything.
 
 Which slots are left depends on the tokens found so far, so the host reads sizes in between: this is
 the path of a CPU. A GPU decodes all candidates in fixed shapes.
@@ -19,15 +19,16 @@ from torch import Tensor
 
 from calm_kernels.agreeing_patch import agreeing_patch
 
-__all__ = ["Candidates", "decode_and_vote", "decode_matching"]
+__all__ = ["Candidates", "decode_and_vote", "decode_compared", "decode_matching"]
 
 Project = Callable[[Tensor], Tensor]  # hidden states [M, H] -> token ids [M]
 _TOKEN_BITS = 32
+_UNREAD = -1  # stands for a token that was not decoded
 _MARGIN = 1e-5  # of 1/T, wider than the tolerance of `agreeing_patch`: it leaves out less
 
 
 class Candidates:
-    """N candidate patches for each of B sequences, in groups that agree as far as they are decoded.
+    """N candidate chunks for each of B sequences, in groups that agree as far as they are decoded.
 
     Args:
         slots: one hidden state a token, ``[N, B, K, H]``.
@@ -35,6 +36,7 @@ class Candidates:
         given: tokens ``[B, K]`` of which the first `given_length` ``[B]`` are those of every
             candidate, so that they need no decoding; None if nothing is known.
         given_length: see `given`.
+        fixed: one more candidate a sequence whose tokens are all known, ``[B, K]``.
 
     Attributes:
         projected: slots that were projected so far.
@@ -46,8 +48,11 @@ class Candidates:
         project: Project,
         given: Tensor | None = None,
         given_length: Tensor | None = None,
+        *,
+        fixed: Tensor | None = None,
     ) -> None:
-        num_candidates, batch, patch_size, _ = slots.shape
+        num_drawn, batch, patch_size, _ = slots.shape
+        num_candidates = num_drawn + (fixed is not None)
         self._slots, self._project = slots.flatten(0, 1), project
         self._shape = (num_candidates, batch)
         row = torch.arange(batch, device=slots.device).repeat(num_candidates)  # [N * B]
@@ -55,7 +60,9 @@ class Candidates:
         self._group, self._num_groups = row.clone(), batch
         self._size = torch.full_like(row, num_candidates)  # of its group
         self._depth = torch.zeros_like(row)  # tokens decoded
-        self._tokens = row.new_zeros(len(row), patch_size)
+        self._tokens = row.new_full((len(row), patch_size), _UNREAD)
+        if fixed is not None:
+            self._tokens[len(self._slots) :] = fixed
         if given is not None and given_length is not None:
             self._depth, self._tokens = given_length[row], given[row]
         self.projected = 0
@@ -106,7 +113,13 @@ class Candidates:
             self._decode(flat[missing[:, 0]], missing[:, 1])
         return self._tokens[flat]
 
+    def drawn_tokens(self) -> Tensor:
+        """Tokens of all candidates but the fixed, ``[N, B, K]``; -1 where nothing was decoded."""
+        return self._tokens[: len(self._slots)].unflatten(0, (-1, self._shape[1]))
+
     def _decode(self, index: Tensor, slot: Tensor) -> None:
+        is_drawn = index < len(self._slots)
+        index, slot = index[is_drawn], slot[is_drawn]
         self._tokens[index, slot] = self._project(self._slots[index, slot])
         self.projected += len(index)
 
@@ -138,6 +151,26 @@ def decode_and_vote(
     chosen, level, *_ = agreeing_patch(groups[..., None], power, seed=seed, first_row=first_row)
     index = (groups == chosen).to(torch.uint8).argmax(1)
     return candidates.tokens(index), level
+
+
+def decode_compared(slots: Tensor, project: Project, target: Tensor) -> Tensor:
+    """Tokens of draws as far as a comparison with the target and each other depends on them.
+
+    A draw that neither the target nor another draw of its chunk agrees with so far matches nothing,
+    whatever its other tokens are.
+
+    Args:
+        slots: one hidden state a token of N draws, ``[N, ..., K, H]``.
+        project: hidden states ``[M, H]`` to token ids ``[M]``.
+        target: the true chunk, ``[..., K]``; negative ids match nothing.
+
+    Returns: int64 ``[N, ..., K]``, -1 where nothing was decoded.
+    """
+    nothing = (1 << (_TOKEN_BITS - 1)) - 1  # no id of a vocabulary
+    fixed = target.where(target >= 0, nothing).flatten(0, -2)
+    candidates = Candidates(slots.flatten(1, -3), project, fixed=fixed)
+    candidates.split(2)
+    return candidates.drawn_tokens().view(*slots.shape[:-1])
 
 
 def decode_matching(slots: Tensor, project: Project, given: Tensor, given_length: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from typing import ClassVar, TypedDict
 import torch
 from torch import Tensor
 
-from calm.decoding.sampling.chunk_distribution import Chunk, ChunkDistribution, Method, decode
+from calm.decoding.chunk import Chunk
+from calm.decoding.sampling.chunk_distribution import ChunkDistribution, Method, decode
 from calm.decoding.sampling.exact import Exact
 from calm.decoding.sampling.prefix_rejection import CollectedDraws, Prefix, collect_accepted
 from calm.decoding.sampling.voting import split_power, vote, vote_by_count
@@ -200,7 +201,7 @@ METHODS = ("direct", "batch", "exact", "medoid", "noise_scale")
 
 
 def build_method(
-    name: str,
+    method: str = "batch",
     *,
     temperature: float = 0.5,
     num_samples: int = 200,
@@ -210,7 +211,7 @@ def build_method(
     """The method of this name.
 
     Args:
-        name: one of `METHODS`.
+        method: one of `METHODS`.
         temperature: T in (0, 1]; at 1 every method takes one draw.
         num_samples: N, draws of ``batch`` and ``medoid``; draws a wave of ``exact``, and of any
             method while it completes a chunk.
@@ -221,8 +222,8 @@ def build_method(
     Raises:
         UserError: an argument out of range, or a cap below what the method needs.
     """
-    if name not in METHODS:
-        raise UserError(f"method must be one of {', '.join(METHODS)}; got {name!r}")
+    if method not in METHODS:
+        raise UserError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if not 0.0 < temperature <= 1.0:
         raise UserError(f"temperature must lie in (0, 1], got {temperature}")
     if not isinstance(num_samples, int) or num_samples < 1:
@@ -231,7 +232,7 @@ def build_method(
         raise UserError(f"noise_scale must be finite and at least 0, got {noise_scale}")
     power = split_power(temperature)
     is_plain = power == (1, 0.0)
-    if name == "direct" and not is_plain:
+    if method == "direct" and not is_plain:
         raise UserError(
             f"method 'direct' draws from the model as it is: temperature must be 1, got "
             f"{temperature}; use {', '.join(METHODS[1:])} below 1"
@@ -241,23 +242,23 @@ def build_method(
         "batch": num_samples,
         "medoid": num_samples,
     }
-    needed = 1 if is_plain else least.get(name, 1)
+    needed = 1 if is_plain else least.get(method, 1)
     if max_draws is None:
         max_draws = MAX_WAVES * num_samples
     if not isinstance(max_draws, int) or max_draws < needed:
         raise UserError(
-            f"max_draws must be at least {needed}, which method {name!r} needs for a chunk at "
+            f"max_draws must be at least {needed}, which method {method!r} needs for a chunk at "
             f"temperature {temperature}, a whole number; got {max_draws} (by default {MAX_WAVES} "
             "num_samples)"
         )
     common = _Common(num_samples=num_samples, noise_scale=noise_scale, max_draws=max_draws)
     if is_plain:
         return Direct(**common)
-    if name == "medoid":
+    if method == "medoid":
         return Medoid(**common)
-    if name == "exact":
+    if method == "exact":
         return Exact(temperature=temperature, **common)
-    return (Batch if name == "batch" else NoiseScale)(temperature=temperature, **common)
+    return (Batch if method == "batch" else NoiseScale)(temperature=temperature, **common)
 
 
 class _Common(TypedDict):

@@ -1,4 +1,4 @@
-"""Seeds of sequences, chunks and waves; plain draws: hidden state -> head -> latents -> tokens."""
+"""Seeds of sequences, chunks and waves of draws."""
 
 from collections.abc import Sequence
 
@@ -6,59 +6,12 @@ import torch
 from torch import Tensor
 
 from calm.errors import UserError
-from calm.models.continuous import ContinuousTransformer
 from calm_kernels.noise import Seed, Stream, as_seed, philox
 
-__all__ = ["ROUND_STRIDE", "advance", "draw_latents", "draw_patches", "sequence_seeds"]
+__all__ = ["ROUND_STRIDE", "advance", "sequence_seeds"]
 
 WORD = 0xFFFFFFFF
 ROUND_STRIDE = 2**40  # waves of one chunk draw from disjoint ranges of the seed's offset
-
-
-def draw_latents(
-    model: ContinuousTransformer,
-    hidden: Tensor,
-    *,
-    num_samples: int,
-    seed: Tensor,
-    noise_scale: float = 1.0,
-) -> Tensor:
-    """N independent draws of the latent of the chunk that follows each hidden state.
-
-    Args:
-        model: a CALM.
-        hidden: backbone states ``[..., H]``.
-        num_samples: N >= 1.
-        seed: int64 ``[2]``, or ``[rows, 2]`` with a stream for each row of `hidden`.
-        noise_scale: factor on the head's noise; 0 is deterministic.
-
-    Returns: latents ``[N, ..., L]``.
-    Raises:
-        UserError: the head gave a latent that is not finite.
-    """
-    latents = model.generative_head.sample(
-        hidden, num_samples=num_samples, seed=seed, noise_scale=noise_scale
-    )
-    if not torch.isfinite(latents).all():
-        raise UserError(
-            "the head drew latents that are not finite: the weights are damaged or training "
-            "diverged; load an earlier checkpoint"
-        )
-    return latents
-
-
-def draw_patches(
-    model: ContinuousTransformer,
-    hidden: Tensor,
-    *,
-    num_samples: int,
-    seed: Tensor,
-    noise_scale: float = 1.0,
-) -> Tensor:
-    """Token ids ``[N, ..., K]`` of `draw_latents`, all decoded."""
-    return model.decode_latents(
-        draw_latents(model, hidden, num_samples=num_samples, seed=seed, noise_scale=noise_scale)
-    )
 
 
 def sequence_seeds(seed: Seed | Sequence[int], batch: int, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from calm.decoding.sampling.chunk_distribution import ChunkDistribution, decode
 from calm.decoding.sampling.lazy_decode import Candidates, decode_and_vote
 from calm.decoding.sampling.prefix_rejection import Prefix
 from calm_kernels.agreeing_patch import agreeing_patch
+from calm_kernels.backend import is_host_readable
 
 __all__ = ["Power", "split_power", "vote", "vote_by_count"]
 
@@ -63,13 +64,13 @@ def vote(
         temperature: T in (0, 1].
         seed: int64 ``[B, 2]``.
         known: first tokens that all candidates of a row share.
-        is_slotwise: decode slot by slot; None does so on a CPU.
+        is_slotwise: decode slot by slot; None does so where `is_host_readable`.
 
     Returns: tokens ``[B, K]`` and how many draws agreed, ``[B]``.
     Source: paper, Algorithm 2, and for 1/T that is not whole `calm_kernels.agreeing_patch`.
     """
     if is_slotwise is None:
-        is_slotwise = latents.device.type == "cpu"
+        is_slotwise = is_host_readable(latents)
     if not is_slotwise:
         patches = decode(source, latents).transpose(0, 1)  # [B, N, K]
         tokens, level, *_ = agreeing_patch(patches, 1.0 / temperature, seed=seed)

@@ -16,7 +16,7 @@ class Times:
     """Wall time in seconds.
 
     Attributes:
-        warmup: arranging the weights, compiling and capturing the step, before anything else; next
+        warmup: allocating the cache, compiling and capturing the step, before anything else; next
             to nothing where an earlier call did it.
         prefill: reading the prompts.
         decode: everything after.
@@ -41,8 +41,8 @@ class Generation:
         saved: those of them that were not needed, as a round stopped at its first mismatch,
             ``[B, chunks]``.
         fallbacks: whether the method's stated fallback decided, bool ``[B, chunks]``.
-        warmup_seconds: arranging weights, compiling and capturing, which the next call need not do
-            again; in no other figure.
+        warmup_seconds: allocating the cache, compiling and capturing, which the next call need not
+            do again on a GPU; in no other figure.
         prefill_seconds: reading the prompts.
         decode_seconds: everything after.
     """
@@ -93,7 +93,7 @@ def assemble(
     return Generation(
         sequences.to(device),
         torch.tensor([len(new) for new in transcript.new]),
-        levels=transcript.table("level"),
+        levels=transcript.table("num_agreeing"),
         draws=transcript.table("draws"),
         saved=transcript.table("saved"),
         fallbacks=transcript.table("is_fallback").bool(),

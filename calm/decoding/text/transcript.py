@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from calm.decoding.engine.decode_step import Record
+from calm.decoding.chunk import ChunkRecord
 from calm.decoding.text.prompt import Prompt
 from calm.decoding.text.stopping import StopStrings
 from calm.errors import UserError
@@ -43,13 +43,13 @@ class Transcript:
         self.ends, self.keeps_tail, self.stops = frozenset(ends), keeps_tail, stops
         self.streamer = streamer
         self.new: list[list[int]] = [[] for _ in prompts]
-        self.records: list[list[Record]] = [[] for _ in prompts]
+        self.records: list[list[ChunkRecord]] = [[] for _ in prompts]
         self.has_ended = [False] * len(prompts)
         if streamer is not None:
             streamer.put(torch.tensor([prompts[0].tokens], dtype=torch.int64))
 
-    def append(self, row: int, record: Record) -> None:
-        """Add a chunk to a sequence; what is behind its end is left out.
+    def append(self, row: int, record: ChunkRecord) -> None:
+        """Add a chunk to a sequence; what is behind its end is dropped.
 
         Raises:
             UserError: it was drawn from numbers that are not finite.
@@ -65,7 +65,7 @@ class Transcript:
         given = 0 if self.records[row] else len(prompt.given)
         self.records[row].append(record)
         fresh = record.tokens[given:]
-        if given and record.is_fallback and record.level == 0:
+        if given and record.is_fallback and record.num_agreeing == 0:
             return  # no draw continues the prompt: its padding is read by the model, but no text
         known = len(new)
         new += fresh[: prompt.budget - known]

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from calm.layers import Linear
-
 __all__ = ["Denoiser"]
 
 NORM_EPS = 1e-6
@@ -44,8 +42,8 @@ class Denoiser(nn.Module):
         super().__init__()
         self.output_init = output_init
         self.time_embed = _TimeEmbedding(hidden_size)
-        self.cond_embed = Linear(hidden_size, hidden_size)
-        self.input_proj = Linear(in_channels, hidden_size)
+        self.cond_embed = nn.Linear(hidden_size, hidden_size)
+        self.input_proj = nn.Linear(in_channels, hidden_size)
         self.res_blocks = nn.ModuleList(_Block(hidden_size) for _ in range(num_blocks))
         self.final_layer = _FinalLayer(hidden_size, out_channels)
 
@@ -87,7 +85,7 @@ class _TimeEmbedding(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            Linear(TIME_CHANNELS, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size)
+            nn.Linear(TIME_CHANNELS, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
     def forward(self, time: Tensor) -> Tensor:
@@ -102,7 +100,7 @@ class _TimeEmbedding(nn.Module):
 
 def _modulation(hidden_size: int, parts: int) -> nn.Sequential:
     """The published layout; its SiLU is applied once, by the `Denoiser`, for all blocks."""
-    return nn.Sequential(nn.SiLU(), Linear(hidden_size, parts * hidden_size))
+    return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, parts * hidden_size))
 
 
 class _Block(nn.Module):
@@ -112,7 +110,7 @@ class _Block(nn.Module):
         super().__init__()
         self.in_ln = nn.LayerNorm(hidden_size, eps=NORM_EPS)
         self.mlp = nn.Sequential(
-            Linear(hidden_size, hidden_size), nn.SiLU(), Linear(hidden_size, hidden_size)
+            nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
         self.adaLN_modulation = _modulation(hidden_size, 3)
 
@@ -123,12 +121,12 @@ class _Block(nn.Module):
 
 
 class _FinalLayer(nn.Module):
-    """Linear(LN(x) ⊙ (1 + scale) + shift), LN without weights."""
+    """nn.Linear(LN(x) ⊙ (1 + scale) + shift), LN without weights."""
 
     def __init__(self, hidden_size: int, out_channels: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, eps=NORM_EPS, elementwise_affine=False)
-        self.linear = Linear(hidden_size, out_channels)
+        self.linear = nn.Linear(hidden_size, out_channels)
         self.adaLN_modulation = _modulation(hidden_size, 2)
 
     def forward(self, state: Tensor, condition: Tensor) -> Tensor:
