@@ -16,7 +16,7 @@ CACHE_MULTIPLE = 4  # size of all buffers of a work, in sizes of the device's ca
 
 
 def num_buffers(bytes_each: int, cache_bytes: int) -> int:
-    """Number of input buffers, so that each has left the cache before its next use; at least two."""
+    """Number of input buffers, at least two; each has left the cache before its next use."""
     return max(2, math.ceil(CACHE_MULTIPLE * cache_bytes / max(1, bytes_each)))
 
 
