@@ -28,9 +28,7 @@ calm COMMAND --help says more about a command.
 
 
 class Command(NamedTuple):
-    """A subcommand: the module that does it, what it does in a line, extras of the package that it
-    needs.
-    """
+    """A subcommand: its module, its help in one line, the extras of the package that it needs."""
 
     module: str
     help: str
@@ -48,20 +46,20 @@ COMMANDS = {
     "generate": Command("calm.commands.generate", "continue a prompt", ""),
     "experiment": Command("calm.commands.experiment", "study a trained model", "train,plot"),
 }
-# These parse their own flags: the same programs run under torchrun.
+# These parse their own flags, because the same programs run under torchrun.
 TRAINING = {
     "train-ae": Command("calm.training.train_autoencoder", "train an autoencoder"),
     "train": Command("calm.training.train_calm", "train a CALM on an autoencoder"),
     "train-ar": Command("calm.training.train_ar", "train the token-by-token baseline"),
 }
 
-# What people can mend. The operations, which know nothing of `UserError`, raise plain ValueErrors.
+# Errors that the user can mend. calm_kernels raises ValueError: it does not import `UserError`.
 USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line."""
+    """An argument parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see `{self.prog} --help`)")
@@ -76,28 +74,30 @@ class CommandList(argparse.RawDescriptionHelpFormatter):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `calm` with the words `argv`, by default those of the command line; the exit status.
+    """Run `calm` with the arguments `argv`, by default those of the command line.
 
-    0 if all went well, 2 after an error that the user can mend, which is printed as one line, and
-    130 after Ctrl-C. ``calm --traceback COMMAND ...`` shows where an error comes from.
+    ``calm --traceback COMMAND ...`` shows where an error comes from.
+
+    Returns: the exit status: 0 on success, 2 after an error that the user can mend, which is
+        printed as one line, 130 after Ctrl-C.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    wants_traceback = words[:1] == ["--traceback"]
-    words = words[wants_traceback:]
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    wants_traceback = arguments[:1] == ["--traceback"]
+    arguments = arguments[wants_traceback:]
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return _run(words)
+            return _run(arguments)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as in `calm env | head`
+    except BrokenPipeError:  # the reader of our output has ended, as in `calm env | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except USER_ERRORS as error:
         if wants_traceback:
             traceback.print_exc()
-        print(f"error: {' '.join(_explain(error, words).split())}", file=sys.stderr)
+        print(f"error: {' '.join(_explain(error, arguments).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
 
 
@@ -109,30 +109,31 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A notice of ours as one line; others as Python shows them."""
+    """A `UserNotice` as one line; other warnings as Python shows them."""
     text = f"warning: {message}\n"
     if not issubclass(category, UserNotice):
         text = warnings.formatwarning(message, category, filename, lineno, line)
     (file or sys.stderr).write(text)
 
 
-def _explain(error: Exception, words: list[str]) -> str:
-    """What went wrong; for a package that is not installed, what to install."""
-    command = {**COMMANDS, **TRAINING}.get(words[0]) if words else None
+def _explain(error: Exception, arguments: list[str]) -> str:
+    """The error's message; for a package that is not installed, how to install it."""
+    command = {**COMMANDS, **TRAINING}.get(arguments[0]) if arguments else None
     if not isinstance(error, ModuleNotFoundError) or command is None or not command.extras:
         return str(error)
     return (
-        f"`calm {words[0]}` needs {error.name}, which is not installed: "
+        f"`calm {arguments[0]}` needs {error.name}, which is not installed: "
         f"pip install 'calm-lm[{command.extras}]'"
     )
 
 
-def _run(words: list[str]) -> int:
-    if words and words[0] in TRAINING:
-        train: Callable[[list[str]], Any] = importlib.import_module(TRAINING[words[0]].module).main
-        return train(words[1:]) or 0
-    parser = _parser(chosen=words[0] if words else None)
-    args = parser.parse_args(words)
+def _run(arguments: list[str]) -> int:
+    chosen = arguments[0] if arguments else None
+    if chosen in TRAINING:
+        train: Callable[[list[str]], Any] = importlib.import_module(TRAINING[chosen].module).main
+        return train(arguments[1:]) or 0
+    parser = _parser(chosen)
+    args = parser.parse_args(arguments)
     if args.command is None:
         parser.print_help()
         return 0
@@ -159,7 +160,7 @@ def _parser(chosen: str | None) -> Parser:
     parser.add_argument(
         "--traceback",
         action="store_true",
-        help="first of all words: show where an error comes from",
+        help="as the first argument: show where an error comes from",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, command in {**COMMANDS, **TRAINING}.items():

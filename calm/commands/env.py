@@ -1,4 +1,4 @@
-"""`calm env`: versions, devices, and the implementation each operation would take."""
+"""`calm env`: versions, devices, and the implementation chosen for each operation."""
 
 import argparse
 import json

@@ -29,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=4,
         metavar="B",
-        help="blocks a forward; no effect on the result (default: 4)",
+        help="blocks in one forward pass; no effect on the result (default: 4)",
     )
     parser.add_argument(
-        "--num-samples", type=int, default=8, metavar="N", help="draws a chunk (default: 8)"
+        "--num-samples", type=int, default=8, metavar="N", help="draws of each chunk (default: 8)"
     )
     parser.add_argument(
         "--brier-draws",
@@ -88,6 +88,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_writable(path: Path) -> None:
-    """Complain before the work, not after it."""
+    """Raise before the evaluation rather than after it."""
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
         raise UserError(f"--json {path} cannot be written; its folder must exist and be writable")

@@ -17,8 +17,8 @@ EXAMPLES = """\
   calm experiment temperature --model runs/calm-m --data wikitext-test.txt --device cuda
   calm experiment temperature --quick
 
-temperature: accuracy against diversity and cost of every method that lowers the temperature, as
-temperature.md, temperature.json and temperature.png in the output folder.
+temperature: accuracy, diversity and cost of every method that lowers the temperature. Writes
+temperature.md, temperature.json and temperature.png to the output folder.
 """
 
 
@@ -28,13 +28,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, default=os.path.join("runs", "demo", "calm"))
     add_evaluation_text_arguments(parser, default="embedded:docstrings")
     parser.add_argument(
-        "--positions", type=int, default=128, metavar="P", help="places of the text (default: 128)"
+        "--positions",
+        type=int,
+        default=128,
+        metavar="P",
+        help="positions in the text (default: 128)",
     )
     parser.add_argument(
-        "--repeats", type=int, metavar="R", help="chunks drawn at each of them (default: 6)"
+        "--repeats", type=int, metavar="R", help="chunks drawn at each position (default: 6)"
     )
     parser.add_argument(
-        "--max-draws", type=int, metavar="D", help="cap of the exact method (default: 2000 a chunk)"
+        "--max-draws",
+        type=int,
+        metavar="D",
+        help="cap of the exact method for a chunk (default: 2000)",
     )
     parser.add_argument("--quick", action="store_true", help="a few settings, to try it out")
     parser.add_argument(

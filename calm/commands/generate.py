@@ -1,4 +1,4 @@
-"""`calm generate`: continue prompts, printing text as it comes."""
+"""`calm generate`: continue prompts and print the text as it is drawn."""
 
 import argparse
 import json
@@ -18,9 +18,9 @@ EXAMPLES = """\
   echo "This is" | calm generate --model runs/demo/calm --json
   calm generate --model runs/demo/calm                              prompts are typed in
 
-Methods below temperature 1: batch is the paper's vote among --num-samples candidates; exact takes
-as many draws as the law needs, up to --max-draws a chunk; medoid and noise_scale cost the same at
-every temperature and only resemble it (docs/temperature.md).
+Methods below temperature 1: batch is the paper's vote among --num-samples candidates. exact draws
+until the distribution is exact, at most --max-draws for a chunk. medoid and noise_scale are
+heuristics that cost the same at every temperature (docs/temperature.md).
 """
 METHODS = ("batch", "exact", "medoid", "noise_scale", "direct")
 
@@ -47,12 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop",
         action="append",
         metavar="TEXT",
-        help="end after this text; may be repeated",
+        help="stop after this text; may be repeated",
     )
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object a prompt instead of its text, as a line",
+        help="print a line of JSON for each prompt instead of its text",
     )
 
 
@@ -72,7 +72,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=200,
         metavar="N",
-        help="candidates of a chunk below temperature 1 (default: 200)",
+        help="candidates for each chunk below temperature 1 (default: 200)",
     )
     parser.add_argument(
         "--noise-scale",
@@ -85,7 +85,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-draws",
         type=int,
         metavar="D",
-        help="draws a chunk at most, where a method or a prompt's end needs many (default: 25 N)",
+        help="most draws for a chunk, where a method or a prompt's end needs many (default: 25 N)",
     )
     parser.add_argument(
         "--seed",
@@ -106,7 +106,7 @@ def _number(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print every prompt and its continuation as it comes, and figures on standard error."""
+    """Print every prompt and its continuation as it is drawn; speed goes to standard error."""
     model: Any = load_model(args)
     tokenizer = load_tokenizer_of(args, model)
     for index, prompt in enumerate(read_prompts(args)):
@@ -115,12 +115,12 @@ def run(args: argparse.Namespace) -> int:
         except ValueError as error:
             if not is_interactive(args):
                 raise
-            print(f"error: {error}", file=sys.stderr)  # of this prompt alone; the next is awaited
+            print(f"error: {error}", file=sys.stderr)  # the user may type another prompt
     return 0
 
 
 def _continue(model: Any, tokenizer: Any, prompt: str, seed: int, args: argparse.Namespace) -> None:
-    """One prompt continued and printed; Ctrl-C leaves what has come so far."""
+    """One prompt continued and printed; after Ctrl-C the text so far stays printed."""
     import torch
     from transformers import TextStreamer
 
@@ -165,7 +165,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _figures(found: Any) -> dict[str, Any]:
-    """What one continuation took."""
+    """Counts and times of one continuation."""
     return {
         "new_tokens": int(found.new_tokens[0]),
         "chunks": found.levels.shape[1],
@@ -181,7 +181,7 @@ def _figures(found: Any) -> dict[str, Any]:
 
 
 def _summary(figures: dict[str, Any]) -> str:
-    """The figures for people, in a line."""
+    """The same for people, in one line."""
     chunks = max(1, figures["chunks"])
     parts = [
         f"{figures['new_tokens']} tokens in {figures['seconds']:.2f} s, "

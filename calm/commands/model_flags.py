@@ -1,4 +1,4 @@
-"""From a folder that the user names to a model and the tokenizer saved with it."""
+"""The flags that name a model, and the model and tokenizer that they stand for."""
 
 import argparse
 import json
@@ -20,7 +20,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """The flags that say which model to load, and where; `default` is its folder without a flag."""
+    """The flags that say which model to load, and how.
+
+    Args:
+        parser: of the command.
+        default: the folder without a flag; None makes the flag required.
+    """
     parser.add_argument(
         "--model",
         required=default is None,
@@ -73,7 +78,7 @@ def load_model(args: argparse.Namespace) -> PreTrainedModel:
 
 
 def _load(model_class: Any, folder: Path, dtype: str) -> Any:
-    """The model with all of its weights: transformers leaves missing ones random."""
+    """The model; an error if weights are missing, which transformers would leave random."""
     try:
         with _quiet_transformers():
             model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
@@ -91,7 +96,7 @@ def _load(model_class: Any, folder: Path, dtype: str) -> Any:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bar of milliseconds, and no report on weights, which `_load` checks itself."""
+    """No progress bar, and no report on weights: `_load` checks them itself."""
     verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -136,9 +141,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def model_kind(config: dict[str, Any]) -> str:
-    """``energy``, ``diffusion``, ``flow``, ``baseline``, ``autoencoder``, or what else it says.
+    """``energy``, ``diffusion``, ``flow``, ``baseline``, ``autoencoder``, or another model type.
 
-    Published files may say the head's kind as the model type, or nothing at all.
+    Published files may have the kind of head as their model type, or no model type.
     """
     model_type = config.get("model_type")
     if model_type == "llama":
@@ -152,7 +157,7 @@ def model_kind(config: dict[str, Any]) -> str:
 
 
 def _hint(folder: Path) -> str:
-    """Where below `folder` models are, if anywhere."""
+    """The end of an error message: which folders in `folder` hold models, if any."""
     found = sorted(path.parent.name for path in folder.glob("*/config.json"))
     return f"; it has model folders in it: {', '.join(found)}" if found else ""
 

@@ -1,4 +1,4 @@
-"""`calm plan`: how many parameters a recipe or a checkpoint has, part by part."""
+"""`calm plan`: the number of parameters of a recipe or a checkpoint, part by part."""
 
 import argparse
 import json
@@ -12,15 +12,15 @@ from calm.errors import UserError
 __all__ = ["EXAMPLES", "add_arguments", "count_parts", "plan_of", "run"]
 
 EXAMPLES = """\
-  calm plan                       every recipe, a line each
+  calm plan                       every recipe, one line each
   calm plan calm-m                part by part
   calm plan calm-m calm-l --json
   calm plan runs/demo/calm        a checkpoint, or a YAML file of your own
 
-The autoencoder of a language model is counted apart, as in the paper's table 1.
+The autoencoder of a language model is counted separately, as in the paper's table 1.
 """
 
-PARTS = {  # part of a language model: modules that belong to it
+PARTS = {  # of a language model: the modules that belong to each
     "embedding": ("transformer.embed_tokens", "model.embed_tokens"),
     "compressor": ("embed_proj", "latent_proj"),
     "backbone": ("transformer.layers", "transformer.norm", "model.layers", "model.norm"),
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
 def plan_of(name: str, vocab_size: int | None = None) -> dict[str, dict[str, int]]:
     """Counts of each stage of the recipe, YAML file or model folder `name`.
 
-    Returns: for each stage its parts and ``total`` (a language model without its autoencoder, which
-        is ``its_autoencoder``).
+    Returns: for each stage the count of each part, and ``total``. The total of a language model
+        excludes its autoencoder, which is counted in ``its_autoencoder``.
     """
     if Path(name).is_dir():
         config = read_config(Path(name))
@@ -113,7 +113,7 @@ def _count_checkpoint(folder: Path, kind: str) -> dict[str, int]:
         return count_parts(BaselineTransformer, LlamaConfig.from_pretrained(folder))
     if kind in MODEL_CLASSES:
         return count_parts(MODEL_CLASSES[kind], CALMConfig.from_pretrained(folder))
-    raise UserError(f"{folder} holds a {kind!r} model, none of this package")
+    raise UserError(f"{folder} holds a {kind!r} model, which calm does not have")
 
 
 def count_parts(model_class: Any, config: Any) -> dict[str, int]:
@@ -136,7 +136,7 @@ def count_parts(model_class: Any, config: Any) -> dict[str, int]:
 
 
 def _vocab_size(recipe: Any) -> int:
-    """Entries of the tokenizer that the recipe names; the published vocabulary if it names none."""
+    """Vocabulary size of the tokenizer that the recipe names; else the published size."""
     from calm.configuration import AutoencoderConfig
     from calm.data.tokenizer import BYTE_VOCAB_SIZE
 

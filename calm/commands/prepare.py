@@ -1,4 +1,4 @@
-"""`calm prepare`: make or load a tokenizer, save it, and tokenize a corpus into the cache."""
+"""`calm prepare`: train or load a tokenizer, save it, and tokenize a corpus into the cache."""
 
 import argparse
 from typing import Any
@@ -18,7 +18,7 @@ EXAMPLES = """\
   calm prepare --data 'books/*.txt' --tokenizer bpe:4096 --output runs/bpe4096
   calm train-ae --tokenizer_name runs/bpe4096 --train_file 'books/*.txt' ...
 
-Training tokenizes what is not tokenized yet; preparing it first lets several runs start at once.
+Training tokenizes what is not in the cache. Prepare the corpus first to start several runs at once.
 """
 
 
@@ -39,14 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"documents to hold out, in percent; must be that of training (default: {DEFAULT_SPLIT:g})",
         default=DEFAULT_SPLIT,
     )
-    parser.add_argument("--cache-dir", metavar="DIR", help="where prepared data are kept")
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes that tokenize (default: 1)"
+        "--cache-dir",
+        metavar="DIR",
+        help="folder for the tokenized corpus",
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="number of processes that tokenize (default: 1)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Save the tokenizer, fill the cache, print what there is."""
+    """Save the tokenizer, fill the cache, print the size of the corpus."""
     from calm.data.corpus import load_corpus
     from calm.data.files import TEXT_KEY
     from calm.data.tokenization import tokenize_documents

@@ -1,4 +1,4 @@
-"""Prompts from the command line, from files, through a pipe, or typed at a terminal."""
+"""The flags that name prompts: on the command line, in files, from a pipe, typed at a terminal."""
 
 import argparse
 import sys
@@ -39,7 +39,7 @@ def is_interactive(args: argparse.Namespace) -> bool:
 
 
 def read_prompts(args: argparse.Namespace) -> Iterator[str]:
-    """Every prompt, in order; a newline at the end of a file is no part of it."""
+    """Every prompt, in order; without the newline that ends a file."""
     if is_interactive(args):
         yield from _typed()
         return
