@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from import_graph import import_graph, imports, is_inside, modules_below
+from import_graph import circles, import_graph, imports, is_inside, modules_below
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_FILE_LINES = 400
@@ -39,8 +39,8 @@ FORBIDDEN = {
     "calm/labels.py": ("calm.layers", "calm.decoding", "calm.models", *ABOVE_MODELS),
     "calm/configuration.py": ("calm.layers", "calm.decoding", "calm.models", *ABOVE_MODELS),
     "calm/data": ("calm.decoding", "calm.models", *ABOVE_MODELS),
-    "calm/decoding": ABOVE_MODELS,
-    "calm/decoding/text": ("calm.decoding.sampling",),
+    "calm/decoding": ("calm.models", *ABOVE_MODELS),
+    "calm/decoding/text": ("calm.decoding.sampling", "calm.decoding.engine"),
     "calm/decoding/sampling": ("calm.decoding.text", "calm.decoding.engine"),
     "calm/decoding/engine": ("calm.decoding.text",),
     "calm/models": ABOVE_MODELS,
@@ -61,8 +61,9 @@ def imported(path: Path) -> Iterator[str]:
     return (name for name, _ in found if name is not None)
 
 
-def test_every_import_says_what_it_imports():
-    import_graph(MODULES, DISPATCHERS)
+def test_no_imports_form_a_circle():
+    found = circles(import_graph(MODULES, DISPATCHERS))
+    assert not found, "\n".join(["circles of imports (module:line -> ...):", *found])
 
 
 @pytest.mark.parametrize("folder", FORBIDDEN)
