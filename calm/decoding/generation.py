@@ -21,7 +21,7 @@ from calm.errors import UserError
 from calm_kernels.autograd import without_autocast
 from calm_kernels.noise import Seed
 
-__all__ = ["Sampling", "generate", "warmup"]
+__all__ = ["Sampling", "generate", "make_predictor", "warmup"]
 
 
 class Sampling(TypedDict, total=False):
@@ -99,7 +99,7 @@ def generate(
             weights or latents that are not finite.
     Source: paper, section 3.3.3 and Algorithms 1 and 2.
     """
-    predictor = _predictor(
+    predictor = make_predictor(
         model,
         method=method,
         temperature=temperature,
@@ -138,12 +138,21 @@ def warmup(
 
     Returns: the seconds it took. Without a GPU, or for ``exact``, nothing is captured.
     """
-    predictor = _predictor(model, **sampling)
+    predictor = make_predictor(model, **sampling)
     with without_autocast(predictor.backbone.norm.weight):
         return prepare(predictor, batch_size=batch_size, max_length=max_length)
 
 
-def _predictor(model: Any, **sampling: Unpack[Sampling]) -> Predictor:
+def make_predictor(model: Any, **sampling: Unpack[Sampling]) -> Predictor:
+    """How the next chunk of `model` is chosen.
+
+    Args:
+        model: as in `generate`.
+        **sampling: likewise.
+
+    Raises:
+        UserError: an argument out of range, or another kind of model.
+    """
     if not hasattr(model, "make_predictor"):
         raise UserError(f"model must be a CALM or the token baseline, got {type(model).__name__}")
     return model.make_predictor(build_method(**sampling), sampling.get("temperature", 0.5))

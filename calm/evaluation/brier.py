@@ -91,9 +91,10 @@ def brier_sums(
     Returns: sums ``[B, 4]`` and counts ``[B]``, both float64.
     """
     labels = input_ids if labels is None else labels
-    size = sampler.patch_size
+    predictor = sampler.predictor
+    size = predictor.patch_size
     chunks = math.ceil(MAX_ORDER / size)
-    inputs = sampler.inputs(_checked(input_ids, labels, size, chunks))
+    inputs = predictor.embed(_checked(input_ids, labels, size, chunks))[:, :-1]
     predicted = inputs.shape[1]  # S
     labels = labels[:, -predicted * size :]
     starts = predicted if chunks == 1 else predicted - chunks
@@ -102,7 +103,7 @@ def brier_sums(
     rows = first_row + torch.arange(batch * total, device=device).view(batch, total)[:, :predicted]
 
     target = labels.unflatten(1, (-1, size))  # [B, S, K]
-    branches = Branches(sampler.backbone, inputs)
+    branches = Branches(predictor.backbone, inputs)
     first = sampler.step(branches.hidden, target, rows, 0)
     assert first.matches is not None  # there was a target
     hits = chain_matches(first.matches, starts, chunks)[..., :MAX_ORDER].mean(0)
@@ -111,7 +112,7 @@ def brier_sums(
         first,
         starts,
         chunks,
-        embed=lambda tokens: sampler.embed(tokens.flatten(1)),
+        embed=lambda tokens: predictor.embed(tokens.flatten(1)),
         draw=lambda hidden, at, depth: sampler.step(hidden, None, rows[:, at], depth),
     )[..., :MAX_ORDER]
 

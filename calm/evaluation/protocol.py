@@ -131,7 +131,7 @@ def evaluate(
                 first_row=first_row,
             )
             parts.append([part.cpu() for part in scored])
-            first_row += input_ids.numel() // sampler.patch_size
+            first_row += input_ids.numel() // sampler.predictor.patch_size
     if not parts:
         raise UserError("there are no blocks to evaluate; use more text or a smaller block size")
     sums, counts = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -141,8 +141,8 @@ def evaluate(
         "blocks": len(counts),
         "tokens": tokens,
         "positions": int(counts.sum()),
-        "positions_are": _position_rule(sampler.patch_size),
-        "start_chunks": getattr(model, "start_token_id", None) is not None,
+        "positions_are": _position_rule(sampler.predictor.patch_size),
+        "start_chunks": sampler.predictor.start_token_id is not None,
         "estimator": sampler.estimator,
         "skip_repeats": skip_repeats,
         "num_samples": num_samples,

@@ -51,7 +51,7 @@ def score_sequences(
     sampler = make_sampler(
         model, num_samples=num_samples, brier_draws=None, noise_scale=1.0, seed=seed
     )
-    chunks = inputs["input_ids"].shape[1] // sampler.patch_size
+    chunks = inputs["input_ids"].shape[1] // sampler.predictor.patch_size
     return brier_sums(
         sampler, inputs["input_ids"], inputs["labels"], first_row=first_sequence * chunks
     )

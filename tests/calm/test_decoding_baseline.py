@@ -5,6 +5,7 @@ import torch
 from tiny_models import Recorder, prompt, tiny_baseline
 
 from calm.decoding import generate
+from calm.decoding.engine.predictors import draw_tokens
 from calm.errors import UserError
 from calm_kernels import noise
 
@@ -89,3 +90,9 @@ def test_the_baseline_continues_as_without_a_cache():
                 logits = model(result[row : row + 1, :length]).logits[0, -1]
             reached = (logits / 0.7).softmax(-1).cumsum(0)
             assert result[row, length] == (reached <= drawn).sum()
+
+
+def test_a_token_of_probability_zero_is_never_drawn():
+    probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.75], [0.5, 0.5, 0.0, 0.0]])
+    uniforms = torch.tensor([[0.0, 0.25, 0.9], [0.0, 0.5, 0.999]], dtype=torch.float64)
+    assert draw_tokens(probabilities, uniforms).tolist() == [[1, 3, 3], [0, 1, 1]]

@@ -15,7 +15,7 @@ from calm.decoding.chunk import Chunk
 from calm.decoding.sampling.chunk_distribution import Method
 from calm_kernels import noise
 
-__all__ = ["ChunkPredictor", "Predictor", "TokenPredictor"]
+__all__ = ["ChunkPredictor", "Predictor", "TokenPredictor", "draw_tokens"]
 
 
 class Predictor(Protocol):
@@ -122,23 +122,32 @@ class TokenPredictor:
         return self.backbone.embed_tokens(input_ids)
 
     def choose(self, hidden: Tensor, seed: Tensor) -> Chunk:
-        """See `Predictor`. One uniform draw a sequence, through the inverse distribution function.
-
-        Probabilities are summed in float64: the last of 1e5 terms still counts.
-        """
+        """See `Predictor`."""
         logits = self.model.lm_head(hidden).to(torch.float32)  # [B, V]
-        cumulative = (logits / self.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
-        drawn = noise.uniform(
+        uniforms = noise.uniform(
             len(hidden), 1, stream=noise.Stream.VOTE, seed=seed, device=hidden.device,
             dtype=torch.float64,
         )  # fmt: skip
-        # The right side of a step has positive probability; rounding may lead past the last one.
-        token = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)
+        tokens = draw_tokens((logits / self.temperature).softmax(-1), uniforms)
         one = torch.ones_like(seed[:, 0])
         is_finite = torch.isfinite(logits).all(-1)
-        tokens = token.clamp(max=logits.shape[-1] - 1)
         return Chunk(tokens, one, one, torch.zeros_like(is_finite), is_finite)
 
     def complete(self, hidden: Tensor, given: Tensor, given_length: Tensor, seed: Tensor) -> Chunk:
         """Nothing of a token can be given."""
         raise NotImplementedError("a chunk of one token has no first part that a prompt could give")
+
+
+def draw_tokens(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens drawn by the inverse of the cumulative distribution.
+
+    Args:
+        probabilities: ``[B, V]``. They are summed in float64, so that the last of 1e5 terms counts.
+        uniforms: N draws for each row from the uniform distribution on [0, 1), float64 ``[B, N]``.
+
+    Returns: int64 ``[B, N]``.
+    """
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    # right=True never returns a token of probability 0; rounding may lead past the last token.
+    tokens = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
+    return tokens.clamp(max=probabilities.shape[-1] - 1)
