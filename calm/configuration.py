@@ -1,4 +1,4 @@
-"""Configurations of autoencoder and language models: published field names, checked when built."""
+"""Configurations of autoencoder and language models: published field names, checked values."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ Config = TypeVar("Config", bound=PreTrainedConfig)
 
 
 def checked(config_class: type[Config]) -> type[Config]:
-    """`strict`, with its errors raised as `UserError`: what field, what was expected, what came."""
+    """`strict`, whose errors are `UserError`s: which field, what was expected, what came."""
     strict_class = strict(config_class)
     strict_init = strict_class.__init__
 
@@ -60,15 +60,15 @@ class AutoencoderConfig(PreTrainedConfig):
         latent_size: l, width of the latent (the paper takes 32 K).
         hidden_size: width of the residual blocks.
         intermediate_size: inner width of their SwiGLU.
-        num_encoder_layers: blocks of the encoder, even: half of them see single tokens, half the
-            whole chunk.
+        num_encoder_layers: blocks of the encoder, an even number: half of them read single tokens,
+            half the whole chunk.
         num_decoder_layers: likewise for the decoder.
-        ae_dropout: chance of dropping a token of the input, and an element of the latent, in
+        ae_dropout: probability of dropping a token of the input, and an element of the latent, in
             training.
         kl_clamp: λ_KL, floor of the KL divergence per dimension.
         kl_weight: weight of the KL term in the loss.
         initializer: ``normal`` (published: N(0, initializer_range²)) or ``fan_in`` (N(0, 0.49 /
-            fan_in)), which learns sooner at small widths.
+            fan_in)), which learns faster at small widths.
         initializer_range: standard deviation of ``normal`` weights.
         embedding_std: standard deviation of the embedding; None for initializer_range.
 
@@ -111,7 +111,7 @@ class AutoencoderConfig(PreTrainedConfig):
             layers = getattr(self, name)
             _require(
                 layers >= 2 and layers % 2 == 0,
-                f"{name} must be even and at least 2 (half see tokens, half chunks), got {layers}",
+                f"{name} must be even and at least 2 (half read tokens, half chunks), got {layers}",
             )
         _require(0 <= self.ae_dropout < 1, f"ae_dropout must lie in [0, 1), got {self.ae_dropout}")
         _require(self.kl_clamp >= 0, f"kl_clamp must be at least 0, got {self.kl_clamp}")
@@ -119,9 +119,9 @@ class AutoencoderConfig(PreTrainedConfig):
 
 
 def locate_autoencoder(ae_path: str | None, checkpoint: str | os.PathLike[str] = "") -> str | None:
-    """The folder or hub name that `ae_path` means, None if there is none.
+    """The folder or hub name that `ae_path` means; None if there is none.
 
-    It is taken as given, then relative to the folder `checkpoint`, then as a name on the hub.
+    It is tried as given, then relative to the folder `checkpoint`, then as a name on the hub.
     """
     if not ae_path:
         return None
@@ -134,7 +134,7 @@ def locate_autoencoder(ae_path: str | None, checkpoint: str | os.PathLike[str] =
 
 @checked
 class CALMConfig(LlamaConfig):
-    """Shape, loss and head of a language model over chunks, beside the fields of `LlamaConfig`.
+    """Shape, loss and head of a language model over chunks, on top of the fields of `LlamaConfig`.
 
     Args:
         patch_size: K, tokens of a chunk.
@@ -148,19 +148,19 @@ class CALMConfig(LlamaConfig):
         num_targets: M, draws of a sampled target term.
         head_type: ``energy``, ``diffusion`` or ``flow``; None leaves it to the model class.
         head_init: last layer of the head: ``zero`` (published) or ``scaled``, N(0, 1 / width),
-            which learns far sooner at small scale.
+            which learns much faster at small scale.
         input_type: what a chunk enters the backbone as: its ``tokens`` (published), its ``latent``
             (the autoencoder's mean) or ``both``, summed (section 7.4).
         has_start_patch: a chunk of K begin tokens (bos_token_id) stands before each document, in
             training and before every prompt, so that first chunks are predicted too.
         initializer, embedding_std: see `AutoencoderConfig`.
-        ae_config: configuration of the autoencoder; checkpoints carry it, so that they need no
+        ae_config: configuration of the autoencoder; checkpoints hold it, so that they need no
             other folder.
         ae_path: folder or hub name of the autoencoder, for files that lack `ae_config`; taken as
             given, then relative to the checkpoint. Never saved once `ae_config` is known.
 
-    A published file may hold ``energy``, ``diffusion`` or ``flow`` as its model type, or none: the
-    former moves to `head_type` with a warning, the latter is settled by the class that loads it.
+    A published file may have ``energy``, ``diffusion`` or ``flow`` as its model type: it moves to
+    `head_type` with a warning. Or it has none: then the class that loads it decides.
 
     Source: CALM, sections 3 and 7.1.
     """
@@ -275,7 +275,7 @@ class CALMConfig(LlamaConfig):
         return loaded
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is saved: no path of this machine where the autoencoder's configuration is there."""
+        """The fields that are saved; `ae_path` only without the autoencoder's configuration."""
         fields = super().to_diff_dict()
         if self.ae_config is not None:
             fields.pop("ae_path", None)

@@ -1,4 +1,4 @@
-"""What the software runs on: versions, devices, and the implementation each operation takes."""
+"""Versions, devices, and the implementation that is chosen for each operation."""
 
 import os
 import platform
@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 def collect() -> dict[str, Any]:
-    """The facts as nested dictionaries that JSON can hold."""
+    """Everything as nested dictionaries that JSON can hold."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "python": platform.python_version(),
@@ -47,7 +47,7 @@ def collect() -> dict[str, Any]:
 
 
 def describe(facts: dict[str, Any]) -> str:
-    """`collect`'s facts as text."""
+    """The result of `collect` as text."""
     packages, cpu = facts["packages"], facts["cpu"]
     lines = [
         f"python        {facts['python']} ({sys.executable})",
@@ -79,7 +79,7 @@ def describe(facts: dict[str, Any]) -> str:
 
 
 def installed_version(package: str) -> str | None:
-    """Version of an installed distribution, or None; torch's own, which names the build."""
+    """Version of an installed package, or None; for torch with its build, as in ``2.9+cpu``."""
     if package == "torch":
         return str(torch.__version__)
     try:
@@ -89,7 +89,7 @@ def installed_version(package: str) -> str | None:
 
 
 def _operations(device: torch.device) -> dict[str, dict[str, Any]]:
-    """For each operation what there is and what would run on `device`, or why nothing would."""
+    """For each operation its backends, and the one that runs on `device` or why none does."""
     probe = torch.empty(0, device=device)
     table = {}
     for name, available in kernels.OPERATIONS.items():
@@ -113,7 +113,7 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def _driver() -> dict[str, str]:
-    """What stands between torch and a GPU."""
+    """The GPU driver, and what this torch build needs."""
     if torch.version.hip:
         build = f"ROCm {torch.version.hip}"
     elif torch.version.cuda:
@@ -141,7 +141,7 @@ def _driver_version() -> str | None:
 
 
 def _triton_cache() -> dict[str, str]:
-    """Where compiled kernels are kept, and whether that folder can be written."""
+    """Folder of compiled kernels, and whether it can be written."""
     chosen = os.environ.get("TRITON_CACHE_DIR")
     home = Path(os.environ.get("TRITON_HOME") or Path.home())
     folder = Path(chosen) if chosen else home / ".triton" / "cache"

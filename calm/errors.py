@@ -1,4 +1,4 @@
-"""What a user is told: what is wrong, where, and what to do next, in one message."""
+"""Errors and notices for the user: what is wrong, where, and what to do, in one message."""
 
 __all__ = ["UserError", "UserNotice"]
 

@@ -1,4 +1,4 @@
-"""BrierLM: Brier-1 to Brier-4 of a model, their errors, and the protocol they were measured by."""
+"""BrierLM: Brier-1 to Brier-4 of a model, their standard errors, and the measurement protocol."""
 
 from calm.evaluation.brier import brier_scores
 from calm.evaluation.protocol import Evaluation, evaluate

@@ -15,8 +15,8 @@ RESAMPLE_CHUNK = 256  # bootstrap resamples held at a time
 def brier_lm(brier: Tensor) -> Tensor:
     """BrierLM = 100 * (Brier-1 * Brier-2 * Brier-3 * Brier-4)^(1/4), for ``[..., 4]``.
 
-    0 where any Brier-n is not positive. (The published product of four negative terms, as before
-    training, is positive and would report about 98.) Source: paper, equation 15.
+    0 where any Brier-n is not positive. (Before training all four are negative; the published code
+    multiplies them to a positive number and reports about 98.) Source: paper, equation 15.
     """
     mean = brier.clamp(min=0).log().mean(-1).exp()
     return torch.where((brier > 0).all(-1), 100.0 * mean, 0.0)
@@ -28,9 +28,9 @@ def corpus_means(sums: Tensor, counts: Tensor) -> Tensor:
 
 
 def standard_errors(sums: Tensor, counts: Tensor) -> Tensor:
-    """Standard errors of `corpus_means` ``[4]``, between blocks (those of a ratio of sums).
+    """Standard errors of `corpus_means`, ``[4]``: those of a ratio of sums over blocks.
 
-    Positions of one block share their text, so the block is the unit: with residuals
+    Positions of one block share their text, so the block is the unit. With residuals
     e_b = sum_b - count_b * mean, SE^2 = n / (n - 1) * sum_b e_b^2 / (sum_b count_b)^2.
     NaN for fewer than two blocks.
     """
@@ -56,7 +56,7 @@ def bootstrap_interval(
         counts: positions of each block, ``[blocks]``, each > 0.
         resamples: number of resampled corpora.
         confidence: share of them inside the interval.
-        seed: of the resampling.
+        seed: of the draws of blocks.
 
     Returns: ``[2, 5]``: lower and upper end; columns Brier-1 .. Brier-4 (fractions) and BrierLM
         (0 to 100). NaN for fewer than two blocks.

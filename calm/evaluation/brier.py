@@ -39,25 +39,26 @@ def brier_scores(
     Positions are the published ones, so that numbers compare: with S predicted chunks, every one
     for K >= 4 (n-grams start at chunk starts), the first S - ceil(4 / K) for K < 4, and the first
     S - 4 of S predicted tokens for the baseline. A block's first chunk is not predicted. Where a
-    start chunk precedes a document (``has_start_patch``), labels leave out start chunks and what
-    fills last chunks, so the document's first chunk counts and an n-gram never leaves it.
+    start chunk precedes a document (``has_start_patch``), labels mask start chunks and the padding
+    of last chunks, so the document's first chunk counts and no n-gram spans two documents.
 
     Args:
         model: a CALM with any head and any K, or the token baseline.
         input_ids: ``[B, T]``, int64, T a multiple of K.
-        labels: as `input_ids`, with negative ids at positions that do not count (padding): an
-            n-gram window that touches one is left out. Default: all count.
+        labels: as `input_ids`, with negative ids at positions that do not count (padding). An
+            n-gram with such a position is skipped. Default: all count.
         num_samples: N >= 2 draws a chunk.
         brier_draws: how many of them the score uses: None for all (pair-count U-statistic; exact
-            chances for the baseline), 2 for the published estimator.
+            probabilities for the baseline), 2 for the published estimator.
         noise_scale: factor on the head's noise; 0 scores the deterministic model.
-        skip_repeats: leave out windows that repeat one token four times (rules, blank runs).
+        skip_repeats: skip n-grams that repeat one token four times, as in rulers and blank lines.
         seed: of the draws; the same whatever the batch size.
 
     Returns: ``{"brier1": [B], .., "brier4": [B]}``, float64; NaN for a sequence without positions.
     Raises:
         UserError: an argument out of range, T not a multiple of K or too short.
-    Cost: one forward and N draws a chunk; for K < 4 in addition ceil(4 / K) - 1 rollout steps.
+    Cost: one forward pass and N draws of each chunk; for K < 4 in addition ceil(4 / K) - 1 rollout
+        steps.
     """
     sampler = make_sampler(
         model,
@@ -86,7 +87,7 @@ def brier_sums(
         input_ids: ``[B, T]``.
         labels: as `brier_scores`.
         skip_repeats: as `brier_scores`.
-        first_row: chunks of all earlier sequences; addresses the draws.
+        first_row: number of chunks in all earlier sequences; addresses the draws.
 
     Returns: sums ``[B, 4]`` and counts ``[B]``, both float64.
     """
@@ -126,7 +127,7 @@ def brier_sums(
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and no gradients inside the block; the model's own mode afterwards."""
+    """Evaluation mode without gradients; afterwards the model has its former mode."""
     was_training = model.training
     model.eval()
     try:
@@ -137,7 +138,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _checked(input_ids: Tensor, labels: Tensor, size: int, chunks: int) -> Tensor:
-    """`input_ids`, if they can be scored."""
+    """`input_ids`; raises `UserError` if they cannot be scored."""
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
         raise UserError(
             f"input_ids must be int64 [B, T], got {input_ids.dtype} {tuple(input_ids.shape)}"

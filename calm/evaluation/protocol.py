@@ -1,7 +1,7 @@
 """BrierLM of a corpus, with everything that is needed to compute the same number again.
 
-Users measured BrierLM moving by about 30 % with the block size alone, so a number without its
-protocol says little: `Evaluation` carries both.
+BrierLM changes by about 30 % with the block size alone, so `Evaluation` holds the protocol beside
+the number.
 """
 
 import hashlib
@@ -89,12 +89,12 @@ def evaluate(
         model: a CALM or the token baseline; runs where its parameters are.
         blocks: token sequences of one length: token ids, or mappings with ``input_ids`` and
             optionally ``labels`` (negative where a position does not count).
-        num_samples: N, draws a chunk.
+        num_samples: N, draws of each chunk.
         brier_draws: None uses all of them, 2 is the published estimator.
         noise_scale: factor on the head's noise.
-        skip_repeats: leave out windows of one repeated token.
+        skip_repeats: skip n-grams of one repeated token.
         seed: of the draws and of the bootstrap.
-        batch_size: blocks a forward; does not change the result.
+        batch_size: blocks in one forward pass; does not change the result.
         max_blocks: stop after this many blocks.
         progress: wraps the iterator over batches, for a progress bar.
         describe: what else to record in the protocol (model and data as the user named them).
@@ -115,7 +115,7 @@ def evaluate(
     parts, length, first_row, tokens = [], 0, 0, 0
     with evaluating(model):
         for input_ids, labels in progress(_batches(islice(blocks, max_blocks), batch_size)):
-            text = labels[labels >= 0]  # however it is laid out
+            text = labels[labels >= 0]  # the same with start chunks or without
             digest.update(text.numpy().tobytes())
             tokens += len(text)
             length = length or input_ids.shape[1]
@@ -157,10 +157,10 @@ def evaluate(
 
 
 def _summarise(sums: Tensor, counts: Tensor, seed: int, protocol: dict[str, Any]) -> Evaluation:
-    """Means, errors and intervals; blocks without a position drop out."""
+    """Means, errors and intervals; blocks without a position are dropped."""
     sums, counts = sums[counts > 0], counts[counts > 0]
     if not len(counts):
-        raise UserError("no position is left to score: every window is padding or left out")
+        raise UserError("no position is left to score: every n-gram has padding or is skipped")
     means = corpus_means(sums, counts)
     errors = standard_errors(sums, counts).tolist()
     ends = bootstrap_interval(sums, counts, seed=seed).T.tolist()  # five pairs
@@ -198,7 +198,7 @@ def _stack(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _position_rule(size: int) -> str:
-    """Which n-grams are scored, in words."""
+    """Which n-grams are scored, for the protocol."""
     if size == 1:
         return "every predicted token but the last 4"
     if size < 4:

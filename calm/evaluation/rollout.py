@@ -1,9 +1,9 @@
-"""Branches off a cached sequence: one continuation at each start position, in one forward.
+"""Rollouts: one continuation of a cached sequence at each start position, in one forward pass.
 
 An n-gram that spans several chunks needs, for its collision term, a continuation of the true prefix
-at every start position. The prefix is computed once and cached. A branch at start ``s`` then sees
-positions 0 .. s of it and its own chunks; branches do not see each other. That is one attention
-mask, so all starts advance together instead of one rollout each.
+at every start position. The true sequence is read once, into a KV cache. A branch at start ``s``
+attends to positions 0 .. s of it and to its own chunks, not to other branches. One attention mask
+says so, and all branches advance together.
 """
 
 from collections.abc import Callable
@@ -22,14 +22,14 @@ MAX_BRANCHES = 512  # start positions that advance together: bounds the mask and
 
 
 class Step(NamedTuple):
-    """What one chunk contributes; Q positions, n = 1 .. k tokens of the chunk.
+    """What one chunk contributes to Brier-n; Q positions, n = 1 .. k tokens of the chunk.
 
     Attributes:
         tokens: the chunk that a rollout continues with, ``[B, Q, K]``.
-        agreement: chance that another draw equals `tokens`, ``[B, Q]``.
+        agreement: probability that another draw equals `tokens`, ``[B, Q]``.
         collisions: estimate of sum_x P(x)^2 over the first n tokens, ``[B, Q, k]``.
-        matches: chance that the first n tokens are the target's, ``[D, B, Q, k]``, of each of D
-            draws or (D = 1) of all; None where there was no target.
+        matches: probability that the first n tokens are the target's, ``[D, B, Q, k]``, of each
+            of D draws or (D = 1) of all; None without a target.
     """
 
     tokens: Tensor
@@ -39,14 +39,14 @@ class Step(NamedTuple):
 
 
 class Branches:
-    """A sequence in a cache and continuations of it.
+    """A sequence in a KV cache, and continuations of it.
 
     Args:
         backbone: a decoder that takes `inputs_embeds` and a four-dimensional mask (eager or sdpa).
         inputs_embeds: the true sequence, ``[B, S, H]``.
 
     Attributes:
-        hidden: states of the true sequence, ``[B, S, H]``.
+        hidden: hidden states of the true sequence, ``[B, S, H]``.
     """
 
     def __init__(self, backbone: PreTrainedModel, inputs_embeds: Tensor) -> None:
@@ -68,10 +68,10 @@ class Branches:
         self.depth = 0
 
     def extend(self, inputs_embeds: Tensor) -> Tensor:
-        """Append one chunk to each branch, ``[B, Q, H]``; returns its state, ``[B, Q, H]``.
+        """Append one chunk to each branch, ``[B, Q, H]``; returns its hidden state, ``[B, Q, H]``.
 
         Raises:
-            UserError: the backbone's attention takes no mask of its own.
+            UserError: the backbone's attention takes no four-dimensional mask.
         """
         attention = self.backbone.config._attn_implementation
         if attention not in MASKED_ATTENTION:
@@ -94,10 +94,10 @@ class Branches:
 
 
 def chain_matches(matches: Tensor, starts: int, chunks: int) -> Tensor:
-    """Chance that an n-gram of `chunks` consecutive chunks is the true one.
+    """Probability that an n-gram of `chunks` consecutive chunks is the true one.
 
-    Every chunk is drawn after the true prefix, so the chances multiply: first n tokens match =
-    (whole chunks before match) * (the rest of the last chunk matches).
+    Every chunk is drawn after the true prefix, so probabilities multiply: P(first n tokens match)
+    = P(all whole chunks match) * P(the first tokens of the last chunk match).
 
     Args:
         matches: ``[..., S, k]``, as `Step.matches`.
@@ -123,8 +123,8 @@ def roll_out(
     """Unbiased collision rates of n-grams of `chunks` chunks, from one branch a start position.
 
     sum_x P(x)^2 over n-grams = E_x[P(x_1) P(x_2 | x_1) .. sum_y P(y | x)^2] over x drawn from P:
-    the branch follows one draw, weighted by the chance that another draw agrees with it so far
-    (only then are the contexts the same).
+    the branch follows one draw, weighted by the probability that another draw agrees with it so
+    far, because only then do both have the same context.
 
     Args:
         branches: the cached true sequence.

@@ -1,1 +1,1 @@
-"""Whole experiments: the demo, and what they share."""
+"""Whole experiments: the demo, and the temperature study."""

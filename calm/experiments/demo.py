@@ -39,7 +39,7 @@ from calm.training.trainer import CALMTrainer
 __all__ = ["DemoOptions", "run_demo"]
 
 EMBEDDED_TEXT = "docstrings of Python's standard library, flattened to sentences"
-# Shares of the time; what is left goes to reading the text, scoring and sampling.
+# Shares of the time; the rest is for reading the text, scoring and sampling.
 AUTOENCODER_SHARE = 0.075
 LANGUAGE_MODEL_SHARE = 0.37
 CURVE_SCORES = 8
@@ -47,11 +47,12 @@ CURVE = {"max_blocks": 24, "num_samples": 8}
 FINAL = {"max_blocks": 240, "num_samples": 16}
 SCORE_BATCH = 16
 PROMPTS = ("Returns the ", "This is the ", "If the file ")
-PROMPT_TOKENS = 16  # at the beginning of a held-out document, where the text is the user's
-PROMPT_BLOCKS = 32  # in which such beginnings are looked for
+# If the text is the user's, prompts are the first tokens of held-out documents.
+PROMPT_TOKENS = 16
+PROMPT_BLOCKS = 32  # that are searched for such documents
 SAMPLE_TOKENS = 160
 TEMPERATURES = (1.0, 1 / 3)
-CANDIDATES = 200  # of a vote at low temperature; more of them repeat more
+CANDIDATES = 200  # of a vote at low temperature; with more of them texts repeat themselves
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _language_model(
     options: DemoOptions,
     max_tokens: int | None = None,
 ) -> LanguageModelResults:
-    """Train, evaluate (on so many held-out tokens) and sample one of the two."""
+    """Train, evaluate (on `max_tokens` held-out tokens) and sample one language model."""
     trainer, run = train_stage(
         stage,
         [*flags, *_stage_flags(folder, options.minutes * LANGUAGE_MODEL_SHARE)],
@@ -182,7 +183,7 @@ def _common_flags(options: DemoOptions) -> list[str]:
 
 
 def _stage_flags(folder: Path, minutes: float) -> list[str]:
-    """Flags of one stage: where, how long, and no output but ours."""
+    """Flags of one stage: its folder, its time, and no output of the trainer."""
     return [
         f"--output_dir={folder}", "--overwrite_output_dir=true",
         f"--max_train_seconds={60 * minutes}", "--max_steps=-1",
@@ -194,7 +195,7 @@ def _stage_flags(folder: Path, minutes: float) -> list[str]:
 
 
 def _reconstruction(trainer: CALMTrainer) -> dict[str, float]:
-    """Share of all held-out tokens that the autoencoder gives back."""
+    """Share of all held-out tokens that the autoencoder reconstructs."""
     return {"accuracy": trainer.evaluate()["eval_accuracy"]}
 
 
@@ -221,7 +222,7 @@ def _evaluate(trainer: CALMTrainer, max_tokens: int | None = None, **settings: A
 
 
 def _first_tokens(blocks: Iterable[Block], max_tokens: int) -> Iterator[Block]:
-    """The first so many tokens of the text: blocks with start chunks hold fewer than without."""
+    """Blocks with the first `max_tokens` tokens of the text: start chunks take room in a block."""
     for block in blocks:
         has_label = block["labels"] >= 0
         is_past = np.cumsum(has_label) > max_tokens
@@ -234,7 +235,7 @@ def _first_tokens(blocks: Iterable[Block], max_tokens: int) -> Iterator[Block]:
 def _continue(
     trainer: CALMTrainer, prompts: list[list[int]], temperature: float, seed: int
 ) -> tuple[list[str], float]:
-    """Continuations of the prompts, and tokens/s of all of them together, the second time."""
+    """Continuations of the prompts, and tokens/s of all together; the first run is a warm-up."""
     tokenizer: Any = trainer.processing_class
     for _ in range(2):
         found: Any = generate(
@@ -254,7 +255,7 @@ def _continue(
 
 
 def _beginnings(trainer: CALMTrainer) -> list[list[int]]:
-    """First tokens of some held-out documents, the same for every layout of the blocks."""
+    """First tokens of some held-out documents; the same with start chunks or without."""
     blocks: Any = trainer.eval_dataset
     tokenizer: Any = trainer.processing_class
     labels = [blocks[index]["labels"] for index in range(min(PROMPT_BLOCKS, len(blocks)))]
@@ -270,13 +271,13 @@ def _machine() -> str:
 
 
 def _peak_memory_bytes() -> int:
-    """Of this process; macOS counts bytes, others kilobytes."""
+    """Of this process; macOS reports bytes, other systems kilobytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _commands(options: DemoOptions, trainer: CALMTrainer) -> list[str]:
-    """What to try next; the second repeats the score of the report."""
+    """Commands to try next; the second repeats the score of the report."""
     folder = options.folder / "calm"
     blocks: Any = trainer.eval_dataset
     data = options.text or trainer.protocol["dataset"]

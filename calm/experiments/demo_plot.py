@@ -1,4 +1,4 @@
-"""Figures of experiments."""
+"""The figure of the demo."""
 
 import math
 import textwrap
@@ -22,9 +22,9 @@ from calm.experiments.plot_style import INK, MUTED, ORANGE, TEAL, VIOLET, style_
 
 __all__ = ["plot_demo"]
 
-# One hue a model; the longer the n-gram, the lighter.
+# Opacity of Brier-1 to Brier-4; a color stands for a model.
 SHADES = (1.0, 0.78, 0.58, 0.4)
-SMALLEST = 0.03  # Brier-n that is drawn, in percent
+SMALLEST = 0.03  # percent; a smaller Brier-n is not drawn
 SAMPLE_WIDTH, SAMPLE_LINES = 74, 4
 
 
@@ -42,10 +42,10 @@ def plot_demo(results: DemoResults, path: Path) -> None:
     figure.suptitle(
         "A CALM from nothing", x=0.008, ha="left", color=INK, fontsize=17, fontweight="bold"
     )
-    summary = f"{results.text}  ·  {results.machine}  ·  {results.seconds:.0f} s in all"
+    summary = f"{results.text}  ·  {results.machine}  ·  {results.seconds:.0f} s in total"
     figure.text(0.992, 0.978, summary, ha="right", va="top", color=MUTED, fontsize=9)
     with warnings.catch_warnings():
-        # The user's own alphabet may lack in the font: boxes then, in the samples alone.
+        # The font may lack letters of the user's text; the samples then show boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(path)
 
@@ -56,18 +56,18 @@ def _over_time(axes: Axes) -> None:
 
 
 def _curve(run: StageRun, name: str) -> tuple[list[float], list[float]]:
-    """Seconds and logged values."""
+    """Seconds of training, and the values logged at them."""
     entries = [entry for entry in run.logs if name in entry and "train_seconds" in entry]
     return [entry["train_seconds"] for entry in entries], [entry[name] for entry in entries]
 
 
 def _plot_reconstruction(axes: Axes, run: StageRun) -> None:
-    style_axes(axes, "Autoencoder", "held-out tokens that do not come back, %")
+    style_axes(axes, "Autoencoder", "held-out tokens not reconstructed, %")
     seconds = [score["train_seconds"] for score in run.scores]
     errors = [max(100 * (1 - score["accuracy"]), 1e-3) for score in run.scores]
     axes.semilogy(seconds, errors, "o-", color=VIOLET, markersize=3.5, linewidth=1.8)
     axes.text(
-        0.98, 0.95, f"{100 * run.scores[-1]['accuracy']:.2f} % come back", ha="right", va="top",
+        0.98, 0.95, f"{100 * run.scores[-1]['accuracy']:.2f} % reconstructed", ha="right", va="top",
         transform=axes.transAxes, color=VIOLET, fontsize=9, fontweight="bold",
     )  # fmt: skip
     axes.yaxis.set_major_formatter("{x:g}")

@@ -1,4 +1,4 @@
-"""What the demo found, as data, as a page and for the terminal."""
+"""Results of the demo: as data, as a Markdown page, as text for the terminal."""
 
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ WIDTH = 96  # of sample texts
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt continued."""
+    """A prompt and its continuation."""
 
     temperature: float
     prompt: str
@@ -35,7 +35,7 @@ class LanguageModelResults:
     """One language model.
 
     Attributes:
-        name: for people.
+        name: in tables and figures.
         folder: of its checkpoint.
         run: its training.
         evaluation: BrierLM on held-out documents.
@@ -53,18 +53,18 @@ class LanguageModelResults:
 
 @dataclass(frozen=True)
 class DemoResults:
-    """All of it.
+    """Everything that the demo measured.
 
     Attributes:
-        text: what was learned from.
-        machine: what it ran on.
+        text: what the models learned from.
+        machine: processor, threads, version of torch.
         seconds: wall time of everything, imports excluded.
         peak_memory_bytes: of the process.
         accuracy: share of held-out tokens that the autoencoder reconstructs from a drawn latent.
         autoencoder: its training.
         calm: the continuous language model.
-        baseline: the token-by-token one.
-        commands: to try next.
+        baseline: the token-by-token baseline.
+        commands: of the shell, to try next.
     """
 
     text: str
@@ -85,7 +85,7 @@ def temperature_name(temperature: float) -> str:
 
 
 def to_console(results: DemoResults) -> str:
-    """The figures and some samples, as plain text."""
+    """The numbers and all samples as plain text."""
     table = [" ".join(parts) for parts in _aligned(_comparison(results))]
     samples = []
     for heading, texts in _samples(results):
@@ -98,14 +98,14 @@ def to_console(results: DemoResults) -> str:
             *table,
             *samples,
             "",
-            f"{results.seconds:.0f} s in all, "
+            f"{results.seconds:.0f} s in total, "
             f"peak memory {results.peak_memory_bytes / 2**30:.2f} GiB",
         ]
     )
 
 
 def to_markdown(results: DemoResults) -> str:
-    """The report."""
+    """The report as a Markdown page."""
     ae = results.autoencoder
     rows = _comparison(results)
     table = ["| " + " | ".join(parts) + " |" for parts in _aligned(rows)]
@@ -113,11 +113,11 @@ def to_markdown(results: DemoResults) -> str:
     protocol = results.calm.evaluation.protocol
     parts = [
         "# A CALM from nothing",
-        f"Text: {results.text}. Machine: {results.machine}. {results.seconds:.0f} s in all, peak "
+        f"Text: {results.text}. Machine: {results.machine}. {results.seconds:.0f} s in total, peak "
         f"memory {results.peak_memory_bytes / 2**30:.2f} GiB.",
         "![curves](curves.png)",
         "## Autoencoder",
-        f"{100 * results.accuracy:.3f} % of held-out tokens come back from a drawn latent; "
+        f"{100 * results.accuracy:.3f} % of held-out tokens are reconstructed from a drawn latent; "
         f"{ae.parameters:,} parameters, {ae.steps:,} steps, {ae.seconds:.0f} s.",
         "## Language models",
         "\n".join([table[0], rule, *table[1:]]),
@@ -126,7 +126,8 @@ def to_markdown(results: DemoResults) -> str:
         "bootstrap intervals over blocks. CALM is scored at the starts of chunks"
         + (", the first of a document among them" if protocol["start_chunks"] else "")
         + ", the baseline at every token. Brier-n is 2 P(y) - sum P(x)^2 of the next n tokens: "
-        "100 for certain and right, 0 for an empty guess, below 0 for certain and wrong.",
+        "100 if the model is certain and right, 0 if its probability is spread over everything, "
+        "below 0 if it is certain and wrong.",
         "## Samples",
     ]
     for heading, texts in _samples(results):
@@ -136,7 +137,7 @@ def to_markdown(results: DemoResults) -> str:
 
 
 def _comparison(results: DemoResults) -> list[list[str]]:
-    """Rows of the table: a heading, then CALM and baseline side by side."""
+    """Rows of the table: a header, then CALM and baseline side by side."""
     models = (results.calm, results.baseline)
     rows = [
         ["", *(model.name for model in models)],
@@ -173,7 +174,7 @@ def _with_interval(value: float, ends: Iterable[float] | None) -> str:
 
 
 def _aligned(rows: list[list[str]]) -> list[list[str]]:
-    """Cells padded to the width of their column; the first column to the left."""
+    """Cells padded to the width of their column; the first column is left-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         [cell.rjust(width) if index else cell.ljust(width)
@@ -183,7 +184,7 @@ def _aligned(rows: list[list[str]]) -> list[list[str]]:
 
 
 def _samples(results: DemoResults) -> Iterator[tuple[str, list[str]]]:
-    """Model and temperature, and the texts written at it, prompts in brackets, wrapped."""
+    """A heading (model, temperature) and its texts, wrapped, with prompts in brackets."""
     for model in (results.calm, results.baseline):
         for temperature in dict.fromkeys(sample.temperature for sample in model.samples):
             texts = [

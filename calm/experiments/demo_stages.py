@@ -1,4 +1,4 @@
-"""One stage of an experiment: a training job with a bar, and scores along the way."""
+"""One training stage of the demo: a job with a time budget, a progress bar and a score curve."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,16 +34,16 @@ SECONDS = "train_seconds"
 
 @dataclass(frozen=True)
 class StageRun:
-    """What one stage did; curves are over seconds of training.
+    """Record of one stage; curves are over seconds of training.
 
     Attributes:
         stage: which one.
         parameters: trained parameters.
-        steps: updates made.
+        steps: optimiser steps.
         tokens: tokens read.
-        seconds: spent in training steps.
+        seconds: of training steps, without scoring.
         logs: entries of the training log (``train_seconds``, ``loss``, ...).
-        scores: held-out scores along the way, each with ``train_seconds``.
+        scores: held-out scores during training, each with ``train_seconds``.
     """
 
     stage: Stage
@@ -68,9 +68,9 @@ def train_stage(
     Args:
         stage: which one.
         argv: its flags, with ``--max_train_seconds``.
-        title: stands before the bar.
+        title: text before the bar.
         score: held-out scores of the model as it is; the time they take does not count as training.
-        num_scores: how often to score, evenly over the time; the last one is at the end.
+        num_scores: how often to score, at even intervals of time; the last is at the end.
 
     Returns: the trainer with the trained model, and the record.
     """
@@ -80,7 +80,7 @@ def train_stage(
         raise ValueError(f"argv must set --max_train_seconds, got {list(argv)}")
     trainer.remove_callback(PrinterCallback)
     curve = _ScoreCurve(clock, lambda: score(trainer), num_scores)
-    trainer.add_callback(curve)  # behind the clock, which has stopped by then
+    trainer.add_callback(curve)  # after the clock's callback, which stops the time
     trainer.add_callback(_StageBar(clock, title, curve.scores))
     trainer.train()
     trainer.save_model()
@@ -108,7 +108,7 @@ def _whole_intervals(trainer: CALMTrainer) -> list[dict[str, float]]:
 
 
 class _ScoreCurve(TrainerCallback):
-    """Scores the model at even distances in time."""
+    """Scores the model at even intervals of time."""
 
     def __init__(
         self, clock: TrainingClock, score: Callable[[], Mapping[str, float]], num_scores: int
@@ -119,7 +119,7 @@ class _ScoreCurve(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Score, if it is time again."""
+        """Score if the next interval has passed."""
         if self.clock.progress * self.num_scores >= len(self.scores) + 1:
             self.scores.append({SECONDS: self.clock.elapsed, **self.score()})
 
@@ -151,7 +151,7 @@ class _StageBar(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move on."""
+        """Advance the bar."""
         shown = [f"step {state.global_step}", f"loss {self._loss:.3f}"]
         newest = self.scores[-1] if self.scores else {}
         shown += [f"{name} {value:.4g}" for name, value in newest.items() if name != SECONDS][:1]
@@ -161,5 +161,5 @@ class _StageBar(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar."""
         self.bar.close()

@@ -9,7 +9,7 @@ TEAL, ORANGE, VIOLET = "#0f766e", "#c2410c", "#4f46e5"
 
 
 def style_axes(axes: Axes, title: str, note: str) -> None:
-    """A title, a note below it, horizontal lines and no frame."""
+    """A title, a note below it, a horizontal grid, no frame."""
     axes.set_title(title, loc="left", color=INK, fontsize=11.5, fontweight="bold", pad=20)
     text = axes.annotate(
         note, (0, 1), xycoords="axes fraction", xytext=(0, 6), textcoords="offset points",

@@ -18,7 +18,7 @@ LABELLED_TEMPERATURES = (1.0, 0.5, 0.1)  # of scaled noise; labels would overlap
 
 
 def plot_study(study: Study, path: Path) -> None:
-    """Accuracy against collision, and against the time of a chunk; one line a method and N."""
+    """Accuracy over collision, and over the time of a chunk; a line for each method and N."""
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.05)
     figure = Figure(figsize=(12.5, 5.8), dpi=140, facecolor="white", layout=layout)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -37,8 +37,9 @@ def plot_study(study: Study, path: Path) -> None:
 
 
 def _lines(study: Study) -> list[tuple[str, list[Result]]]:
-    """What is joined by a line: a vote over T at each N, medoids over N, single draws over T; the
-    model itself, at T = 1, begins those, and its one answer without noise stands apart.
+    """Name and results of each line: a vote over T at each N, medoids over N, single draws over T.
+
+    Single draws begin with the model itself, at T = 1. The draw without noise is a single point.
     """
 
     def name(result: Result) -> str:
@@ -81,7 +82,7 @@ def _draw(axes: Axes, name: str, results: list[Result], is_cost: bool) -> None:
 
 
 def _shade(result: Result) -> float:
-    """Darker with more candidates."""
+    """Opacity of a vote: more with more candidates."""
     return min(1.0, LIGHTEST + 0.0032 * result.setting.num_samples)
 
 

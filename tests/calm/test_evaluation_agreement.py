@@ -1,4 +1,4 @@
-"""Brier-n from draws: the estimator itself, on laws that are known."""
+"""Brier-n from draws: the estimator itself, on known distributions."""
 
 from itertools import combinations
 
@@ -12,13 +12,13 @@ from calm.models.agreement import (
     prefix_matches,
 )
 
-LAW = torch.tensor([0.5, 0.25, 0.15, 0.1], dtype=torch.float64)
+DISTRIBUTION = torch.tensor([0.5, 0.25, 0.15, 0.1], dtype=torch.float64)
 
 
-def draw_law(shape, seed=0):
+def draw_chunks(shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     count = torch.Size(shape).numel()
-    return torch.multinomial(LAW, count, True, generator=generator).view(shape)
+    return torch.multinomial(DISTRIBUTION, count, True, generator=generator).view(shape)
 
 
 def test_a_case_by_hand():
@@ -30,13 +30,17 @@ def test_a_case_by_hand():
 
 
 def test_it_is_the_two_draw_estimator_averaged_over_all_pairs():
-    draws, target = draw_law((6, 50, 4)), draw_law((50, 4), seed=1)
+    draws, target = draw_chunks((6, 50, 4)), draw_chunks((50, 4), seed=1)
     pairs = [brier_terms(draws[list(pair)], target) for pair in combinations(range(6), 2)]
     torch.testing.assert_close(brier_terms(draws, target), torch.stack(pairs).mean(0))
 
 
 def test_two_draws_give_the_published_estimator():
-    first, second, target = draw_law((300, 4)), draw_law((300, 4), 1), draw_law((300, 4), 2)
+    first, second, target = (
+        draw_chunks((300, 4)),
+        draw_chunks((300, 4), 1),
+        draw_chunks((300, 4), 2),
+    )
     for order in range(1, 5):
         hits = sum((x[:, :order] == target[:, :order]).all(-1).int() for x in (first, second))
         collision = (first[:, :order] == second[:, :order]).all(-1).int()
@@ -47,10 +51,10 @@ def test_two_draws_give_the_published_estimator():
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_mean_and_variance_are_those_of_the_formula(count):
     repeats, outcome = 200_000, 0
-    draws = draw_law((count, repeats, 1)).expand(-1, -1, 4)  # Brier-1 is all that varies
+    draws = draw_chunks((count, repeats, 1)).expand(-1, -1, 4)  # Brier-1 is all that varies
     result = brier_terms(draws, torch.full((repeats, 4), outcome))[:, 0].double()
-    p, square = LAW[outcome], LAW.square().sum()
-    z1, z2 = LAW.pow(3).sum() - square**2, square * (1 - square)
+    p, square = DISTRIBUTION[outcome], DISTRIBUTION.square().sum()
+    z1, z2 = DISTRIBUTION.pow(3).sum() - square**2, square * (1 - square)
     variance = (
         4 * p * (1 - p) / count
         + (4 * (count - 2) * z1 + 2 * z2) / (count * (count - 1))
@@ -60,7 +64,7 @@ def test_mean_and_variance_are_those_of_the_formula(count):
     assert result.var().item() == pytest.approx(variance.item(), rel=0.02)
 
 
-def test_a_uniform_law_scores_its_own_collision_rate():
+def test_a_uniform_distribution_scores_its_own_collision_rate():
     repeats = 50_000
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(4, (8, repeats, 4), generator=generator)
@@ -80,12 +84,12 @@ def test_a_deterministic_model_scores_one_or_minus_one(says, score):
 
 
 def test_longer_chunks_are_scored_on_their_first_four_tokens():
-    draws, target = draw_law((4, 30, 8)), draw_law((30, 8), 1)
+    draws, target = draw_chunks((4, 30, 8)), draw_chunks((30, 8), 1)
     assert torch.equal(brier_terms(draws, target), brier_terms(draws[..., :4], target[..., :4]))
 
 
 def test_short_chunks_have_matches_and_collisions_but_no_brier():
-    draws, target = draw_law((4, 30, 2)), draw_law((30, 2), 1)
+    draws, target = draw_chunks((4, 30, 2)), draw_chunks((30, 2), 1)
     assert prefix_matches(draws, target).shape == (4, 30, 2)
     assert prefix_collisions(draws).shape == (30, 2)
     with pytest.raises(ValueError, match="draws must be chunks of at least 4 tokens, got 2"):
@@ -94,7 +98,7 @@ def test_short_chunks_have_matches_and_collisions_but_no_brier():
 
 def test_one_draw_is_not_enough():
     with pytest.raises(ValueError, match="draws must hold at least 2 draws to compare, got 1"):
-        brier_terms(draw_law((1, 3, 4)), draw_law((3, 4)))
+        brier_terms(draw_chunks((1, 3, 4)), draw_chunks((3, 4)))
 
 
 def test_ignored_labels_match_nothing():
@@ -104,7 +108,7 @@ def test_ignored_labels_match_nothing():
 @pytest.mark.parametrize("count", [2, 3, 8])
 @pytest.mark.parametrize("length", [4, 6])
 def test_decoding_what_is_compared_gives_the_same_scores(count, length):
-    draws, target = draw_law((count, 40, 5, length)), draw_law((40, 5, length), seed=1)
+    draws, target = draw_chunks((count, 40, 5, length)), draw_chunks((40, 5, length), seed=1)
     target[0] = -100  # chunks that do not count
     rows = []
 

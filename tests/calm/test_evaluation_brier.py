@@ -1,4 +1,4 @@
-"""Brier-n of models: against the published numbers, and against laws enumerated token by token."""
+"""Brier-n of models: against the published numbers, and against enumerated distributions."""
 
 from functools import cache
 from itertools import product
@@ -51,11 +51,11 @@ def mean_over_seeds(model, input_ids, seeds, **options):
 def exact_baseline(model, tokens):
     """Brier-1 to Brier-4 of one sequence by enumerating every n-gram after every prefix."""
 
-    def law(prefix):
+    def distribution(prefix):
         return model(torch.tensor([prefix])).logits[0, -1].double().softmax(-1)
 
     def squares(prefix, order):  # sum over n-grams of P(n-gram)^2
-        here = law(prefix)
+        here = distribution(prefix)
         if order == 1:
             return here.square().sum()
         return sum(
@@ -67,7 +67,7 @@ def exact_baseline(model, tokens):
     for start in starts:
         chance = 1.0
         for order in range(1, 5):
-            chance *= law(tokens[: start + order - 1])[tokens[start + order - 1]]
+            chance *= distribution(tokens[: start + order - 1])[tokens[start + order - 1]]
             total[order - 1] += 2 * chance - squares(tokens[:start], order)
     return total / len(starts)
 
@@ -86,37 +86,37 @@ def test_the_baseline_is_unbiased():
 
 @torch.no_grad()
 def enumerated_calm(model, tokens, draws=20_000):
-    """Brier-1 to Brier-4 for K < 4 from the law of every chunk after every prefix of chunks."""
+    """Brier-1 to Brier-4 for K < 4 from the distribution of every chunk after every prefix."""
     size = model.patch_size
     outcomes = torch.tensor(list(product(range(model.config.vocab_size), repeat=size)))
     powers = model.config.vocab_size ** torch.arange(size - 1, -1, -1)
 
     @cache
-    def law_after(prefix):
+    def distribution_after(prefix):
         inputs = model.embed_patches(torch.tensor([prefix]))
         hidden = model.transformer(inputs_embeds=inputs).last_hidden_state[:, -1]
         latents = model.generative_head.sample(hidden, num_samples=draws, seed=as_seed(None, "cpu"))
         drawn = model.decode_latents(latents)[:, 0]
         return torch.bincount((drawn * powers).sum(-1), minlength=len(outcomes)).double() / draws
 
-    def law(prefix):
-        return law_after(tuple(prefix))
+    def distribution(prefix):
+        return distribution_after(tuple(prefix))
 
-    def prefix_law(chunk_law, order):  # of the first `order` tokens of a chunk
+    def prefix_probabilities(probabilities, order):  # of the first `order` tokens of a chunk
         index = (outcomes[:, :order] * powers[-order:]).sum(-1)
-        return torch.zeros(len(outcomes), dtype=torch.float64).index_add(0, index, chunk_law)
+        return torch.zeros(len(outcomes), dtype=torch.float64).index_add(0, index, probabilities)
 
     def squares(prefix, order):
-        here = law(prefix)
+        here = distribution(prefix)
         if order <= size:
-            return prefix_law(here, order).square().sum()
+            return prefix_probabilities(here, order).square().sum()
         following = [squares([*prefix, *chunk.tolist()], order - size) for chunk in outcomes]
         return (here.square() * torch.stack(following)).sum()
 
     def chance(prefix, following):
-        here = law(prefix)
+        here = distribution(prefix)
         index = (torch.tensor(following[:size]) * powers[-len(following[:size]) :]).sum()
-        first = prefix_law(here, min(len(following), size))[index]
+        first = prefix_probabilities(here, min(len(following), size))[index]
         if len(following) <= size:
             return first
         return first * chance([*prefix, *following[:size]], following[size:])
