@@ -14,6 +14,7 @@ import torch
 from calm_kernels.backend import is_interpreted
 
 __all__ = [
+    "Constants",
     "Launch",
     "PatchTile",
     "architecture",
@@ -27,6 +28,8 @@ __all__ = [
     "widest",
 ]
 
+# Compile-time constants of a kernel, and the options of its compiler.
+Constants = tuple[dict[str, Any], dict[str, Any]]
 DEFAULT = "default"
 MANY = 2**62
 # Of an energy head's residual stream; beyond either, the library's products win.

@@ -9,10 +9,10 @@ import triton
 from triton.compiler import ASTSource
 
 from calm_kernels.compiling.targets import Target
+from calm_kernels.tuning import Constants
 
-__all__ = ["Configuration", "Constants", "compile_kernel"]
+__all__ = ["Configuration", "compile_kernel"]
 
-Constants = tuple[dict[str, Any], dict[str, Any]]  # compile-time constants, compiler options
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 

@@ -1,4 +1,4 @@
-"""The head as one operator each way, for autograd and torch.compile."""
+"""The head as one custom op each way, for autograd and torch.compile."""
 
 from typing import Any
 
@@ -6,20 +6,24 @@ import torch
 from torch import Tensor
 
 from calm_kernels.autograd import refuse_second_derivative
-from calm_kernels.energy_head.launch import Noise
+from calm_kernels.energy_head.embedding_kernels import Noise
+from calm_kernels.energy_head.gradient_slots import GradientSlots, join_gradients
 from calm_kernels.energy_head.parameters import (
     HeadParameters,
     flatten_parameters,
     unflatten_parameters,
 )
-from calm_kernels.energy_head.passes import Kept, backward_pass, forward_pass
-from calm_kernels.energy_head.small_rows import small_rows_pass
-from calm_kernels.energy_head.sums import Places, join_gradients
+from calm_kernels.energy_head.passes import (
+    SavedActivations,
+    backward_pass,
+    forward_pass,
+    small_rows_pass,
+)
 from calm_kernels.tuning import fuses_head
 
 __all__ = ["energy_head"]
 
-_KEEP_NOTHING, _KEEP_STREAMS, _KEEP_ALL = 0, 1, 2
+_SAVE_NOTHING, _SAVE_STREAMS, _SAVE_ALL = 0, 1, 2
 
 
 def energy_head(
@@ -39,8 +43,8 @@ def energy_head(
         hidden: ``[R, C]``.
         noise: ``[N, R, Z]`` or None.
         head: its parameters.
-        recompute: keep the residual stream alone for the backward pass.
-        dtype: of products and latents.
+        recompute: save the residual stream alone for the backward pass.
+        dtype: of matmuls and latents.
         num_draws: N.
         seed: of `noise.as_seed`; unused for given noise.
         first_row: global index of the first row.
@@ -51,17 +55,17 @@ def energy_head(
     first_row = first_row.to(hidden.device)
     parameters = flatten_parameters(head)
     needed = [hidden, *parameters] if noise is None else [hidden, noise, *parameters]
-    keep = _KEEP_NOTHING
+    save = _SAVE_NOTHING
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed):
-        keep = _KEEP_STREAMS if recompute else _KEEP_ALL
+        save = _SAVE_STREAMS if recompute else _SAVE_ALL
     latent, _ = _forward_op(
-        hidden, noise, parameters, seed.contiguous(), first_row, num_draws, noise_scale, dtype, keep
+        hidden, noise, parameters, seed.contiguous(), first_row, num_draws, noise_scale, dtype, save
     )
     return latent.unflatten(0, (hidden.shape[0], num_draws))
 
 
 def _cast(parameters: list[Tensor], dtype: torch.dtype) -> HeadParameters:
-    """Weights in the dtype of the products, vectors as they are."""
+    """Weights in the dtype of the matmuls, vectors as they are."""
     return unflatten_parameters(
         [(p.to(dtype) if p.dim() == 2 else p).contiguous() for p in parameters]
     )
@@ -84,7 +88,7 @@ def _forward_op(
     num_draws: int,
     noise_scale: float,
     dtype: torch.dtype,
-    keep: int,
+    save: int,
 ) -> tuple[Tensor, list[Tensor]]:
     """Latents ``[R N, L]``, and what the backward pass needs."""
     inputs = (
@@ -93,14 +97,14 @@ def _forward_op(
         _cast(parameters, dtype),
     )
     with torch.cuda.device_of(hidden):
-        if not keep and fuses_head(len(hidden) * num_draws, hidden.shape[1]):
+        if not save and fuses_head(len(hidden) * num_draws, hidden.shape[1]):
             return small_rows_pass(*inputs), []
-        latent, kept = forward_pass(
+        latent, saved = forward_pass(
             *inputs,
-            keep_streams=keep >= _KEEP_STREAMS,
-            keep_products=keep == _KEEP_ALL,
+            save_streams=save >= _SAVE_STREAMS,
+            save_matmuls=save == _SAVE_ALL,
         )
-    return latent, kept.tensors() if keep else []
+    return latent, saved.tensors() if save else []
 
 
 @torch.library.custom_op("calm_kernels::energy_head_backward", mutates_args=())
@@ -111,7 +115,7 @@ def _backward_op(
     parameters: list[Tensor],
     seed: Tensor,
     first_row: Tensor,
-    kept: list[Tensor],
+    saved: list[Tensor],
     num_draws: int,
     noise_scale: float,
     need_noise: bool,
@@ -125,7 +129,7 @@ def _backward_op(
             hidden.to(dtype),
             _noise(hidden, noise, seed, first_row, num_draws, noise_scale),
             head,
-            Kept.of(kept, len(head.blocks)),
+            SavedActivations.of(saved, len(head.blocks)),
             need_noise=need_noise,
         )
     weights = [parameter for parameter in parameters if parameter.dim() == 2]
@@ -137,36 +141,38 @@ def _backward_op(
 
 
 @_forward_op.register_fake
-def _(  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _(
     hidden: Tensor, noise: Tensor | None, parameters: list[Tensor], seed: Tensor,
-    first_row: Tensor, num_draws: int, noise_scale: float, dtype: torch.dtype, keep: int,
-):  # fmt: skip
+    first_row: Tensor, num_draws: int, noise_scale: float, dtype: torch.dtype, save: int,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     head = unflatten_parameters(parameters)
-    num_patches, width = hidden.shape
-    num_rows, num_blocks = num_patches * num_draws, len(head.blocks)
+    num_positions, width = hidden.shape
+    num_rows, num_blocks = num_positions * num_draws, len(head.blocks)
 
     def empty(rows: int, columns: int, kind: torch.dtype = dtype) -> Tensor:
         return hidden.new_empty(rows, columns, dtype=kind)
 
-    kept: list[Tensor] = []
-    if keep:
-        kept = [empty(num_patches, width), empty(num_patches, num_blocks * width)]
-        kept += [empty(num_rows, width, torch.float32) for _ in range(num_blocks + 1)]
-    if keep == _KEEP_ALL:
+    saved: list[Tensor] = []
+    if save:
+        saved = [empty(num_positions, width), empty(num_positions, num_blocks * width)]
+        saved += [empty(num_rows, width, torch.float32) for _ in range(num_blocks + 1)]
+    if save == _SAVE_ALL:
         widths = [*(width, width, 2 * width) * num_blocks, width]
-        kept += [empty(num_rows, columns) for columns in widths]
-    return empty(num_rows, head.final_second.weight.shape[0]), kept
+        saved += [empty(num_rows, columns) for columns in widths]
+    return empty(num_rows, head.final_second.weight.shape[0]), saved
 
 
 @_backward_op.register_fake
-def _(  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _(
     dlatent: Tensor, hidden: Tensor, noise: Tensor | None, parameters: list[Tensor], seed: Tensor,
-    first_row: Tensor, kept: list[Tensor], num_draws: int, noise_scale: float, need_noise: bool,
-):  # fmt: skip
+    first_row: Tensor, saved: list[Tensor], num_draws: int, noise_scale: float, need_noise: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:  # fmt: skip
     head = unflatten_parameters(parameters)
     noise_size = head.noise_embd.weight.shape[1]
     shape = (len(dlatent), noise_size) if need_noise else (0,)
-    vectors = hidden.new_empty(Places(len(head.blocks)).count, hidden.shape[1], dtype=torch.float32)
+    vectors = hidden.new_empty(
+        GradientSlots(len(head.blocks)).count, hidden.shape[1], dtype=torch.float32
+    )
     return (
         torch.empty_like(hidden, memory_format=torch.contiguous_format),
         dlatent.new_empty(shape),
@@ -178,19 +184,19 @@ def _(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
     hidden, noise, parameters, seed, first_row, ctx.num_draws, ctx.noise_scale, *_ = inputs
-    _, kept = output
-    ctx.mark_non_differentiable(*kept)
+    _, saved = output
+    ctx.mark_non_differentiable(*saved)
     ctx.num_parameters = len(parameters)
-    ctx.save_for_backward(hidden, noise, seed, first_row, *parameters, *kept)
+    ctx.save_for_backward(hidden, noise, seed, first_row, *parameters, *saved)
 
 
 def _backward(ctx: Any, dlatent: Tensor, _: list[Tensor]) -> tuple[Any, ...]:
     refuse_second_derivative("the energy head")
     hidden, noise, seed, first_row, *others = ctx.saved_tensors
-    parameters, kept = others[: ctx.num_parameters], others[ctx.num_parameters :]
+    parameters, saved = others[: ctx.num_parameters], others[ctx.num_parameters :]
     need_noise = ctx.needs_input_grad[1]
     dhidden, dnoise, matrices, vectors, output_bias = _backward_op(
-        dlatent.contiguous(), hidden, noise, parameters, seed, first_row, kept, ctx.num_draws,
+        dlatent.contiguous(), hidden, noise, parameters, seed, first_row, saved, ctx.num_draws,
         ctx.noise_scale, need_noise,
     )  # fmt: skip
     num_blocks = len(unflatten_parameters(parameters).blocks)

@@ -1,14 +1,26 @@
-"""Residual sum and LayerNorm in one pass each way; statistics and the residual stream in float32.
+"""Residual sum and LayerNorm in one kernel each way; statistics and the residual stream in float32.
 
-A program has whole rows in registers, as `NUM_CHUNKS` tiles ``[BLOCK_ROWS, CHUNK]``: widths that
-are no power of two waste no lanes. Statistics are computed again in the backward pass, because the
-row is there anyway.
+A program has whole rows in registers, as `NUM_SEGMENTS` tiles ``[BLOCK_ROWS, SEGMENT]``, so that
+widths other than powers of two waste no lanes. The backward kernel has the row anyway and computes
+its statistics again.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-__all__ = ["norm_backward_kernel", "norm_kernel", "normalize"]
+from calm_kernels.energy_head.parameters import NORM_EPS, Pair
+from calm_kernels.tuning import Constants, architecture, launch_options, setting
+
+__all__ = [
+    "layer_norm",
+    "layer_norm_backward",
+    "norm_backward_kernel",
+    "norm_constants",
+    "norm_kernel",
+    "row_segments",
+]
 
 
 @triton.jit
@@ -21,7 +33,7 @@ def _row_sum(tiles):
 
 
 @triton.jit
-def normalize(tiles, WIDTH: tl.constexpr, CHUNK: tl.constexpr, NORM_EPS: tl.constexpr):
+def _normalize(tiles, WIDTH: tl.constexpr, SEGMENT: tl.constexpr, NORM_EPS: tl.constexpr):
     """(x - mean) / √(variance + NORM_EPS) in place of x, and the reciprocal of that root.
 
     Features beyond WIDTH must be 0 and stay so.
@@ -30,7 +42,7 @@ def normalize(tiles, WIDTH: tl.constexpr, CHUNK: tl.constexpr, NORM_EPS: tl.cons
     centred = ()
     squares = ()
     for k in tl.static_range(len(tiles)):
-        inside = (k * CHUNK + tl.arange(0, CHUNK) < WIDTH)[None, :]
+        inside = (k * SEGMENT + tl.arange(0, SEGMENT) < WIDTH)[None, :]
         difference = tl.where(inside, tiles[k] - mean[:, None], 0.0)
         centred = centred + (difference,)
         squares = squares + (difference * difference,)
@@ -43,12 +55,12 @@ def normalize(tiles, WIDTH: tl.constexpr, CHUNK: tl.constexpr, NORM_EPS: tl.cons
 
 @triton.jit
 def _load_rows(
-    pointer, row, num_rows, WIDTH: tl.constexpr, CHUNK: tl.constexpr, NUM_CHUNKS: tl.constexpr
+    pointer, row, num_rows, WIDTH: tl.constexpr, SEGMENT: tl.constexpr, NUM_SEGMENTS: tl.constexpr
 ):
-    """Tiles ``[BLOCK_ROWS, CHUNK]`` as they are in memory, 0 outside."""
+    """Tiles ``[BLOCK_ROWS, SEGMENT]`` as they are in memory, 0 outside."""
     tiles = ()
-    for k in tl.static_range(NUM_CHUNKS):
-        column = k * CHUNK + tl.arange(0, CHUNK)
+    for k in tl.static_range(NUM_SEGMENTS):
+        column = k * SEGMENT + tl.arange(0, SEGMENT)
         mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
         tiles = tiles + (tl.load(pointer + row[:, None] * WIDTH + column[None, :], mask, 0.0),)
     return tiles
@@ -57,12 +69,13 @@ def _load_rows(
 @triton.jit
 def _source(
     step_ptr, bias_ptr, stream_ptr, row, num_rows, HAS_STEP: tl.constexpr,
-    HAS_STREAM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, NUM_CHUNKS: tl.constexpr,
+    HAS_STREAM: tl.constexpr, WIDTH: tl.constexpr, SEGMENT: tl.constexpr,
+    NUM_SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """x = stream + step + bias, those of them that are there, as tiles ``[BLOCK_ROWS, CHUNK]``."""
+    """x = stream + step + bias, of those that are given, as tiles ``[BLOCK_ROWS, SEGMENT]``."""
     tiles = ()
-    for k in tl.static_range(NUM_CHUNKS):
-        column = k * CHUNK + tl.arange(0, CHUNK)
+    for k in tl.static_range(NUM_SEGMENTS):
+        column = k * SEGMENT + tl.arange(0, SEGMENT)
         mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
         offs = row[:, None] * WIDTH + column[None, :]
         if HAS_STREAM:
@@ -79,18 +92,18 @@ def _source(
 @triton.jit(do_not_specialize=["num_rows"])
 def norm_kernel(
     step_ptr, bias_ptr, stream_ptr, next_ptr, weight_ptr, shift_ptr, normed_ptr, num_rows,
-    HAS_STEP: tl.constexpr, HAS_STREAM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, NORM_EPS: tl.constexpr,
+    HAS_STEP: tl.constexpr, HAS_STREAM: tl.constexpr, WIDTH: tl.constexpr, SEGMENT: tl.constexpr,
+    NUM_SEGMENTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, NORM_EPS: tl.constexpr,
 ):  # fmt: skip
     """next = stream + (step + bias), normed = LN(next); rows ``[WIDTH]``, `next` in float32."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tiles = _source(
-        step_ptr, bias_ptr, stream_ptr, row, num_rows, HAS_STEP, HAS_STREAM, WIDTH, CHUNK,
-        NUM_CHUNKS,
+        step_ptr, bias_ptr, stream_ptr, row, num_rows, HAS_STEP, HAS_STREAM, WIDTH, SEGMENT,
+        NUM_SEGMENTS,
     )  # fmt: skip
-    normal, _ = normalize(tiles, WIDTH, CHUNK, NORM_EPS)
-    for k in tl.static_range(NUM_CHUNKS):
-        column = k * CHUNK + tl.arange(0, CHUNK)
+    normal, _ = _normalize(tiles, WIDTH, SEGMENT, NORM_EPS)
+    for k in tl.static_range(NUM_SEGMENTS):
+        column = k * SEGMENT + tl.arange(0, SEGMENT)
         mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
         offs = row[:, None] * WIDTH + column[None, :]
         if HAS_STEP and HAS_STREAM:
@@ -103,7 +116,7 @@ def norm_kernel(
 
 @triton.jit
 def _norm_gradient(normal, dnormal, scale, WIDTH: tl.constexpr):
-    """dx of x̂ = normalize(x): (dx̂ - mean(dx̂) - x̂ mean(dx̂ x̂)) · scale.
+    """dx of x̂ = _normalize(x): (dx̂ - mean(dx̂) - x̂ mean(dx̂ x̂)) · scale.
 
     Features beyond WIDTH are 0 in both arguments, and of no meaning in the result.
     """
@@ -122,21 +135,21 @@ def _norm_gradient(normal, dnormal, scale, WIDTH: tl.constexpr):
 def norm_backward_kernel(
     step_ptr, bias_ptr, stream_ptr, weight_ptr, shift_ptr, dnormed_ptr, upstream_ptr, dsource_ptr,
     normed_ptr, sums_ptr, num_rows, num_groups, stride_group, HAS_STREAM: tl.constexpr,
-    HAS_UPSTREAM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, NORM_EPS: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr, WIDTH: tl.constexpr, SEGMENT: tl.constexpr,
+    NUM_SEGMENTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, NORM_EPS: tl.constexpr,
 ):  # fmt: skip
-    """dx = dLN(dnormed) + upstream, and LN(x) again for the gradient of the weights that took it;
-    dx may be dnormed.
+    """dx = dLN(dnormed) + upstream; and LN(x) again, for the gradient of the weight it is
+    multiplied with. dx may be dnormed.
 
-    x is the stream, or step + bias without one. A group of rows leaves its sums over rows in
-    `sums`, three rows: of dnormed · x̂, of dnormed, of dx.
+    x is the stream, or step + bias without one. Each group of rows writes three sums over rows to
+    `sums`: of dnormed · x̂, of dnormed and of dx.
     """
     group = tl.program_id(0)
     sums_weight = ()
     sums_shift = ()
     sums_source = ()
-    for _ in tl.static_range(NUM_CHUNKS):
-        zero = tl.zeros((BLOCK_ROWS, CHUNK), tl.float32)
+    for _ in tl.static_range(NUM_SEGMENTS):
+        zero = tl.zeros((BLOCK_ROWS, SEGMENT), tl.float32)
         sums_weight = sums_weight + (zero,)
         sums_shift = sums_shift + (zero,)
         sums_source = sums_source + (zero,)
@@ -144,21 +157,21 @@ def norm_backward_kernel(
         row = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         tiles = _source(
             step_ptr, bias_ptr, stream_ptr, row, num_rows, not HAS_STREAM, HAS_STREAM, WIDTH,
-            CHUNK, NUM_CHUNKS,
+            SEGMENT, NUM_SEGMENTS,
         )  # fmt: skip
         # Before the statistics, so that the program waits for memory once.
-        dnormed = _load_rows(dnormed_ptr, row, num_rows, WIDTH, CHUNK, NUM_CHUNKS)
+        dnormed = _load_rows(dnormed_ptr, row, num_rows, WIDTH, SEGMENT, NUM_SEGMENTS)
         if HAS_UPSTREAM:
-            upstream = _load_rows(upstream_ptr, row, num_rows, WIDTH, CHUNK, NUM_CHUNKS)
-        normal, scale = normalize(tiles, WIDTH, CHUNK, NORM_EPS)
-        dnormal, sums_weight, sums_shift = _through_affine(
+            upstream = _load_rows(upstream_ptr, row, num_rows, WIDTH, SEGMENT, NUM_SEGMENTS)
+        normal, scale = _normalize(tiles, WIDTH, SEGMENT, NORM_EPS)
+        dnormal, sums_weight, sums_shift = _affine_backward(
             normal, dnormed, weight_ptr, shift_ptr, normed_ptr, sums_weight, sums_shift, row,
-            num_rows, WIDTH, CHUNK,
+            num_rows, WIDTH, SEGMENT,
         )  # fmt: skip
         gradient = _norm_gradient(normal, dnormal, scale, WIDTH)
         added = ()
-        for k in tl.static_range(NUM_CHUNKS):
-            column = k * CHUNK + tl.arange(0, CHUNK)
+        for k in tl.static_range(NUM_SEGMENTS):
+            column = k * SEGMENT + tl.arange(0, SEGMENT)
             mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
             offs = row[:, None] * WIDTH + column[None, :]
             dx = gradient[k]
@@ -167,8 +180,8 @@ def norm_backward_kernel(
             tl.store(dsource_ptr + offs, dx.to(dsource_ptr.dtype.element_ty), mask=mask)
             added = added + (sums_source[k] + tl.where(mask, dx, 0.0),)
         sums_source = added
-    for k in tl.static_range(NUM_CHUNKS):
-        column = k * CHUNK + tl.arange(0, CHUNK)
+    for k in tl.static_range(NUM_SEGMENTS):
+        column = k * SEGMENT + tl.arange(0, SEGMENT)
         place = sums_ptr + group.to(tl.int64) * stride_group + column
         inside = column < WIDTH
         tl.store(place, tl.sum(sums_weight[k], axis=0), mask=inside)
@@ -177,16 +190,16 @@ def norm_backward_kernel(
 
 
 @triton.jit
-def _through_affine(
+def _affine_backward(
     normal, dnormed, weight_ptr, shift_ptr, normed_ptr, sums_weight, sums_shift, row, num_rows,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """Store x̂ · weight + shift; dx̂, and both sums with this tile added."""
     dnormal = ()
     added_weight = ()
     added_shift = ()
     for k in tl.static_range(len(normal)):
-        column = k * CHUNK + tl.arange(0, CHUNK)
+        column = k * SEGMENT + tl.arange(0, SEGMENT)
         mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
         offs = row[:, None] * WIDTH + column[None, :]
         weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
@@ -198,3 +211,59 @@ def _through_affine(
         added_weight = added_weight + (sums_weight[k] + gradient * normal[k],)
         added_shift = added_shift + (sums_shift[k] + gradient,)
     return dnormal, added_weight, added_shift
+
+
+def row_segments(width: int, largest: int) -> dict[str, int]:
+    """Segments of a row: a power of two that divides `width`, if one of 64 or more does."""
+    divisor = width & -width
+    block = 1 << (width - 1).bit_length()
+    segment = min(largest, divisor if divisor >= 64 else block)
+    return {"WIDTH": width, "SEGMENT": segment, "NUM_SEGMENTS": -(-width // segment)}
+
+
+def norm_constants(width: int, arch: str, *, is_backward: bool) -> Constants:
+    """Of `norm_kernel` or `norm_backward_kernel`, flags apart."""
+    launch = setting("energy_head.norm" + ".backward" * is_backward, arch, width)
+    constants = row_segments(width, 1024) | {"BLOCK_ROWS": launch.block_rows, "NORM_EPS": NORM_EPS}
+    return constants, launch_options(launch)
+
+
+def _constants(tensor: Tensor, *, is_backward: bool) -> Constants:
+    return norm_constants(tensor.shape[-1], architecture(tensor.device), is_backward=is_backward)
+
+
+def layer_norm(
+    step: Tensor | None, bias: Tensor | None, stream: Tensor | None, norm: Pair,
+    *, out: Tensor | None = None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """LN(stream + step + bias), of those that are given; the sum goes to `out`."""
+    source = stream if step is None else step
+    assert source is not None
+    normed = torch.empty_like(source, dtype=dtype)
+    constants, options = _constants(source, is_backward=False)
+    norm_kernel[(triton.cdiv(len(source), constants["BLOCK_ROWS"]),)](
+        source, norm.bias if bias is None else bias, source if stream is None else stream,
+        source if out is None else out, *norm, normed, len(source), HAS_STEP=step is not None,
+        HAS_STREAM=stream is not None, **constants, **options,
+    )  # fmt: skip
+    return normed
+
+
+def layer_norm_backward(
+    dnormed: Tensor, source: Tensor, bias: Tensor | None, norm: Pair, sums: Tensor,
+    upstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradient of the source, in place of `dnormed`, and its LayerNorm again.
+
+    Fills three vectors of `sums`. The source is a matmul with a bias, or a
+    float32 stream without one; `upstream` is added.
+    """
+    normed = torch.empty_like(dnormed)
+    constants, options = _constants(source, is_backward=True)
+    norm_backward_kernel[(len(sums),)](
+        source, norm.bias if bias is None else bias, source, *norm, dnormed,
+        dnormed if upstream is None else upstream, dnormed, normed, sums, len(source), len(sums),
+        sums.stride(0), HAS_STREAM=bias is None, HAS_UPSTREAM=upstream is not None, **constants,
+        **options,
+    )  # fmt: skip
+    return dnormed, normed

@@ -1,20 +1,39 @@
-"""Layers of the head for few rows: a product with all that stands before and after it.
+"""Fused layers of the head for few rows: a matmul with everything before and after it.
 
-A program multiplies BLOCK_R rows with the weights of BLOCK_C features, whole: no sum is split
-among programs. The LayerNorm of the residual stream is taken while rows are loaded, from the mean
-and the squared deviations that the layer before left of every tile of its features, which are
-combined after Chan. What is added to a product is loaded before it, so that nobody waits for it.
+A program multiplies BLOCK_R rows with the weights of BLOCK_C features over the whole width: no sum
+is split among programs. The LayerNorm of the residual stream is applied while rows are loaded. Its
+statistics come from the mean and squared deviations that the layer before stored for every tile of
+features, combined after Chan. What is added to a matmul is loaded before it, which hides the wait.
 
 Rows and weights past the end repeat the last one; offsets fit into 32 bits.
 """
 
+from typing import Literal
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from calm_kernels.backend import is_interpreted
 from calm_kernels.device import exp2, reciprocal
+from calm_kernels.energy_head.embedding_kernels import DOT_DTYPES
+from calm_kernels.energy_head.parameters import NORM_EPS, Pair
+from calm_kernels.tuning import Constants, architecture, launch_options, setting, use_fast_math
 
-__all__ = ["residual_layer_kernel", "silu_layer_kernel", "swiglu_layer_kernel"]
+__all__ = [
+    "Form",
+    "layer_constants",
+    "residual_layer",
+    "residual_layer_kernel",
+    "silu_layer",
+    "silu_layer_kernel",
+    "swiglu_layer",
+    "swiglu_layer_kernel",
+]
 
+Form = Literal["silu", "swiglu", "residual"]
+_BLOCK_TILES = 32  # tiles whose statistics are in registers at once
 _MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 
 
@@ -24,8 +43,8 @@ def _silu(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def _place(num_rows, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Rows (past the end the last one) and features of this program, and where it may write."""
+def _rows_and_features(num_rows, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows (past the end the last one) and features of this program, and the mask of its output."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
@@ -37,7 +56,7 @@ def _tiles(
     parts_ptr, row, num_rows, first, WIDTH: tl.constexpr, TILE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """A part of each row's tiles, ``[BLOCK_R, BLOCK_T]``, and how many features they have."""
+    """Statistics of BLOCK_T tiles of each row, ``[BLOCK_R, BLOCK_T]``, and the tiles' widths."""
     tile = first + tl.arange(0, BLOCK_T)
     count = tl.maximum(tl.minimum(WIDTH - tile * TILE, TILE), 0)[None, :]
     offs = tile[None, :] * num_rows + row[:, None]
@@ -66,46 +85,44 @@ def _statistics(
 
 
 @triton.jit
-def _product(
-    rows_ptr, norm_weight_ptr, norm_shift_ptr, weight_ptr, row, word, mean, scale, stride_word,
+def _matmul(
+    rows_ptr, norm_weight_ptr, norm_shift_ptr, weight_ptr, row, output, mean, scale, stride_output,
     HAS_NORM: tl.constexpr, WIDTH: tl.constexpr, IS_EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """weight[word] · x with x the row or its LayerNorm, ``[BLOCK_R, words]``."""
+    """weight[output] · x with x the row or its LayerNorm, ``[BLOCK_R, outputs]``."""
     feature = tl.arange(0, BLOCK_K)
     row_ptrs = rows_ptr + row[:, None] * WIDTH + feature[None, :]
-    word_ptrs = weight_ptr + word[None, :] * stride_word + feature[:, None]
-    product = tl.zeros([row.shape[0], word.shape[0]], tl.float32)
+    weight_ptrs = weight_ptr + output[None, :] * stride_output + feature[:, None]
+    matmul = tl.zeros([row.shape[0], output.shape[0]], tl.float32)
     for start in range(0, WIDTH, BLOCK_K):
         inside = feature < WIDTH - start
         if IS_EVEN:
             rows = tl.load(row_ptrs + start)  # [BLOCK_R, BLOCK_K]
-            words = tl.load(word_ptrs + start)  # [BLOCK_K, words]
+            weight = tl.load(weight_ptrs + start)  # [BLOCK_K, outputs]
         else:
             rows = tl.load(row_ptrs + start, mask=inside[None, :], other=0.0)
-            words = tl.load(word_ptrs + start, mask=inside[:, None], other=0.0)
+            weight = tl.load(weight_ptrs + start, mask=inside[:, None], other=0.0)
         if HAS_NORM:
             factor = tl.load(norm_weight_ptr + start + feature, mask=inside, other=0.0)
             shift = tl.load(norm_shift_ptr + start + feature, mask=inside, other=0.0)
             normal = rows * scale - mean * scale
             rows = normal * factor.to(tl.float32)[None, :] + shift.to(tl.float32)[None, :]
             rows = rows.to(weight_ptr.dtype.element_ty)
-        product = tl.dot(
-            rows.to(DOT_DTYPE), words.to(DOT_DTYPE), product, input_precision=PRECISION
-        )
-    return product
+        matmul = tl.dot(rows.to(DOT_DTYPE), weight.to(DOT_DTYPE), matmul, input_precision=PRECISION)
+    return matmul
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_draws"])
 def silu_layer_kernel(
     rows_ptr, parts_ptr, norm_weight_ptr, norm_shift_ptr, weight_ptr, bias_ptr, context_ptr,
-    out_ptr, num_rows, num_draws, stride_word, HAS_NORM: tl.constexpr, HAS_CONTEXT: tl.constexpr,
+    out_ptr, num_rows, num_draws, stride_output, HAS_NORM: tl.constexpr, HAS_CONTEXT: tl.constexpr,
     WIDTH: tl.constexpr, IS_EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr, TILE: tl.constexpr, BLOCK_T: tl.constexpr, NORM_EPS: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """out = SiLU(weight · x + bias + context[row // num_draws]), x = rows or LN(rows)."""
-    row, column, mask = _place(num_rows, WIDTH, BLOCK_R, BLOCK_C)
+    row, column, mask = _rows_and_features(num_rows, WIDTH, BLOCK_R, BLOCK_C)
     shift = tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
     if HAS_CONTEXT:
         offs_context = (row // num_draws)[:, None] * WIDTH + column[None, :]
@@ -113,40 +130,40 @@ def silu_layer_kernel(
     mean, scale = 0.0, 1.0
     if HAS_NORM:
         mean, scale = _statistics(parts_ptr, row, num_rows, WIDTH, TILE, BLOCK_T, NORM_EPS)
-    product = _product(
+    matmul = _matmul(
         rows_ptr, norm_weight_ptr, norm_shift_ptr, weight_ptr, row, tl.minimum(column, WIDTH - 1),
-        mean, scale, stride_word, HAS_NORM, WIDTH, IS_EVEN, BLOCK_K, DOT_DTYPE, PRECISION,
+        mean, scale, stride_output, HAS_NORM, WIDTH, IS_EVEN, BLOCK_K, DOT_DTYPE, PRECISION,
     )  # fmt: skip
-    value = _silu(product + shift, FAST).to(out_ptr.dtype.element_ty)
+    value = _silu(matmul + shift, FAST).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * WIDTH + column[None, :], value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def swiglu_layer_kernel(
-    rows_ptr, weight_ptr, bias_ptr, out_ptr, num_rows, stride_word, WIDTH: tl.constexpr,
+    rows_ptr, weight_ptr, bias_ptr, out_ptr, num_rows, stride_output, WIDTH: tl.constexpr,
     IS_EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """out = SiLU(gate) · up with [gate; up] = weight · rows + bias, ``[2 WIDTH, WIDTH]``.
 
-    One product whose columns are gate and up in turn: a thread has both.
+    The columns of one matmul are gate and up in turn, so that a thread has both.
     """
-    row, column, mask = _place(num_rows, WIDTH, BLOCK_R, BLOCK_C)
+    row, column, mask = _rows_and_features(num_rows, WIDTH, BLOCK_R, BLOCK_C)
     index = tl.arange(0, 2 * BLOCK_C)
-    word = tl.minimum(tl.program_id(1) * BLOCK_C + index // 2, WIDTH - 1) + (index % 2) * WIDTH
-    bias = tl.load(bias_ptr + word).to(tl.float32)[None, :]
-    product = _product(
-        rows_ptr, bias_ptr, bias_ptr, weight_ptr, row, word, 0.0, 1.0, stride_word, False, WIDTH,
-        IS_EVEN, BLOCK_K, DOT_DTYPE, PRECISION,
+    output = tl.minimum(tl.program_id(1) * BLOCK_C + index // 2, WIDTH - 1) + (index % 2) * WIDTH
+    bias = tl.load(bias_ptr + output).to(tl.float32)[None, :]
+    matmul = _matmul(
+        rows_ptr, bias_ptr, bias_ptr, weight_ptr, row, output, 0.0, 1.0, stride_output, False,
+        WIDTH, IS_EVEN, BLOCK_K, DOT_DTYPE, PRECISION,
     )  # fmt: skip
-    gate, up = tl.split(tl.reshape(product + bias, (BLOCK_R, BLOCK_C, 2)))
+    gate, up = tl.split(tl.reshape(matmul + bias, (BLOCK_R, BLOCK_C, 2)))
     value = (_silu(gate, FAST) * up).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * WIDTH + column[None, :], value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def residual_layer_kernel(
-    rows_ptr, weight_ptr, bias_ptr, stream_ptr, parts_ptr, num_rows, stride_word,
+    rows_ptr, weight_ptr, bias_ptr, stream_ptr, parts_ptr, num_rows, stride_output,
     WIDTH: tl.constexpr, IS_EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -154,15 +171,15 @@ def residual_layer_kernel(
     squared deviations from it: parts ``[2, tiles, rows]``.
     """
     TILES: tl.constexpr = (WIDTH + BLOCK_C - 1) // BLOCK_C
-    row, column, mask = _place(num_rows, WIDTH, BLOCK_R, BLOCK_C)
+    row, column, mask = _rows_and_features(num_rows, WIDTH, BLOCK_R, BLOCK_C)
     stream_ptrs = stream_ptr + row[:, None] * WIDTH + column[None, :]
     stream = tl.load(stream_ptrs, mask=mask, other=0.0)
     bias = tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
-    product = _product(
+    matmul = _matmul(
         rows_ptr, bias_ptr, bias_ptr, weight_ptr, row, tl.minimum(column, WIDTH - 1), 0.0, 1.0,
-        stride_word, False, WIDTH, IS_EVEN, BLOCK_K, DOT_DTYPE, PRECISION,
+        stride_output, False, WIDTH, IS_EVEN, BLOCK_K, DOT_DTYPE, PRECISION,
     )  # fmt: skip
-    stream = tl.where(mask, stream + (product + bias), 0.0)
+    stream = tl.where(mask, stream + (matmul + bias), 0.0)
     tl.store(stream_ptrs, stream, mask=mask)
     tile = tl.program_id(1)
     mean = tl.sum(stream, axis=1) / tl.minimum(WIDTH - tile * BLOCK_C, BLOCK_C)
@@ -172,3 +189,82 @@ def residual_layer_kernel(
     offs = tile * num_rows + own
     tl.store(parts_ptr + offs, mean, mask=own < num_rows)
     tl.store(parts_ptr + TILES * num_rows + offs, spread, mask=own < num_rows)
+
+
+def layer_constants(
+    form: Form, num_rows: int, width: int, dtype: torch.dtype, arch: str, *, has_fast_math: bool,
+    can_round: bool = True, **flags: bool,
+) -> Constants:  # fmt: skip
+    """Of the kernel of this form, with its flags; dtypes as in `embedding_constants`."""
+    name = "energy_head.layer" + ".fp32" * (dtype == torch.float32)
+    chosen = setting(name + ".norm" * flags.get("HAS_NORM", False), arch, num_rows)
+    constants = {
+        "WIDTH": width,
+        "IS_EVEN": width % chosen.block_features == 0,
+        "BLOCK_R": chosen.block_rows,
+        "BLOCK_C": chosen.block_outputs,
+        "BLOCK_K": chosen.block_features,
+        "DOT_DTYPE": DOT_DTYPES[dtype if can_round else torch.float32],
+        "PRECISION": "tf32x3" if has_fast_math and dtype == torch.float32 else "ieee",
+    }
+    if form != "residual":
+        constants["FAST"] = has_fast_math
+    if form == "silu":
+        tile = setting(name, arch, num_rows).block_outputs  # of the residual layer
+        block = min(_BLOCK_TILES, 1 << (-(-width // tile) - 1).bit_length())
+        constants |= {"TILE": tile, "BLOCK_T": block, "NORM_EPS": NORM_EPS}
+    return constants | flags, launch_options(chosen)
+
+
+def _constants(
+    form: Form, rows: Tensor, weight: Tensor, **flags: bool
+) -> tuple[tuple[int, int], Constants]:
+    num_rows, width = rows.shape
+    constants, options = layer_constants(
+        form, num_rows, width, weight.dtype, architecture(rows.device),
+        has_fast_math=use_fast_math(), can_round=not is_interpreted(), **flags,
+    )  # fmt: skip
+    grid = (triton.cdiv(num_rows, constants["BLOCK_R"]), triton.cdiv(width, constants["BLOCK_C"]))
+    return grid, (constants, options)
+
+
+def silu_layer(
+    rows: Tensor, linear: Pair, norm: Pair | None = None, parts: Tensor | None = None,
+    context: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """SiLU(weight · x + bias + context), the context ``[R, C]`` for N rows each.
+
+    x is the rows or, with `parts` of them, their LayerNorm.
+    """
+    weight, bias = linear
+    out = weight.new_empty(rows.shape)
+    flags = {"HAS_NORM": parts is not None, "HAS_CONTEXT": context is not None}
+    grid, (constants, options) = _constants("silu", rows, weight, **flags)
+    shared = rows if context is None else context
+    silu_layer_kernel[grid](
+        rows, rows if parts is None else parts, *(norm or linear), weight, bias, shared, out,
+        len(rows), len(rows) // len(shared), weight.stride(0), **constants, **options,
+    )  # fmt: skip
+    return out
+
+
+def swiglu_layer(rows: Tensor, linear: Pair) -> Tensor:
+    """SiLU(gate) · up of ``[gate; up] = weight · rows + bias``."""
+    weight, bias = linear
+    out = torch.empty_like(rows)
+    grid, (constants, options) = _constants("swiglu", rows, weight)
+    swiglu_layer_kernel[grid](
+        rows, weight, bias, out, len(rows), weight.stride(0), **constants, **options
+    )
+    return out
+
+
+def residual_layer(rows: Tensor, linear: Pair, stream: Tensor) -> Tensor:
+    """Add weight · rows + bias to the stream; the parts of its statistics ``[2, tiles, rows]``."""
+    weight, bias = linear
+    grid, (constants, options) = _constants("residual", rows, weight)
+    parts = stream.new_empty(2, grid[1], len(rows))
+    residual_layer_kernel[grid](
+        rows, weight, bias, stream, parts, len(rows), weight.stride(0), **constants, **options
+    )
+    return parts

@@ -11,8 +11,7 @@ from calm.decoding.engine.predictors import ChunkPredictor
 from calm.decoding.sampling.methods import Batch, Direct
 from calm_kernels import use_backend
 from calm_kernels.agreeing_patch import function as vote_function
-from calm_kernels.energy_head import launch as head_launch
-from calm_kernels.energy_head import small_rows
+from calm_kernels.energy_head import embedding_kernels, norm_kernels, small_rows_kernels
 from calm_kernels.linear_argmax import function as argmax_function
 
 HEAD = ["norm_kernel", "embed_kernel", "silu_layer_kernel", "silu_layer_kernel",
@@ -41,7 +40,10 @@ def test_a_step_is_that_of_torch(name, monkeypatch):
     method, kernels = METHODS[name]
     model = tiny_model()
     expected = decode(model, method, "torch")
-    launches = Launches(monkeypatch, head_launch, small_rows, argmax_function, vote_function)
+    launches = Launches(
+        monkeypatch, embedding_kernels, norm_kernels, small_rows_kernels, argmax_function,
+        vote_function,
+    )  # fmt: skip
     actual = decode(model, method, "auto")
     assert launches.names == kernels * len(actual)
     assert torch.equal(actual, expected)

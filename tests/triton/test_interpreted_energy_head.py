@@ -6,7 +6,7 @@ from head_cases import make_head, make_inputs, run, size_id
 from helpers import assert_no_worse_than_plain, leaf, relative_error, saved_bytes
 
 from calm_kernels import EnergyHead, energy_head, noise
-from calm_kernels.energy_head import launch
+from calm_kernels.energy_head import activation_kernels, embedding_kernels, norm_kernels
 from calm_kernels.energy_head.parameters import flatten_parameters, gather_parameters
 from calm_kernels.noise import Stream
 
@@ -56,10 +56,12 @@ def test_drawn_noise_is_that_of_the_noise_module(generator):
     drawn = noise.uniform(
         rows, noise_size, stream=Stream.HEAD, seed=seed, num_draws=draws, first_row=first_row
     )
-    source = launch.Noise(None, seed, first_row, draws, rows, 1.0)
+    source = embedding_kernels.Noise(None, seed, first_row, draws, rows, 1.0)
     weight, vector = torch.randn(8, noise_size, generator=generator), torch.ones(8)
     dstream, sums = torch.zeros(rows * draws, 8), torch.zeros(2, 2, 8)
-    _, actual = launch.embed_backward(source, weight, vector, vector, dstream, sums)
+    _, actual = embedding_kernels.embed_noise_backward(
+        source, weight, vector, vector, dstream, sums
+    )
     assert torch.equal(actual.view(rows, draws, noise_size), drawn.transpose(0, 1) - 0.5)
 
 
@@ -243,12 +245,13 @@ def backward_launches(num_blocks):
 
 
 class Launches:
-    """Kernels and library products that run inside the block."""
+    """Kernels and library matmuls that run inside the block."""
 
     def __init__(self, monkeypatch):
         self.kernels, self.profile = [], torch.autograd.profiler.profile()
-        for name in [name for name in vars(launch) if name.endswith("_kernel")]:
-            monkeypatch.setattr(launch, name, self._watched(name, getattr(launch, name)))
+        for module in (activation_kernels, embedding_kernels, norm_kernels):
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                monkeypatch.setattr(module, name, self._watched(name, getattr(module, name)))
 
     def _watched(self, name, kernel):
         class Watched:
@@ -268,14 +271,14 @@ class Launches:
         self.profile.__exit__(*error)
 
     @property
-    def products(self):
+    def matmuls(self):
         names = [event.name for event in self.profile.function_events]
         return names.count("aten::mm") + names.count("aten::addmm")
 
 
 @pytest.mark.parametrize("num_blocks", [1, 3])
 def test_launches(num_blocks, generator, monkeypatch):
-    """A kernel between each two products; of products, 4 a block forward and 9 backward."""
+    """A kernel between each two matmuls; 4 matmuls a block forward and 9 backward."""
     size = (8, 4, 3, num_blocks, 2, (2,))
     head = make_head(size, generator).float()
     hidden = make_inputs(size, generator)[0].float()
@@ -283,8 +286,8 @@ def test_launches(num_blocks, generator, monkeypatch):
     with launches:
         latent = head.sample(hidden, num_samples=2, seed=1, backend="triton")
     assert launches.kernels == forward_launches(num_blocks)
-    assert launches.products == 4 * num_blocks + 4
+    assert launches.matmuls == 4 * num_blocks + 4
     with launches:
         latent.sum().backward()
     assert launches.kernels == backward_launches(num_blocks)
-    assert launches.products == 9 * num_blocks + 8
+    assert launches.matmuls == 9 * num_blocks + 8

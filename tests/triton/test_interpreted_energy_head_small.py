@@ -7,7 +7,12 @@ from helpers import assert_no_worse_than_plain, relative_error
 from model_cases import Launches
 
 from calm_kernels import energy_head, tuning
-from calm_kernels.energy_head import launch, small_rows
+from calm_kernels.energy_head import (
+    activation_kernels,
+    embedding_kernels,
+    norm_kernels,
+    small_rows_kernels,
+)
 
 # width, latent, noise, blocks, draws, rows: one row and tiles with rows or features missing
 SIZES = [
@@ -23,7 +28,8 @@ SIZES = [
 @pytest.fixture
 def launches(monkeypatch):
     """Kernels of either path."""
-    return Launches(monkeypatch, launch, small_rows)
+    modules = (activation_kernels, embedding_kernels, norm_kernels, small_rows_kernels)
+    return Launches(monkeypatch, *modules)
 
 
 def cast(head, dtype):
@@ -114,7 +120,7 @@ def test_bfloat16(generator):
 
 @pytest.mark.parametrize("num_blocks", [1, 3])
 def test_launches(num_blocks, generator, launches):
-    """Four a block; of products by the library the hidden states', the contexts', the last."""
+    """Four a block; the library's matmuls are the hidden states', the contexts' and the last."""
     size = (16, 4, 3, num_blocks, 2, (2,))
     head, inputs = make_head(size, generator), make_inputs(size, generator)
     with torch.autograd.profiler.profile() as profile:
@@ -122,8 +128,8 @@ def test_launches(num_blocks, generator, launches):
     block = [*["silu_layer_kernel"] * 2, "swiglu_layer_kernel", "residual_layer_kernel"]
     expected = ["norm_kernel", "embed_kernel", *block * num_blocks, "silu_layer_kernel"]
     assert launches.names == expected
-    products = [event.name for event in profile.function_events]
-    assert products.count("aten::mm") + products.count("aten::addmm") == num_blocks + 2
+    matmuls = [event.name for event in profile.function_events]
+    assert matmuls.count("aten::mm") + matmuls.count("aten::addmm") == num_blocks + 2
 
 
 def test_many_rows_and_other_widths_take_the_library(generator, launches, monkeypatch):

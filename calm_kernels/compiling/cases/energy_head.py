@@ -1,4 +1,4 @@
-"""The energy head's kernels at 8192 patches, N = 8 draws, noise of 64."""
+"""The energy head's kernels at 8192 positions, N = 8 draws, noise of 64."""
 
 import math
 from collections.abc import Iterator
@@ -6,23 +6,27 @@ from typing import Any
 
 import torch
 
-from calm_kernels.compiling.configuration import Configuration, Constants
+from calm_kernels.compiling.configuration import Configuration
 from calm_kernels.compiling.targets import Target
-from calm_kernels.energy_head import launch
 from calm_kernels.energy_head.activation_kernels import (
+    activation_constants,
     silu_backward_kernel,
     silu_kernel,
     swiglu_backward_kernel,
     swiglu_kernel,
 )
-from calm_kernels.energy_head.embedding_kernels import embed_backward_kernel, embed_kernel
-from calm_kernels.energy_head.norm_kernels import norm_backward_kernel, norm_kernel
-from calm_kernels.tuning import setting
+from calm_kernels.energy_head.embedding_kernels import (
+    embed_backward_kernel,
+    embed_kernel,
+    embedding_constants,
+)
+from calm_kernels.energy_head.norm_kernels import norm_backward_kernel, norm_constants, norm_kernel
+from calm_kernels.tuning import Constants, setting
 
 __all__ = ["cases"]
 
-PATCHES, NUM_DRAWS, NOISE_SIZE = 8192, 8, 64
-ROWS = PATCHES * NUM_DRAWS
+POSITIONS, NUM_DRAWS, NOISE_SIZE = 8192, 8, 64
+ROWS = POSITIONS * NUM_DRAWS
 WIDTHS = (768, 1024, 1536, 2560)
 GROUPS = setting("energy_head.groups", "default", 1).block_rows
 # Under autocast parameters that are vectors stay float32, as does the residual stream.
@@ -63,7 +67,7 @@ def _norm(form: str, kernel: Any, width: int, dtype: torch.dtype, **flags: bool)
     traffic = (8 + 2 * size) if not is_backward else (4 + 4 * size)
 
     def constants(target: Target) -> Constants:
-        found, options = launch.norm_constants(width, target.name, is_backward=is_backward)
+        found, options = norm_constants(width, target.name, is_backward=is_backward)
         return found | flags, options
 
     return Configuration(
@@ -89,15 +93,13 @@ def _activation(
     has_context = flags.get("HAS_CONTEXT", False)
 
     def constants(target: Target) -> Constants:
-        found, options = launch.activation_constants(
-            width, target.name, has_fast_math=target.is_nvidia
-        )
+        found, options = activation_constants(width, target.name, has_fast_math=target.is_nvidia)
         return found | flags, options
 
     def trips(found: dict[str, Any]) -> tuple[int, ...]:
         if not is_backward:
             return ()
-        return _trips(found, PATCHES, NUM_DRAWS) if has_context else _trips(found, ROWS)
+        return _trips(found, POSITIONS, NUM_DRAWS) if has_context else _trips(found, ROWS)
 
     def programs(found: dict[str, Any]) -> float:
         columns = math.ceil(width / found["BLOCK_COLUMNS"])
@@ -119,11 +121,11 @@ def _activation(
 
 
 def _embedding(form: str, kernel: Any, width: int, dtype: torch.dtype) -> Configuration:
-    """Stream and its norm out; backward the stream's gradient in, the product's out."""
+    """Stream and its norm out; backward the stream's gradient in, the matmul's out."""
     is_backward = kernel is embed_backward_kernel
 
     def constants(target: Target) -> Constants:
-        return launch.embedding_constants(
+        return embedding_constants(
             width,
             NOISE_SIZE,
             dtype,
@@ -134,7 +136,7 @@ def _embedding(form: str, kernel: Any, width: int, dtype: torch.dtype) -> Config
         )
 
     def trips(found: dict[str, Any]) -> tuple[int, ...]:
-        passes = (math.ceil(width / found["CHUNK"]),) * 3
+        passes = (math.ceil(width / found["SEGMENT"]),) * 3
         return _trips(found, ROWS, *passes) if is_backward else passes
 
     return Configuration(
@@ -154,7 +156,7 @@ def _embedding(form: str, kernel: Any, width: int, dtype: torch.dtype) -> Config
 
 
 def _at(width: int, dtype: torch.dtype) -> Iterator[Configuration]:
-    shared = 1 / NUM_DRAWS  # of what a patch has once
+    shared = 1 / NUM_DRAWS  # of what a position has once
     yield _norm("norm", norm_kernel, width, dtype, HAS_STEP=True, HAS_STREAM=True)
     yield _norm(
         "norm.backward", norm_backward_kernel, width, dtype, HAS_STREAM=True, HAS_UPSTREAM=True,

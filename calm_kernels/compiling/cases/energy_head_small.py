@@ -1,4 +1,4 @@
-"""The energy head's fused layers at decoding: one draw, 200 and 800 of one patch."""
+"""The energy head's fused layers at decoding: one draw, 200 and 800 of one position."""
 
 import math
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ import torch
 
 from calm_kernels.compiling.configuration import Configuration
 from calm_kernels.compiling.inspection import Fixed
-from calm_kernels.energy_head import launch
-from calm_kernels.energy_head.embedding_kernels import embed_kernel
-from calm_kernels.energy_head.small_rows import Form, layer_constants
+from calm_kernels.energy_head.embedding_kernels import embed_kernel, embedding_constants
 from calm_kernels.energy_head.small_rows_kernels import (
+    Form,
+    layer_constants,
     residual_layer_kernel,
     silu_layer_kernel,
     swiglu_layer_kernel,
@@ -34,7 +34,7 @@ def _layer(
 ) -> Configuration:
     """Weights once, rows in and out; the residual layer reads and writes the stream."""
     has_norm = flags.get("HAS_NORM", False)
-    num_words = 2 * width if form == "swiglu" else width
+    num_outputs = 2 * width if form == "swiglu" else width
     in_and_out = {"silu": 2, "swiglu": 2, "residual": 1}[form] * dtype.itemsize
     stream = 8 * (form == "residual") + (4 - dtype.itemsize) * has_norm
     suffix = ".norm" * has_norm + ".fp32" * (dtype == torch.float32)
@@ -46,14 +46,14 @@ def _layer(
             form, rows, width, dtype, target.name, has_fast_math=target.is_nvidia, **flags
         ),
         trips=lambda found: (Fixed(math.ceil(width / found["BLOCK_K"])),),
-        bytes_per_row=(in_and_out + stream) * width + dtype.itemsize * num_words * width / rows,
+        bytes_per_row=(in_and_out + stream) * width + dtype.itemsize * num_outputs * width / rows,
         rows=rows,
         programs=lambda found: (
             math.ceil(rows / found["BLOCK_R"]) * math.ceil(width / found["BLOCK_C"])
         ),
-        flops_per_row=2.0 * num_words * width,
+        flops_per_row=2.0 * num_outputs * width,
         types=_TYPES | ({"rows_ptr": "*fp32"} if has_norm else {}),
-        aligned=("stride_word",),
+        aligned=("stride_output",),
         needed=needed,
         is_main=dtype == torch.bfloat16 and rows == 200 and width == 1024,
     )
@@ -65,13 +65,13 @@ def _embedding(rows: int, width: int, dtype: torch.dtype) -> Configuration:
     types = {"stream_ptr": "*fp32", "seed_ptr": "*i64", "first_row_ptr": "*i64"}
 
     def trips(found: dict[str, Any]) -> tuple[int, ...]:
-        return (math.ceil(width / found["CHUNK"]),) * 3
+        return (math.ceil(width / found["SEGMENT"]),) * 3
 
     return Configuration(
         name=f"energy_head.embed{suffix}.R{rows}.C{width}",
         kernel=embed_kernel,
         dtype=dtype,
-        constants=lambda target: launch.embedding_constants(
+        constants=lambda target: embedding_constants(
             width, NOISE_SIZE, dtype, target.name, is_given=False, is_backward=False,
             has_fast_math=target.is_nvidia, is_small=True,
         ),

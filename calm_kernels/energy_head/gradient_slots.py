@@ -1,7 +1,7 @@
-"""Sums over rows in the backward pass: the gradients of all biases and LayerNorms.
+"""Where the gradients of biases and LayerNorms lie: sums over rows, kept in one array.
 
-Every kernel leaves one row of sums for each group of rows; one addition over the groups finishes
-them all, always in the same order.
+The backward kernels write the sums of each group of rows, ``[groups, GradientSlots.count, C]``. One
+addition over the groups, always in the same order, finishes them all.
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ from calm_kernels.energy_head.parameters import (
     flatten_parameters,
 )
 
-__all__ = ["Places", "join_gradients"]
+__all__ = ["GradientSlots", "join_gradients"]
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where each vector of C sums lies among those of a head."""
+class GradientSlots:
+    """Index of each vector of C sums in the head's array of them."""
 
     num_blocks: int
 
     hidden = 0  # norm_hidden's weight and bias, hidden_embd's bias
 
     def norm(self, index: int) -> int:
-        """Of block `index` (or the last layer): its norm's weight and bias, and the bias of what
-        is summed into its input: norm_noise's, or the last block's `down`.
+        """Block `index` (or the last layer): its norm's weight and bias, then the bias added to
+        its input, which is norm_noise's or that of the block before (`down`).
         """
         return 3 + 3 * index
 
@@ -68,35 +68,35 @@ def join_gradients(
 
     Args:
         matrices: of the weights, in the same order.
-        vectors: finished sums ``[Places.count, C]``.
+        vectors: finished sums ``[GradientSlots.count, C]``.
         output_bias: of the last linear, ``[L]``.
         num_blocks: D.
     """
-    at = Places(num_blocks)
+    slots = GradientSlots(num_blocks)
     noise_embd, hidden_embd, *inner, final_first, final_second = matrices
     blocks = []
     for index in range(num_blocks):
         first, second, gate_up, down = inner[4 * index : 4 * index + 4]
-        norm, start = at.norm(index), at.gate_up(index)
+        norm, start = slots.norm(index), slots.gate_up(index)
         blocks.append(
             BlockParameters(
                 norm=Pair(vectors[norm], vectors[norm + 1]),
-                first=Pair(first, vectors[at.first(index)]),
-                second=Pair(second, vectors[at.second(index)]),
+                first=Pair(first, vectors[slots.first(index)]),
+                second=Pair(second, vectors[slots.second(index)]),
                 gate_up=Pair(gate_up, vectors[start : start + 2].view(-1)),
-                down=Pair(down, vectors[at.norm(index + 1) + 2]),
+                down=Pair(down, vectors[slots.norm(index + 1) + 2]),
             )
         )
-    last = at.norm(num_blocks)
+    last = slots.norm(num_blocks)
     return flatten_parameters(
         HeadParameters(
-            noise_embd=Pair(noise_embd, vectors[at.noise + 1]),
-            norm_noise=Pair(vectors[at.noise], vectors[at.norm(0) + 2]),
-            hidden_embd=Pair(hidden_embd, vectors[at.hidden + 2]),
-            norm_hidden=Pair(vectors[at.hidden], vectors[at.hidden + 1]),
+            noise_embd=Pair(noise_embd, vectors[slots.noise + 1]),
+            norm_noise=Pair(vectors[slots.noise], vectors[slots.norm(0) + 2]),
+            hidden_embd=Pair(hidden_embd, vectors[slots.hidden + 2]),
+            norm_hidden=Pair(vectors[slots.hidden], vectors[slots.hidden + 1]),
             blocks=tuple(blocks),
             final_norm=Pair(vectors[last], vectors[last + 1]),
-            final_first=Pair(final_first, vectors[at.final]),
+            final_first=Pair(final_first, vectors[slots.final]),
             final_second=Pair(final_second, output_bias),
         )
     )
