@@ -16,12 +16,12 @@ from calm_kernels.backend import is_interpreted
 __all__ = [
     "Constants",
     "Launch",
-    "PatchTile",
+    "SampleTile",
     "architecture",
     "fuses_head",
     "launch_options",
     "num_processors",
-    "patch_tile",
+    "sample_tile",
     "setting",
     "use_fast_math",
     "warp_size",
@@ -255,8 +255,8 @@ def launch_options(launch: Launch, num_warps: int | None = None) -> dict[str, An
 
 
 @dataclass(frozen=True)
-class PatchTile:
-    """How the samples of a patch lie in registers, and the warps that hold them.
+class SampleTile:
+    """How the samples of a position lie in registers, and the warps that hold them.
 
     A lane has `pieces` times `inner` features of a sample; `lanes` lanes share it.
     """
@@ -273,9 +273,9 @@ class PatchTile:
         return {"OUTER": outer, "BLOCK_N": self.block_n, "LANES": lanes, "INNER": self.inner}
 
 
-def patch_tile(
+def sample_tile(
     launch: Launch, num_samples: int, width: int, itemsize: int, warp_size: int
-) -> PatchTile:
+) -> SampleTile:
     """Split `width` features over lanes: 16 bytes at a time, at most `features_per_lane` in each.
 
     A lane multiplies its own 1 + 2tσ² in the quadrature, whose nodes reach further for small
@@ -288,4 +288,4 @@ def patch_tile(
     lanes = block // per_lane
     block_n = min(launch.block_n, 1 << (num_samples - 1).bit_length())
     num_warps = max(1, block_n * lanes // warp_size)
-    return PatchTile(per_lane // inner, block_n, lanes, inner, num_warps)
+    return SampleTile(per_lane // inner, block_n, lanes, inner, num_warps)

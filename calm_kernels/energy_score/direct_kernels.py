@@ -5,10 +5,14 @@ float32 for every latent size; gram_kernels.py is the faster way to many drawn t
 dimensions.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from calm_kernels.device import exp2, power_terms, sum_features
+from calm_kernels.energy_score.problem import Problem, pointer_and_stride
+from calm_kernels.energy_score.targets import TargetDraws
 from calm_kernels.energy_score.tile_kernels import (
     feature_tile,
     load_features,
@@ -20,8 +24,9 @@ from calm_kernels.energy_score.tile_kernels import (
     store_terms,
 )
 from calm_kernels.noise_kernels import load_key, normal_at
+from calm_kernels.tuning import Constants
 
-__all__ = ["direct_kernel"]
+__all__ = ["direct_constants", "direct_drawn_score", "direct_given_score", "direct_kernel"]
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _STREAM_TARGETS = tl.constexpr(1)  # noise.Stream.TARGETS
@@ -146,3 +151,57 @@ def direct_kernel(
     if NEED_POSTERIOR:
         store_features(dmean_ptr + row * WIDTH, target_scale * dmean, feature, WIDTH)
         store_features(dlog_std_ptr + row * WIDTH, target_scale * dlog_std, feature, WIDTH)
+
+
+def direct_constants(
+    problem: Problem, *, is_given: bool, is_drawn: bool, is_antithetic: bool, need_targets: bool
+) -> Constants:
+    """Compile-time constants and compiler options of `direct_kernel`."""
+    constants, options = problem.tiled("direct")
+    constants |= {
+        "IS_GIVEN": is_given,
+        "IS_DRAWN": is_drawn,
+        "IS_ANTITHETIC": is_antithetic,
+        "NEED_TARGETS": need_targets,
+    }
+    return constants, options
+
+
+def direct_given_score(
+    problem: Problem, samples: Tensor, targets: Tensor, weight: Tensor | None, terms: Tensor,
+    dsamples: Tensor, dtargets: Tensor, *, need_targets: bool,
+) -> None:  # fmt: skip
+    """Launch for given targets ``[M, R, L]``: terms ``[4, R]`` and gradients, written."""
+    num_targets, num_rows, _ = targets.shape
+    constants, options = direct_constants(
+        problem, is_given=True, is_drawn=False, is_antithetic=False, need_targets=need_targets
+    )
+    pointer, stride = pointer_and_stride(weight, samples)
+    with torch.cuda.device_of(samples):
+        direct_kernel[(num_rows,)](
+            samples, targets, samples, samples, pointer, samples, samples, terms, dsamples,
+            dtargets, samples, samples, num_rows, num_targets, num_targets, *samples.stride(),
+            *targets.stride(), 0, 0, 0, 0, stride, 0, **constants, **options,
+        )  # fmt: skip
+
+
+def direct_drawn_score(
+    problem: Problem, samples: Tensor, mean: Tensor, log_std: Tensor, weight: Tensor | None,
+    draws: TargetDraws, terms: Tensor, dsamples: Tensor, dmean: Tensor, dlog_std: Tensor,
+) -> None:  # fmt: skip
+    """Launch for drawn targets, or targets of given noise: terms ``[4, R]`` and gradients."""
+    num_rows, noise = samples.shape[1], draws.noise
+    constants, options = direct_constants(
+        problem, is_given=False, is_drawn=noise is None, is_antithetic=draws.is_antithetic,
+        need_targets=False,
+    )  # fmt: skip
+    pointer, stride = pointer_and_stride(weight, samples)
+    noise_strides = (0, 0, 0) if noise is None else noise.stride()
+    with torch.cuda.device_of(samples):
+        direct_kernel[(num_rows,)](
+            samples, samples if noise is None else noise, mean, log_std, pointer,
+            samples if draws.seed is None else draws.seed, draws.first_row, terms, dsamples,
+            samples, dmean, dlog_std, num_rows, draws.num_targets, draws.num_drawn,
+            *samples.stride(), *noise_strides, *mean.stride(), *log_std.stride(), stride,
+            draws.stride_seed, **constants, **options,
+        )  # fmt: skip

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from calm_kernels.autograd import refuse_second_derivative, without_autocast
-from calm_kernels.energy_score.chunks import Outputs, in_chunks
 from calm_kernels.energy_score.expectation import expected_power
 from calm_kernels.energy_score.pairs import between, within
 from calm_kernels.energy_score.quadrature import num_nodes
+from calm_kernels.energy_score.row_blocks import Outputs, in_row_blocks
 from calm_kernels.energy_score.targets import TargetDraws
 
 __all__ = ["energy_score", "expected_distance", "gaussian_energy_score"]
@@ -107,7 +107,7 @@ def energy_score(
                 dx += pull
             return diversity + nearness, dx, dy
 
-        score, *gradients = in_chunks(
+        score, *gradients = in_row_blocks(
             compute, samples.shape[0], max(num_samples, num_targets) * width
         )
         return (score,), tuple(gradients)
@@ -146,7 +146,7 @@ def gaussian_energy_score(
             fidelity, *rest = terms
             return diversity - fidelity, fidelity, diversity, *rest
 
-        outputs = in_chunks(compute, num_rows, max(num_samples, num_targets) * width)
+        outputs = in_row_blocks(compute, num_rows, max(num_samples, num_targets) * width)
         return outputs[:4], outputs[4:]
 
     return _differentiate(run, samples, mean, log_std)
@@ -241,7 +241,9 @@ def expected_distance(offset: Tensor, std: Tensor, exponent: float, method: str)
             dstd = None if term.dvariance is None else 2 * s * term.dvariance
             return term.value[:, 0], doffset, dstd
 
-        value, *gradients = in_chunks(compute, offset.shape[0], num_nodes(dtype) * offset.shape[1])
+        value, *gradients = in_row_blocks(
+            compute, offset.shape[0], num_nodes(dtype) * offset.shape[1]
+        )
         return (value,), tuple(gradients)
 
     return _differentiate(run, offset, std)[0]

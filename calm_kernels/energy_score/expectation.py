@@ -7,8 +7,8 @@ every call, so there both run for every patch and the guard selects.
 import torch
 from torch import Tensor
 
-from calm_kernels.energy_score.chunks import in_chunks
 from calm_kernels.energy_score.quadrature import GaussianTerm, num_nodes, quadrature
+from calm_kernels.energy_score.row_blocks import in_row_blocks
 from calm_kernels.energy_score.series import moments, series
 
 __all__ = ["expected_power"]
@@ -101,5 +101,5 @@ def _integrate(
         )
 
     elements = num_nodes(variance.dtype) * width * (1 if can_share else num_samples)
-    outputs = in_chunks(shared if can_share else apart, num_rows, elements)
+    outputs = in_row_blocks(shared if can_share else apart, num_rows, elements)
     return GaussianTerm(*outputs)  # type: ignore[arg-type]

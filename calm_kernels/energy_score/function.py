@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 
 from calm_kernels.autograd import refuse_second_derivative
-from calm_kernels.backend import is_interpreted
-from calm_kernels.energy_score import launch
-from calm_kernels.energy_score.direct_kernels import direct_kernel
-from calm_kernels.energy_score.gram_kernels import gram_kernel
-from calm_kernels.energy_score.kernels import analytic_kernel
-from calm_kernels.energy_score.nodes import nodes
+from calm_kernels.energy_score.analytic_kernels import analytic_score
+from calm_kernels.energy_score.direct_kernels import direct_drawn_score, direct_given_score
+from calm_kernels.energy_score.gram_kernels import gram_score, takes_gram
+from calm_kernels.energy_score.problem import Problem
 from calm_kernels.energy_score.targets import TargetDraws
-from calm_kernels.tuning import architecture, use_fast_math
 
 __all__ = ["energy_score", "gaussian_energy_score"]
 
@@ -66,27 +63,6 @@ def _needs(*inputs: Tensor) -> tuple[bool, ...]:
     return tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs)
 
 
-def _problem(
-    samples: Tensor,
-    weight: Tensor | None,
-    exponent: float,
-    need_samples: bool,
-    need_posterior: bool,
-) -> launch.Problem:
-    return launch.Problem(
-        num_samples=samples.shape[0],
-        width=samples.shape[2],
-        exponent=exponent,
-        dtype=samples.dtype,
-        need_samples=need_samples,
-        need_posterior=need_posterior,
-        has_weight=weight is not None,
-        arch=architecture(samples.device),
-        has_fast_math=use_fast_math(),
-        can_round=not is_interpreted(),
-    )
-
-
 def _outputs(samples: Tensor, need_samples: bool) -> tuple[Tensor, Tensor]:
     """Terms ``[4, R]`` and the gradient of the samples in patch-major memory ``[R, N, L]``, empty
     if not needed; in float32 for float16, which would lose it before a loss scale multiplies it.
@@ -113,11 +89,6 @@ def _target_output(samples: Tensor, targets: Tensor, is_needed: bool) -> Tensor:
     return targets.new_zeros(shape, dtype=torch.float32)
 
 
-def _weight_arguments(weight: Tensor | None, samples: Tensor) -> tuple[Tensor, int]:
-    """A tensor to point at and its stride; the kernel does not read it without a weight."""
-    return (samples, 0) if weight is None else (weight, weight.stride(0))
-
-
 @torch.library.custom_op("calm_kernels::energy_score", mutates_args=())
 def _given_op(
     samples: Tensor,
@@ -130,19 +101,13 @@ def _given_op(
     """Terms, gradients of the samples ``[R, N, L]`` and of the targets ``[R, M, L]``, float32."""
     terms, dsamples = _outputs(samples, need_samples)
     dtargets = _target_output(samples, targets, need_targets)
-    num_targets, num_rows, _ = targets.shape
-    if num_rows:
-        constants, options = launch.direct(
-            _problem(samples, weight, exponent, need_samples, False),
-            is_given=True, is_drawn=False, is_antithetic=False, need_targets=need_targets,
-        )  # fmt: skip
-        pointer, stride = _weight_arguments(weight, samples)
-        with torch.cuda.device_of(samples):
-            direct_kernel[(num_rows,)](
-                samples, targets, samples, samples, pointer, samples, samples, terms, dsamples,
-                dtargets, samples, samples, num_rows, num_targets, num_targets, *samples.stride(),
-                *targets.stride(), 0, 0, 0, 0, stride, 0, **constants, **options,
-            )  # fmt: skip
+    if samples.shape[1]:
+        problem = Problem.of(
+            samples, weight, exponent, need_samples=need_samples, need_posterior=False
+        )
+        direct_given_score(
+            problem, samples, targets, weight, terms, dsamples, dtargets, need_targets=need_targets
+        )
     return terms, dsamples, dtargets
 
 
@@ -159,19 +124,11 @@ def _analytic_op(
     """Terms and the gradients of samples ``[R, N, L]``, mean and log_std ``[R, L]``."""
     terms, dsamples = _outputs(samples, need_samples)
     dmean, dlog_std = _posterior_outputs(mean, log_std, need_posterior)
-    _, num_rows, width = samples.shape
-    if num_rows:
-        constants, options = launch.analytic(
-            _problem(samples, weight, exponent, need_samples, need_posterior)
+    if samples.shape[1]:
+        problem = Problem.of(
+            samples, weight, exponent, need_samples=need_samples, need_posterior=need_posterior
         )
-        rule = nodes(exponent, width)
-        pointer, stride = _weight_arguments(weight, samples)
-        with torch.cuda.device_of(samples):
-            analytic_kernel[(num_rows,)](
-                samples, mean, log_std, pointer, terms, dsamples, dmean, dlog_std, num_rows,
-                *samples.stride(), *mean.stride(), *log_std.stride(), stride, rule.first,
-                rule.step, rule.log_scale, **constants, **options,
-            )  # fmt: skip
+        analytic_score(problem, samples, mean, log_std, weight, terms, dsamples, dmean, dlog_std)
     return terms, dsamples, dmean, dlog_std
 
 
@@ -193,33 +150,14 @@ def _drawn_op(
     """As `_analytic_op` for targets drawn from a seed, or from given noise ``[M, R, L]``."""
     terms, dsamples = _outputs(samples, need_samples)
     dmean, dlog_std = _posterior_outputs(mean, log_std, need_posterior)
-    num_rows = samples.shape[1]
-    if not num_rows:
-        return terms, dsamples, dmean, dlog_std
-    problem = _problem(samples, weight, exponent, need_samples, need_posterior)
-    pointer, stride = _weight_arguments(weight, samples)
-    stride_seed = 0 if seed is None or seed.dim() == 1 else 2
-    counts = (num_rows, num_targets, num_targets // 2 if is_antithetic else num_targets)
-    strides = (*mean.stride(), *log_std.stride(), stride, stride_seed)
-    with torch.cuda.device_of(samples):
-        if noise is None and launch.takes_gram(problem):
-            constants, options = launch.gram(problem, is_antithetic=is_antithetic)
-            gram_kernel[(num_rows,)](
-                samples, mean, log_std, pointer, seed, first_row, terms, dsamples, dmean,
-                dlog_std, *counts, *samples.stride(), *strides, **constants, **options,
-            )  # fmt: skip
-        else:
-            constants, options = launch.direct(
-                problem, is_given=False, is_drawn=noise is None, is_antithetic=is_antithetic,
-                need_targets=False,
-            )  # fmt: skip
-            noise_strides = (0, 0, 0) if noise is None else noise.stride()
-            direct_kernel[(num_rows,)](
-                samples, samples if noise is None else noise, mean, log_std, pointer,
-                samples if seed is None else seed, first_row, terms, dsamples, samples, dmean,
-                dlog_std, *counts, *samples.stride(), *noise_strides, *strides, **constants,
-                **options,
-            )  # fmt: skip
+    if samples.shape[1]:
+        problem = Problem.of(
+            samples, weight, exponent, need_samples=need_samples, need_posterior=need_posterior
+        )
+        draws = TargetDraws(noise, num_targets, seed, first_row, is_antithetic)
+        has_gram = noise is None and takes_gram(problem)
+        score = gram_score if has_gram else direct_drawn_score
+        score(problem, samples, mean, log_std, weight, draws, terms, dsamples, dmean, dlog_std)
     return terms, dsamples, dmean, dlog_std
 
 

@@ -11,14 +11,23 @@ every product, which takes eight of them without padding. |z|² is a product too
 nothing per dimension stays in registers in the loop.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from calm_kernels.device import exp2, power_terms
+from calm_kernels.energy_score.problem import Problem, pointer_and_stride
+from calm_kernels.energy_score.targets import TargetDraws
 from calm_kernels.energy_score.tile_kernels import load_weight, store_terms
 from calm_kernels.noise_kernels import load_key, normal_slices
+from calm_kernels.tuning import Constants, launch_options, widest
 
-__all__ = ["gram_kernel"]
+__all__ = ["gram_constants", "gram_kernel", "gram_score", "takes_gram"]
+
+# Fewer dimensions leave d and z too far from orthogonal for a matmul of rounded operands; more need
+# registers and shared memory that not every machine has.
+GRAM_WIDTHS = range(64, 257)
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _STREAM_TARGETS = tl.constexpr(1)  # noise.Stream.TARGETS
@@ -308,3 +317,46 @@ def gram_kernel(
                 tl.store(dsamples_ptr + offs_n + (k * WORDS + q)[None, :], values, mask=mask)
 
     store_terms(terms_ptr, row, num_rows, target_scale * fidelity, pair_scale / 2 * diversity, 0.0)
+
+
+def takes_gram(problem: Problem) -> bool:
+    """Whether `gram_kernel` takes drawn targets; `direct_kernel` takes the others."""
+    if problem.width in GRAM_WIDTHS or problem.dtype.itemsize > 2:
+        return problem.width in GRAM_WIDTHS
+    widest_row = widest("energy_score.gram.wide", problem.arch)
+    return GRAM_WIDTHS.stop <= problem.width <= widest_row
+
+
+def gram_constants(problem: Problem, *, is_antithetic: bool) -> Constants:
+    """Compile-time constants and compiler options of `gram_kernel`.
+
+    Matmuls are of bf16 for 16-bit inputs, of tf32 for float32 (AMD: float32).
+    """
+    launch = problem.setting("gram" if problem.width in GRAM_WIDTHS else "gram.wide")
+    is_rounded = problem.dtype.itemsize == 2 and problem.can_round
+    words = -(-problem.width // 8)
+    constants = problem.common() | {
+        "IS_ANTITHETIC": is_antithetic,
+        "BLOCK_N": launch.block_n,
+        "BLOCK_Q": max(16, 1 << (words - 1).bit_length()),
+        "BLOCK_M": launch.block_m,
+        "DOT_DTYPE": tl.bfloat16 if is_rounded else tl.float32,
+        "PRECISION": "ieee" if is_rounded or not problem.has_fast_math else "tf32",
+    }
+    return constants, launch_options(launch)
+
+
+def gram_score(
+    problem: Problem, samples: Tensor, mean: Tensor, log_std: Tensor, weight: Tensor | None,
+    draws: TargetDraws, terms: Tensor, dsamples: Tensor, dmean: Tensor, dlog_std: Tensor,
+) -> None:  # fmt: skip
+    """Launch: terms ``[4, R]`` and gradients, written to the last four tensors."""
+    num_rows = samples.shape[1]
+    constants, options = gram_constants(problem, is_antithetic=draws.is_antithetic)
+    pointer, stride = pointer_and_stride(weight, samples)
+    with torch.cuda.device_of(samples):
+        gram_kernel[(num_rows,)](
+            samples, mean, log_std, pointer, draws.seed, draws.first_row, terms, dsamples, dmean,
+            dlog_std, num_rows, draws.num_targets, draws.num_drawn, *samples.stride(),
+            *mean.stride(), *log_std.stride(), stride, draws.stride_seed, **constants, **options,
+        )  # fmt: skip

@@ -10,7 +10,7 @@ that are far apart in it, and differences for the rest. The gradient of |v|^α i
 import torch
 from torch import Tensor
 
-from calm_kernels.energy_score.chunks import WORKING_SET, in_chunks
+from calm_kernels.energy_score.row_blocks import WORKING_SET, in_row_blocks
 
 __all__ = ["between", "within"]
 
@@ -71,7 +71,7 @@ def between(
         return _products(*part) or _differences(*part)
 
     elements = (num_samples + num_targets) * max(num_samples, width)
-    return in_chunks(compute, x.shape[0], elements)  # type: ignore[return-value]
+    return in_row_blocks(compute, x.shape[0], elements)  # type: ignore[return-value]
 
 
 def _differences(
@@ -105,7 +105,7 @@ def _differences(
                 dy[:, part] = -difference.mul_(slope[..., None]).sum(1)
         return total * scale[rows], dx, dy
 
-    return in_chunks(compute, x.shape[0], num_samples * block * width)  # type: ignore[return-value]
+    return in_row_blocks(compute, x.shape[0], num_samples * block * width)  # type: ignore[return-value]
 
 
 def _products(

@@ -19,6 +19,16 @@ class TargetDraws(NamedTuple):
     first_row: int | Tensor = 0
     is_antithetic: bool = False
 
+    @property
+    def num_drawn(self) -> int:
+        """Draws of noise: half of the targets if these come in pairs ±ε."""
+        return self.num_targets // 2 if self.is_antithetic else self.num_targets
+
+    @property
+    def stride_seed(self) -> int:
+        """Elements from one position's seed to the next; 0 if they share it."""
+        return 0 if self.seed is None or self.seed.dim() == 1 else 2
+
     def all(self, num_rows: int, width: int) -> Tensor:
         """Draws of every patch, ``[M, R, L]``."""
         if self.noise is not None:
@@ -37,7 +47,7 @@ class TargetDraws(NamedTuple):
             width,
             stream=Stream.TARGETS,
             seed=self.seed[rows] if has_row_seeds else self.seed,
-            num_draws=self.num_targets // 2 if self.is_antithetic else self.num_targets,
+            num_draws=self.num_drawn,
             first_row=self.first_row if has_row_seeds else self.first_row + rows.start,
             device=self.seed.device,
             dtype=dtype,

@@ -5,7 +5,7 @@ import torch
 from energy_cases import EXPONENTS, Case, make_case, score_and_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from calm_kernels.energy_score import chunks, energy_score, gaussian_energy_score
+from calm_kernels.energy_score import energy_score, gaussian_energy_score, row_blocks
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 targets_kinds = pytest.mark.parametrize("targets", ["analytic", "antithetic", "sample"])
@@ -143,10 +143,10 @@ class TestSeeds:
         assert len(set(score.tolist())) == 4
         torch.testing.assert_close(score[1:2], alone, rtol=1e-6, atol=1e-6)
 
-    def test_chunks_draw_what_the_whole_draws(self, generator, monkeypatch):
+    def test_row_blocks_draw_what_the_whole_draws(self, generator, monkeypatch):
         case = make_case(3, (11,), 8, generator).to(torch.float32)
         whole = scored(case, "torch", targets="sample")
-        monkeypatch.setattr(chunks, "WORKING_SET", 3 * 8 * 6)
+        monkeypatch.setattr(row_blocks, "WORKING_SET", 3 * 8 * 6)
         torch.testing.assert_close(
             scored(case, "torch", targets="sample"), whole, rtol=1e-6, atol=1e-6
         )
@@ -286,7 +286,7 @@ def test_no_array_of_all_distances(targets, generator):
     with LargestTensor() as largest:
         score = gaussian_energy_score(*case, targets=targets, num_targets=m, seed=0)
         score.sum().backward()
-    assert largest.elements <= 2 * chunks.WORKING_SET < m * rows * width < n * m * rows * width
+    assert largest.elements <= 2 * row_blocks.WORKING_SET < m * rows * width < n * m * rows * width
 
 
 @pytest.mark.parametrize("width", [8, 64])

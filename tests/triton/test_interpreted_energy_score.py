@@ -14,7 +14,7 @@ from energy_cases import (
 )
 
 from calm_kernels import energy_score, gaussian_energy_score
-from calm_kernels.energy_score import function, gram_kernels
+from calm_kernels.energy_score import analytic_kernels, direct_kernels, gram_kernels
 from calm_kernels.tuning import TABLE, Launch
 
 MODES = ["analytic", "antithetic", "sample"]
@@ -41,16 +41,16 @@ def test_modes(width, mode, exponent, generator):
     compare(case, exponent=exponent, targets=mode, num_targets=18, seed=7, first_row=5)
 
 
-def test_products_of_more_dimensions(monkeypatch, generator):
+def test_matmuls_of_more_dimensions(monkeypatch, generator):
     """Where the table has a row for them; direct differences give the same."""
     case = make_case(3, (2,), 300, generator).to(torch.bfloat16)
     options = {"targets": "sample", "num_targets": 18, "seed": 7, "backend": "triton"}
     direct = gaussian_energy_score(*case, **options)
     monkeypatch.setitem(TABLE, ("energy_score.gram.wide", "default", 512), Launch())
-    monkeypatch.setattr(function, "direct_kernel", None)
+    monkeypatch.setattr(direct_kernels, "direct_kernel", None)
     compare(case, torch.bfloat16, BF16, targets="sample", num_targets=18, seed=7)
-    by_products = gaussian_energy_score(*case, **options)
-    torch.testing.assert_close(by_products, direct, rtol=1e-5, atol=0)
+    by_matmuls = gaussian_energy_score(*case, **options)
+    torch.testing.assert_close(by_matmuls, direct, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("num_samples", [2, 8, 11])
@@ -265,8 +265,9 @@ def test_a_seed_a_patch(generator):
 
 
 def test_empty_batch_launches_nothing(monkeypatch):
-    for name in ("analytic_kernel", "gram_kernel", "direct_kernel"):
-        monkeypatch.setattr(function, name, None)
+    monkeypatch.setattr(analytic_kernels, "analytic_kernel", None)
+    monkeypatch.setattr(gram_kernels, "gram_kernel", None)
+    monkeypatch.setattr(direct_kernels, "direct_kernel", None)
     samples = torch.zeros(3, 0, 64, requires_grad=True)
     target = torch.zeros(0, 64)
     for mode in MODES:

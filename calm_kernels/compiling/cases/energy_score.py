@@ -1,4 +1,4 @@
-"""The energy score at 8192 patches, N = 8 samples, M = 100 targets, L = 128."""
+"""The energy score at 8192 positions, N = 8 samples, M = 100 targets, L = 128."""
 
 import math
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ import torch
 from calm_kernels.compiling.configuration import Configuration
 from calm_kernels.compiling.inspection import Fixed
 from calm_kernels.compiling.targets import Target
-from calm_kernels.energy_score import launch
-from calm_kernels.energy_score.direct_kernels import direct_kernel
-from calm_kernels.energy_score.gram_kernels import gram_kernel
-from calm_kernels.energy_score.kernels import analytic_kernel
+from calm_kernels.energy_score.analytic_kernels import analytic_constants, analytic_kernel
+from calm_kernels.energy_score.direct_kernels import direct_constants, direct_kernel
+from calm_kernels.energy_score.gram_kernels import gram_constants, gram_kernel
 from calm_kernels.energy_score.nodes import nodes
+from calm_kernels.energy_score.problem import Problem
 
 __all__ = ["cases"]
 
@@ -32,7 +32,7 @@ _ALIGNED = (
 )  # fmt: skip
 
 
-def _problem(target: Target, dtype: torch.dtype, **changes: Any) -> launch.Problem:
+def _problem(target: Target, dtype: torch.dtype, **changes: Any) -> Problem:
     options: dict[str, Any] = {
         "num_samples": NUM_SAMPLES,
         "width": WIDTH,
@@ -44,7 +44,7 @@ def _problem(target: Target, dtype: torch.dtype, **changes: Any) -> launch.Probl
         "arch": target.name,
         "has_fast_math": target.is_nvidia,
     }
-    return launch.Problem(**options | changes)
+    return Problem(**options | changes)
 
 
 def _trips(constants: dict[str, Any], *inner: int) -> tuple[int, ...]:
@@ -79,7 +79,7 @@ def _analytic(
         dtype,
         changes,
         kernel=analytic_kernel,
-        constants=lambda target: launch.analytic(_problem(target, dtype, **changes)),
+        constants=lambda target: analytic_constants(_problem(target, dtype, **changes)),
         trips=lambda constants: _trips(constants, count, _pairs(constants)),
         budget=budget,
         is_main=is_main,
@@ -96,7 +96,7 @@ def _gram(
         dtype,
         changes,
         kernel=gram_kernel,
-        constants=lambda target: launch.gram(
+        constants=lambda target: gram_constants(
             _problem(target, dtype, **changes), is_antithetic=is_antithetic
         ),
         trips=lambda constants: _trips(
@@ -119,7 +119,7 @@ def _direct(
         dtype,
         changes,
         kernel=direct_kernel,
-        constants=lambda target: launch.direct(
+        constants=lambda target: direct_constants(
             _problem(target, dtype, **changes),
             is_given=is_given,
             is_drawn=is_drawn,
@@ -214,7 +214,7 @@ def _direct_cases() -> Iterator[Configuration]:
 
 
 def cases() -> Iterator[Configuration]:
-    """The analytic score, targets drawn by products, and direct differences."""
+    """The analytic score, targets drawn for matmuls, and direct differences."""
     yield from _analytic_cases()
     yield from _gram_cases()
     yield from _direct_cases()

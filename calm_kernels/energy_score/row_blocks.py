@@ -1,19 +1,21 @@
-"""Work on many patches in slices whose intermediates stay in cache."""
+"""Work on many rows in blocks whose intermediates stay in cache."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-__all__ = ["WORKING_SET", "in_chunks"]
+__all__ = ["WORKING_SET", "in_row_blocks"]
 
-# Elements of the largest intermediate of a chunk: a few MiB, about what a core's own cache holds.
+# Elements of the largest intermediate of a block: a few MiB, about what a core's own cache holds.
 WORKING_SET = 1 << 19
 
 Outputs = tuple[Tensor | None, ...]
 
 
-def in_chunks(compute: Callable[[slice], Outputs], num_rows: int, elements_per_row: int) -> Outputs:
-    """`compute` of slices of rows, its outputs ``[r, ...]`` joined along the rows.
+def in_row_blocks(
+    compute: Callable[[slice], Outputs], num_rows: int, elements_per_row: int
+) -> Outputs:
+    """`compute` of blocks of rows, its outputs ``[r, ...]`` joined along the rows.
 
     Args:
         compute: outputs of one slice; an output is None for every slice or for none.

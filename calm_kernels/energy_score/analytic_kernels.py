@@ -1,10 +1,16 @@
 """The energy score with analytic targets: one program a patch, value and gradients in one pass."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from calm_kernels.device import exp2, reciprocal, sum_features
+from calm_kernels.energy_score.expectation import SERIES_MIN_LATENT
 from calm_kernels.energy_score.expectation_kernels import add_quadrature, series
+from calm_kernels.energy_score.nodes import nodes
+from calm_kernels.energy_score.problem import Problem, pointer_and_stride
+from calm_kernels.energy_score.series import MAX_R2, MAX_SHARE
 from calm_kernels.energy_score.tile_kernels import (
     feature_tile,
     load_features,
@@ -15,8 +21,9 @@ from calm_kernels.energy_score.tile_kernels import (
     store_samples,
     store_terms,
 )
+from calm_kernels.tuning import Constants
 
-__all__ = ["analytic_kernel"]
+__all__ = ["analytic_constants", "analytic_kernel", "analytic_score"]
 
 _TWO_LOG2_E = tl.constexpr(2.8853900817779268)
 _TINY = tl.constexpr(1.1754943508222875e-38)
@@ -138,3 +145,32 @@ def analytic_kernel(
         dlog_std = -2 * target_scale * dvariance * variance
         store_features(dmean_ptr + row * WIDTH, dmean, feature, WIDTH)
         store_features(dlog_std_ptr + row * WIDTH, dlog_std, feature, WIDTH)
+
+
+def analytic_constants(problem: Problem) -> Constants:
+    """Compile-time constants and compiler options of `analytic_kernel`."""
+    constants, options = problem.tiled("analytic")
+    constants |= {
+        "NUM_NODES": nodes(problem.exponent, problem.width).num_nodes,
+        "MAX_R2": MAX_R2,
+        "MAX_SHARE": MAX_SHARE,
+        "MAX_EXCESS": 1.0 if problem.width >= SERIES_MIN_LATENT else -1.0,
+    }
+    return constants, options
+
+
+def analytic_score(
+    problem: Problem, samples: Tensor, mean: Tensor, log_std: Tensor, weight: Tensor | None,
+    terms: Tensor, dsamples: Tensor, dmean: Tensor, dlog_std: Tensor,
+) -> None:  # fmt: skip
+    """Launch: terms ``[4, R]`` and gradients, written to the last four tensors."""
+    num_rows = samples.shape[1]
+    constants, options = analytic_constants(problem)
+    rule = nodes(problem.exponent, problem.width)
+    pointer, stride = pointer_and_stride(weight, samples)
+    with torch.cuda.device_of(samples):
+        analytic_kernel[(num_rows,)](
+            samples, mean, log_std, pointer, terms, dsamples, dmean, dlog_std, num_rows,
+            *samples.stride(), *mean.stride(), *log_std.stride(), stride, rule.first, rule.step,
+            rule.log_scale, **constants, **options,
+        )  # fmt: skip
