@@ -1,4 +1,4 @@
-"""In which dtype a product with a weight runs, and in which one its sums are kept."""
+"""The dtype of a matmul with a weight, and the dtype of its sums."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from calm_kernels.autograd import is_autocast_on
 from calm_kernels.checks import check_device, check_dtype, check_shape, check_tensor
 
-__all__ = ["accumulation_dtype", "check_projection", "product_dtype"]
+__all__ = ["accumulation_dtype", "check_projection", "matmul_dtype"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -14,8 +14,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def product_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on (float64 is left alone), else the one both tensors share.
+def matmul_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on (float64 stays float64), else the one both tensors share.
 
     Raises:
         TypeError: the dtypes differ and autocast is off.
@@ -31,7 +31,7 @@ def product_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> 
 
 
 def check_projection(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """`product_dtype` of ``hidden [..., H] @ weight [V, H].T``.
+    """`matmul_dtype` of ``hidden [..., H] @ weight [V, H].T``.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, device or shape, or an empty vocabulary.
@@ -44,4 +44,4 @@ def check_projection(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if weight.shape[0] == 0:
         raise ValueError(f"weight must have at least one row, got shape {tuple(weight.shape)}")
     check_device("weight", weight, "hidden", hidden)
-    return product_dtype("weight", weight, "hidden", hidden)
+    return matmul_dtype("weight", weight, "hidden", hidden)

@@ -6,20 +6,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calm_kernels import noise
-from calm_kernels.agreeing_patch.eager import agreeing_patch_eager, choose
+from calm_kernels.agreeing_patch.eager import agreeing_patch_eager
 from calm_kernels.agreeing_patch.reference import agreeing_patch_reference
+from calm_kernels.agreeing_patch.votes import TOLERANCE, draw_votes, split_power
 from calm_kernels.backend import Backend, resolve
 from calm_kernels.checks import check_device, check_dtype, check_tensor
-from calm_kernels.noise import Seed, Stream, as_seed
+from calm_kernels.noise import Seed, as_seed
 
 __all__ = ["agreeing_patch"]
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 NUMBERS = (torch.float64, torch.float32, *INTEGERS)
-TOLERANCE = 1e-6  # relative; 1/T computed in float32 is off by 1e-7
-# One program holds a sequence's candidates; torch chooses among more, once a kernel counted them.
-TRITON_MAX_CANDIDATES = 4096
 
 
 def agreeing_patch(
@@ -81,30 +78,23 @@ def agreeing_patch(
     chosen = resolve(backend, "agreeing_patch", candidates)
     seed = _checked_seed(seed, candidates)
     is_factory = form == "factory"
-    if chosen is Backend.TRITON and candidates.shape[1] <= TRITON_MAX_CANDIDATES:
-        from calm_kernels.agreeing_patch import function
-
-        tokens, level, signed = function.agreeing_patch(
-            candidates, power, seed, first_row, is_factory
-        )
-        return (tokens, level, signed.abs().to(torch.int64)) if return_counts else (tokens, level)
-
-    vote = noise.uniform(len(power), 1, stream=Stream.VOTE, seed=seed, first_row=first_row,
-                         device=candidates.device, dtype=torch.float64)[:, 0]  # fmt: skip
-    arguments = (*_split(power), vote, is_factory)
     match chosen:
         case Backend.REFERENCE:
-            index, level, counts = agreeing_patch_reference(candidates, *arguments)
+            tokens, level, counts = agreeing_patch_reference(
+                candidates, *split_power(power), draw_votes(power, seed, first_row), is_factory
+            )
         case Backend.TRITON:
-            from calm_kernels.agreeing_patch import function
+            from calm_kernels.agreeing_patch.function import agreeing_patch_triton
 
-            signed = function.count(candidates)
-            counts = signed.abs().to(torch.int64)
-            index, level = choose(counts, signed > 0, *arguments)
+            tokens, level, counts = agreeing_patch_triton(
+                candidates, power, seed, first_row, is_factory
+            )
         case _:
-            index, level, counts = agreeing_patch_eager(candidates, *arguments)
-    tokens = candidates[torch.arange(len(power), device=candidates.device), index]
-    return (tokens, level, counts) if return_counts else (tokens, level)
+            tokens, level, counts = agreeing_patch_eager(
+                candidates, *split_power(power), draw_votes(power, seed, first_row), is_factory
+            )
+    # The kernels mark repeated occurrences by a sign.
+    return (tokens, level, counts.abs().to(torch.int64)) if return_counts else (tokens, level)
 
 
 def _checked_seed(seed: Seed, candidates: Tensor) -> Tensor:
@@ -132,14 +122,6 @@ def _power(num_agreeing: int | float | Tensor, candidates: Tensor) -> Tensor:
         for value in num_agreeing.reshape(-1).tolist():
             _check_number(value)
     return num_agreeing.to(torch.float64).clamp(min=1.0).expand(batch)
-
-
-def _split(power: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole part n and rest a of s = n + a, each ``[B]``; a is 0 within `TOLERANCE`."""
-    nearest = power.round()
-    is_whole = (power - nearest).abs() <= TOLERANCE * power
-    whole = torch.where(is_whole, nearest, power.floor())
-    return whole, torch.where(is_whole, 0.0, power - whole)
 
 
 def _check_number(value: object) -> float:

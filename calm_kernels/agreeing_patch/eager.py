@@ -24,9 +24,10 @@ def agreeing_patch_eager(
     vote: Tensor,  # [B]
     is_factory: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Index of the choice ``[B]``, level ``[B]`` and counts ``[B, N]``; see the public function."""
+    """Tokens ``[B, K]``, level ``[B]`` and counts ``[B, N]``; see the public function."""
     counts, is_first = _occurrences(candidates)
-    return *choose(counts, is_first, whole, fraction, vote, is_factory), counts
+    index, level = choose(counts, is_first, whole, fraction, vote, is_factory)
+    return candidates[torch.arange(len(index), device=index.device), index], level, counts
 
 
 def choose(

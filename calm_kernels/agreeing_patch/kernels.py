@@ -10,15 +10,27 @@ M the largest count and s the number of draws that must agree,
 for whole s (binomials), for the gamma form, and for the factory form with its own exclusion.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from calm_kernels.noise_kernels import load_key, philox
+from calm_kernels.tuning import Constants, architecture, launch_options, setting
 
-__all__ = ["choose_kernel", "count_kernel"]
+__all__ = [
+    "choose_constants",
+    "choose_kernel",
+    "count_constants",
+    "count_kernel",
+    "write_choices",
+    "write_counts",
+]
+
+MAX_UNROLL = 8  # tokens that are compared without a loop
 
 _STREAM_VOTE = tl.constexpr(6)  # noise.Stream.VOTE
-_TOLERANCE = tl.constexpr(1e-6)  # of whole numbers, relative, as in api.py
+_TOLERANCE = tl.constexpr(1e-6)  # of whole numbers, relative, as in votes.py
 _UNIFORM_STEP = tl.constexpr(2.0**-24)
 
 
@@ -109,3 +121,61 @@ def choose_kernel(
     tokens = tl.load(candidates_ptr + row * stride_b + source, mask=slot < PATCH_SIZE, other=0)
     tl.store(tokens_ptr + row * PATCH_SIZE + slot, tokens, mask=slot < PATCH_SIZE)
     tl.store(level_ptr + row, level.to(tl.int64))
+
+
+def count_constants(patch_size: int, arch: str) -> Constants:
+    """Compile-time constants and compiler options of `count_kernel`."""
+    launch = setting("agreeing_patch.count", arch, patch_size)
+    chosen = {
+        "PATCH_SIZE": patch_size,
+        "UNROLL": max(step for step in range(1, MAX_UNROLL + 1) if patch_size % step == 0),
+        "BLOCK_N": launch.block_n,
+        "BLOCK_OTHER": launch.block_rows,
+    }
+    return chosen, launch_options(launch)
+
+
+def choose_constants(
+    num_candidates: int, patch_size: int, arch: str, *, is_factory: bool
+) -> Constants:
+    """Compile-time constants and compiler options of `choose_kernel`."""
+    launch = setting("agreeing_patch.choose", arch, num_candidates)
+    chosen = {
+        "IS_FACTORY": is_factory,
+        "PATCH_SIZE": patch_size,
+        "BLOCK_K": _power_of_two(patch_size),
+        "BLOCK": _power_of_two(num_candidates),
+    }
+    return chosen, launch_options(launch)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def write_counts(candidates: Tensor, counts: Tensor) -> None:
+    """Launch: signed counts ``[B, N]`` of candidates ``[B, N, K]``."""
+    batch, num_candidates, patch_size = candidates.shape
+    chosen, options = count_constants(patch_size, architecture(candidates.device))
+    grid = (batch, triton.cdiv(num_candidates, chosen["BLOCK_N"]))
+    with torch.cuda.device_of(candidates):
+        count_kernel[grid](
+            candidates, counts, num_candidates, *candidates.stride(), **chosen, **options
+        )
+
+
+def write_choices(
+    candidates: Tensor, counts: Tensor, power: Tensor, seed: Tensor, first_row: Tensor,
+    tokens: Tensor, level: Tensor, *, is_factory: bool,
+) -> None:  # fmt: skip
+    """Launch: tokens ``[B, K]`` and level ``[B]``."""
+    batch, num_candidates, patch_size = candidates.shape
+    chosen, options = choose_constants(
+        num_candidates, patch_size, architecture(candidates.device), is_factory=is_factory
+    )
+    stride_seed = 0 if seed.dim() == 1 else 2
+    with torch.cuda.device_of(candidates):
+        choose_kernel[(batch,)](
+            candidates, counts, power, seed, first_row, tokens, level, num_candidates,
+            *candidates.stride(), power.stride(0), stride_seed, **chosen, **options,
+        )  # fmt: skip

@@ -16,7 +16,7 @@ def agreeing_patch_reference(
     vote: Tensor,  # [B]
     is_factory: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Index of the choice ``[B]``, level ``[B]`` and counts ``[B, N]``; see the public function."""
+    """Tokens ``[B, K]``, level ``[B]`` and counts ``[B, N]``; see the public function."""
     chosen, levels, counts = [], [], []
     for row, n, a, u in zip(
         candidates.tolist(), whole.tolist(), fraction.tolist(), vote.tolist(), strict=True
@@ -24,15 +24,19 @@ def agreeing_patch_reference(
         patches = [tuple(patch) for patch in row]
         count = Counter(patches)  # in the order of first occurrence
         level, weights = _cascade(list(count.values()), len(patches), int(n), a, is_factory)
-        chosen.append(patches.index(list(count)[_pick(weights, u)]))
+        chosen.append(list(count)[_pick(weights, u)])
         levels.append(level)
         counts.append([count[patch] for patch in patches])
-    batch, num_candidates, _ = candidates.shape
+    batch, num_candidates, patch_size = candidates.shape
 
-    def on_device(values: list) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=candidates.device)
+    def on_device(values: list, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=candidates.device)
 
-    return on_device(chosen), on_device(levels), on_device(counts).view(batch, num_candidates)
+    return (
+        on_device(chosen, candidates.dtype).view(batch, patch_size),
+        on_device(levels),
+        on_device(counts).view(batch, num_candidates),
+    )
 
 
 def _cascade(

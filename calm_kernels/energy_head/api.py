@@ -1,4 +1,4 @@
-"""The public function: check, draw what was not given, choose, call."""
+"""The public function: check the arguments, choose the backend, call it."""
 
 import math
 from collections.abc import Mapping
@@ -17,17 +17,16 @@ from calm_kernels.checks import (
 )
 from calm_kernels.energy_head.eager import energy_head_eager
 from calm_kernels.energy_head.parameters import (
-    HeadParameters,
     gather_parameters,
     parameters_by_name,
 )
 from calm_kernels.energy_head.reference import energy_head_reference
-from calm_kernels.noise import Seed, Stream, as_seed
-from calm_kernels.precision import product_dtype
+from calm_kernels.noise import Seed, Stream
+from calm_kernels.precision import matmul_dtype
 
 __all__ = ["energy_head"]
 
-# Rows of that many features live in the registers of one program, noise in those of a product.
+# A row of this many features fits into the registers of a program, noise into those of a matmul.
 TRITON_MAX_WIDTH, TRITON_MAX_NOISE = 4096, 256
 
 
@@ -64,7 +63,7 @@ def energy_head(
         recompute: keep one array a block for the backward pass instead of all, and compute the
             others again.
         backend: see `calm_kernels.backend`. Triton keeps the residual stream in float32 whatever
-            the dtype of the products, and draws the noise in its kernels.
+            the dtype of the matmuls, and draws the noise in its kernels.
 
     Returns: ``[..., L]`` or ``[N, ..., L]``; the latter is a view of memory in which the draws of a
         row are neighbours.
@@ -86,7 +85,7 @@ def energy_head(
     lead = hidden.shape[:-1]
     check_shape("hidden", hidden, (*lead, width), "the head's width comes last")
     check_device("parameters", weight, "hidden", hidden)
-    dtype = product_dtype("parameters", weight, "hidden", hidden)
+    dtype = matmul_dtype("parameters", weight, "hidden", hidden)
     if not (noise_scale >= 0.0 and math.isfinite(noise_scale)):
         raise ValueError(f"noise_scale must be finite and at least 0, got {noise_scale}")
     count = _check_draws(noise, num_samples, hidden, noise_size)
@@ -97,18 +96,18 @@ def energy_head(
     if noise is not None:
         noise = noise.reshape(draws, len(rows), noise_size)
         noise = noise if noise_scale == 1.0 else noise * noise_scale
-    if chosen is Backend.TRITON:
-        latent = _run_kernels(
-            rows, noise, head, draws, seed, first_row, noise_scale, recompute, dtype
-        )
-    else:
-        if noise is None:
-            noise = _draw(rows, noise_size, draws, seed, first_row, noise_scale)
-        match chosen:
-            case Backend.REFERENCE:
-                latent = energy_head_reference(rows, noise, named, recompute)
-            case _:
-                latent = energy_head_eager(rows, noise, head, recompute)
+    drawing = (draws, seed, first_row, noise_scale)
+    match chosen:
+        case Backend.REFERENCE:
+            noise = _draw(rows, noise_size, *drawing) if noise is None else noise
+            latent = energy_head_reference(rows, noise, named, recompute)
+        case Backend.TRITON:
+            from calm_kernels.energy_head.function import energy_head_triton
+
+            latent = energy_head_triton(rows, noise, head, recompute, dtype, *drawing)
+        case _:
+            noise = _draw(rows, noise_size, *drawing) if noise is None else noise
+            latent = energy_head_eager(rows, noise, head, recompute)
     latent = latent.unflatten(1, lead) if lead else latent[:, 0]
     return latent[0] if count is None else latent
 
@@ -158,21 +157,3 @@ def _draw(
     )  # fmt: skip
     drawn = (drawn - 0.5).to(rows.dtype)
     return drawn if scale == 1.0 else drawn * scale
-
-
-def _run_kernels(
-    rows: Tensor, noise: Tensor | None, head: HeadParameters, draws: int, seed: Seed,
-    first_row: int | Tensor, noise_scale: float, recompute: bool, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Latents ``[N, R, L]``, a view of ``[R, N, L]``."""
-    from calm_kernels.energy_head import function
-
-    # Zeros are made on the device: an int would be copied there, which a graph cannot capture.
-    unused = torch.zeros(2, dtype=torch.int64, device=rows.device)
-    seeds = as_seed(seed, rows.device) if noise is None else unused
-    if seeds.dim() == 2 and len(seeds) != len(rows):
-        raise ValueError(f"seed has {len(seeds)} rows for {len(rows)} rows of noise")
-    latent = function.energy_head(
-        rows, noise, head, recompute, dtype, draws, seeds, first_row, noise_scale
-    )
-    return latent.transpose(0, 1)

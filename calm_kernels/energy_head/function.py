@@ -19,25 +19,26 @@ from calm_kernels.energy_head.passes import (
     forward_pass,
     small_rows_pass,
 )
+from calm_kernels.noise import Seed, as_seed
 from calm_kernels.tuning import fuses_head
 
-__all__ = ["energy_head"]
+__all__ = ["energy_head_triton"]
 
 _SAVE_NOTHING, _SAVE_STREAMS, _SAVE_ALL = 0, 1, 2
 
 
-def energy_head(
+def energy_head_triton(
     hidden: Tensor,
     noise: Tensor | None,
     head: HeadParameters,
     recompute: bool,
     dtype: torch.dtype,
     num_draws: int,
-    seed: Tensor,
+    seed: Seed,
     first_row: int | Tensor,
     noise_scale: float,
 ) -> Tensor:
-    """Latents ``[R, N, L]`` of hidden states ``[R, C]``; noise that is not given is drawn.
+    """Latents ``[N, R, L]``, a view of ``[R, N, L]``; noise that is not given is drawn.
 
     Args:
         hidden: ``[R, C]``.
@@ -46,10 +47,15 @@ def energy_head(
         recompute: save the residual stream alone for the backward pass.
         dtype: of matmuls and latents.
         num_draws: N.
-        seed: of `noise.as_seed`; unused for given noise.
+        seed: see `noise.as_seed`; unused for given noise.
         first_row: global index of the first row.
         noise_scale: factor on drawn noise.
     """
+    # Zeros are made on the device: an int would be copied there, which a graph cannot capture.
+    unused = torch.zeros(2, dtype=torch.int64, device=hidden.device)
+    seeds = as_seed(seed, hidden.device) if noise is None else unused
+    if seeds.dim() == 2 and len(seeds) != len(hidden):
+        raise ValueError(f"seed has {len(seeds)} rows for {len(hidden)} rows of noise")
     if not isinstance(first_row, Tensor):
         first_row = torch.full((), first_row, dtype=torch.int64, device=hidden.device)
     first_row = first_row.to(hidden.device)
@@ -59,9 +65,10 @@ def energy_head(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed):
         save = _SAVE_STREAMS if recompute else _SAVE_ALL
     latent, _ = _forward_op(
-        hidden, noise, parameters, seed.contiguous(), first_row, num_draws, noise_scale, dtype, save
-    )
-    return latent.unflatten(0, (hidden.shape[0], num_draws))
+        hidden, noise, parameters, seeds.contiguous(), first_row, num_draws, noise_scale, dtype,
+        save,
+    )  # fmt: skip
+    return latent.unflatten(0, (hidden.shape[0], num_draws)).transpose(0, 1)
 
 
 def _cast(parameters: list[Tensor], dtype: torch.dtype) -> HeadParameters:

@@ -1,6 +1,5 @@
 """Public functions of the energy score: validate, choose a backend, call it."""
 
-from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -15,7 +14,15 @@ from calm_kernels.checks import (
     check_shape,
     check_tensor,
 )
-from calm_kernels.energy_score import eager, reference
+from calm_kernels.energy_score.eager import (
+    energy_score_eager,
+    expected_distance_eager,
+    gaussian_energy_score_eager,
+)
+from calm_kernels.energy_score.reference import (
+    energy_score_reference,
+    gaussian_energy_score_reference,
+)
 from calm_kernels.energy_score.targets import TargetDraws
 from calm_kernels.noise import Seed, as_seed
 
@@ -79,11 +86,18 @@ def energy_score(
         raise ValueError("targets must hold at least 1 draw, got 0")
     _check_weight(weight, samples)
     exponent = check_exponent(exponent)
-    x, y = _by_rows(samples), _by_rows(targets)
     flat_weight = None if weight is None else weight.reshape(-1)
+    arguments = (_by_rows(samples), _by_rows(targets), exponent, flat_weight)
     obstacle = _obstacle(samples, targets)
-    chosen = resolve(backend, "energy_score", samples, obstacle=obstacle)
-    score = _implementation(chosen).energy_score(x, y, exponent, flat_weight)
+    match resolve(backend, "energy_score", samples, obstacle=obstacle):
+        case Backend.REFERENCE:
+            score = energy_score_reference(*arguments)
+        case Backend.TRITON:
+            from calm_kernels.energy_score.function import energy_score_triton
+
+            score = energy_score_triton(*arguments)
+        case _:
+            score = energy_score_eager(*arguments)
     return score.view(samples.shape[1:-1])
 
 
@@ -149,16 +163,20 @@ def gaussian_energy_score(
     exponent = check_exponent(exponent)
     draws = _draws(samples, targets, num_targets, target_noise, seed, first_row)
 
-    x, flat_mean, flat_log_std = _by_rows(samples), _rows(mean), _rows(log_std)
-    flat_weight = None if weight is None else weight.reshape(-1)
+    flat_mean, flat_weight = _rows(mean), None if weight is None else weight.reshape(-1)
+    arguments = (_by_rows(samples), flat_mean, _rows(log_std), exponent)
     obstacle = _obstacle(samples, mean, log_std)
-    chosen = resolve(backend, "gaussian_energy_score", samples, obstacle=obstacle)
-    drawn: TargetDraws | Tensor | None = draws
-    if chosen is Backend.REFERENCE and draws is not None:
-        drawn = draws.all(*flat_mean.shape)
-    score, fidelity, diversity, max_r2 = _implementation(chosen).gaussian_energy_score(
-        x, flat_mean, flat_log_std, exponent, drawn, flat_weight
-    )
+    match resolve(backend, "gaussian_energy_score", samples, obstacle=obstacle):
+        case Backend.REFERENCE:
+            drawn = None if draws is None else draws.all(*flat_mean.shape)
+            terms = gaussian_energy_score_reference(*arguments, drawn, flat_weight)
+        case Backend.TRITON:
+            from calm_kernels.energy_score.function import gaussian_energy_score_triton
+
+            terms = gaussian_energy_score_triton(*arguments, draws, flat_weight)
+        case _:
+            terms = gaussian_energy_score_eager(*arguments, draws, flat_weight)
+    score, fidelity, diversity, max_r2 = terms
     score = score.view(batch[:-1])
     if not return_diagnostics:
         return score
@@ -197,22 +215,9 @@ def expected_distance(
     exponent = check_exponent(exponent)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    return eager.expected_distance(_rows(offset), _rows(std), exponent, method).view(
+    return expected_distance_eager(_rows(offset), _rows(std), exponent, method).view(
         offset.shape[:-1]
     )
-
-
-def _implementation(backend: Backend) -> ModuleType:
-    """The module of a backend; Triton is imported only where it is chosen."""
-    match backend:
-        case Backend.REFERENCE:
-            return reference
-        case Backend.TRITON:
-            from calm_kernels.energy_score import function
-
-            return function
-        case _:
-            return eager
 
 
 def _obstacle(*inputs: Tensor) -> str | None:

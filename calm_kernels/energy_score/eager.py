@@ -18,7 +18,7 @@ from calm_kernels.energy_score.quadrature import num_nodes
 from calm_kernels.energy_score.row_blocks import Outputs, in_row_blocks
 from calm_kernels.energy_score.targets import TargetDraws
 
-__all__ = ["energy_score", "expected_distance", "gaussian_energy_score"]
+__all__ = ["energy_score_eager", "expected_distance_eager", "gaussian_energy_score_eager"]
 
 Needs = tuple[bool, ...]
 # Which inputs need gradients -> outputs [R], and a gradient [R, ...] per input (None: no need).
@@ -87,7 +87,7 @@ def _load(
     return (weight, *(value.masked_fill(_column(is_masked, value), 0) for value in loaded))
 
 
-def energy_score(
+def energy_score_eager(
     samples: Tensor, targets: Tensor, exponent: float, weight: Tensor | None
 ) -> Tensor:
     """Score ``[R]`` of samples ``[N, R, L]``, targets ``[M, R, L]``."""
@@ -115,7 +115,7 @@ def energy_score(
     return _differentiate(run, samples, targets)[0]
 
 
-def gaussian_energy_score(
+def gaussian_energy_score_eager(
     samples: Tensor,
     mean: Tensor,
     log_std: Tensor,
@@ -221,7 +221,7 @@ def _analytic(
     return -scale * term.value.sum(1), max_r2, dx, dmean, dlog_std
 
 
-def expected_distance(offset: Tensor, std: Tensor, exponent: float, method: str) -> Tensor:
+def expected_distance_eager(offset: Tensor, std: Tensor, exponent: float, method: str) -> Tensor:
     """E|v|^α of v ~ N(offset, std²), both ``[R, L]``; every row is a patch of one sample."""
     dtype = _compute_dtype(offset, std)
 

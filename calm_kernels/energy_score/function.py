@@ -17,12 +17,12 @@ from calm_kernels.energy_score.gram_kernels import gram_score, takes_gram
 from calm_kernels.energy_score.problem import Problem
 from calm_kernels.energy_score.targets import TargetDraws
 
-__all__ = ["energy_score", "gaussian_energy_score"]
+__all__ = ["energy_score_triton", "gaussian_energy_score_triton"]
 
 Gradients = tuple[Tensor | None, ...]
 
 
-def energy_score(
+def energy_score_triton(
     samples: Tensor, targets: Tensor, exponent: float, weight: Tensor | None
 ) -> Tensor:
     """Score ``[R]`` of samples ``[N, R, L]`` against given targets ``[M, R, L]``."""
@@ -30,7 +30,7 @@ def energy_score(
     return terms[0]
 
 
-def gaussian_energy_score(
+def gaussian_energy_score_triton(
     samples: Tensor,
     mean: Tensor,
     log_std: Tensor,

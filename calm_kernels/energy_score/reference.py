@@ -12,7 +12,11 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["energy_score", "expected_distance", "gaussian_energy_score"]
+__all__ = [
+    "energy_score_reference",
+    "expected_distance_reference",
+    "gaussian_energy_score_reference",
+]
 
 NODES = 400
 
@@ -40,7 +44,7 @@ def fidelity(samples: Tensor, targets: Tensor, exponent: float) -> Tensor:
     return 2 * distance(samples[:, None], targets[None], exponent).mean(dim=(0, 1))
 
 
-def energy_score(
+def energy_score_reference(
     samples: Tensor, targets: Tensor, exponent: float, weight: Tensor | None
 ) -> Tensor:
     """Score ``[R]`` of samples against given targets."""
@@ -49,7 +53,7 @@ def energy_score(
     return score if weight is None else weight * score
 
 
-def gaussian_energy_score(
+def gaussian_energy_score_reference(
     samples: Tensor,
     mean: Tensor,
     log_std: Tensor,
@@ -67,7 +71,7 @@ def gaussian_energy_score(
     max_r2 = None
     if noise is None:
         max_r2 = relative_variance(samples, mean, std)
-        expected = expected_distance(samples - mean, std.expand_as(samples), exponent)
+        expected = expected_distance_reference(samples - mean, std.expand_as(samples), exponent)
         near = 2 * expected.mean(dim=0).to(samples.dtype)
     else:
         (noise,) = without_masked(weight, noise)
@@ -95,7 +99,7 @@ def relative_variance(samples: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (second / (variance + offset2).sum(-1).square()).nan_to_num(0.0).amax(0)
 
 
-def expected_distance(offset: Tensor, std: Tensor, exponent: float) -> Tensor:
+def expected_distance_reference(offset: Tensor, std: Tensor, exponent: float) -> Tensor:
     """E|v|^α for v ~ N(offset, std²) over the last axis, in float64 whatever the input.
 
     With p = α/2, the Laplace transform φ(t) = E exp(-t|v|²) and B(t) = -d ln φ / dt,

@@ -1,4 +1,4 @@
-"""Most likely word of a linear output layer, without its logits."""
+"""Most likely token of a linear output layer, without its logits."""
 
 from calm_kernels.linear_argmax.api import linear_argmax
 

@@ -47,18 +47,19 @@ def linear_argmax(
     dtype = check_projection(hidden, weight)
     chosen = resolve(backend, "linear_argmax", hidden, obstacle=_obstacle(dtype))
 
-    rows = hidden.detach().reshape(-1, hidden.shape[-1]).to(dtype)
-    match chosen:
-        case Backend.REFERENCE:
-            implementation = linear_argmax_reference
-        case Backend.TRITON:
-            from calm_kernels.linear_argmax import function
-
-            implementation = function.linear_argmax
-        case _:
-            implementation = linear_argmax_eager
+    arguments = (
+        hidden.detach().reshape(-1, hidden.shape[-1]).to(dtype), weight.detach(), return_logsumexp
+    )  # fmt: skip
     with without_autocast(hidden):
-        index, largest, logsumexp = implementation(rows, weight.detach(), return_logsumexp)
+        match chosen:
+            case Backend.REFERENCE:
+                index, largest, logsumexp = linear_argmax_reference(*arguments)
+            case Backend.TRITON:
+                from calm_kernels.linear_argmax.function import linear_argmax_triton
+
+                index, largest, logsumexp = linear_argmax_triton(*arguments)
+            case _:
+                index, largest, logsumexp = linear_argmax_eager(*arguments)
     lead = hidden.shape[:-1]
     results = [index.view(lead)]
     if return_max:

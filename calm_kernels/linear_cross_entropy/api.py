@@ -55,16 +55,17 @@ def linear_cross_entropy(
     chosen = resolve(backend, "linear_cross_entropy", hidden, obstacle=_obstacle(dtype))
 
     rows, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    arguments = (rows, weight, labels, ignore_index, dtype)
     with without_autocast(hidden):
         match chosen:
             case Backend.REFERENCE:
-                return linear_cross_entropy_reference(rows, weight, labels, ignore_index, dtype)
+                return linear_cross_entropy_reference(*arguments)
             case Backend.TRITON:
-                from calm_kernels.linear_cross_entropy import function
+                from calm_kernels.linear_cross_entropy.function import linear_cross_entropy_triton
 
-                return function.linear_cross_entropy(rows, weight, labels, ignore_index, dtype)
+                return linear_cross_entropy_triton(*arguments)
             case _:
-                return linear_cross_entropy_eager(rows, weight, labels, ignore_index, dtype)
+                return linear_cross_entropy_eager(*arguments)
 
 
 def _obstacle(dtype: torch.dtype) -> str | None:

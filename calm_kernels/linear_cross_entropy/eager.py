@@ -22,12 +22,12 @@ def linear_cross_entropy_eager(
     weight: Tensor,  # [V, H]
     labels: Tensor,  # [R]
     ignore_index: int,
-    product_dtype: torch.dtype,
+    matmul_dtype: torch.dtype,
 ) -> Tensor:
     """Mean cross-entropy, scalar; see `calm_kernels.linear_cross_entropy`."""
     if not torch.is_grad_enabled():  # the function would compute gradients even so
         rows, weight = rows.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(rows, weight, labels, ignore_index, product_dtype)
+    return _LinearCrossEntropy.apply(rows, weight, labels, ignore_index, matmul_dtype)
 
 
 class _LinearCrossEntropy(Function):
@@ -44,9 +44,9 @@ class _LinearCrossEntropy(Function):
         weight: Tensor,
         labels: Tensor,
         ignore_index: int,
-        product_dtype: torch.dtype,
+        matmul_dtype: torch.dtype,
     ) -> Tensor:
-        cast_weight = weight.to(product_dtype).to(accumulation_dtype(product_dtype))
+        cast_weight = weight.to(matmul_dtype).to(accumulation_dtype(matmul_dtype))
         needs_rows, needs_weight = ctx.needs_input_grad[:2]
         drows = torch.empty_like(rows) if needs_rows else None
         dweight = cast_weight.new_zeros(cast_weight.shape[::-1]) if needs_weight else None  # [H, V]
@@ -59,7 +59,7 @@ class _LinearCrossEntropy(Function):
         block_rows = max(MIN_ROWS, num_logits // cast_weight.shape[0])
         for start in range(0, rows.shape[0], block_rows):
             block = slice(start, start + block_rows)
-            inputs = rows[block].to(product_dtype).to(cast_weight.dtype)
+            inputs = rows[block].to(matmul_dtype).to(cast_weight.dtype)
             losses[block], dlogits = _losses(inputs @ cast_weight.T, targets[block])
             if drows is not None:
                 drows[block] = (dlogits @ cast_weight).mul_(share[block])

@@ -11,25 +11,22 @@ import torch
 from torch import Tensor
 
 from calm_kernels.autograd import refuse_second_derivative
-from calm_kernels.linear_cross_entropy.kernels import loss_kernel
+from calm_kernels.linear_cross_entropy.kernels import GRADIENT_SCALES, write_losses
 from calm_kernels.matmul import add_matmul_fp32, matmul_fp32
-from calm_kernels.tuning import architecture, launch_options, setting, use_fast_math, warp_size
 
-__all__ = ["block_rows", "constants", "linear_cross_entropy", "row_stride"]
+__all__ = ["block_rows", "linear_cross_entropy_triton", "row_stride"]
 
 # The logits of a block take at most this; each block also reads and writes the weight's gradient.
 LOGITS_BYTES = 2**31
-# A softmax over 1e5 tokens would lose bits in float16, whose smallest normal number is 6e-5.
-_SCALES = {torch.float16: 1024.0}
 _PADDING = 16  # elements; rows then start where 16 bytes are read at once
 
 
-def linear_cross_entropy(
-    rows: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, product_dtype: torch.dtype
+def linear_cross_entropy_triton(
+    rows: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, matmul_dtype: torch.dtype
 ) -> Tensor:
     """Mean cross-entropy, scalar in float32; see `calm_kernels.linear_cross_entropy`."""
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (rows, weight)]
-    return _loss_op(rows, weight, labels.contiguous(), ignore_index, product_dtype, *needs)[0]
+    return _loss_op(rows, weight, labels.contiguous(), ignore_index, matmul_dtype, *needs)[0]
 
 
 def row_stride(vocab_size: int) -> int:
@@ -44,29 +41,13 @@ def block_rows(num_rows: int, vocab_size: int, itemsize: int) -> int:
     return min(num_rows, most, -(-num_rows // (128 * num_blocks)) * 128)
 
 
-def constants(
-    vocab_size: int, dtype: torch.dtype, arch: str, *, need_gradient: bool, has_fast_math: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compile-time constants and compiler options of the kernel."""
-    launch = setting("linear_cross_entropy", arch, vocab_size)
-    inner = 16 // dtype.itemsize
-    vectors = launch.features_per_lane // 8  # of 16 bytes
-    chosen = {
-        "NEED_GRADIENT": need_gradient,
-        "LANES": vectors * launch.num_warps * warp_size(arch),
-        "INNER": inner,
-        "FAST": has_fast_math,
-    }
-    return chosen, launch_options(launch)
-
-
 @torch.library.custom_op("calm_kernels::linear_cross_entropy", mutates_args=())
 def _loss_op(
     rows: Tensor,
     weight: Tensor,
     labels: Tensor,
     ignore_index: int,
-    product_dtype: torch.dtype,
+    matmul_dtype: torch.dtype,
     need_rows: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,41 +55,26 @@ def _loss_op(
     multiplied by `factor`; a gradient that is not needed is empty.
     """
     loss, factor, drows, dweight = _outputs(rows, weight, need_rows, need_weight)
-    cast_weight = weight.to(product_dtype)
+    cast_weight = weight.to(matmul_dtype)
     num_rows, vocab_size, stride = rows.shape[0], weight.shape[0], row_stride(weight.shape[0])
     losses = rows.new_zeros(num_rows, dtype=torch.float32)
-    size = block_rows(num_rows, vocab_size, product_dtype.itemsize) if num_rows else 0
-    logits = rows.new_empty(size, stride, dtype=product_dtype)
+    size = block_rows(num_rows, vocab_size, matmul_dtype.itemsize) if num_rows else 0
+    logits = rows.new_empty(size, stride, dtype=matmul_dtype)
+    need_gradient = need_rows or need_weight
     for start in range(0, num_rows, max(1, size)):
         block = slice(start, start + size)
-        inputs = rows[block].to(product_dtype)
+        inputs = rows[block].to(matmul_dtype)
         dlogits = logits[: inputs.shape[0], :vocab_size]
         torch.mm(inputs, cast_weight.T, out=dlogits)
-        _launch(dlogits, labels[block], losses[block], ignore_index, need_rows or need_weight)
+        write_losses(dlogits, labels[block], losses[block], ignore_index, need_gradient)
         if need_rows:
             drows[block] = matmul_fp32(dlogits, cast_weight)
         if need_weight:
             add_matmul_fp32(dweight, dlogits.T, inputs)
     count = (labels != ignore_index).sum()
     torch.div(losses.sum(), count, out=loss)
-    torch.reciprocal(count.clamp(min=1) * _SCALES.get(product_dtype, 1.0), out=factor)
+    torch.reciprocal(count.clamp(min=1) * GRADIENT_SCALES.get(matmul_dtype, 1.0), out=factor)
     return loss, factor, drows, dweight
-
-
-def _launch(
-    logits: Tensor, labels: Tensor, losses: Tensor, ignore_index: int, need_gradient: bool
-) -> None:
-    """Losses of a block of rows; logits become their gradient."""
-    num_rows, vocab_size = logits.shape
-    chosen, options = constants(
-        vocab_size, logits.dtype, architecture(logits.device), need_gradient=need_gradient,
-        has_fast_math=use_fast_math(),
-    )  # fmt: skip
-    with torch.cuda.device_of(logits):
-        loss_kernel[(num_rows,)](
-            logits, labels, losses, vocab_size, logits.stride(0), ignore_index,
-            _SCALES.get(logits.dtype, 1.0), **chosen, **options,
-        )  # fmt: skip
 
 
 def _outputs(
@@ -129,7 +95,7 @@ def _(
     weight: Tensor,
     labels: Tensor,
     ignore_index: int,
-    product_dtype: torch.dtype,
+    matmul_dtype: torch.dtype,
     need_rows: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,12 +5,25 @@ at a time and keeps its own maximum and sum; the lanes are combined once, at the
 label is ignored are filled with zeros and never read.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from calm_kernels.device import exp2, log2
+from calm_kernels.tuning import (
+    Constants,
+    architecture,
+    launch_options,
+    setting,
+    use_fast_math,
+    warp_size,
+)
 
-__all__ = ["loss_kernel"]
+__all__ = ["GRADIENT_SCALES", "loss_constants", "loss_kernel", "write_losses"]
+
+# A softmax over 1e5 tokens would lose bits in float16, whose smallest normal number is 6e-5.
+GRADIENT_SCALES = {torch.float16: 1024.0}
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -92,3 +105,35 @@ def loss_kernel(
                 logits_ptr, column, label, largest, logarithm, vocab_size, stride_r, scale, LANES,
                 INNER, FAST,
             )  # fmt: skip
+
+
+def loss_constants(
+    vocab_size: int, dtype: torch.dtype, arch: str, *, need_gradient: bool, has_fast_math: bool
+) -> Constants:
+    """Compile-time constants and compiler options of `loss_kernel`."""
+    launch = setting("linear_cross_entropy", arch, vocab_size)
+    inner = 16 // dtype.itemsize
+    vectors = launch.features_per_lane // 8  # of 16 bytes
+    chosen = {
+        "NEED_GRADIENT": need_gradient,
+        "LANES": vectors * launch.num_warps * warp_size(arch),
+        "INNER": inner,
+        "FAST": has_fast_math,
+    }
+    return chosen, launch_options(launch)
+
+
+def write_losses(
+    logits: Tensor, labels: Tensor, losses: Tensor, ignore_index: int, need_gradient: bool
+) -> None:
+    """Launch: losses of a block of rows; on request logits become their gradient."""
+    num_rows, vocab_size = logits.shape
+    chosen, options = loss_constants(
+        vocab_size, logits.dtype, architecture(logits.device), need_gradient=need_gradient,
+        has_fast_math=use_fast_math(),
+    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        loss_kernel[(num_rows,)](
+            logits, labels, losses, vocab_size, logits.stride(0), ignore_index,
+            GRADIENT_SCALES.get(logits.dtype, 1.0), **chosen, **options,
+        )  # fmt: skip

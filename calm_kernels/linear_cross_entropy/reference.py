@@ -14,9 +14,9 @@ def linear_cross_entropy_reference(
     weight: Tensor,  # [V, H]
     labels: Tensor,  # [R]
     ignore_index: int,
-    product_dtype: torch.dtype,
+    matmul_dtype: torch.dtype,
 ) -> Tensor:
     """Mean cross-entropy, scalar; see `calm_kernels.linear_cross_entropy`."""
-    dtype = accumulation_dtype(product_dtype)
-    logits = rows.to(product_dtype).to(dtype) @ weight.to(product_dtype).to(dtype).T  # [R, V]
+    dtype = accumulation_dtype(matmul_dtype)
+    logits = rows.to(matmul_dtype).to(dtype) @ weight.to(matmul_dtype).to(dtype).T  # [R, V]
     return F.cross_entropy(logits, labels, ignore_index=ignore_index)

@@ -87,18 +87,17 @@ def reparameterize(
     rows = math.prod(shape[:-1])
     if seed.dim() == 2 and seed.shape[0] != rows:
         raise ValueError(f"seed must have one row per row of latents, {rows}; got {seed.shape[0]}")
-    if chosen is Backend.TRITON:
-        from calm_kernels.reparameterize import function
-
-        return function.reparameterize(
-            latent_states, latent_noise, latent_keep, kl_floor, dropout, seed, first_row
-        )
-    epsilon = _noise(latent_noise, latent_states, shape, seed, first_row)
-    keep = _keep(latent_keep, latent_states, shape, dropout, seed, first_row)
+    given = (latent_noise, latent_keep)
     match chosen:
         case Backend.REFERENCE:
+            epsilon, keep = _draws(*given, latent_states, shape, dropout, seed, first_row)
             return reparameterize_reference(latent_states, epsilon, keep, kl_floor, dropout)
+        case Backend.TRITON:
+            from calm_kernels.reparameterize.function import reparameterize_triton
+
+            return reparameterize_triton(latent_states, *given, kl_floor, dropout, seed, first_row)
         case _:
+            epsilon, keep = _draws(*given, latent_states, shape, dropout, seed, first_row)
             return reparameterize_eager(latent_states, epsilon, keep, kl_floor, dropout)
 
 
@@ -111,34 +110,27 @@ def _obstacle(latent_states: Tensor, latent_size: int) -> str | None:
     return None
 
 
-def _noise(
-    given: Tensor | None, like: Tensor, shape: tuple[int, ...], seed: Seed, first_row: int | Tensor
-) -> Tensor:
-    """ε of `shape`, in the dtype of the sums."""
-    dtype = accumulation_dtype(like.dtype)
-    if given is not None:
-        return given.to(dtype)
-    drawn = noise.normal(
-        math.prod(shape[:-1]), shape[-1], stream=Stream.LATENT, seed=seed, first_row=first_row,
-        device=like.device, dtype=dtype,
-    )  # fmt: skip
-    return drawn.view(shape)
+def _draws(
+    epsilon: Tensor | None, keep: Tensor | None, like: Tensor, shape: tuple[int, ...],
+    dropout: float, seed: Tensor, first_row: int | Tensor,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """ε in the dtype of the sums and kept elements, of `shape`; what is not given is drawn.
 
-
-def _keep(
-    given: Tensor | None, like: Tensor, shape: tuple[int, ...], dropout: float, seed: Seed,
-    first_row: int | Tensor,
-) -> Tensor | None:  # fmt: skip
-    """Kept elements, bool of `shape`; None for all of them."""
-    if given is not None:
-        return given
-    if dropout == 0.0:
-        return None
-    drawn = noise.uniform(
-        math.prod(shape[:-1]), shape[-1], stream=Stream.LATENT_KEEP, seed=seed,
-        first_row=first_row, device=like.device,
-    )  # fmt: skip
-    return (drawn >= dropout).view(shape)
+    Kept elements are None without dropout: all are kept.
+    """
+    num_rows, width, dtype = math.prod(shape[:-1]), shape[-1], accumulation_dtype(like.dtype)
+    if epsilon is None:
+        epsilon = noise.normal(
+            num_rows, width, stream=Stream.LATENT, seed=seed, first_row=first_row,
+            device=like.device, dtype=dtype,
+        ).view(shape)  # fmt: skip
+    if keep is None and dropout > 0.0:
+        drawn = noise.uniform(
+            num_rows, width, stream=Stream.LATENT_KEEP, seed=seed, first_row=first_row,
+            device=like.device,
+        )  # fmt: skip
+        keep = (drawn >= dropout).view(shape)
+    return epsilon.to(dtype), keep
 
 
 def _reshaped(name: str, draw: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -6,15 +6,12 @@ import torch
 from torch import Tensor
 
 from calm_kernels.autograd import refuse_second_derivative
-from calm_kernels.reparameterize.kernels import backward_kernel, forward_kernel
-from calm_kernels.tuning import architecture, launch_options, setting, use_fast_math
+from calm_kernels.reparameterize.kernels import write_gradient, write_latents
 
-__all__ = ["constants", "reparameterize"]
-
-_ALL, _GIVEN, _DRAWN = 0, 1, 2
+__all__ = ["reparameterize_triton"]
 
 
-def reparameterize(
+def reparameterize_triton(
     latent_states: Tensor,
     noise: Tensor | None,
     keep: Tensor | None,
@@ -47,42 +44,6 @@ def reparameterize(
     return latent.view(*batch, width), kl.view(batch)
 
 
-def constants(
-    width: int, arch: str, *, is_given: bool, keep: int, has_fast_math: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Compile-time constants and compiler options of both kernels."""
-    launch = setting("reparameterize", arch, width)
-    words = 1 << (-(-width // 8) - 1).bit_length()
-    chosen = {
-        "WIDTH": width,
-        "IS_GIVEN": is_given,
-        "KEEP": keep,
-        "BLOCK_ROWS": max(1, launch.block_rows * 16 // words),
-        "BLOCK_Q": words,
-        "FAST": has_fast_math,
-    }
-    return chosen, launch_options(launch)
-
-
-def _arguments(
-    states: Tensor, noise: Tensor | None, keep: Tensor | None, seed: Tensor, dropout: float
-) -> tuple[tuple[Tensor, Tensor], tuple[int, ...], dict[str, Any], dict[str, Any], int]:
-    """What both launches share: pointers and strides of the draws, constants, options, grid."""
-    mode = _GIVEN if keep is not None else _DRAWN if dropout > 0 else _ALL
-    width = states.shape[1] // 2
-    chosen, options = constants(
-        width, architecture(states.device), is_given=noise is not None, keep=mode,
-        has_fast_math=use_fast_math(),
-    )  # fmt: skip
-    pointers = (states if noise is None else noise, states if keep is None else keep)
-    strides = (
-        *((0, 0) if noise is None else noise.stride()),
-        *((0, 0) if keep is None else keep.stride()),
-        0 if seed.dim() == 1 else 2,
-    )
-    return pointers, strides, chosen, options, -(-states.shape[0] // chosen["BLOCK_ROWS"])
-
-
 @torch.library.custom_op("calm_kernels::reparameterize", mutates_args=())
 def _forward_op(
     states: Tensor,
@@ -94,15 +55,11 @@ def _forward_op(
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """Latent ``[R, L]`` and KL ``[R]`` of states ``[R, 2L]``."""
-    num_rows = states.shape[0]
     latent, kl = _forward_outputs(states)
-    if num_rows:
-        pointers, strides, chosen, options, grid = _arguments(states, noise, keep, seed, dropout)
-        with torch.cuda.device_of(states):
-            forward_kernel[(grid,)](
-                states, *pointers, seed, first_row, latent, kl, num_rows, *states.stride(),
-                *strides, kl_floor, dropout, **chosen, **options,
-            )  # fmt: skip
+    if len(states):
+        write_latents(
+            states, noise, keep, seed, first_row, latent, kl, kl_floor=kl_floor, dropout=dropout
+        )
     return latent, kl
 
 
@@ -119,16 +76,12 @@ def _backward_op(
     dropout: float,
 ) -> Tensor:
     """Gradient ``[R, 2L]`` of the states."""
-    num_rows = states.shape[0]
     dstates = states.new_empty(states.shape)
-    if num_rows:
-        pointers, strides, chosen, options, grid = _arguments(states, noise, keep, seed, dropout)
-        with torch.cuda.device_of(states):
-            backward_kernel[(grid,)](
-                states, *pointers, seed, first_row, dlatent, dkl, dstates, num_rows,
-                *states.stride(), *strides, *dlatent.stride(), dkl.stride(0), kl_floor, dropout,
-                **chosen, **options,
-            )  # fmt: skip
+    if len(states):
+        write_gradient(
+            states, noise, keep, seed, first_row, dlatent, dkl, dstates, kl_floor=kl_floor,
+            dropout=dropout,
+        )  # fmt: skip
     return dstates
 
 
@@ -138,12 +91,12 @@ def _forward_outputs(states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_forward_op.register_fake
-def _(states, *options):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN202
+def _(states: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return _forward_outputs(states)
 
 
 @_backward_op.register_fake
-def _(states, *options):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN202
+def _(states: Tensor, *options: Any) -> Tensor:
     return states.new_empty(states.shape)
 
 

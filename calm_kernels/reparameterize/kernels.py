@@ -5,13 +5,20 @@ A program holds BLOCK_ROWS rows as eight slices ``[BLOCK_ROWS, BLOCK_Q]`` of WOR
 features, which are the outputs of one Philox call of noise.py. What was drawn is never stored.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from calm_kernels.device import exp2
 from calm_kernels.noise_kernels import load_key, normal_slices, philox, uniform_at
+from calm_kernels.tuning import Constants, architecture, launch_options, setting, use_fast_math
 
-__all__ = ["backward_kernel", "forward_kernel"]
+__all__ = ["backward_kernel", "constants", "forward_kernel", "write_gradient", "write_latents"]
+
+_ALL, _GIVEN, _DRAWN = 0, 1, 2  # KEEP: elements that dropout keeps
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _STREAM_LATENT = tl.constexpr(3)  # noise.Stream.LATENT
@@ -171,3 +178,66 @@ def backward_kernel(
         offs = row[:, None] * (2 * WIDTH) + feature[None, :]
         tl.store(dstates_ptr + offs, dmean, mask=mask)
         tl.store(dstates_ptr + offs + WIDTH, dlog_std.to(dstates_ptr.dtype.element_ty), mask=mask)
+
+
+def constants(
+    width: int, arch: str, *, is_given: bool, keep: int, has_fast_math: bool
+) -> Constants:
+    """Compile-time constants and compiler options of both kernels."""
+    launch = setting("reparameterize", arch, width)
+    words = 1 << (-(-width // 8) - 1).bit_length()
+    chosen = {
+        "WIDTH": width,
+        "IS_GIVEN": is_given,
+        "KEEP": keep,
+        "BLOCK_ROWS": max(1, launch.block_rows * 16 // words),
+        "BLOCK_Q": words,
+        "FAST": has_fast_math,
+    }
+    return chosen, launch_options(launch)
+
+
+def _arguments(
+    states: Tensor, noise: Tensor | None, keep: Tensor | None, seed: Tensor, dropout: float
+) -> tuple[tuple[Tensor, Tensor], tuple[int, ...], dict[str, Any], dict[str, Any], int]:
+    """What both launches share: pointers and strides of the draws, constants, options, grid."""
+    mode = _GIVEN if keep is not None else _DRAWN if dropout > 0 else _ALL
+    width = states.shape[1] // 2
+    chosen, options = constants(
+        width, architecture(states.device), is_given=noise is not None, keep=mode,
+        has_fast_math=use_fast_math(),
+    )  # fmt: skip
+    pointers = (states if noise is None else noise, states if keep is None else keep)
+    strides = (
+        *((0, 0) if noise is None else noise.stride()),
+        *((0, 0) if keep is None else keep.stride()),
+        0 if seed.dim() == 1 else 2,
+    )
+    return pointers, strides, chosen, options, -(-states.shape[0] // chosen["BLOCK_ROWS"])
+
+
+def write_latents(
+    states: Tensor, noise: Tensor | None, keep: Tensor | None, seed: Tensor, first_row: Tensor,
+    latent: Tensor, kl: Tensor, *, kl_floor: float, dropout: float,
+) -> None:  # fmt: skip
+    """Launch: latent ``[R, L]`` and KL ``[R]`` of states ``[R, 2L]``."""
+    pointers, strides, chosen, options, grid = _arguments(states, noise, keep, seed, dropout)
+    with torch.cuda.device_of(states):
+        forward_kernel[(grid,)](
+            states, *pointers, seed, first_row, latent, kl, len(states), *states.stride(),
+            *strides, kl_floor, dropout, **chosen, **options,
+        )  # fmt: skip
+
+
+def write_gradient(
+    states: Tensor, noise: Tensor | None, keep: Tensor | None, seed: Tensor, first_row: Tensor,
+    dlatent: Tensor, dkl: Tensor, dstates: Tensor, *, kl_floor: float, dropout: float,
+) -> None:  # fmt: skip
+    """Launch: gradient ``[R, 2L]`` of the states."""
+    pointers, strides, chosen, options, grid = _arguments(states, noise, keep, seed, dropout)
+    with torch.cuda.device_of(states):
+        backward_kernel[(grid,)](
+            states, *pointers, seed, first_row, dlatent, dkl, dstates, len(states),
+            *states.stride(), *strides, *dlatent.stride(), dkl.stride(0), kl_floor, dropout,
+            **chosen, **options,
+        )  # fmt: skip

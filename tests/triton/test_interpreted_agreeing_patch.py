@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from calm_kernels import agreeing_patch
-from calm_kernels.agreeing_patch import api
+from calm_kernels.agreeing_patch import api, function
 
 OPERATORS = torch.ops.calm_kernels
 
@@ -47,7 +47,7 @@ def test_extreme_tokens_and_equal_parts():
 
 
 def test_more_candidates_than_a_program_holds(monkeypatch, generator):
-    monkeypatch.setattr(api, "TRITON_MAX_CANDIDATES", 50)
+    monkeypatch.setattr(function, "MAX_CANDIDATES", 50)
     candidates = draw((20, 51, 2), 4, generator)
     assert_same_choices(candidates, 2.5, seed=5, first_row=3)
 

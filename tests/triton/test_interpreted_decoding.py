@@ -10,9 +10,9 @@ from calm.decoding.engine.decode_step import DecodeState, decode_step, prefill
 from calm.decoding.engine.predictors import ChunkPredictor
 from calm.decoding.sampling.methods import Batch, Direct
 from calm_kernels import use_backend
-from calm_kernels.agreeing_patch import function as vote_function
+from calm_kernels.agreeing_patch import kernels as vote_kernels
 from calm_kernels.energy_head import embedding_kernels, norm_kernels, small_rows_kernels
-from calm_kernels.linear_argmax import function as argmax_function
+from calm_kernels.linear_argmax import kernels as argmax_kernels
 
 HEAD = ["norm_kernel", "embed_kernel", "silu_layer_kernel", "silu_layer_kernel",
         "swiglu_layer_kernel", "residual_layer_kernel", "silu_layer_kernel"]  # fmt: skip
@@ -41,8 +41,8 @@ def test_a_step_is_that_of_torch(name, monkeypatch):
     model = tiny_model()
     expected = decode(model, method, "torch")
     launches = Launches(
-        monkeypatch, embedding_kernels, norm_kernels, small_rows_kernels, argmax_function,
-        vote_function,
+        monkeypatch, embedding_kernels, norm_kernels, small_rows_kernels, argmax_kernels,
+        vote_kernels,
     )  # fmt: skip
     actual = decode(model, method, "auto")
     assert launches.names == kernels * len(actual)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from model_cases import Launches, tiny_autoencoder, tiny_model
 
-import calm_kernels.energy_score.function  # noqa: F401 - registers the operators
+import calm_kernels.energy_score.function
+import calm_kernels.reparameterize.function  # noqa: F401 - these two register the operators
 from calm_kernels import (
     energy_score,
     gaussian_energy_score,
@@ -15,7 +16,7 @@ from calm_kernels import (
     warmup,
 )
 from calm_kernels.energy_score import analytic_kernels, direct_kernels, gram_kernels
-from calm_kernels.reparameterize import function as latent_function
+from calm_kernels.reparameterize import kernels as latent_kernels
 
 OPERATORS = torch.ops.calm_kernels
 ENERGY_KERNELS = (analytic_kernels, direct_kernels, gram_kernels)
@@ -131,7 +132,7 @@ def assert_same_run(actual, expected):
 def test_a_training_run_is_that_of_torch(targets, latent_size, monkeypatch):
     model = tiny_model(targets=targets, latent_size=latent_size)
     expected = train(model, "torch")
-    launches = Launches(monkeypatch, *ENERGY_KERNELS, latent_function)
+    launches = Launches(monkeypatch, *ENERGY_KERNELS, latent_kernels)
     actual = train(model, "auto")
     drawn = "gram_kernel" if latent_size >= 64 else "direct_kernel"
     kernel = "analytic_kernel" if targets == "analytic" else drawn
@@ -142,14 +143,14 @@ def test_a_training_run_is_that_of_torch(targets, latent_size, monkeypatch):
 def test_an_autoencoder_run_is_that_of_torch(monkeypatch):
     model = tiny_autoencoder()
     expected = train(model, "torch")
-    launches = Launches(monkeypatch, *ENERGY_KERNELS, latent_function)
+    launches = Launches(monkeypatch, *ENERGY_KERNELS, latent_kernels)
     actual = train(model, "auto")
     assert launches.names == ["forward_kernel", "backward_kernel"] * len(actual[0])
     assert_same_run(actual, expected)
 
 
 def test_warmup_launches_what_the_model_will(monkeypatch):
-    launches = Launches(monkeypatch, *ENERGY_KERNELS, latent_function)
+    launches = Launches(monkeypatch, *ENERGY_KERNELS, latent_kernels)
     assert warmup(tiny_model().config, "cpu", dtype=torch.float32) == [
         "gaussian_energy_score",
         "energy_head",

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from calm_kernels import linear_argmax, tuning
-from calm_kernels.linear_argmax import function
+from calm_kernels.linear_argmax import kernels
 
-# Few rows, some, many; vocabularies of one word, of a split that ends inside a block, and odd ones;
-# widths that fill no block of features.
+# Few rows, some, many; vocabularies of one token, of a split that ends inside a block, and odd
+# ones; widths that fill no block of features.
 SHAPES = [(1, 1, 1), (5, 7, 97), (16, 64, 257), (33, 16, 66), (70, 40, 129)]
 
 
@@ -128,7 +128,7 @@ def test_splits_cover_the_vocabulary(rows, vocab_size):
     for block_rows, block_vocab in ((16, 128), (64, 128), (128, 256)):
         chosen = {"BLOCK_R": block_rows, "BLOCK_V": block_vocab}
         for slots in (4, 132, 396):
-            splits, each = function.num_splits(rows, vocab_size, chosen, slots)
+            splits, each = kernels.num_splits(rows, vocab_size, chosen, slots)
             assert (splits - 1) * each < vocab_size <= splits * each
             assert splits <= slots
 
@@ -137,7 +137,7 @@ def test_splits_cover_the_vocabulary(rows, vocab_size):
 def test_the_last_wave_leaves_few_processors_idle(row_blocks, least):
     vocab_size, slots = 128_256, 132
     chosen = {"BLOCK_R": 128, "BLOCK_V": 256}
-    splits, each = function.num_splits(128 * row_blocks, vocab_size, chosen, slots)
+    splits, each = kernels.num_splits(128 * row_blocks, vocab_size, chosen, slots)
     waves = -(-row_blocks * splits // slots)
     assert row_blocks * vocab_size > least * waves * slots * each
 

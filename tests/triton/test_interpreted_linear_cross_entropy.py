@@ -10,7 +10,7 @@ from helpers import LargestOutput, assert_no_worse_than_plain, leaf, relative_er
 from calm_kernels import linear_cross_entropy
 from calm_kernels.linear_cross_entropy import function
 
-# Vocabularies of one word, within one block of a program, of several blocks, and odd ones.
+# Vocabularies of one token, within one block of a program, of several blocks, and odd ones.
 SHAPES = [(1, 1, 1), (6, 8, 97), (33, 16, 256), (3, 5, 12, 50), (9, 4, 4999)]
 
 
@@ -93,7 +93,7 @@ def test_a_label_that_is_no_word_makes_the_loss_nan(generator):
     hidden, weight, labels = make_case((9, 8, 31), generator, torch.float32)
     for wrong in (31, -1, 10**9):
         labels[1] = wrong
-        loss = function.linear_cross_entropy(hidden, weight, labels, IGNORED, torch.float32)
+        loss = function.linear_cross_entropy_triton(hidden, weight, labels, IGNORED, torch.float32)
         assert loss.isnan()
 
 

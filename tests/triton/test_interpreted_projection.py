@@ -7,15 +7,15 @@ from transformers import LlamaConfig
 
 from calm import BaselineTransformer
 from calm_kernels import use_backend
-from calm_kernels.linear_argmax import function as argmax_function
-from calm_kernels.linear_cross_entropy import function as loss_function
+from calm_kernels.linear_argmax import kernels as argmax_kernels
+from calm_kernels.linear_cross_entropy import kernels as loss_kernels
 
 ARGMAX = ["partial_kernel", "reduce_kernel"]
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    return Launches(monkeypatch, argmax_function, loss_function)
+    return Launches(monkeypatch, argmax_kernels, loss_kernels)
 
 
 def tiny_baseline():

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from calm_kernels.agreeing_patch import function
-from calm_kernels.agreeing_patch.kernels import choose_kernel, count_kernel
+from calm_kernels.agreeing_patch import kernels
 from calm_kernels.compiling.configuration import Configuration
 
 __all__ = ["cases"]
@@ -28,9 +27,9 @@ def _count(
 ) -> Configuration:  # fmt: skip
     return Configuration(
         name=f"agreeing_patch.count{name}",
-        kernel=count_kernel,
+        kernel=kernels.count_kernel,
         dtype=torch.int64,
-        constants=lambda target: function.count_constants(patch_size, target.name),
+        constants=lambda target: kernels.count_constants(patch_size, target.name),
         trips=lambda constants: (
             -(-num_candidates // constants["BLOCK_OTHER"]),
             *[patch_size // constants["UNROLL"]] * (patch_size > constants["UNROLL"]),
@@ -50,9 +49,9 @@ def _choose(
 ) -> Configuration:
     return Configuration(
         name=f"agreeing_patch.choose{name}",
-        kernel=choose_kernel,
+        kernel=kernels.choose_kernel,
         dtype=torch.int64,
-        constants=lambda target: function.choose_constants(
+        constants=lambda target: kernels.choose_constants(
             num_candidates, PATCH_SIZE, target.name, is_factory=True
         ),
         trips=lambda _: (),

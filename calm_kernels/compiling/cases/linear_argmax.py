@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from calm_kernels.compiling.configuration import Configuration
-from calm_kernels.linear_argmax import function
-from calm_kernels.linear_argmax.kernels import partial_kernel, reduce_kernel
+from calm_kernels.linear_argmax import kernels
 
 __all__ = ["cases"]
 
@@ -23,7 +22,7 @@ _TYPES = {
 
 
 def _splits(rows: int, constants: dict[str, Any], at_once: int) -> tuple[int, int]:
-    return function.num_splits(rows, VOCAB_SIZE, constants, at_once * PROCESSORS)
+    return kernels.num_splits(rows, VOCAB_SIZE, constants, at_once * PROCESSORS)
 
 
 def _partial(
@@ -39,9 +38,9 @@ def _partial(
 
     return Configuration(
         name=f"linear_argmax.{name}",
-        kernel=partial_kernel,
+        kernel=kernels.partial_kernel,
         dtype=dtype,
-        constants=lambda target: function.constants(
+        constants=lambda target: kernels.constants(
             rows, width, dtype, target.name, with_total=with_total, has_fast_math=target.is_nvidia
         ),
         trips=trips,
@@ -65,9 +64,9 @@ def _reduce(
     """The second stage."""
     return Configuration(
         name=f"linear_argmax.reduce.{name}",
-        kernel=reduce_kernel,
+        kernel=kernels.reduce_kernel,
         dtype=torch.float32,
-        constants=lambda target: function.reduce_constants(
+        constants=lambda target: kernels.reduce_constants(
             at_once * PROCESSORS, with_total=with_total, has_fast_math=target.is_nvidia
         ),
         trips=lambda _: (),

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from calm_kernels.compiling.configuration import Configuration
-from calm_kernels.linear_cross_entropy import function
-from calm_kernels.linear_cross_entropy.kernels import loss_kernel
+from calm_kernels.linear_cross_entropy.kernels import loss_constants, loss_kernel
 
 __all__ = ["cases"]
 
@@ -31,7 +30,7 @@ def _case(
         name=f"linear_cross_entropy.{name}",
         kernel=loss_kernel,
         dtype=dtype,
-        constants=lambda target: function.constants(
+        constants=lambda target: loss_constants(
             vocab_size,
             dtype,
             target.name,

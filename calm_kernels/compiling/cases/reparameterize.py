@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from calm_kernels.compiling.configuration import Configuration
-from calm_kernels.reparameterize import function
-from calm_kernels.reparameterize.kernels import backward_kernel, forward_kernel
+from calm_kernels.reparameterize.kernels import backward_kernel, constants, forward_kernel
 
 __all__ = ["cases"]
 
@@ -34,7 +33,7 @@ def _case(
         name=f"reparameterize.{name}",
         kernel=kernel,
         dtype=dtype,
-        constants=lambda target: function.constants(
+        constants=lambda target: constants(
             width,
             target.name,
             is_given=is_given,
