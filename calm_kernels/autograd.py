@@ -1,4 +1,4 @@
-"""What hand-written gradients share."""
+"""What operations with hand-written gradients share."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -25,7 +25,7 @@ def is_autocast_on(device: str) -> bool | None:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """A block in which the operations on the device of `tensor` keep their dtypes."""
+    """A context without autocast on the device of `tensor`: operations keep their dtypes."""
     device = tensor.device.type
     if is_autocast_on(device) is None:
         return nullcontext()

@@ -1,8 +1,8 @@
-"""What the compiler makes of every kernel that ships, for machines that need not be here.
+"""What the compiler makes of every kernel, for GPUs that this machine need not have.
 
 ``python -m calm_kernels.compile_report`` compiles all configurations for all targets and prints
-registers, spilled bytes, shared memory, warp instructions a row (a patch, at the reference size),
-the time their issue takes and the share of it that memory traffic and products alone would need. It
+registers, spilled bytes, shared memory, warp instructions a row (a position, at the reference
+size), the time their issue takes and the share of it that memory traffic and matmuls alone need. It
 exits with 1 if a kernel spills, exceeds shared memory or its instruction budget, or does not use
 tensor cores where it should.
 
@@ -37,7 +37,7 @@ class Row:
     instructions: int  # warp instructions a row
     budget: int | None
     issue_us: float  # of all rows
-    floor_us: float  # their memory traffic, or their products
+    floor_us: float  # their memory traffic, or their matmuls
     problems: tuple[str, ...]
 
     @property

@@ -19,8 +19,8 @@ __all__ = [
     "sum_log2_features",
 ]
 
-# Which feature axis of a patch's tile lies across lanes: between axes that are equally far apart in
-# memory, a coalesced load gives lanes to the last one, with Triton 3.6 to the first.
+# The feature axis of a tile of samples that lies across lanes. Of axes with the same stride in
+# memory, a coalesced load gives lanes to the last one; Triton 3.6 gives them to the first.
 _VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 LANE_AXIS = tl.constexpr(0 if _VERSION < (3, 7) else 2)
 # Squared distances at or below the smallest normal float32 count as zero.
@@ -53,8 +53,8 @@ def exp2(x, FAST: tl.constexpr):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x, x > 0, from the reciprocal square root: one instruction everywhere, where a division
-    is a routine.
+    """1 / x, x > 0, from the reciprocal square root: one instruction everywhere, while a division
+    is several.
     """
     root = tl.rsqrt(x)
     return root * root
@@ -74,7 +74,7 @@ def square_root(x, FAST: tl.constexpr):
 
 @triton.jit
 def power_terms(square, EXPONENT: tl.constexpr, FAST: tl.constexpr):
-    """|v|^α and α|v|^(α-2) from |v|²; both are 0 where v is, and not a number where |v|² is not."""
+    """|v|^α and α|v|^(α-2) from |v|²; both are 0 where v is 0, and NaN where |v|² is NaN."""
     is_zero = square <= _SMALLEST
     safe = tl.where(is_zero, 1.0, square)
     if EXPONENT == 1.0:

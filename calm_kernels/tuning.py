@@ -1,9 +1,8 @@
-"""Launch settings of every kernel, from one table: nothing is tuned at import, at a launch or on
-sequence length.
+"""Launch settings of every kernel, from one table: nothing is tuned at run time.
 
-A setting is found by operation, architecture and width bucket; an architecture that is not listed
-takes the default row. Results never depend on these numbers, beyond rounding and the choice of
-series or quadrature where both are accurate.
+A setting is found by operation, architecture and width; an architecture without a row takes the
+default row. Results do not depend on these numbers, beyond rounding and the choice of series or
+quadrature where both are accurate.
 """
 
 from dataclasses import dataclass
@@ -32,13 +31,13 @@ __all__ = [
 Constants = tuple[dict[str, Any], dict[str, Any]]
 DEFAULT = "default"
 MANY = 2**62
-# Of an energy head's residual stream; beyond either, the library's products win.
+# Size of an energy head's residual stream; beyond either, the library's matmuls are faster.
 FUSED_HEAD_ROWS, FUSED_HEAD_ELEMENTS = 1024, 2**20
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How one kernel is launched; which fields it reads is the kernel's own business."""
+    """How one kernel is launched; each kernel reads the fields that it needs."""
 
     num_warps: int = 1
     num_stages: int = 1
@@ -52,9 +51,9 @@ class Launch:
     programs_per_processor: int = 1
 
 
-# (operation, architecture, largest width it is for). Suffixes name what takes more registers:
-# ".heavy" also differentiates the target, ".blocks" loops over blocks of samples. Where a name has
-# no row, it serves without its last suffix.
+# (operation, architecture, largest width it is for). Suffixes name forms that take more registers:
+# ".heavy" also differentiates the target, ".blocks" loops over blocks of samples. Without a row of
+# its own a form takes that of its name without the last suffix.
 TABLE: dict[tuple[str, str, int], Launch] = {
     ("energy_score.analytic", DEFAULT, 512): Launch(block_n=16),
     ("energy_score.analytic", DEFAULT, 1024): Launch(),
@@ -78,7 +77,7 @@ TABLE: dict[tuple[str, str, int], Launch] = {
     ("energy_score.gram.heavy", DEFAULT, 256): Launch(num_warps=4),
     ("energy_score.gram.heavy", "gfx942", 128): Launch(num_warps=2, block_n=16),
     ("energy_score.gram.heavy", "gfx942", 256): Launch(num_warps=4, block_n=16),
-    # More than 256 features of 16 bits: where registers and shared memory were seen to hold them.
+    # More than 256 features of 16 bits: where registers and shared memory are known to suffice.
     ("energy_score.gram.wide", "sm_80", 512): Launch(num_warps=4),
     ("energy_score.gram.wide", "sm_80", 1024): Launch(num_warps=8),
     ("energy_score.gram.wide", "sm_90", 512): Launch(num_warps=4),
@@ -103,8 +102,8 @@ TABLE: dict[tuple[str, str, int], Launch] = {
     ("energy_head.embed.small", DEFAULT, 4096): Launch(
         num_warps=8, block_rows=16, block_features=256
     ),
-    # The width of a fused layer is its number of rows; ".norm" normalises them as they are loaded,
-    # in every program again: few rows and many outputs each.
+    # The width of a fused layer is its number of rows. ".norm" normalises them as they are loaded,
+    # in every program again: its programs take few rows and many outputs.
     ("energy_head.layer", DEFAULT, 16): Launch(
         num_warps=4, num_stages=4, block_rows=16, block_outputs=16, block_features=256
     ),
@@ -150,8 +149,8 @@ TABLE: dict[tuple[str, str, int], Launch] = {
     ("energy_head.layer.fp32", "gfx942", MANY): Launch(
         num_warps=4, num_stages=2, block_rows=64, block_outputs=32
     ),
-    # The width of linear_argmax is its number of rows: few of them wait for the weight, many for
-    # the matmuls, and then a block of 256 tokens reads least from the cache.
+    # The width of linear_argmax is its number of rows: few rows are limited by reading the weight,
+    # many by the matmuls, and then a block of 256 tokens reads least from the cache.
     ("linear_argmax", DEFAULT, 16): Launch(
         num_warps=4, num_stages=3, block_rows=16, block_features=128, programs_per_processor=3
     ),
@@ -181,8 +180,8 @@ TABLE: dict[tuple[str, str, int], Launch] = {
     ("linear_argmax.fp32", DEFAULT, MANY): Launch(
         num_warps=8, num_stages=2, block_rows=64, block_features=32
     ),
-    # The width of linear_cross_entropy is the vocabulary. Of a large one, the more warps share a
-    # row the fewer rows are at work, and the second walk over them finds the cache.
+    # The width of linear_cross_entropy is the vocabulary. With many warps to a row fewer rows are
+    # in work at a time, and the second read of a row comes from the cache.
     ("linear_cross_entropy", DEFAULT, 4096): Launch(num_warps=4, features_per_lane=16),
     ("linear_cross_entropy", DEFAULT, 32768): Launch(num_warps=16, features_per_lane=16),
     ("linear_cross_entropy", DEFAULT, MANY): Launch(num_warps=32, features_per_lane=32),
@@ -230,7 +229,7 @@ def setting(operation: str, arch: str, width: int) -> Launch:
 
 
 def fuses_head(num_rows: int, width: int) -> bool:
-    """Whether an energy head without gradients runs as products with all around them fused in.
+    """Whether an energy head without gradients runs as matmuls with the work around them fused in.
 
     Rows of the weights must start at 16-byte boundaries.
     """
@@ -278,8 +277,8 @@ def sample_tile(
 ) -> SampleTile:
     """Split `width` features over lanes: 16 bytes at a time, at most `features_per_lane` in each.
 
-    A lane multiplies its own 1 + 2tσ² in the quadrature, whose nodes reach further for small
-    widths: fewer features keep that product within float32.
+    In the quadrature a lane multiplies the 1 + 2tσ² of its features, and nodes reach further for
+    small widths: fewer features keep that product within float32.
     """
     block = 1 << (width - 1).bit_length()
     most = launch.features_per_lane if width >= 64 else 8 if width >= 8 else 4

@@ -1,4 +1,4 @@
-"""Compiles what a model will launch, before a CUDA graph is captured or a clock starts."""
+"""Compiles the kernels of a model before a CUDA graph is captured or a time is measured."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from calm_kernels.reparameterize import reparameterize
 
 __all__ = ["warmup"]
 
-NUM_CANDIDATES = 200  # of a vote, the default of `generate`
+NUM_CANDIDATES = 200  # candidates of a vote, the default of `generate`
 
 
 def warmup(
@@ -23,7 +23,7 @@ def warmup(
 ) -> list[str]:
     """Run each operation of `config` that has a kernel once, on few rows.
 
-    Settings come from a table, so this only compiles; the caches of Triton keep the result on disk.
+    Settings come from a table, so this only compiles; Triton caches the result on disk.
 
     Args:
         config: a language model's configuration (`num_samples`, `latent_size`, `beta`, `targets`,
@@ -62,7 +62,7 @@ def _linear_cross_entropy(config: Any, like: torch.Tensor, seed: torch.Tensor) -
 
 def _linear_argmax(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
     weight = like.new_zeros(config.vocab_size, config.hidden_size)
-    for num_rows in (2, 64, 65):  # few, some and many have settings of their own
+    for num_rows in (2, 64, 65):  # few, some and many rows have their own settings
         linear_argmax(like.new_zeros(num_rows, config.hidden_size), weight)
 
 
@@ -84,8 +84,7 @@ def _energy_score(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
 
 def _energy_head(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
     sizes = (config.hidden_size, config.latent_size, config.noise_size)
-    # Blocks after the second launch its kernels. Vectors are float32 in training, as autocast has
-    # them.
+    # More blocks launch the same kernels. Under autocast parameters that are vectors stay float32.
     head = EnergyHead(*sizes, num_blocks=2).to(like.device)
     hidden = like.new_zeros(2, config.hidden_size).requires_grad_()
     has_autocast = like.dtype != torch.float32
@@ -94,7 +93,7 @@ def _energy_head(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
     latent.sum().backward()
     head.to(like.dtype)
     with torch.no_grad():
-        for count in (1, 64, NUM_CANDIDATES, 513):  # few rows have settings of their own
+        for count in (1, 64, NUM_CANDIDATES, 513):  # few rows have their own settings
             head.sample(hidden, num_samples=count, seed=seed)
 
 

@@ -1,4 +1,4 @@
-"""The public function: check, choose, split 1/T, draw one uniform a row, call."""
+"""The public function: check the arguments, choose the backend, call it."""
 
 import math
 from typing import Literal
@@ -40,9 +40,9 @@ def agreeing_patch(
         gamma      w = Γ(c + 1) / Γ(c + 1 - s) for c >= n, else 0
 
     If all weights are zero, n is replaced by n - 1 (a stays), and so on to 1; the factory form ends
-    in w = c. As N grows, the law tends to P(patch)^s / Σ P^s. The factory form is unbiased but for
-    patches it leaves undecided, which it rejects; the gamma form accepts those. ``num_agreeing=1``
-    gives every candidate the same chance: it is one draw of the model.
+    in w = c. As N grows, the distribution tends to P(patch)^s / Σ P^s. The factory form is unbiased
+    but for patches it leaves undecided, which it rejects; the gamma form accepts those.
+    ``num_agreeing=1`` gives every candidate the same chance: it is one draw of the model.
 
     Args:
         candidates: ``[B, N, K]``, N, K >= 1, any integer dtype.
@@ -64,7 +64,7 @@ def agreeing_patch(
 
     Source: CALM, Algorithms 1 and 2. Cost: in torch K sorts, O(B N K log N) time and O(B N K)
         memory; in Triton two launches, O(B N² K) comparisons over the whole device and O(B N)
-        memory. Neither loops over the batch nor waits for the device.
+        memory. Neither loops over the batch or synchronises.
     """
     check_tensor("candidates", candidates)
     check_dtype("candidates", candidates, INTEGERS)

@@ -1,1 +1,1 @@
-"""Compiling kernels for machines that are not here, and reading what the compiler made of them."""
+"""Compiles kernels for GPUs that this machine need not have, and reads the compiled code."""

@@ -29,13 +29,13 @@ class Configuration:
     kernel: Any
     dtype: torch.dtype
     constants: Callable[[Target], Constants]
-    # Of each loop, in the order of the code; None where its blocks lie so that loops cannot be told
-    # from branches, as the pipelined ones of AMD's compiler: instructions are then counted once.
+    # Of each loop, in the order of the code. None where loops cannot be told from branches, as in
+    # the pipelined code of AMD's compiler: instructions are then counted once.
     trips: Callable[[dict[str, Any]], tuple[int, ...] | None]
     bytes_per_row: float  # traffic that cannot be avoided
-    rows: int = 8192  # patches, at the reference size
+    rows: int = 8192  # positions, at the reference size
     programs: Callable[[dict[str, Any]], float] | None = None  # of the launch; default: one a row
-    flops_per_row: float = 0.0  # of products on tensor cores
+    flops_per_row: float = 0.0  # of matmuls on tensor cores
     budget: int | None = None  # warp instructions a row, with NVIDIA's special functions
     types: Mapping[str, str] = field(default_factory=dict)  # Triton's: "*i64", "fp32", "i64", ...
     ones: tuple[str, ...] = ()  # arguments that are 1: strides of contiguous axes

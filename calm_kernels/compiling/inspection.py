@@ -3,9 +3,9 @@ disassembly.
 
 Instructions are counted dynamically: every instruction once, and those of a loop once per trip. A
 loop is a backward branch with neither an exit nor a jump past it between its ends; its trips are
-declared by the configuration, in the order of the code. What follows the last exit is left out:
-there the compiler puts the slow path of warp shuffles for diverged warps, which these kernels never
-take. A loop that the compiler unrolled in part is counted as if it were not, which is too much.
+declared by the configuration, in the order of the code. Code after the last exit is skipped: there
+the compiler puts the slow path of warp shuffles for diverged warps, which these kernels never take.
+A loop that the compiler unrolled in part is counted as if it were not, which is too much.
 """
 
 import re
@@ -113,7 +113,7 @@ def _joined(loops: Iterable[Loop]) -> list[Loop]:
 
 
 def parse_sass(listing: str) -> tuple[list[str], list[Loop]]:
-    """Mnemonics and loops of an NVIDIA disassembly, no-operations left out of neither."""
+    """Mnemonics and loops of an NVIDIA disassembly, no-operations included."""
     return _parse(listing.splitlines(), _SASS_LABEL, _SASS_LINE, _SASS_BRANCH, "EXIT")
 
 
@@ -123,11 +123,11 @@ def parse_amdgcn(listing: str) -> tuple[list[str], list[Loop]]:
 
 
 class Fixed(int):
-    """Trips that the compiler knows: it may unroll the loop, which then is none of the code."""
+    """Trips that the compiler knows: it may unroll the loop, which then is not in the code."""
 
 
 def _match_trips(num_loops: int, trips: Sequence[int]) -> list[int]:
-    """Trips of the loops that are left in the code."""
+    """Trips of the loops that remain in the code."""
     kept = [count for count in trips if not isinstance(count, Fixed)]
     for expected in (list(trips), kept):
         if len(expected) == num_loops:

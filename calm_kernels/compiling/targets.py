@@ -18,7 +18,7 @@ class Target:
     shared_limit: int  # bytes a program may use
     issue_rate: float  # warp instructions a second, all schedulers busy
     bandwidth: float  # bytes a second that a copy reaches
-    tensor_rate: float  # bf16 operations a second that a large product reaches
+    tensor_rate: float  # bf16 operations a second that a large matmul reaches
     budget_scale: float = 1.0  # instruction budgets are for NVIDIA's special functions
 
     @property
@@ -31,7 +31,7 @@ class Target:
         return GPUTarget(self.backend, self.arch, self.warp_size)
 
 
-# A100, H200, B200 and MI300X: processors x schedulers x clock; copies and products measured at
+# A100, H200, B200 and MI300X: processors x schedulers x clock; copies and matmuls measured at
 # 60 to 85 % of peak.
 TARGETS = {
     target.name: target

@@ -1,7 +1,7 @@
 """The torch backend: what does not depend on the noise is computed once a row, not once a draw.
 
-Rows of the draws are patch-major, ``[R, N, C]``, so that the context is added by broadcasting over
-N and its gradient is a sum over neighbouring rows.
+The draws of a row are neighbours in memory, ``[R, N, C]``, so that the context is added by
+broadcasting over N and its gradient is a sum over neighbours.
 """
 
 import torch.nn.functional as F
@@ -34,8 +34,8 @@ def energy_head_eager(
 def _contexts(hidden: Tensor, head: HeadParameters) -> tuple[Tensor, ...]:
     """W₁'s context half of every block and b₁, ``[R, 1, C]`` each.
 
-    Not in one product: putting the weights side by side would cost a decode step more than it saves
-    and a training step nothing.
+    Not one matmul: joining the weights would cost a decode step more than it saves, and would not
+    speed up a training step.
     """
     width = hidden.shape[-1]
     context = _norm(F.linear(hidden, *head.hidden_embd), head.norm_hidden)

@@ -101,10 +101,11 @@ class EnergyHead(nn.Module):
                 `noise` has).
             seed: of fresh draws, see `noise.as_seed`; row r of `hidden` is row ``first_row + r``.
             first_row: global index of the first row.
-            noise_scale: factor on the noise, >= 0; 0 is deterministic. `norm_noise` cancels any
-                other almost wholly: it narrows nothing.
+            noise_scale: factor on the noise, >= 0; 0 is deterministic. `norm_noise` cancels
+                any other factor almost completely.
             noise_spread: factor on what the noise contributes after that norm, before its bias,
-                >= 0: below 1 it narrows the law, 0 is deterministic (not the latent of scale 0).
+                >= 0: below 1 it narrows the distribution, 0 is deterministic (another latent than
+                that of ``noise_scale=0``).
             recompute: see `energy_head`.
             backend: see `energy_head`.
 

@@ -50,7 +50,7 @@ class HeadParameters(NamedTuple):
 
 
 def parameters_by_name(module: nn.Module) -> dict[str, Tensor]:
-    """`dict(module.named_parameters())` in a third of its time, which a decode step would feel."""
+    """`dict(module.named_parameters())` in a third of its time: a decode step calls it."""
     named: dict[str, Tensor] = {}
     _add_parameters(module, "", named)
     return named

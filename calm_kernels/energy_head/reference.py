@@ -1,4 +1,4 @@
-"""The head as published: hidden states repeated for every draw, halves joined before a product."""
+"""The head as published: hidden states repeated for every draw, halves joined before a matmul."""
 
 from collections.abc import Mapping
 

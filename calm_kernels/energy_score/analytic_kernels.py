@@ -1,4 +1,4 @@
-"""The energy score with analytic targets: one program a patch, value and gradients in one pass."""
+"""The energy score with analytic targets: one program a position; value and gradients together."""
 
 import torch
 import triton
@@ -91,7 +91,7 @@ def analytic_kernel(
     NEED_POSTERIOR: tl.constexpr, HAS_WEIGHT: tl.constexpr, OUTER: tl.constexpr,
     BLOCK_N: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """score = mean_{i≠j} |x_i - x_j|^α - 2 mean_i E|x_i - y|^α of one patch, times its weight."""
+    """score = mean_{i≠j} |x_i - x_j|^α - 2 mean_i E|x_i - y|^α of one position, weighted."""
     row = tl.program_id(0).to(tl.int64)
     weight = load_weight(weight_ptr, row, stride_weight, HAS_WEIGHT)
     feature = feature_tile(OUTER, LANES, INNER)
@@ -123,7 +123,7 @@ def analytic_kernel(
         )  # fmt: skip
         fidelity += tl.sum(tl.where(mask_n, value, 0.0))
         max_r2 = tl.maximum(max_r2, block_r2)
-        # Read again what the quadrature had no registers to keep.
+        # Read again: the quadrature has no registers to keep it.
         x = load_samples(row_ptr, sample, feature, stride_n, stride_l, mask, True)
         slope = tl.where(mask, target_scale * slope * (x - center[:, None]), 0.0)
         if NEED_POSTERIOR:

@@ -1,4 +1,4 @@
-"""Public functions of the energy score: validate, choose a backend, call it."""
+"""The public functions: check the arguments, choose the backend, call it."""
 
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -36,7 +36,7 @@ __all__ = [
 Targets = Literal["analytic", "antithetic", "sample"]
 Method = Literal["auto", "series", "quadrature"]
 TARGETS, METHODS = get_args(Targets), get_args(Method)
-# A patch lives in the registers of one program.
+# A position of this latent size fits into the registers of a program.
 TRITON_MAX_LATENT = 1024
 
 
@@ -65,8 +65,8 @@ def energy_score(
         samples: model draws x, ``[N, ..., L]``, N >= 2, fp64 / fp32 / bf16 / fp16, any strides.
         targets: draws y of the distribution to match, ``[M, ..., L]``, M >= 1, same device.
         exponent: α, with 0 < α < 2.
-        weight: ``[...]``, multiplies each patch's score; a constant. A patch of weight 0 scores 0
-            with gradient 0 whatever its inputs hold.
+        weight: ``[...]``, multiplies each position's score; a constant. A position of weight 0
+            scores 0 with gradient 0 whatever its inputs hold.
         backend: see `calm_kernels.backend`.
 
     Returns: ``[...]`` in fp32, fp64 if an input is fp64. Differentiable once in samples, targets;
@@ -75,7 +75,8 @@ def energy_score(
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device or exponent.
 
-    Source: CALM, equations 9 and 10. Cost: N(N + M) distances a patch; no ``[N, M, ..., L]`` array.
+    Source: CALM, equations 9 and 10. Cost: N(N + M) distances a position; no ``[N, M, ..., L]``
+        array.
     """
     _check_samples(samples)
     check_tensor("targets", targets, min_dim=2)
@@ -122,7 +123,7 @@ def gaussian_energy_score(
 
     Args:
         samples: model draws x, ``[N, ..., L]``, N >= 2, fp64 / fp32 / bf16 / fp16, any strides; a
-            view of patch-major memory ``[..., N, L]`` is the fastest.
+            view of memory ``[..., N, L]`` is the fastest.
         mean: ``[..., L]``.
         log_std: ``[..., L]``.
         exponent: α, with 0 < α < 2.
@@ -130,13 +131,14 @@ def gaussian_energy_score(
             |x - y|² varies little and by quadrature elsewhere; no draws. ``"sample"``: as the mean
             over `num_targets` draws, shared by the samples, as published. ``"antithetic"``: the
             same with draws in pairs ±ε, for an even `num_targets`: unbiased, with less noise.
-        num_targets: M, draws a patch (default: the published 100).
-        target_noise: draws to use, ``[M, ..., L]``; the axes between hold one row per patch in
+        num_targets: M, draws a position (default: the published 100).
+        target_noise: draws to use, ``[M, ..., L]``; the axes between hold one row per position in
             row-major order. Given, y = mean + exp(log_std) · target_noise whatever `targets` says.
-        weight: ``[...]``, multiplies each patch's score; a constant. A patch of weight 0 scores 0
-            with gradient 0 whatever its inputs hold.
-        seed: see `calm_kernels.noise.as_seed`, one seed a patch included. Unused without draws.
-        first_row: global row index of the first patch: any split of a batch draws the same noise.
+        weight: ``[...]``, multiplies each position's score; a constant. A position of weight 0
+            scores 0 with gradient 0 whatever its inputs hold.
+        seed: see `calm_kernels.noise.as_seed`, one seed a position included. Unused without draws.
+        first_row: global row index of the first position: any split of a batch draws the same
+            noise.
         return_diagnostics: return the two terms too.
         backend: see `calm_kernels.backend`.
 
@@ -149,8 +151,8 @@ def gaussian_energy_score(
 
     Source: CALM, equations 9 and 10; the exact expectation is this library's own.
 
-    Cost: N(N-1)/2 distances a patch; for the targets about as much again where the series serves,
-        ten times that for quadrature, N·M distances for draws. No ``[N, M, ..., L]`` array.
+    Cost: N(N-1)/2 distances a position; for the targets about as much again with the series, ten
+        times that with quadrature, N·M distances for draws. No ``[N, M, ..., L]`` array.
     """
     _check_samples(samples)
     batch = samples.shape[1:]
@@ -256,7 +258,7 @@ def _check_weight(weight: Tensor | None, samples: Tensor) -> None:
         return
     check_tensor("weight", weight)
     check_dtype("weight", weight)
-    check_shape("weight", weight, samples.shape[1:-1], "the patches of samples")
+    check_shape("weight", weight, samples.shape[1:-1], "the positions of samples")
     check_device("weight", weight, "samples", samples)
     if weight.requires_grad:
         raise ValueError("weight must not require a gradient: it is a constant of the score")
@@ -284,7 +286,7 @@ def _draws(
     found = as_seed(seed, samples.device)
     rows = samples[0, ..., 0].numel()
     if found.dim() == 2 and found.shape[0] != rows:
-        raise ValueError(f"seed must have one row per patch, {rows}; got {found.shape[0]}")
+        raise ValueError(f"seed must have one row per position, {rows}; got {found.shape[0]}")
     return TargetDraws(None, num_targets, found, first_row, is_antithetic)
 
 

@@ -1,7 +1,7 @@
 """The energy score by direct differences: targets given, or drawn one at a time in registers.
 
-One program a patch. It reads each given target once; drawn targets never exist in memory. Exact in
-float32 for every latent size; gram_kernels.py is the faster way to many drawn targets of many
+One program a position. It reads each given target once; drawn targets never exist in memory. Exact
+in float32 for every latent size; gram_kernels.py is faster for many drawn targets of many
 dimensions.
 """
 
@@ -94,7 +94,7 @@ def direct_kernel(
     OUTER: tl.constexpr, BLOCK_N: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """score = mean_{i≠j} |x_i - x_j|^α - 2 mean_{i,m} |x_i - y_m|^α of one patch, weighted."""
+    """score = mean_{i≠j} |x_i - x_j|^α - 2 mean_{i,m} |x_i - y_m|^α of one position, weighted."""
     row = tl.program_id(0).to(tl.int64)
     weight = load_weight(weight_ptr, row, stride_weight, HAS_WEIGHT)
     feature = feature_tile(OUTER, LANES, INNER)

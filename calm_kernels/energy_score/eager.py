@@ -1,7 +1,8 @@
-"""The energy score in plain PyTorch: value and closed-form gradients in one pass over the patches.
+"""The energy score in plain PyTorch: value and closed-form gradients in one pass over the
+positions.
 
-Work is patch-major, ``[R, N, L]``, and chunked so that intermediates stay in cache; no
-``[N, M, R, L]`` array exists. Gradients are computed with the value and stored; backward only
+Arrays are ``[R, N, L]`` and worked on in blocks of positions, so that intermediates stay in cache;
+no ``[N, M, R, L]`` array exists. Gradients are computed with the value and stored; backward only
 scales them.
 """
 
@@ -57,7 +58,7 @@ def _differentiate(run: Run, *inputs: Tensor) -> Any:
     """Outputs of `run` inside autograd; without grad mode it computes values only."""
     needs = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs)
     apply = _StoredGradients.apply
-    if torch.compiler.is_compiling():  # chunk loops that depend on data
+    if torch.compiler.is_compiling():  # loops over blocks that depend on data
         apply = torch.compiler.disable(apply)
     return apply(run, needs, *inputs)
 
@@ -75,9 +76,9 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
 def _load(
     rows: slice, weight: Tensor | None, dtype: torch.dtype, *tensors: Tensor
 ) -> tuple[Tensor, ...]:
-    """Weight ``[r]`` and inputs of these patches, row-major, in the compute dtype.
+    """Weight ``[r]`` and inputs of these positions, row-major, in the compute dtype.
 
-    Inputs are zero where the weight is: a masked patch may hold anything, and 0 · nan is nan.
+    Inputs are zero where the weight is: a masked position may hold anything, and 0 · nan is nan.
     """
     loaded = [tensor[rows].to(dtype).contiguous() for tensor in tensors]
     if weight is None:
@@ -123,7 +124,7 @@ def gaussian_energy_score_eager(
     draws: TargetDraws | None,
     weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Score, fidelity, diversity and, without draws, the largest r2 of each patch, ``[R]``.
+    """Score, fidelity, diversity and, without draws, the largest r2 of each position, ``[R]``.
 
     Samples are ``[N, R, L]``, mean and log_std ``[R, L]``. Without draws the expectation over
     targets is exact.
@@ -202,7 +203,7 @@ def _analytic(
     needs: Needs,
     dx: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """As `_sampled`, with the exact expectation over targets and the largest r2 of each patch."""
+    """As `_sampled`, with the exact expectation over targets and the largest r2 of a position."""
     num_samples = offset.shape[1]
     variance = torch.exp(2 * log_std)
     scale = weight * (-2 / num_samples)
@@ -222,7 +223,7 @@ def _analytic(
 
 
 def expected_distance_eager(offset: Tensor, std: Tensor, exponent: float, method: str) -> Tensor:
-    """E|v|^α of v ~ N(offset, std²), both ``[R, L]``; every row is a patch of one sample."""
+    """E|v|^α of v ~ N(offset, std²), both ``[R, L]``; a row is a position of one sample."""
     dtype = _compute_dtype(offset, std)
 
     def run(needs: Needs) -> tuple[Outputs, Outputs]:

@@ -1,7 +1,7 @@
-"""E|v|^α of a Gaussian v: the series where it is accurate, quadrature for the other patches.
+"""E|v|^α of a Gaussian v: the series where it is accurate, quadrature for the other positions.
 
-On the CPU the patches past the guard are gathered. On another device that would wait for it at
-every call, so there both run for every patch and the guard selects.
+On the CPU the positions past the guard are gathered. On a GPU that would synchronise at every call,
+so there both run for every position and the guard selects.
 """
 
 import torch
@@ -13,9 +13,9 @@ from calm_kernels.energy_score.series import moments, series
 
 __all__ = ["expected_power"]
 
-# Below this latent size few patches pass the guard of the series, and quadrature is cheap.
+# Below this latent size few positions are within the guard of the series, and quadrature is cheap.
 SERIES_MIN_LATENT = 32
-# Samples of a patch share quadrature nodes while their E|v|² differ by at most this factor.
+# Samples of a position share quadrature nodes while their E|v|² differ by at most this factor.
 MAX_SPREAD = 256.0
 
 
@@ -36,8 +36,8 @@ def expected_power(
         variance: σ², ``[R, L]``.
         exponent: α.
         scale: ``[R]``, multiplies the derivatives.
-        method: ``"series"`` or ``"quadrature"`` for every patch; ``"auto"``: the faster one that is
-            accurate for the patch, and in float64 always quadrature, exact to rounding.
+        method: ``"series"`` or ``"quadrature"`` for every position; ``"auto"``: the faster one that
+            is accurate for the position, and in float64 always quadrature, exact to rounding.
         need_slope: whether to compute the derivative in m.
         need_dvariance: whether to compute the derivative in σ².
     """
@@ -76,7 +76,7 @@ def _select(rows: Tensor, this: GaussianTerm, other: GaussianTerm) -> list[Tenso
 def _integrate(
     offset2: Tensor, variance: Tensor, exponent: float, scale: Tensor, flags: dict[str, bool]
 ) -> GaussianTerm:
-    """`quadrature` in chunks, with nodes of their own for samples too different to share them."""
+    """`quadrature` in blocks of rows; samples too different to share nodes get their own."""
     num_rows, num_samples, width = offset2.shape
     mean_square = offset2.sum(-1) + variance.sum(-1, keepdim=True)
     is_even = mean_square.amax(1) <= MAX_SPREAD * mean_square.amin(1)

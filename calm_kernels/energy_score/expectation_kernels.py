@@ -64,7 +64,7 @@ def add_quadrature(
     """Add E|v|^α and its slopes by the trapezoid rule in u, tS = exp(u - e^-u): nodes of each
     sample's own scale.
 
-    With no nodes, which is where the series holds, nothing is added and nothing is spent.
+    Where the series holds there are no nodes: nothing is added and no time is spent.
     """
     P: tl.constexpr = EXPONENT / 2
     # Where S is 0 all is 0: no node may overflow there.

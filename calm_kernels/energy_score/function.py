@@ -1,8 +1,8 @@
-"""Launches the energy score's kernels and teaches autograd and torch.compile about them.
+"""The score as custom ops, for autograd and torch.compile.
 
-One launch computes the score together with every gradient that is needed; the gradients are outputs
-of the operator, and backward multiplies them by the upstream gradient of each patch. Only row 0 of
-the terms, the score, is differentiated.
+One launch computes the score together with every gradient that is needed. The gradients are outputs
+of the op, and backward multiplies them by the upstream gradient of each position. Only row 0 of the
+terms, the score, is differentiated.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ def gaussian_energy_score_triton(
     draws: TargetDraws | None,
     weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Score, fidelity, diversity and, without draws, the largest r2 of each patch, ``[R]``.
+    """Score, fidelity, diversity and, without draws, the largest r2 of each position, ``[R]``.
 
     Samples are ``[N, R, L]``, mean and log_std ``[R, L]``. Without draws the expectation over
     targets is exact.
@@ -64,8 +64,9 @@ def _needs(*inputs: Tensor) -> tuple[bool, ...]:
 
 
 def _outputs(samples: Tensor, need_samples: bool) -> tuple[Tensor, Tensor]:
-    """Terms ``[4, R]`` and the gradient of the samples in patch-major memory ``[R, N, L]``, empty
-    if not needed; in float32 for float16, which would lose it before a loss scale multiplies it.
+    """Terms ``[4, R]`` and the gradient of the samples ``[R, N, L]``, empty if not needed.
+
+    For float16 it is float32: float16 would lose small values before a loss scale multiplies them.
     """
     num_samples, num_rows, width = samples.shape
     terms = samples.new_empty(4, num_rows, dtype=torch.float32)
@@ -189,8 +190,8 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _scale_gradients(ctx: Any, dterms: Tensor, *_: Tensor) -> Gradients:
-    """Stored gradients ``[R, ...]`` times upstream ``[R]``; draws come first again, None where none
-    was stored.
+    """Stored gradients ``[R, ...]`` times upstream ``[R]``, with draws as the first axis; None
+    where no gradient was stored.
     """
     refuse_second_derivative("the energy score")
     scaled: list[Tensor | None] = []
@@ -199,8 +200,8 @@ def _scale_gradients(ctx: Any, dterms: Tensor, *_: Tensor) -> Gradients:
             scaled.append(None)
             continue
         upstream = dterms[0].view(-1, *[1] * (gradient.dim() - 1))
-        product = torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
-        scaled.append(product.transpose(0, 1) if gradient.dim() == 3 else product)
+        total = torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
+        scaled.append(total.transpose(0, 1) if gradient.dim() == 3 else total)
     return *scaled, *[None] * (ctx.num_inputs - len(scaled))
 
 

@@ -1,14 +1,15 @@
-"""The energy score against many drawn targets: distances by products on tensor cores, draws never
-in memory.
+"""The energy score against many drawn targets: distances by matmuls on tensor cores.
+
+Draws live in registers and never in memory.
 
 With d_i = x_i - mean and z_m = σ·ε_m, |d_i - z_m|² = |d_i|² + |z_m|² - 2 d_i·z_m. Centred on the
 mean d and z are nearly orthogonal in many dimensions, so nothing cancels; samples among themselves
 may coincide and are compared directly.
 
-Features are held as eight slices of WORDS = ceil(L / 8): feature k·WORDS + q is output k of word q,
-as noise.py lays normals out, so one Philox call feeds all slices. Samples are the narrow side of
-every product, which takes eight of them without padding. |z|² is a product too, of ε² and σ²:
-nothing per dimension stays in registers in the loop.
+Features are held as eight slices of WORDS = ceil(L / 8), the random words that noise.py draws for a
+row: feature k·WORDS + q is output k of word q, so one Philox call feeds all slices. Samples are the
+narrow side of every matmul, which takes eight of them without padding. |z|² is a matmul too, of ε²
+and σ²: nothing per dimension stays in registers in the loop.
 """
 
 import torch
@@ -25,7 +26,7 @@ from calm_kernels.tuning import Constants, launch_options, widest
 
 __all__ = ["gram_constants", "gram_kernel", "gram_score", "takes_gram"]
 
-# Fewer dimensions leave d and z too far from orthogonal for a matmul of rounded operands; more need
+# With fewer dimensions d and z are too far from orthogonal for rounded operands; more need
 # registers and shared memory that not every machine has.
 GRAM_WIDTHS = range(64, 257)
 
@@ -95,7 +96,7 @@ def _load_std(
 
 @triton.jit
 def _operand(x, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """A product's operand, rounded to nearest: tensor cores cut float32 off at 10 bits, whose bias
+    """A matmul's operand, rounded to nearest: tensor cores cut float32 off at 10 bits, a bias that
     no average removes.
     """
     if PRECISION == "tf32":
@@ -108,9 +109,7 @@ def _operand(x, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _variance_rows(std, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """σ² ``[BLOCK_N, BLOCK_Q]`` as a product's operand: rounded in row 0, what rounding lost in row
-    1.
-    """
+    """σ² ``[BLOCK_N, BLOCK_Q]`` as an operand: rounded in row 0, the rounding error in row 1."""
     row = tl.arange(0, std.shape[0])[:, None]
     variance = std * std
     rounded = _operand(variance, DOT_DTYPE, PRECISION)
@@ -244,8 +243,9 @@ def _target_gradients(d, std, mass, pull, spread, scale, NEED_POSTERIOR: tl.cons
 
 @triton.jit
 def _add_row(pointer, slices, q, is_first, IS_ONLY: tl.constexpr, WIDTH: tl.constexpr):
-    """Eight slices ``[BLOCK_Q]`` into one row of contiguous memory, onto what earlier blocks of
-    samples left there: the registers of a loop over blocks do not hold it.
+    """Add eight slices ``[BLOCK_Q]`` to one row of contiguous memory.
+
+    Earlier blocks of samples wrote their part there: a loop over blocks has no registers for it.
     """
     WORDS: tl.constexpr = (WIDTH + 7) // 8
     for k in tl.static_range(8):
@@ -267,7 +267,7 @@ def gram_kernel(
     HAS_WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """score = mean_{i≠j} |x_i - x_j|^α - 2 mean_{i,m} |x_i - y_m|^α of one patch, weighted."""
+    """score = mean_{i≠j} |x_i - x_j|^α - 2 mean_{i,m} |x_i - y_m|^α of one position, weighted."""
     WORDS: tl.constexpr = (WIDTH + 7) // 8
     row = tl.program_id(0).to(tl.int64)
     weight = load_weight(weight_ptr, row, stride_weight, HAS_WEIGHT)
@@ -303,7 +303,7 @@ def gram_kernel(
             _add_row(dlog_std_ptr + row * WIDTH, dlog_std, q, start == 0, IS_ONLY, WIDTH)
             if not IS_ONLY:
                 tl.debug_barrier()
-        # Read again what the loop over draws had no registers to keep.
+        # Read again: the loop over draws has no registers to keep it.
         x = _load_samples(row_ptr, q, sample, stride_n, stride_l, width, NUM_SAMPLES, WORDS, True)
         apart, pair_pull = _pair_slices(
             x, row_ptr, q, stride_n, stride_l, width, NUM_SAMPLES, WORDS, EXPONENT, FAST

@@ -5,8 +5,8 @@ exponent.
     first + kδ
 
 The left end is where τ^(1-p) has fallen to e^-16. The right end grows as the latent size falls: the
-transform of few dimensions has an algebraic tail. Errors stay below 1e-5 up to α = 1.9, below 1e-6
-at α = 1 and L >= 64.
+transform of few dimensions has an algebraic tail. The error stays below 1e-5 up to α = 1.9, below
+1e-6 at α = 1 and L >= 64.
 """
 
 import math

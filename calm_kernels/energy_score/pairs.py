@@ -1,10 +1,10 @@
 """Powers of distances between points, with their gradients; no ``[N, M, R, L]`` array.
 
-Distances come from differences: at the first training step all samples may coincide, and the
-difference of large squares in |x|² + |y|² - 2xy would return rounding noise. Between samples and
-targets of many dimensions, which are rarely near, a CPU takes that product, centred, for the pairs
-that are far apart in it, and differences for the rest. The gradient of |v|^α is α |v|^(α-2) v, and
-0 where v = 0.
+Distances come from differences: at the first training step all samples may coincide, and then the
+large squares in |x|² + |y|² - 2xy would cancel to rounding noise. Samples and targets of many
+dimensions are rarely near. For those a CPU computes xy as a matmul of centred points, keeps the
+pairs that are far apart, and takes differences for the others. The gradient of |v|^α is α |v|^(α-2)
+v, and 0 where v = 0.
 """
 
 import torch
@@ -15,18 +15,18 @@ from calm_kernels.energy_score.row_blocks import WORKING_SET, in_row_blocks
 __all__ = ["between", "within"]
 
 Terms = tuple[Tensor, Tensor | None, Tensor | None]
-# Products from this many dimensions on; fewer leave too many pairs near.
-MIN_PRODUCT_WIDTH = 64
+# Matmuls from this many dimensions on; with fewer, too many pairs are near.
+MIN_MATMUL_WIDTH = 64
 # |v|² of at least this share of |x|² + |y|² has lost at most four bits to cancellation.
 MIN_SHARE = 1 / 16
-# Past this share of near pairs differences are taken of all.
+# Beyond this share of near pairs, differences are taken for all pairs.
 MAX_NEAR = 1 / 16
 
 
 def within(
     x: Tensor, exponent: float, scale: Tensor, *, need_dx: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The sum scale · Σ_{i<j} |x_i - x_j|^α of each patch and its gradient ``[R, N, L]``.
+    """The sum scale · Σ_{i<j} |x_i - x_j|^α of each position and its gradient ``[R, N, L]``.
 
     Args:
         x: ``[R, N, L]``.
@@ -51,7 +51,7 @@ def within(
 def between(
     x: Tensor, y: Tensor, exponent: float, scale: Tensor, *, need_dx: bool, need_dy: bool
 ) -> Terms:
-    """The sum scale · Σ_{n,m} |x_n - y_m|^α of each patch and its gradients in x and y.
+    """The sum scale · Σ_{n,m} |x_n - y_m|^α of each position and its gradients in x and y.
 
     Args:
         x: ``[R, N, L]``.
@@ -62,22 +62,22 @@ def between(
         need_dy: whether to compute the gradient of y.
     """
     num_samples, num_targets, width = x.shape[1], y.shape[1], x.shape[2]
-    # Which pairs are near is read from the device, which no GPU should wait for.
-    if x.device.type != "cpu" or width < MIN_PRODUCT_WIDTH:
-        return _differences(x, y, exponent, scale, need_dx, need_dy)
+    # Reading which pairs are near would synchronise a GPU.
+    if x.device.type != "cpu" or width < MIN_MATMUL_WIDTH:
+        return _by_differences(x, y, exponent, scale, need_dx, need_dy)
 
     def compute(rows: slice) -> Terms:
         part = (x[rows], y[rows], exponent, scale[rows], need_dx, need_dy)
-        return _products(*part) or _differences(*part)
+        return _by_matmul(*part) or _by_differences(*part)
 
     elements = (num_samples + num_targets) * max(num_samples, width)
     return in_row_blocks(compute, x.shape[0], elements)  # type: ignore[return-value]
 
 
-def _differences(
+def _by_differences(
     x: Tensor, y: Tensor, exponent: float, scale: Tensor, need_dx: bool, need_dy: bool
 ) -> Terms:
-    """`between` by differences ``[r, N, m, L]`` of as many patches and targets as stay in cache."""
+    """`between` by differences ``[r, N, m, L]``, as many at a time as stay in cache."""
     num_samples, num_targets, width = x.shape[1], y.shape[1], x.shape[2]
     block = max(1, min(num_targets, WORKING_SET // max(1, num_samples * width)))
     scratch = x.new_empty(0)
@@ -108,10 +108,10 @@ def _differences(
     return in_row_blocks(compute, x.shape[0], num_samples * block * width)  # type: ignore[return-value]
 
 
-def _products(
+def _by_matmul(
     x: Tensor, y: Tensor, exponent: float, scale: Tensor, need_dx: bool, need_dy: bool
 ) -> Terms | None:
-    """As `between`, by a product of points centred on the targets' mean; None if many are near."""
+    """As `between`, by a matmul of points centred on the targets' mean; None if many are near."""
     center = y.mean(1, keepdim=True)
     near_x, near_y = x, y  # near points differ in digits that centring rounds away
     x, y = x - center, y - center
@@ -120,7 +120,7 @@ def _products(
     square = torch.baddbmm(squares, x, y.transpose(1, 2), alpha=-2)
     # Written so that what overflowed, underflowed or is no number counts as near.
     is_far = (square >= least) & (least > torch.finfo(x.dtype).tiny / torch.finfo(x.dtype).eps)
-    # Where both squares are 0, as in a masked patch, so is the distance.
+    # Where both squares are 0, as in a masked position, so is the distance.
     near = (~is_far & (squares != 0)).nonzero(as_tuple=True)
     if near[0].numel() > MAX_NEAR * square.numel():
         return None

@@ -6,8 +6,8 @@ v ~ N(m, diag σ²), p = α/2. With φ(t) = E exp(-t|v|²) and z = 1 / (1 + 2tσ
     ∂/∂m   = 2p/Γ(1-p) · m ∫ t^-p φ z dt
     ∂/∂σ²  =  p/Γ(1-p) ·   ∫ t^-p φ (z - 2t m² z²) dt
 
-The integrand is positive: nothing cancels. All samples of a patch share the nodes, so z and the
-determinant are computed once a patch, and sums over L or over nodes are batched matrix products.
+The integrand is positive: nothing cancels. All samples of a position share the nodes, so z and the
+determinant are computed once a position, and sums over L or over nodes are batched matmuls.
 """
 
 import math
@@ -68,7 +68,8 @@ def quadrature(
     """E|v|^α and its derivatives; see the head of this file.
 
     The relative error is at most 2e-6 in float32 and 1e-10 in float64 while E|v|² of the samples of
-    a patch stays within a factor of 256: they share the nodes t = τ / S, S the geometric middle.
+    a position stays within a factor of 256: they share the nodes t = τ / S, S the geometric mean of
+    the least and the largest.
 
     Args:
         offset2: m², ``[R, N, L]``.

@@ -4,7 +4,7 @@ It defines correctness for every other backend and is the "published formula" of
 drawn targets are broadcast against samples, ``[N, M, R, L]``, as the published code does. The one
 departure is the gradient of |v|^α at v = 0: zero here, NaN for α < 1 in the published code.
 
-Shapes: samples ``[N, R, L]``, targets ``[M, R, L]``, mean and log_std ``[R, L]``, R patches.
+Shapes: samples ``[N, R, L]``, targets ``[M, R, L]``, mean and log_std ``[R, L]``, R positions.
 """
 
 import math
@@ -61,7 +61,7 @@ def gaussian_energy_score_reference(
     noise: Tensor | None,
     weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Score, fidelity, diversity and, without noise, the largest r2 of each patch, ``[R]``.
+    """Score, fidelity, diversity and, without noise, the largest r2 of each position, ``[R]``.
 
     Targets are mean + exp(log_std) · noise with noise ``[M, R, L]``; without noise the expectation
     over them is exact.
@@ -93,7 +93,7 @@ def without_masked(weight: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]
 
 
 def relative_variance(samples: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Largest r2 = Var|v|² / (E|v|²)² of a patch's v_n ~ N(x_n - mean, std²), ``[R]``."""
+    """Largest r2 = Var|v|² / (E|v|²)² of a position's v_n ~ N(x_n - mean, std²), ``[R]``."""
     variance, offset2 = std.square(), (samples - mean).square()
     second = (2 * variance * (variance + 2 * offset2)).sum(-1)
     return (second / (variance + offset2).sum(-1).square()).nan_to_num(0.0).amax(0)

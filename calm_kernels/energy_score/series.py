@@ -6,10 +6,10 @@ v ~ N(m, diag σ²), p = α/2, S = E|v|², κ_k the cumulants of |v|² and r_k =
     E|v|^α = S^p · h,   h = 1 + C2·r2 + C3·r3 + C4·(r4 + 3·r2²) + 10·C5·r2·r3 + 15·C6·r2³
 
 C_k are the binomial coefficients of p. This expands (|v|²)^p about S and keeps every term up to the
-third order in 1/L. Powers of a = σ² / max σ² are shared by the samples of a patch, so that the sums
-over L and the gradient are batched products with the matrix ``[a⁰, a¹, a², a³]``.
+third order in 1/L. Powers of a = σ² / max σ² are shared by the samples of a position, so that the
+sums over L and the gradient are batched matmuls with the matrix ``[a⁰, a¹, a², a³]``.
 
-What it leaves out grows with the share of one dimension, max σ² / S, more than with r2: a single
+Its error grows with the share of one dimension, max σ² / S, more than with r2: a single
 wide dimension far from the target has a small r2 and a skew that the series cannot follow. Within
 the guard, over mixtures of wide and narrow dimensions made to break it, the relative error is at
 most 2e-6 (value) and 5e-5 (gradient; 1e-5 for α >= 1).
@@ -30,7 +30,7 @@ MAX_SHARE = 1 / 32
 
 
 class Moments(NamedTuple):
-    """What the series needs of a patch; r_k as at the head of this file."""
+    """What the series needs of a position; r_k as at the head of this file."""
 
     powers: Tensor  # [R, 4, L]: a^k
     unit: Tensor  # [R, 1]: max σ²
@@ -41,7 +41,7 @@ class Moments(NamedTuple):
     r4: Tensor
 
     def is_past_guard(self) -> Tensor:
-        """Patches of which a sample is beyond what the series can do, ``[R]``."""
+        """Positions of which a sample is beyond what the series can do, ``[R]``."""
         return ((self.r2 > MAX_R2) | (self.share > MAX_SHARE)).any(1)
 
 
@@ -52,7 +52,7 @@ def moments(offset2: Tensor, variance: Tensor) -> Moments:
     a = variance / unit
     a2 = a * a
     powers = torch.stack([torch.ones_like(a), a, a2, a2 * a], dim=1)
-    # S alone is summed outside a product: reduced-precision matmul settings must not touch it.
+    # S alone is not summed by a matmul: settings of reduced precision must not touch it.
     mean_square = offset2.sum(-1) + variance.sum(-1, keepdim=True)
     safe = mean_square.clamp_min(tiny)
     share = unit / safe

@@ -1,4 +1,4 @@
-"""Draws of the target distribution: given by the caller, or addressed by a seed."""
+"""Draws of the target distribution: given by the caller, or drawn from a seed."""
 
 from typing import NamedTuple
 
@@ -30,13 +30,13 @@ class TargetDraws(NamedTuple):
         return 0 if self.seed is None or self.seed.dim() == 1 else 2
 
     def all(self, num_rows: int, width: int) -> Tensor:
-        """Draws of every patch, ``[M, R, L]``."""
+        """Draws of every position, ``[M, R, L]``."""
         if self.noise is not None:
             return self.noise
         return self.of(slice(0, num_rows), width, torch.float32, None).transpose(0, 1)
 
     def of(self, rows: slice, width: int, dtype: torch.dtype, is_masked: Tensor | None) -> Tensor:
-        """Standard normal draws of these patches, ``[r, M, L]``; given ones are 0 where masked."""
+        """Standard normal draws of these rows, ``[r, M, L]``; given ones are 0 where masked."""
         if self.noise is not None:
             given = self.noise[:, rows].transpose(0, 1).to(dtype)
             return given if is_masked is None else given.masked_fill(is_masked[:, None, None], 0)

@@ -1,10 +1,9 @@
-"""Device functions shared by the energy score's kernels: a patch as a register tile, pairs of
-samples, stores.
+"""Device functions of the energy score's kernels: a register tile of samples, pairs, stores.
 
-A patch's samples are a tile ``[OUTER, BLOCK_N, LANES, INNER]`` whose feature axis is split so that
-a lane holds many features of one sample: sums over features stay in registers but for log2(LANES)
-exchanges. Rows of features without the sample axis are ``[OUTER, LANES, INNER]``, quantities of a
-sample ``[BLOCK_N]``. Padding holds zeros.
+The samples of a position are a tile ``[OUTER, BLOCK_N, LANES, INNER]`` whose feature axis is split
+so that a lane holds many features of one sample: sums over features stay in registers but for
+log2(LANES) exchanges. Rows of features without the sample axis are ``[OUTER, LANES, INNER]``,
+quantities of a sample ``[BLOCK_N]``. Padding holds zeros.
 """
 
 import triton
@@ -33,7 +32,7 @@ def feature_tile(OUTER: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr):
 
 @triton.jit
 def load_weight(weight_ptr, row, stride_weight, HAS_WEIGHT: tl.constexpr):
-    """Weight of the patch, 1 where none was given."""
+    """Weight of the position, 1 where none was given."""
     weight = tl.cast(1.0, tl.float32)
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + row * stride_weight).to(tl.float32)
@@ -50,7 +49,7 @@ def load_features(pointer, feature, stride, mask, other):
 def load_samples(
     pointer, sample, feature, stride_n, stride_l, mask, IS_LAST: tl.constexpr
 ):  # fmt: skip
-    """Samples of one patch in float32, ``[OUTER, BLOCK_N, LANES, INNER]``.
+    """Samples of one position in float32, ``[OUTER, BLOCK_N, LANES, INNER]``.
 
     The last read is marked as such, which also keeps the compiler from holding on to the first.
     """
@@ -88,7 +87,7 @@ def pair_terms(
 def store_samples(
     pointer, gradient, sample, feature, NUM_SAMPLES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one patch's samples into patch-major memory ``[N, L]``."""
+    """Gradient of one position's samples into contiguous memory ``[N, L]``."""
     offs = sample[None, :, None, None] * WIDTH + feature[:, None]
     mask = (feature < WIDTH)[:, None] & (sample < NUM_SAMPLES)[None, :, None, None]
     tl.store(pointer + offs, gradient.to(pointer.dtype.element_ty), mask=mask)
@@ -102,7 +101,7 @@ def store_features(pointer, values, feature, WIDTH: tl.constexpr):
 
 @triton.jit
 def store_terms(terms_ptr, row, num_rows, fidelity, diversity, max_r2):
-    """Score, fidelity, diversity and largest r2 of a patch into ``[4, R]``."""
+    """Score, fidelity, diversity and largest r2 of a position into ``[4, R]``."""
     pointer = terms_ptr + row
     tl.store(pointer, diversity - fidelity)
     pointer += num_rows  # step by step: 3 * num_rows may not fit into 32 bits

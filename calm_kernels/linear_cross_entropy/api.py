@@ -1,4 +1,4 @@
-"""The public function: check, choose, call."""
+"""The public function: check the arguments, choose the backend, call it."""
 
 import torch
 from torch import Tensor

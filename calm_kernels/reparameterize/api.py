@@ -1,4 +1,4 @@
-"""The public function: check, draw what was not given, choose, call."""
+"""The public function: check the arguments, choose the backend, call it."""
 
 import math
 
@@ -15,7 +15,7 @@ from calm_kernels.reparameterize.reference import reparameterize_reference
 
 __all__ = ["reparameterize"]
 
-# A row lives in the registers of one program.
+# A row of this latent size fits into the registers of a program.
 TRITON_MAX_LATENT = 4096
 
 

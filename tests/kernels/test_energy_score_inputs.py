@@ -52,7 +52,7 @@ NAN = float("nan")
         (
             {"targets": "sample", "seed": torch.ones(7, dtype=torch.int64)},
             ValueError,
-            r"seed must have one row per patch, 10; got 7",
+            r"seed must have one row per position, 10; got 7",
         ),
         ({"backend": "cuda"}, ValueError, r"backend must be one of"),
     ],

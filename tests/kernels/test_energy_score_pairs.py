@@ -1,4 +1,4 @@
-"""Powers of distances by products: as accurate as differences where points are near, far, many or
+"""Powers of distances by matmuls: as accurate as differences where points are near, far, many or
 few, large or small.
 """
 
@@ -17,9 +17,9 @@ def make_points(width, generator):
     return [value.double() for value in points]
 
 
-def assert_as_differences(x, y, exponent):
+def assert_as_by_differences(x, y, exponent):
     scale = torch.linspace(0.5, 1.5, ROWS)
-    expected = pairs._differences(x, y, exponent, scale.double(), True, True)
+    expected = pairs._by_differences(x, y, exponent, scale.double(), True, True)
     options = {"need_dx": True, "need_dy": True}
     actual = pairs.between(x.float(), y.float(), exponent, scale, **options)
     for value, truth, tolerance in zip(actual, expected, (1e-6, 5e-6, 5e-6), strict=True):
@@ -28,8 +28,8 @@ def assert_as_differences(x, y, exponent):
 
 
 @pytest.fixture
-def products(monkeypatch):
-    """Whether each call of `_products` found few near pairs."""
+def matmuls(monkeypatch):
+    """Whether each call of `_by_matmul` found few near pairs."""
     calls = []
 
     def watched(*arguments):
@@ -37,54 +37,54 @@ def products(monkeypatch):
         calls.append(terms is not None)
         return terms
 
-    original = pairs._products
-    monkeypatch.setattr(pairs, "_products", watched)
+    original = pairs._by_matmul
+    monkeypatch.setattr(pairs, "_by_matmul", watched)
     return calls
 
 
 @pytest.mark.parametrize("exponent", [0.3, 1.0, 1.7])
 @pytest.mark.parametrize("apart", [0.0, 1e-6, 1e-3, 0.2], ids=lambda value: f"apart-{value}")
 @pytest.mark.parametrize("width", [64, 128])
-def test_near_pairs(width, apart, exponent, products, generator):
-    """A sample on a target or next to it: its square in the product is rounding noise."""
+def test_near_pairs(width, apart, exponent, matmuls, generator):
+    """A sample on a target or next to it: its square in the matmul is rounding noise."""
     x, y = make_points(width, generator)
     step = torch.zeros(width, dtype=torch.float64)
     step[0] = apart
     y[0, 3], y[2, 0] = x[0, 1] + step, x[2, 2] - step
     y = y.float().double()
-    assert_as_differences(x, y, exponent)
-    assert products == [True]
+    assert_as_by_differences(x, y, exponent)
+    assert matmuls == [True]
 
 
-def test_points_far_from_the_origin(products, generator):
-    """Products are centred: an offset of a thousand spreads costs nothing more."""
+def test_points_far_from_the_origin(matmuls, generator):
+    """Matmuls are centred: an offset of a thousand spreads costs nothing more."""
     x, y = (value + 1000.0 for value in make_points(64, generator))
-    assert_as_differences(x.float().double(), y.float().double(), 1.0)
-    assert products == [True]
+    assert_as_by_differences(x.float().double(), y.float().double(), 1.0)
+    assert matmuls == [True]
 
 
 @pytest.mark.parametrize("width", [64, 128])
-def test_many_near_pairs(width, products, generator):
-    """All samples in one place, among half of the targets of one patch."""
+def test_many_near_pairs(width, matmuls, generator):
+    """All samples in one place, among half of the targets of one position."""
     x, y = make_points(width, generator)
     x[1] = 2.0
     y[1] = 2.0 + 1e-3 * y[1]
     y[1, ::2] *= -1
     y[1, 5] = x[1, 0]
-    assert_as_differences(x, y.float().double(), 0.5)
-    assert products == [False]
+    assert_as_by_differences(x, y.float().double(), 0.5)
+    assert matmuls == [False]
 
 
 @pytest.mark.parametrize("factor", [1e-18, 1e-12, 1e12], ids=str)
-def test_squares_at_the_ends_of_float32(factor, products, generator):
+def test_squares_at_the_ends_of_float32(factor, matmuls, generator):
     x, y = ((factor * value).float().double() for value in make_points(64, generator))
-    assert_as_differences(x, y, 1.0)
-    assert products == [factor != 1e-18]
+    assert_as_by_differences(x, y, 1.0)
+    assert matmuls == [factor != 1e-18]
 
 
-def test_few_dimensions_take_differences(products, generator):
-    assert_as_differences(*make_points(8, generator), 1.0)
-    assert products == []
+def test_few_dimensions_take_by_differences(matmuls, generator):
+    assert_as_by_differences(*make_points(8, generator), 1.0)
+    assert matmuls == []
 
 
 @pytest.mark.parametrize("need", [(True, False), (False, True), (False, False)], ids=str)
@@ -99,14 +99,14 @@ def test_only_the_needed_gradients(need, generator):
         assert torch.equal(value, expected) if wanted else value is None
 
 
-def test_a_patch_of_zeros_has_no_near_pairs(products, generator):
+def test_a_position_of_zeros_has_no_near_pairs(matmuls, generator):
     x, y = make_points(64, generator)
     x[1], y[1] = 0.0, 0.0
-    assert_as_differences(x, y, 0.5)
-    assert products == [True]
+    assert_as_by_differences(x, y, 0.5)
+    assert matmuls == [True]
 
 
-def test_a_patch_that_is_no_number_keeps_it_to_itself(generator):
+def test_a_position_that_is_no_number_keeps_it_to_itself(generator):
     x, y = (value.float() for value in make_points(64, generator))
     scale = torch.ones(ROWS)
     options = {"need_dx": True, "need_dy": True}

@@ -49,7 +49,7 @@ class Waits(TorchDispatchMode):
 def as_on_a_gpu(monkeypatch):
     """Leaves out what the torch backend does on a CPU alone, where nobody waits."""
     monkeypatch.setattr(api, "_check_range", lambda *labels: None)
-    monkeypatch.setattr(pairs, "MIN_PRODUCT_WIDTH", 2**62)
+    monkeypatch.setattr(pairs, "MIN_MATMUL_WIDTH", 2**62)
     monkeypatch.setattr(noise, "_philox_in_pairs", noise._philox_word_by_word)
 
 
