@@ -8,8 +8,11 @@ A job writes ``output_dir``: the final weights with configuration, tokenizer and
 """
 
 import atexit
+import json
 import logging
+import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,17 +40,36 @@ LAST = ("true", "last")  # words for "the last good checkpoint of this run"
 
 def run_stage(stage: Stage, build_model: BuildModel, argv: list[str] | None) -> int:
     """`run_job` as a program: exit status 0, or 2 after one line about what the user can mend."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    is_first = os.environ.get("RANK", "0") == "0"  # all processes have the same to say
+    level = logging.INFO if is_first else logging.ERROR
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
     disable_progress_bar()  # of weights being written; training has its own
     try:
         run_job(parse_arguments(sys.argv[1:] if argv is None else argv, stage), build_model)
     except (UserError, OSError) as error:  # what can be mended: input, settings, a full disk
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        line = f"error: {' '.join(str(error).split())}"
+        sys.stderr.write(f"{line}\n")
+        _tell_launcher(line)
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        _tell_launcher(f"{type(error).__name__}: {error}")
+        raise
     atexit.register(_leave_process_group)
     return 0
+
+
+def _tell_launcher(message: str) -> None:
+    """Hand `message` to torchrun, whose long report of failed processes then ends with it."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return
+    # The report ends with the earliest failure, in whole seconds. A second early, ours comes before
+    # the processes that torchrun stopped because of it.
+    details = {"timestamp": str(int(time.time()) - 1)}
+    report = {"message": {"message": message, "extraInfo": details}}
+    Path(file).write_text(json.dumps(report), encoding="utf-8")
 
 
 def _leave_process_group() -> None:

@@ -79,6 +79,7 @@ class TrainingParser(HfArgumentParser):
             raise UserError(f"{source}{error}") from None
         if unknown:
             known = [option for option in self._option_string_actions if "-" not in option[2:]]
-            hints = [word + close_names(word.partition("=")[0], known) for word in unknown]
+            named = [word for word in unknown if word.startswith("-")] or unknown  # without values
+            hints = [word + close_names(word.partition("=")[0], known) for word in named]
             raise UserError(f"{source}unknown flag {', '.join(hints)}")
         return namespace

@@ -1,11 +1,14 @@
-"""Two processes on the CPU learn what one process learns from the same batches."""
+"""Two processes on the CPU learn what one learns from the same batches; what torchrun reports."""
 
+import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from training_cases import MAIN, flags, logs, write_corpus
 from transformers import AutoModel
 
@@ -67,7 +70,44 @@ def test_two_processes_are_one_run_with_twice_the_batch(tmp_path, extra):
 
 
 @pytest.mark.slow
-def test_errors_end_all_processes(tmp_path):
+def test_an_error_of_ours_ends_what_torchrun_reports(tmp_path):
     words = flags(tmp_path, "autoencoder", "--block_size=30")
     status, errors = launch("train_autoencoder", words)
-    assert status != 0 and "block_size must be a multiple of the patch size" in errors
+    *_, last, border = errors.splitlines()
+    assert status != 0 and set(border) == {"="}
+    assert "error: block_size must be a multiple of the patch size" in last
+
+
+class TestLauncher:
+    """torchrun finds the last word of a failed process in a file, and ends its report with it."""
+
+    @pytest.fixture
+    def report(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+
+        def failure():
+            return ProcessFailure(0, 1, 1, str(tmp_path / "error.json"))
+
+        return failure
+
+    def test_of_an_error_that_can_be_mended(self, report):
+        assert MAIN["baseline"](["--block_size=3x"]) == 2
+        assert report().message["message"].startswith("error: argument --block_size")
+        assert time.time() - 60 < report().timestamp < time.time()
+
+    def test_of_any_other_error(self, report, monkeypatch):
+        def broken(*args):
+            raise ZeroDivisionError("seven by zero")
+
+        monkeypatch.setattr("calm.training.job.run_job", broken)
+        with pytest.raises(ZeroDivisionError):
+            MAIN["baseline"](["--use_cpu"])
+        assert report().message["message"] == "ZeroDivisionError: seven by zero"
+
+    def test_only_the_first_process_tells_what_it_does(self, monkeypatch):
+        levels = []
+        monkeypatch.setattr(logging, "basicConfig", lambda level, **rest: levels.append(level))
+        for rank in ("0", "1"):
+            monkeypatch.setenv("RANK", rank)
+            assert MAIN["baseline"](["--seed=x"]) == 2
+        assert levels == [logging.INFO, logging.ERROR]

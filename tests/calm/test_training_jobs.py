@@ -108,10 +108,9 @@ class TestResults:
             "--config_overrides=",
         ]
         assert run("calm", *words)[0] == 0
-        before, after = (
-            EnergyTransformer.from_pretrained(tmp_path / name) for name in ("first", "calm")
-        )
-        assert all(a.equal(b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+        models = (EnergyTransformer.from_pretrained(tmp_path / name) for name in ("first", "calm"))
+        pairs = zip(*(model.parameters() for model in models), strict=True)
+        assert all(before.equal(after) for before, after in pairs)
 
     def test_evaluation_alone(self, tmp_path, run):
         assert run("baseline", "--do_train", "--do_eval")[0] == 0
