@@ -8,17 +8,20 @@ override it.
 
 import argparse
 import dataclasses
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from calm.data.corpus import CorpusOptions
 from calm.errors import UserError
 from calm.training.compatibility import translate_old_flags
 from calm.training.parser import TrainingParser
+from calm.training.precision import has_bfloat16_units
 from calm.training.recipe import Stage, load_recipe, recipe_arguments, recipe_names
 from calm_kernels.backend import Backend
 
@@ -30,6 +33,8 @@ __all__ = [
     "ModelArguments",
     "parse_arguments",
 ]
+
+logger = logging.getLogger(__name__)
 
 # Flags that name a text, by kind.
 TEXT_SOURCES = ({"dataset_name", "dataset_config_name"}, {"train_file", "validation_file"})
@@ -160,7 +165,22 @@ class CALMTrainingArguments(TrainingArguments):
         self.logging_nan_inf_filter = False
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trained parameter is used in every step
+        if (self.bf16 or self.bf16_full_eval) and not self.use_cpu:
+            self._choose_cpu_without_gpu()
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # speeds up copies to a GPU only, warns without one
+
+    def _choose_cpu_without_gpu(self) -> None:
+        """Run bf16 on the CPU of a machine without GPU, where transformers stops with an error."""
+        if torch.accelerator.is_available():
+            return
+        self.use_cpu = True
+        where = "on the CPU"
+        if not has_bfloat16_units(torch.device("cpu")):  # emulation: at least six times as slow
+            self.bf16 = self.bf16_full_eval = False
+            where += ", in float32 because it has no bfloat16 units"
+        logger.warning("bf16 without a GPU: running %s", where)
 
 
 @dataclass(frozen=True)

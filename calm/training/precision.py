@@ -1,4 +1,4 @@
-"""What a device computes fast in."""
+"""Number formats that a device computes with in hardware."""
 
 from functools import cache
 
@@ -11,7 +11,7 @@ CPU_UNITS = ("avx512_bf16", "amx_bf16")
 
 @cache
 def has_bfloat16_units(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 run in hardware on `device`; emulation is slow."""
+    """Whether matmuls in bfloat16 run in hardware on `device`; emulation is slow."""
     if device.type != "cpu":
         return True
     capabilities = torch.cpu.get_capabilities()
