@@ -1,4 +1,4 @@
-"""Low-temperature choice among drawn patches (Algorithm 2)."""
+"""Low-temperature choice among drawn chunks (Algorithm 2)."""
 
 from calm_kernels.agreeing_patch.api import agreeing_patch
 

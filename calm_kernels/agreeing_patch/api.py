@@ -29,19 +29,19 @@ def agreeing_patch(
     return_counts: bool = False,
     backend: Backend | str = Backend.AUTO,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
-    """One of N candidate patches, chosen as if 1/T independent draws of the model had agreed on it.
+    """One of N candidate chunks, chosen as if 1/T independent draws of the model had agreed on it.
 
-    With c the number of times a patch occurs among the candidates and s = 1/T = n + a, n = ⌊s⌋, it
+    With c the number of times a chunk occurs among the candidates and s = 1/T = n + a, n = ⌊s⌋, it
     is chosen with a chance in proportion to its weight
 
-        a = 0      w = C(c, n), the ways to pick n draws that all are this patch (Algorithm 2)
+        a = 0      w = C(c, n), the ways to pick n draws that all are this chunk (Algorithm 2)
         factory    w = C(c, n) h, with h the chance that the Bernoulli factory of Algorithm 1
                    accepts within the other N - n candidates, taken in random order
         gamma      w = Γ(c + 1) / Γ(c + 1 - s) for c >= n, else 0
 
     If all weights are zero, n is replaced by n - 1 (a stays), and so on to 1; the factory form ends
-    in w = c. As N grows, the distribution tends to P(patch)^s / Σ P^s. The factory form is unbiased
-    but for patches it leaves undecided, which it rejects; the gamma form accepts those.
+    in w = c. As N grows, the distribution tends to P(chunk)^s / Σ P^s. The factory form is unbiased
+    but for chunks it leaves undecided, which it rejects; the gamma form accepts those.
     ``num_agreeing=1`` gives every candidate the same chance: it is one draw of the model.
 
     Args:
@@ -52,7 +52,7 @@ def agreeing_patch(
         seed: of one uniform a row, see `noise.as_seed`; ``[B]`` gives each row its own stream.
         first_row: global index of the first row.
         form: ``factory`` or ``gamma``, the weights for a > 0.
-        return_counts: also return c of each candidate's patch.
+        return_counts: also return c of each candidate's chunk.
         backend: see `calm_kernels.backend`; all make the same choices for the same seed.
 
     Returns: tokens ``[B, K]`` in the dtype of `candidates`; level ``[B]`` int64, the n at which a

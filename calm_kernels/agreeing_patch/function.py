@@ -22,7 +22,7 @@ def agreeing_patch_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens ``[B, K]``, level ``[B]`` and counts ``[B, N]``, in two launches.
 
-    A count is negative where its patch occurred before; see `calm_kernels.agreeing_patch`.
+    A count is negative where its chunk occurred before; see `calm_kernels.agreeing_patch`.
     """
     counts = _count_op(candidates)
     if candidates.shape[1] > MAX_CANDIDATES:
@@ -38,7 +38,7 @@ def agreeing_patch_triton(
     return tokens, level, counts
 
 
-@torch.library.custom_op("calm_kernels::count_patches", mutates_args=())
+@torch.library.custom_op("calm_kernels::count_chunks", mutates_args=())
 def _count_op(candidates: Tensor) -> Tensor:
     """Signed counts ``[B, N]`` of ``[B, N, K]``."""
     counts = _counts(candidates)
@@ -47,7 +47,7 @@ def _count_op(candidates: Tensor) -> Tensor:
     return counts
 
 
-@torch.library.custom_op("calm_kernels::choose_patch", mutates_args=())
+@torch.library.custom_op("calm_kernels::choose_chunk", mutates_args=())
 def _choose_op(
     candidates: Tensor,
     counts: Tensor,

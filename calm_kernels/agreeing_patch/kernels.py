@@ -1,4 +1,4 @@
-"""Algorithm 2 on the device: one launch counts equal patches, one chooses.
+"""Algorithm 2 on the device: one launch counts equal chunks, one chooses.
 
 `count_kernel` compares every candidate with all of its sequence, token by token: exact for any
 integers, without a sort, spread over as many programs as there are blocks of candidates.
@@ -40,7 +40,7 @@ def count_kernel(
     PATCH_SIZE: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_OTHER: tl.constexpr,
 ):  # fmt: skip
-    """How often each candidate's patch occurs, ``[B, N]``; negative where it occurred before.
+    """How often each candidate's chunk occurs, ``[B, N]``; negative where it occurred before.
 
     UNROLL divides PATCH_SIZE.
     """
@@ -103,7 +103,7 @@ def choose_kernel(
     """The first candidate at which the cumulative weight exceeds the row's share of the total."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK)
-    # Only first occurrences stand for their patch: the others are negative.
+    # Only first occurrences stand for their chunk: the others are negative.
     offs = row * num_candidates + index
     counts = tl.load(counts_ptr + offs, mask=index < num_candidates, other=0)
     largest = tl.max(counts, axis=0).to(tl.float64)

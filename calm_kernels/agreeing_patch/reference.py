@@ -16,17 +16,17 @@ def agreeing_patch_reference(
     vote: Tensor,  # [B]
     is_factory: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens ``[B, K]``, level ``[B]`` and counts ``[B, N]``; see the public function."""
+    """Tokens ``[B, K]``, level ``[B]`` and counts ``[B, N]``; see `calm_kernels.agreeing_patch`."""
     chosen, levels, counts = [], [], []
     for row, n, a, u in zip(
         candidates.tolist(), whole.tolist(), fraction.tolist(), vote.tolist(), strict=True
     ):
-        patches = [tuple(patch) for patch in row]
-        count = Counter(patches)  # in the order of first occurrence
-        level, weights = _cascade(list(count.values()), len(patches), int(n), a, is_factory)
+        chunks = [tuple(chunk) for chunk in row]
+        count = Counter(chunks)  # in the order of first occurrence
+        level, weights = _cascade(list(count.values()), len(chunks), int(n), a, is_factory)
         chosen.append(list(count)[_pick(weights, u)])
         levels.append(level)
-        counts.append([count[patch] for patch in patches])
+        counts.append([count[chunk] for chunk in chunks])
     batch, num_candidates, patch_size = candidates.shape
 
     def on_device(values: list, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -53,7 +53,7 @@ def _cascade(
 def _weights(
     counts: list[int], num_candidates: int, m: int, a: float, is_factory: bool
 ) -> list[float]:
-    """Weights of all patches, divided by that of a patch which occurs as often as the commonest."""
+    """Weights of all chunks, divided by that of a chunk which occurs as often as the commonest."""
     top = max(counts)
     if top < m:
         return [0.0] * len(counts)

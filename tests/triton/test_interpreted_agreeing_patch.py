@@ -60,7 +60,7 @@ def test_large_counts_do_not_overflow():
 
 @pytest.mark.parametrize("numbers", [[3.0], [1.0, 2.0, 2.5, 3.7, 0.2]], ids=["one", "a row each"])
 def test_numbers_on_the_device(numbers, generator, monkeypatch):
-    """Values below 1 count as 1 where they are not looked at."""
+    """Values below 1 count as 1 where they are not read."""
     monkeypatch.setattr(api, "_check_number", float)
     candidates = draw((5, 20, 2), 3, generator)
     assert_same_choices(candidates, torch.tensor(numbers), seed=2)
@@ -84,12 +84,12 @@ def test_strided_candidates(generator):
 def test_operators_keep_their_contract(generator):
     candidates = draw((4, 10, 2), 2, generator)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(OPERATORS.count_patches.default, (candidates,), test_utils=tests)
+    torch.library.opcheck(OPERATORS.count_chunks.default, (candidates,), test_utils=tests)
     arguments = (
-        candidates, OPERATORS.count_patches(candidates), torch.tensor(2.5).double().expand(4),
+        candidates, OPERATORS.count_chunks(candidates), torch.tensor(2.5).double().expand(4),
         torch.tensor([1, 0]), torch.tensor(0), True,
     )  # fmt: skip
-    torch.library.opcheck(OPERATORS.choose_patch.default, arguments, test_utils=tests)
+    torch.library.opcheck(OPERATORS.choose_chunk.default, arguments, test_utils=tests)
 
 
 def test_one_graph_under_compile(generator):
