@@ -1,4 +1,4 @@
-"""Generation: against the published text, against a loop without cache, and against known laws."""
+"""Generation: against the published text, a loop without a cache, and known distributions."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ CASES = ["energy-k1", "energy-k2", "energy-k4", "diffusion-k4", "flow-k4"]
 
 @pytest.mark.parametrize("kind", ["whole", "ragged"])
 @pytest.mark.parametrize("case", CASES)
-def test_the_published_text(case, kind):
+def test_generation_gives_the_published_text(case, kind):
     model_class = MODEL_CLASSES[case.partition("-")[0]]
     model = model_class.from_pretrained(GOLDENS / case, dtype=torch.float32)
     golden = load_file(GOLDENS / case / "io.safetensors")
@@ -37,7 +37,7 @@ def test_the_published_text(case, kind):
 
 @torch.no_grad()
 def generate_without_cache(model, ids, chunks, *, seed, method="batch", **sampling):
-    """The loop in the words of the paper, reading the whole text again for every chunk."""
+    """The loop as the paper writes it, which reads the whole text again for every chunk."""
     chosen = build_method(method, **sampling)
     start = ids.new_full((len(ids), model.patch_size), model.start_token_id or 0)
     text = ids if model.start_token_id is None else torch.cat([start, ids], dim=1)
@@ -77,7 +77,7 @@ def generate_without_cache(model, ids, chunks, *, seed, method="batch", **sampli
     ],
     ids=lambda sampling: "-".join(map(str, sampling.values())),
 )
-def test_the_cache_changes_nothing(fields, sampling):
+def test_text_with_a_cache_equals_text_without(fields, sampling):
     model = tiny_calm(**fields)
     ids = prompt(2, 3 * model.patch_size)
     options = {"num_samples": 12, "seed": 5, **sampling}
@@ -86,14 +86,14 @@ def test_the_cache_changes_nothing(fields, sampling):
 
 
 @pytest.mark.parametrize("head", ["diffusion", "flow"])
-def test_other_heads_take_the_same_loop(head):
+def test_diffusion_and_flow_equal_a_loop_without_cache(head):
     model, ids = tiny_calm(head=head), prompt(2, 8)
     options = {"temperature": 0.5, "num_samples": 6, "seed": 5}
     result = generate(model, ids, max_new_tokens=12, **options)
     assert torch.equal(result, generate_without_cache(model, ids, 3, **options))
 
 
-def test_one_seed_one_text():
+def test_the_seed_decides_the_text():
     model, ids = tiny_calm(), prompt(1, 8)
     texts = [generate(model, ids, max_new_tokens=32, seed=seed) for seed in (1, 1, 2)]
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
@@ -124,8 +124,8 @@ def test_equal_prompts_in_a_batch_get_different_texts():
     assert len({tuple(row.tolist()) for row in result}) == 6
 
 
-def chunk_law(model, ids, draws=40_000):
-    """How often each chunk follows `ids`, by its tokens."""
+def chunk_probabilities(model, ids, draws=40_000):
+    """The share of draws after `ids` that give each chunk, by its tokens."""
     hidden = model.transformer(inputs_embeds=model.embed_patches(ids)).last_hidden_state[:, -1]
     latents = model.generative_head.sample(hidden, num_samples=draws, seed=as_seed(11, "cpu"))
     drawn = model.decode_latents(latents)[:, 0]
@@ -134,39 +134,44 @@ def chunk_law(model, ids, draws=40_000):
     return {tuple(chunk): share for chunk, share in zip(chunks.tolist(), shares, strict=True)}
 
 
-def check_law(samples, law, slack=0.01):
-    """`samples` ``[rows, K]`` follow `law` within four standard errors."""
-    for chunk, chance in law.items():
+def check_shares(samples, probabilities, slack=0.01):
+    """`samples` ``[rows, K]`` follow `probabilities` within four standard errors."""
+    for chunk, chance in probabilities.items():
         share = (samples == torch.tensor(chunk)).all(-1).double().mean().item()
         assert abs(share - chance) < 4 * (chance * (1 - chance) / len(samples)) ** 0.5 + slack
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.4])
-def test_the_next_chunk_follows_the_sharpened_law(temperature):
+def test_the_next_chunk_follows_the_sharpened_distribution(temperature):
     model, ids = tiny_calm(patch_size=2, vocab_size=3), prompt(1, 6, vocab_size=3)
-    law = {chunk: chance ** (1 / temperature) for chunk, chance in chunk_law(model, ids).items()}
-    total = sum(law.values())
+    probabilities = {
+        chunk: chance ** (1 / temperature)
+        for chunk, chance in chunk_probabilities(model, ids).items()
+    }
+    total = sum(probabilities.values())
     batch = ids.expand(3000, -1)
     result = generate(
         model, batch, max_new_tokens=2, temperature=temperature, num_samples=100, seed=2
     )
-    check_law(result[:, 6:], {chunk: chance / total for chunk, chance in law.items()})
+    check_shares(result[:, 6:], {chunk: chance / total for chunk, chance in probabilities.items()})
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_an_unfinished_chunk_conditions_the_next(temperature):
     model, ids = tiny_calm(patch_size=2, vocab_size=3), prompt(1, 7, vocab_size=3)
-    law = chunk_law(model, ids[:, :6])
-    law = {chunk: p ** (1 / temperature) for chunk, p in law.items() if chunk[0] == ids[0, 6]}
-    total = sum(law.values())
+    probabilities = chunk_probabilities(model, ids[:, :6])
+    probabilities = {
+        chunk: p ** (1 / temperature) for chunk, p in probabilities.items() if chunk[0] == ids[0, 6]
+    }
+    total = sum(probabilities.values())
     batch = ids.expand(1500, -1)
     result = generate(
         model, batch, max_new_tokens=1, temperature=temperature, num_samples=60, seed=2
     )
     assert torch.equal(result[:, :7], batch)
-    check_law(result[:, 6:8], {chunk: chance / total for chunk, chance in law.items()})
+    check_shares(result[:, 6:8], {chunk: chance / total for chunk, chance in probabilities.items()})
 
 
 @pytest.mark.parametrize("length", [12, 13, 14, 15])

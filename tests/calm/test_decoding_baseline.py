@@ -10,7 +10,7 @@ from calm.errors import UserError
 from calm_kernels import noise
 
 
-def test_the_baseline_samples_its_law():
+def test_the_baseline_samples_from_its_softmax():
     model, ids = tiny_baseline(), prompt(1, 5, vocab_size=3)
     with torch.no_grad():
         logits = model(ids).logits[0, -1]
@@ -18,9 +18,12 @@ def test_the_baseline_samples_its_law():
         result = generate(
             model, ids.expand(3000, -1), max_new_tokens=1, temperature=temperature, seed=0
         )
-        law = (logits / temperature).softmax(-1)
+        probabilities = (logits / temperature).softmax(-1)
         shares = torch.bincount(result[:, -1], minlength=3) / 3000
-        assert ((shares - law).abs() < 4 * (law * (1 - law) / 3000).sqrt() + 1e-4).all()
+        assert (
+            (shares - probabilities).abs()
+            < 4 * (probabilities * (1 - probabilities) / 3000).sqrt() + 1e-4
+        ).all()
 
 
 def test_seeds_of_the_baseline():
@@ -37,7 +40,7 @@ def test_seeds_of_the_baseline():
         assert (together[row, len(alone) :] == 2).all()  # ends where it has no pad token
 
 
-def test_the_baseline_streams_and_cuts():
+def test_the_baseline_streams_and_truncates():
     streamer, model = Recorder(), tiny_baseline(max_position_embeddings=16)
     ids = prompt(1, 12, vocab_size=3)
     with pytest.raises(UserError, match="exceed the context of 16 tokens"):
@@ -77,7 +80,7 @@ def test_logits_of_the_baseline_that_overflow_are_reported():
 
 
 def test_the_baseline_continues_as_without_a_cache():
-    """Equal draws choose among equal laws: the text read again for every token gives the same."""
+    """Reading the whole text again for every token gives the same text for the same draws."""
     model, ids = tiny_baseline(vocab_size=7), prompt(2, 5)
     result = model.generate(ids, max_new_tokens=12, temperature=0.7, seed=[3, 4])
     for length in range(5, 17):

@@ -25,7 +25,7 @@ def test_a_sequence_ends_with_its_end_token(method):
     model.config.eos_token_id = None
     free = generate(model, ids, **options)
     assert len(details.new_tokens.unique()) > 1
-    for row, count, level, draws, expected in zip(
+    for row, count, num_agreeing, draws, expected in zip(
         details.sequences, details.new_tokens.tolist(), details.levels, details.draws, free,
         strict=True,
     ):  # fmt: skip
@@ -34,8 +34,8 @@ def test_a_sequence_ends_with_its_end_token(method):
         is_end = torch.isin(new, torch.tensor([3, 4]))
         assert not is_end[:-1].any() and (is_end[-1] or count == 24)
         assert (row[8 + count :] == 0).all()
-        is_used = torch.arange(len(level)) < -(-count // 4)
-        assert torch.equal(draws > 0, is_used) and (level[~is_used] == 0).all()
+        is_used = torch.arange(len(num_agreeing)) < -(-count // 4)
+        assert torch.equal(draws > 0, is_used) and (num_agreeing[~is_used] == 0).all()
     assert details.sequences.shape[1] == 8 + details.new_tokens.max()
 
 
@@ -72,7 +72,7 @@ def test_sequences_of_different_lengths_need_a_pad_token():
 
 
 @pytest.mark.parametrize("length", [12, 14])
-def test_streams_hold_what_is_returned(length):
+def test_a_stream_receives_the_returned_tokens(length):
     streamer, model = Recorder(), tiny_calm()
     ids = likely_prompt(model, 1, length)
     result = generate(model, ids, max_new_tokens=9, seed=0, streamer=streamer)
@@ -102,7 +102,7 @@ def test_an_interrupted_stream_is_ended():
         assert streamer.has_ended
 
 
-def test_details_say_how_it_went():
+def test_details_hold_one_column_per_chunk():
     model, ids = tiny_calm(), prompt(2, 8)
     details = generate(
         model, ids, max_new_tokens=12, temperature=0.5, num_samples=30, seed=0, return_details=True
@@ -175,7 +175,7 @@ def test_padding_needs_a_pad_token():
         generate(tiny_calm(), prompt(1, 9), max_new_tokens=4, prompt_alignment="pad")
 
 
-def test_a_prompt_that_nothing_continues():
+def test_a_prompt_that_no_draw_continues():
     """Its chunk is filled with pad tokens, which the model reads but the text does not hold."""
     model, ids = tiny_calm(pad_token_id=0), prompt(1, 8)
     deterministic = generate(model, ids, max_new_tokens=4, noise_scale=0.0)
@@ -228,7 +228,7 @@ def test_latents_that_overflow_are_reported(method):
     ],
 )
 @pytest.mark.filterwarnings("ignore:a prompt of")
-def test_the_context_is_used_to_its_end(has_start_patch, length, new_tokens, refused):
+def test_the_whole_context_can_be_used(has_start_patch, length, new_tokens, refused):
     """An unfinished chunk of the prompt and the first new tokens share a position."""
     model = tiny_calm(
         max_position_embeddings=4, has_start_patch=has_start_patch, bos_token_id=4, pad_token_id=0
@@ -239,7 +239,7 @@ def test_the_context_is_used_to_its_end(has_start_patch, length, new_tokens, ref
         generate(model, [[1] * refused[0]], max_new_tokens=refused[1])
 
 
-def test_drawn_pad_tokens_are_text_though_too_few_draws_decided():
+def test_drawn_pad_tokens_are_text_even_where_the_choice_is_flagged():
     """A vote among fewer candidates than asked for is flagged, too, but has drawn its chunk."""
     model = tiny_calm(pad_token_id=0)
     ids = likely_prompt(model, 1, 11)

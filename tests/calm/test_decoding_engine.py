@@ -66,7 +66,7 @@ def read(backbone, row):
 @pytest.mark.parametrize("is_fixed", [False, True], ids=["growing", "fixed"])
 @pytest.mark.parametrize("starts", [[0, 0, 0], [0, 2, 4]], ids=["equal", "ragged"])
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_the_lean_backbone_is_the_backbone(fields, starts, is_fixed):
+def test_the_cached_backbone_equals_the_backbone(fields, starts, is_fixed):
     backbone = make_backbone(**fields)
     embeds = torch.randn(3, 11, 32, generator=torch.Generator().manual_seed(1))
     cached = CachedBackbone(backbone)
@@ -78,7 +78,7 @@ def test_the_lean_backbone_is_the_backbone(fields, starts, is_fixed):
 
 
 @torch.no_grad()
-def test_the_lean_backbone_rounds_no_worse_in_bfloat16():
+def test_the_cached_backbone_rounds_no_worse_in_bfloat16():
     exact, backbone = make_backbone(), make_backbone().bfloat16()
     embeds = torch.randn(2, 9, 32).bfloat16()
     expected = uncached(exact, embeds.float(), [0, 0])[:, 4:]
@@ -93,7 +93,7 @@ def test_the_lean_backbone_rounds_no_worse_in_bfloat16():
 
 
 @torch.no_grad()
-def test_a_cache_is_begun_anew_and_selected():
+def test_a_cache_can_be_reset_and_selected():
     backbone = make_backbone()
     cached, embeds = CachedBackbone(backbone), torch.randn(3, 8, 32)
     cache = cached.allocate(3, 8)
@@ -132,7 +132,7 @@ RAGGED = [[1, 2, 3, 4, 1, 2, 3, 4, 2, 2], [1, 2, 3, 4], [4, 3, 2, 1, 1, 2, 3, 4,
     ids=lambda sampling: "-".join(map(str, sampling.values())),
 )
 @pytest.mark.parametrize("has_start_patch", [False, True])
-def test_prompts_of_different_lengths_do_not_meet(has_start_patch, sampling):
+def test_prompts_of_different_lengths_do_not_affect_each_other(has_start_patch, sampling):
     model = tiny_calm(has_start_patch=has_start_patch, bos_token_id=1, pad_token_id=0)
     prompts = [*RAGGED, [], [3]] if has_start_patch else RAGGED
     options = {"num_samples": 16, "max_new_tokens": 10, **sampling}
@@ -146,7 +146,7 @@ def test_prompts_of_different_lengths_do_not_meet(has_start_patch, sampling):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_tensors_are_lists_of_prompts(side):
+def test_padded_tensors_give_the_text_of_lists_of_prompts(side):
     width = max(map(len, RAGGED))
     missing = [width - len(ids) for ids in RAGGED]
     rows, masks = [], []
@@ -206,7 +206,7 @@ def predictor_of(model, method, temperature):
         ("baseline", "batch", 0.5),
     ],
 )
-def test_a_captured_step_reads_nothing_back(head, method, temperature):
+def test_a_captured_step_does_not_synchronise(head, method, temperature):
     """Tensors without data: reading one, or a shape that depends on data, raises."""
     predictor = predictor_of(make_model(head).to("meta"), method, temperature)
     assert predictor.is_capturable
@@ -296,7 +296,7 @@ def test_stop_strings(tokens, fresh, strings, left):
     assert StopStrings(strings, Letters()).cut(tokens, fresh) == left
 
 
-def test_generation_stops_behind_a_string():
+def test_generation_ends_after_a_stop_string():
     model, ids = tiny_calm(pad_token_id=4), prompt(3, 8)
     options = {"max_new_tokens": 30, "temperature": 1.0, "seed": 1, "return_details": True}
     free = generate(model, ids, **options)

@@ -62,7 +62,7 @@ def test_the_step_of_a_text_does_not_depend_on_earlier_texts(capacities):
 
 
 @pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
-def test_what_was_captured_in_inference_mode_serves_outside(capacities, first):
+def test_a_step_captured_in_inference_mode_works_outside_of_it(capacities, first):
     model = tiny_calm()
     with first():
         expected = generate(model, prompt(2, 8), **OPTIONS)
@@ -72,7 +72,7 @@ def test_what_was_captured_in_inference_mode_serves_outside(capacities, first):
     assert capacities == [64]
 
 
-def test_a_graph_is_captured_again_when_what_it_reads_has_moved(capacities):
+def test_a_graph_is_captured_again_when_its_signature_changes(capacities):
     """A write in place is read by the next replay; another tensor, module or hook is not."""
     model, ids = tiny_calm(), prompt(2, 8)
     layer = model.transformer.layers[1]

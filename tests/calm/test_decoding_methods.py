@@ -1,10 +1,10 @@
-"""Sampling methods: one law whatever the batch or the backend, caps, heuristics, bad input."""
+"""Sampling methods: independence of batch and backend, caps, heuristics, bad input."""
 
 import itertools
 
 import pytest
 import torch
-from decoding_laws import ToySource, check_frequencies, row_seeds, sharpened
+from decoding_distributions import ToyDistribution, check_frequencies, row_seeds, sharpened
 from tiny_models import tiny_calm
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,7 +28,7 @@ from calm_kernels import agreeing_patch
 CPU = torch.device("cpu")
 
 
-def head_source(batch, **fields):
+def head_distribution(batch, **fields):
     model = tiny_calm(**fields)
     hidden = torch.randn(batch, 32, generator=torch.Generator().manual_seed(1))
     return model.distribution(hidden)
@@ -45,21 +45,21 @@ def build(name, **options):
 )
 def test_a_sequence_does_not_depend_on_its_batch(name, head):
     batch = 3 if head == "diffusion" else 5
-    source = head_source(batch, head=head)
+    distribution = head_distribution(batch, head=head)
     method, seed = build(name, num_samples=12, max_draws=60), sequence_seeds(5, batch, CPU)
-    given = decode(source, source.latents(1, seed)[0])
+    given = decode(distribution, distribution.latents(1, seed)[0])
     length = torch.arange(batch) % 4
-    together = method.choose(source, seed), method.complete(source, given, length, seed)
+    together = method.choose(distribution, seed), method.complete(distribution, given, length, seed)
     order = torch.arange(batch).flip(0)
     backwards = (
-        method.choose(source.select(order), seed[order]),
-        method.complete(source.select(order), given[order], length[order], seed[order]),
+        method.choose(distribution.select(order), seed[order]),
+        method.complete(distribution.select(order), given[order], length[order], seed[order]),
     )
     for row in range(batch):
         here = torch.tensor([row])
         alone = (
-            method.choose(source.select(here), seed[here]),
-            method.complete(source.select(here), given[here], length[here], seed[here]),
+            method.choose(distribution.select(here), seed[here]),
+            method.complete(distribution.select(here), given[here], length[here], seed[here]),
         )
         for one, other, all_of in zip(alone, backwards, together, strict=True):
             for name_of, value in all_of._asdict().items():
@@ -71,67 +71,67 @@ def test_a_sequence_does_not_depend_on_its_batch(name, head):
 
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [0.9, 0.5, 0.3])
-def test_slot_by_slot_chooses_what_decoding_everything_chooses(temperature):
-    source, seed = head_source(64, vocab_size=300), sequence_seeds(2, 64, CPU)
-    latents = source.latents(40, seed)
-    tokens, level = agreeing_patch(
-        source.model.decode_latents(latents).transpose(0, 1), 1 / temperature, seed=seed
+def test_decoding_token_by_token_makes_the_same_choice_as_decoding_everything(temperature):
+    distribution, seed = head_distribution(64, vocab_size=300), sequence_seeds(2, 64, CPU)
+    latents = distribution.latents(40, seed)
+    tokens, num_agreeing = agreeing_patch(
+        distribution.model.decode_latents(latents).transpose(0, 1), 1 / temperature, seed=seed
     )
     for is_slotwise in (True, False, None):
         method = Batch(temperature=temperature, num_samples=40, is_slotwise=is_slotwise)
-        chunk = method.choose(source, seed)
-        assert torch.equal(chunk.tokens, tokens) and torch.equal(chunk.num_agreeing, level)
-    assert len(level.unique()) > 1
+        chunk = method.choose(distribution, seed)
+        assert torch.equal(chunk.tokens, tokens) and torch.equal(chunk.num_agreeing, num_agreeing)
+    assert len(num_agreeing.unique()) > 1
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", METHODS)
 def test_one_draw_is_the_same_with_every_method(name):
     """At T = 1, and for votes and medoids of one candidate."""
-    source, seed = head_source(8), sequence_seeds(3, 8, CPU)
-    plain = decode(source, source.latents(1, seed)[0])
+    distribution, seed = head_distribution(8), sequence_seeds(3, 8, CPU)
+    plain = decode(distribution, distribution.latents(1, seed)[0])
     at_one = build_method(name, temperature=1.0, num_samples=50)
     assert isinstance(at_one, Direct) and at_one.is_capturable
-    chunk = at_one.choose(source, seed)
+    chunk = at_one.choose(distribution, seed)
     assert torch.equal(chunk.tokens, plain)
     assert (
         (chunk.draws == 1).all() and (chunk.num_agreeing == 1).all() and not chunk.is_fallback.any()
     )
     for method in (Batch(num_samples=1), Medoid(num_samples=1), Exact(temperature=1.0)):
-        assert torch.equal(method.choose(source, seed).tokens, plain)
+        assert torch.equal(method.choose(distribution, seed).tokens, plain)
 
 
 @torch.no_grad()
-def test_another_seed_another_chunk():
-    source = head_source(64)
+def test_another_seed_gives_another_chunk():
+    distribution = head_distribution(64)
     for name in METHODS:
         method = build(name, num_samples=8, max_draws=40)
-        first, second = (method.choose(source, sequence_seeds(s, 64, CPU)) for s in (1, 2))
+        first, second = (method.choose(distribution, sequence_seeds(s, 64, CPU)) for s in (1, 2))
         assert not torch.equal(first.tokens, second.tokens), name
 
 
-def hung_source(batch):
-    """A thousand patches of equal chance: agreement of many draws never comes."""
+def uniform_distribution(batch):
+    """A thousand chunks of equal probability: many draws practically never agree."""
     number = torch.arange(1000)
-    return ToySource([1e-3] * 1000, batch, torch.stack([number // 40, number % 40], 1))
+    return ToyDistribution([1e-3] * 1000, batch, torch.stack([number // 40, number % 40], 1))
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.45, 0.011])
-def test_a_hung_low_temperature_ends_at_its_cap(temperature):
-    source = hung_source(5)
+def test_exact_sampling_that_finds_no_agreement_ends_at_its_cap(temperature):
+    distribution = uniform_distribution(5)
     method = build_method("exact", temperature=temperature, num_samples=50, max_draws=300)
-    chunk = method.choose(source, row_seeds(5))
+    chunk = method.choose(distribution, row_seeds(5))
     assert chunk.is_fallback.all() and (chunk.draws - chunk.saved == 300).all()
     assert (chunk.num_agreeing < 1 / temperature).all() and (chunk.num_agreeing >= 1).all()
     assert chunk.saved.min() >= 0 and (chunk.tokens < 40).all()
 
 
 def test_the_fallback_at_the_cap_is_algorithm_2_over_the_draws_made():
-    source, seed = hung_source(40), row_seeds(40)
+    distribution, seed = uniform_distribution(40), row_seeds(40)
     chunk = build_method("exact", temperature=0.25, num_samples=16, max_draws=16).choose(
-        source, seed
+        distribution, seed
     )
-    expected = Batch(temperature=0.25, num_samples=16).choose(source, seed)
+    expected = Batch(temperature=0.25, num_samples=16).choose(distribution, seed)
     assert chunk.is_fallback.all()
     assert torch.equal(chunk.tokens, expected.tokens) and torch.equal(
         chunk.num_agreeing, expected.num_agreeing
@@ -148,19 +148,19 @@ def test_the_medoid_is_the_latent_nearest_to_the_others():
         assert torch.equal(chosen[row], latents[distances.argmin(), row])
 
 
-def test_the_medoid_decodes_one_candidate_and_narrows_the_law():
+def test_the_medoid_decodes_one_candidate_and_narrows_the_distribution():
     rows = 20_000
     chances = (0.1, 0.2, 0.5, 0.2)
-    source = ToySource(chances, rows)
-    chunk = Medoid(num_samples=9).choose(source, row_seeds(rows))
-    assert source.projected == rows * source.patch_size
+    distribution = ToyDistribution(chances, rows)
+    chunk = Medoid(num_samples=9).choose(distribution, row_seeds(rows))
+    assert distribution.projected == rows * distribution.patch_size
     assert (chunk.draws == 9).all()
-    share = torch.bincount(source.numbers(chunk.tokens), minlength=4) / rows
+    share = torch.bincount(distribution.numbers(chunk.tokens), minlength=4) / rows
     assert share[2] > 0.75 and share[0] < 0.02
 
 
 def test_the_noise_is_spread_by_the_square_of_t():
-    class Recording(ToySource):
+    class Recording(ToyDistribution):
         def latents(self, num_samples, seed, **options):
             self.asked = (num_samples, options)
             return super().latents(num_samples, seed, **options)
@@ -168,31 +168,38 @@ def test_the_noise_is_spread_by_the_square_of_t():
         def select(self, rows):
             return self
 
-    source, zeros = Recording((0.25, 0.25, 0.25, 0.25), 3), torch.zeros(3, 2, dtype=torch.int64)
+    distribution, zeros = (
+        Recording((0.25, 0.25, 0.25, 0.25), 3),
+        torch.zeros(3, 2, dtype=torch.int64),
+    )
     method = NoiseScale(temperature=0.5, noise_scale=0.7, num_samples=4)
-    chunk = method.choose(source, row_seeds(3))
+    chunk = method.choose(distribution, row_seeds(3))
     expected = {"noise_scale": 0.7, "noise_spread": 0.25}
-    assert source.asked == (1, expected) and (chunk.draws == 1).all()
-    method.complete(source, zeros, zeros[:, 0], row_seeds(3))
-    assert source.asked == (4, expected)
-    Direct().choose(source, row_seeds(3))
-    assert source.asked == (1, {"noise_scale": 1.0, "noise_spread": 1.0})
+    assert distribution.asked == (1, expected) and (chunk.draws == 1).all()
+    method.complete(distribution, zeros, zeros[:, 0], row_seeds(3))
+    assert distribution.asked == (4, expected)
+    Direct().choose(distribution, row_seeds(3))
+    assert distribution.asked == (1, {"noise_scale": 1.0, "noise_spread": 1.0})
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("head", ["energy", "flow"])
-def test_spreading_the_noise_less_narrows_the_law(head):
+def test_spreading_the_noise_less_narrows_the_distribution(head):
     """More pairs of draws agree at a lower T."""
-    source = head_source(30, head=head)
+    distribution = head_distribution(30, head=head)
     if head == "energy":  # as after training: blocks normalise again, beside a bias of zero
-        bias = source.model.generative_head.norm_noise.bias
+        bias = distribution.model.generative_head.norm_noise.bias
         bias.copy_(torch.randn(bias.shape, generator=torch.Generator().manual_seed(2)))
-    source = source.select(torch.arange(30).repeat(20))
+    distribution = distribution.select(torch.arange(30).repeat(20))
     seed = row_seeds(600)
 
     def collision(temperature):
         method = build_method("noise_scale", temperature=temperature)
-        return prefix_collisions(method.choose(source, seed).tokens.view(20, 30, 4)).mean().item()
+        return (
+            prefix_collisions(method.choose(distribution, seed).tokens.view(20, 30, 4))
+            .mean()
+            .item()
+        )
 
     shares = [collision(temperature) for temperature in (1.0, 0.6, 0.3, 0.1, 1e-3)]
     assert all(less + 0.005 < more for less, more in itertools.pairwise(shares)), shares
@@ -201,20 +208,23 @@ def test_spreading_the_noise_less_narrows_the_law(head):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_noise_is_scaled_for_every_method(name):
-    source = ToySource((0.25, 0.25, 0.25, 0.25), 200)
+    distribution = ToyDistribution((0.25, 0.25, 0.25, 0.25), 200)
     method = build(name, num_samples=8, noise_scale=0.0)
-    chunk = method.choose(source, row_seeds(200))
+    chunk = method.choose(distribution, row_seeds(200))
     assert (chunk.tokens == 0).all()
     length = torch.ones(200, dtype=torch.int64)
-    assert (method.complete(source, chunk.tokens, length, row_seeds(200)).tokens == 0).all()
+    assert (method.complete(distribution, chunk.tokens, length, row_seeds(200)).tokens == 0).all()
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_latents_that_are_not_finite_are_flagged(name):
-    source, seed = ToySource((0.5, 0.3, 0.1, 0.1), 6, damaged=(1, 4)), row_seeds(6)
+    distribution, seed = ToyDistribution((0.5, 0.3, 0.1, 0.1), 6, damaged=(1, 4)), row_seeds(6)
     method = build(name, num_samples=8)
     zeros = torch.zeros(6, 2, dtype=torch.int64)
-    for chunk in (method.choose(source, seed), method.complete(source, zeros, zeros[:, 0], seed)):
+    for chunk in (
+        method.choose(distribution, seed),
+        method.complete(distribution, zeros, zeros[:, 0], seed),
+    ):
         assert chunk.is_finite.tolist() == [True, False, True, True, False, True]
 
 
@@ -291,17 +301,17 @@ class NoHostReads(TorchDispatchMode):
     ids=lambda method: type(method).__name__,
 )  # fmt: skip
 def test_capturable_methods_read_nothing_back(method):
-    source, seed = head_source(4), sequence_seeds(1, 4, CPU)
+    distribution, seed = head_distribution(4), sequence_seeds(1, 4, CPU)
     assert method.is_capturable
     with NoHostReads():
-        method.choose(source, seed)
+        method.choose(distribution, seed)
 
 
 def test_exact_sampling_is_not_captured():
-    source, seed = head_source(2), sequence_seeds(1, 2, CPU)
+    distribution, seed = head_distribution(2), sequence_seeds(1, 2, CPU)
     assert not Exact().is_capturable
     with pytest.raises(AssertionError), torch.no_grad(), NoHostReads():
-        Exact(max_draws=50).choose(source, seed)
+        Exact(max_draws=50).choose(distribution, seed)
 
 
 def test_seeds_of_sequences():
@@ -321,9 +331,11 @@ def test_seeds_of_sequences():
 def test_sequences_of_one_seed_draw_independently():
     """Pairs of neighbours in a batch are equal as often as two independent draws are."""
     chances = (0.4, 0.3, 0.2, 0.1)
-    source = ToySource(chances, 40_000)
-    numbers = source.numbers(Direct().choose(source, sequence_seeds(7, 40_000, CPU)).tokens)
+    distribution = ToyDistribution(chances, 40_000)
+    numbers = distribution.numbers(
+        Direct().choose(distribution, sequence_seeds(7, 40_000, CPU)).tokens
+    )
     check_frequencies(numbers, sharpened(chances, 1.0))
     pairs = numbers[:-1:2] * 4 + numbers[1::2]
-    law = torch.tensor(chances, dtype=torch.float64)
-    check_frequencies(pairs, (law[:, None] * law).flatten())
+    probabilities = torch.tensor(chances, dtype=torch.float64)
+    check_frequencies(pairs, (probabilities[:, None] * probabilities).flatten())

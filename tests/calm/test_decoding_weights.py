@@ -101,7 +101,7 @@ def test_a_write_of_any_kind_to_any_weight_is_seen(head, write):
     assert changes > len(names_read(model)) / 4  # the writes do change texts
 
 
-def test_a_streamer_may_do_what_it_likes():
+def test_a_streamer_may_write_to_its_tokens():
     class Writer(BaseStreamer):
         def put(self, value):
             value.add_(1)
@@ -116,7 +116,7 @@ def test_a_streamer_may_do_what_it_likes():
     assert torch.equal(shown, generate(model, ids, **options))
 
 
-def test_results_are_of_use_in_training():
+def test_results_can_be_used_in_training():
     """Decoding runs in inference mode, whose tensors autograd refuses to save."""
     model, ids = tiny_calm(), prompt(1, 8)
     result = generate(model, ids, max_new_tokens=8, seed=0, return_details=True)

@@ -59,8 +59,8 @@ def test_any_split_of_a_batch_draws_the_same_numbers(head, targets):
 
 
 @every_head
-def test_masked_patches_count_for_nothing(head):
-    """Neither their tokens nor their draws move the loss; a sequence of padding is left out."""
+def test_masked_chunks_do_not_change_the_loss(head):
+    """Neither their tokens nor their draws change the loss; a sequence of padding is skipped."""
     model = tiny.model(head).train()
     ids = tiny.tokens(batch=2)
     labels = ids.clone()
@@ -79,7 +79,7 @@ def test_masked_patches_count_for_nothing(head):
     assert nothing == 0
 
 
-def test_a_patch_counts_by_its_first_label_and_is_encoded_as_it_is_read():
+def test_a_chunk_counts_by_its_first_label_and_is_encoded_from_the_input():
     """As published for padded blocks, whose tokens without a label are pad tokens."""
     model = tiny.model()
     ids = tiny.tokens(batch=1)
@@ -210,7 +210,7 @@ def test_both_inputs_are_summed():
     assert torch.allclose(embeds, tokens + model.embed_patches(ids))
 
 
-def test_a_start_patch_is_a_chunk_of_begin_tokens_read_like_any_other():
+def test_a_start_chunk_is_a_chunk_of_begin_tokens():
     model = tiny.model(has_start_patch=True, bos_token_id=7)
     assert model.start_token_id == 7
     without = tiny.model(bos_token_id=7)
@@ -221,7 +221,7 @@ def test_a_start_patch_is_a_chunk_of_begin_tokens_read_like_any_other():
 
 
 @pytest.mark.parametrize("bos_token_id", [None, tiny.VOCAB, -1])
-def test_a_start_patch_needs_a_begin_token(bos_token_id):
+def test_a_start_chunk_needs_a_begin_token(bos_token_id):
     with pytest.raises(UserError, match=r"has_start_patch needs bos_token_id.*add_special_tokens"):
         tiny.config(has_start_patch=True, bos_token_id=bos_token_id)
 
@@ -323,7 +323,7 @@ def test_labels_and_lengths_that_do_not_fit():
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
 def test_a_draw_of_the_wrong_shape_is_named(head, draw):
-    """Three sequences of five chunks: twelve predicted patches."""
+    """Three sequences of five chunks: twelve predicted chunks."""
     model = tiny.autoencoder() if head == "autoencoder" else tiny.model(head)
     (name,) = draw
     expected = "noise" if name == "sample_noise" else name

@@ -1,11 +1,12 @@
 """What sampling methods draw from.
 
 A method sees a model as a `ChunkDistribution`: a distribution over latents for each sequence of a
-batch, and a decoder in two steps (latent -> one hidden state a slot -> token), so that it can skip
-tokens which cannot matter. `HeadDistribution` is a CALM after its backbone; tests write
-distributions that are known exactly.
+batch, and a decoder in two steps. The first step turns a latent into K slots, one hidden state for
+each token of the chunk. The second step turns a slot into a token id. A method can so skip tokens
+that cannot matter. `HeadDistribution` is that of a CALM; tests write distributions that are known
+exactly.
 
-Shapes: B sequences, N draws, L latent size, K tokens of a chunk (slots), H hidden size.
+Shapes: B sequences, N draws, L latent size, K tokens (and slots) of a chunk, H hidden size.
 """
 
 from typing import Any, Protocol
@@ -47,10 +48,10 @@ class ChunkDistribution(Protocol):
         """
 
     def slots(self, latents: Tensor) -> Tensor:
-        """Latents ``[..., L]`` to the hidden states of their tokens, ``[..., K, H]``."""
+        """Latents ``[..., L]`` to slots, one hidden state for each token, ``[..., K, H]``."""
 
     def project(self, slots: Tensor) -> Tensor:
-        """Hidden states ``[..., H]`` to token ids ``[...]``."""
+        """Slots ``[..., H]`` to token ids ``[...]``."""
 
     def select(self, rows: Tensor) -> "ChunkDistribution":
         """The sequences `rows`, int64 ``[b]``."""
@@ -65,27 +66,27 @@ class Method(Protocol):
 
     @property
     def is_capturable(self) -> bool:
-        """Whether `choose` has fixed shapes and reads nothing back from a GPU."""
+        """Whether `choose` has fixed shapes and does not synchronise."""
 
-    def choose(self, source: ChunkDistribution, seed: Tensor) -> Chunk:
+    def choose(self, distribution: ChunkDistribution, seed: Tensor) -> Chunk:
         """The next chunk of each sequence; `seed` is int64 ``[B, 2]``, a stream for each."""
 
     def complete(
-        self, source: ChunkDistribution, given: Tensor, given_length: Tensor, seed: Tensor
+        self, distribution: ChunkDistribution, given: Tensor, given_length: Tensor, seed: Tensor
     ) -> Chunk:
-        """The next chunk of each sequence, its first tokens being known.
+        """The next chunk of each sequence, given its first tokens.
 
         Args:
-            source: the distribution without that knowledge.
-            given: ``[B, K]``; what follows the known tokens is the chunk that is returned, flagged,
-                where no draw within the cap begins with them (published: pad tokens).
-            given_length: how many are known, int64 ``[B]``, 0 to K.
-            seed: int64 ``[B, 2]``.
+            distribution: of the chunk without the given tokens.
+            given: ``[B, K]``. Where no draw within the cap begins with the given tokens, all of
+                this row is returned and flagged: what follows them is the fallback.
+            given_length: how many are given, int64 ``[B]``, 0 to K.
+            seed: int64 ``[B, 2]``, a stream for each.
         """
 
 
 class HeadDistribution:
-    """A CALM's head after the backbone's hidden states.
+    """The distribution of a CALM's head, given the backbone's hidden states.
 
     Args:
         head: draws latents, a `calm.models.heads.base.GenerativeHead`.
@@ -131,6 +132,6 @@ class HeadDistribution:
         return HeadDistribution(self.head, self.decoder, self.hidden[rows])
 
 
-def decode(source: ChunkDistribution, latents: Tensor) -> Tensor:
+def decode(distribution: ChunkDistribution, latents: Tensor) -> Tensor:
     """Latents ``[..., L]`` to token ids ``[..., K]``."""
-    return source.project(source.slots(latents))
+    return distribution.project(distribution.slots(latents))

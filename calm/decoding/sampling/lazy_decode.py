@@ -1,14 +1,16 @@
-"""Candidates decoded slot by slot, and only where a token can matter.
+"""Candidates decoded token by token, and only where a token can matter.
 
-A vote asks which of N drawn chunks are equal, and one of them is returned. A candidate whose first
-r tokens no other shares differs from all, whatever its other tokens are; a group that shares a
-prefix but is smaller than the number of draws that must agree cannot win. Neither needs more of its
-slots projected onto the vocabulary. The choice is, draw by draw, the one of decoding everything.
+A slot is the hidden state of one token of a chunk; projecting it onto the vocabulary gives the
+token. A vote asks which of N drawn chunks are equal, and returns one of them. Two kinds of
+candidates need no further tokens. If no other candidate has the same first r tokens, this one
+differs from all others, whatever its other tokens are. And a group with a common prefix cannot win
+if it is smaller than the number of draws that must agree. The choice is the same as after decoding
+everything.
 
-Which slots are left depends on the tokens found so far, so the host reads sizes in between: this is
-the path of a CPU. A GPU decodes all candidates in fixed shapes.
+Which slots are projected next depends on the tokens found so far, so that the host reads sizes in
+between. This is the way of a CPU. A GPU decodes all candidates with fixed shapes.
 
-Shapes: B sequences, N candidates, K tokens of a chunk (slots), H hidden size.
+Shapes: B sequences, N candidates, K tokens (and slots) of a chunk, H hidden size.
 """
 
 import math
@@ -23,23 +25,23 @@ __all__ = ["Candidates", "decode_and_vote", "decode_compared", "decode_matching"
 
 Project = Callable[[Tensor], Tensor]  # hidden states [M, H] -> token ids [M]
 _TOKEN_BITS = 32
-_UNREAD = -1  # stands for a token that was not decoded
-_MARGIN = 1e-5  # of 1/T, wider than the tolerance of `agreeing_patch`: it leaves out less
+_UNREAD = -1  # a token that was not decoded
+_MARGIN = 1e-5  # of 1/T; wider than the tolerance of `agreeing_patch`, so that no winner is skipped
 
 
 class Candidates:
     """N candidate chunks for each of B sequences, in groups that agree as far as they are decoded.
 
     Args:
-        slots: one hidden state a token, ``[N, B, K, H]``.
-        project: hidden states ``[M, H]`` of any slots to token ids ``[M]`` in [0, 2^32).
-        given: tokens ``[B, K]`` of which the first `given_length` ``[B]`` are those of every
-            candidate, so that they need no decoding; None if nothing is known.
+        slots: one hidden state for each token, ``[N, B, K, H]``.
+        project: any slots ``[M, H]`` to token ids ``[M]`` in [0, 2^32).
+        given: tokens ``[B, K]``, of which the first `given_length` ``[B]`` are those of every
+            candidate and need no decoding; None if nothing is given.
         given_length: see `given`.
-        fixed: one more candidate a sequence whose tokens are all known, ``[B, K]``.
+        fixed: one more candidate for each sequence, whose tokens are all known, ``[B, K]``.
 
     Attributes:
-        projected: slots that were projected so far.
+        projected: number of slots projected so far.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Candidates:
         """Decode every group of at least `size` (and two) candidates to the end.
 
         Args:
-            size: one for all sequences, or ``[B]``. With 2, equal groups are equal patches.
+            size: one for all sequences, or ``[B]``. After 2, equal group numbers mean equal chunks.
         """
         needed = torch.as_tensor(size, device=self._row.device).clamp(min=2).expand(self._shape[1])
         needed = needed[self._row]
@@ -88,8 +90,9 @@ class Candidates:
                 self._depth[index] = slot + 1
 
     def split_largest(self, size: int) -> None:
-        """Decode every group of at least `size` candidates to the end, or where a sequence has no
-        patch that often, its most frequent patches.
+        """Decode every group of at least `size` candidates to the end.
+
+        Where no chunk of a sequence occurs `size` times, its most frequent chunks are decoded.
         """
         needed = self._row.new_full(self._shape[1:], size)
         while True:
@@ -97,9 +100,9 @@ class Candidates:
             is_open = (self._depth < self._tokens.shape[1]) & (self._size > 1)
             sizes = self._size.view(self._shape)
             is_open = is_open.view(self._shape)
-            known = sizes.masked_fill(is_open, 0).amax(0)
+            certain = sizes.masked_fill(is_open, 0).amax(0)
             possible = sizes.masked_fill(~is_open, 0).amax(0)
-            lower = torch.where(known >= needed, needed, torch.maximum(known, possible))
+            lower = torch.where(certain >= needed, needed, torch.maximum(certain, possible))
             if torch.equal(lower, needed):
                 return
             needed = lower
@@ -114,7 +117,7 @@ class Candidates:
         return self._tokens[flat]
 
     def drawn_tokens(self) -> Tensor:
-        """Tokens of all candidates but the fixed, ``[N, B, K]``; -1 where nothing was decoded."""
+        """Tokens of all candidates except the fixed ones, ``[N, B, K]``; -1 if not decoded."""
         return self._tokens[: len(self._slots)].unflatten(0, (-1, self._shape[1]))
 
     def _decode(self, index: Tensor, slot: Tensor) -> None:
@@ -124,7 +127,7 @@ class Candidates:
         self.projected += len(index)
 
     def _regroup(self, index: Tensor, tokens: Tensor) -> None:
-        """Split the groups of whole groups `index` by their next token."""
+        """Split groups by their next token; `index` holds all candidates of these groups."""
         key = (self._group[index] << _TOKEN_BITS) | tokens
         _, place, sizes = key.unique(return_inverse=True, return_counts=True)
         self._group[index] = self._num_groups + place
@@ -135,7 +138,7 @@ class Candidates:
 def decode_and_vote(
     candidates: Candidates, temperature: float, *, seed: Tensor, first_row: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 2 over candidates that are decoded as far as its choice depends on them.
+    """Algorithm 2 over candidates, decoded only as far as the choice depends on them.
 
     Args:
         candidates: N for each of B sequences.
@@ -143,25 +146,28 @@ def decode_and_vote(
         seed: of the vote, int64 ``[2]`` or ``[B, 2]``.
         first_row: global index of the first row.
 
-    Returns: tokens ``[B, K]`` and level ``[B]`` of `calm_kernels.agreeing_patch` on all tokens.
+    Returns: tokens ``[B, K]`` and how many draws agreed, ``[B]``: those of
+        `calm_kernels.agreeing_patch` on all tokens.
     """
     power = 1.0 / temperature
     candidates.split_largest(math.ceil(power - _MARGIN * power))
     groups = candidates.groups
-    chosen, level, *_ = agreeing_patch(groups[..., None], power, seed=seed, first_row=first_row)
+    chosen, num_agreeing, *_ = agreeing_patch(
+        groups[..., None], power, seed=seed, first_row=first_row
+    )
     index = (groups == chosen).to(torch.uint8).argmax(1)
-    return candidates.tokens(index), level
+    return candidates.tokens(index), num_agreeing
 
 
 def decode_compared(slots: Tensor, project: Project, target: Tensor) -> Tensor:
     """Tokens of draws as far as a comparison with the target and each other depends on them.
 
-    A draw that neither the target nor another draw of its chunk agrees with so far matches nothing,
-    whatever its other tokens are.
+    A draw whose first tokens differ from those of the target and of every other draw matches
+    nothing, whatever its other tokens are.
 
     Args:
-        slots: one hidden state a token of N draws, ``[N, ..., K, H]``.
-        project: hidden states ``[M, H]`` to token ids ``[M]``.
+        slots: one hidden state for each token of N draws, ``[N, ..., K, H]``.
+        project: slots ``[M, H]`` to token ids ``[M]``.
         target: the true chunk, ``[..., K]``; negative ids match nothing.
 
     Returns: int64 ``[N, ..., K]``, -1 where nothing was decoded.
@@ -174,13 +180,13 @@ def decode_compared(slots: Tensor, project: Project, target: Tensor) -> Tensor:
 
 
 def decode_matching(slots: Tensor, project: Project, given: Tensor, given_length: Tensor) -> Tensor:
-    """Which candidates begin with tokens that are known; slot by slot, only of those that still do.
+    """Which candidates begin with the given tokens; each is decoded up to its first mismatch.
 
     Args:
         slots: ``[N, B, K, H]``.
-        project: hidden states ``[M, H]`` to token ids ``[M]``.
+        project: slots ``[M, H]`` to token ids ``[M]``.
         given: ``[B, K]``.
-        given_length: how many of them are known, int64 ``[B]``, 0 to K.
+        given_length: how many of them are given, int64 ``[B]``, 0 to K.
 
     Returns: bool ``[N, B]``.
     """

@@ -1,6 +1,6 @@
 """Sampling methods: how the next chunk is chosen from draws of the head.
 
-| method | law at temperature T | head draws a chunk |
+| method | distribution at temperature T | head draws a chunk |
 |---|---|---|
 | `Direct` | P (T = 1 alone) | 1 |
 | `Batch` | tends to P^(1/T) as N grows (Algorithm 2) | N |
@@ -8,8 +8,8 @@
 | `Medoid` | none stated: the middle of N draws | N, of which one is decoded |
 | `NoiseScale` | none stated: what the head's noise contributes is narrowed | 1 |
 
-At T = 1 all are `Direct`. Any of them also completes a chunk whose first tokens are known: what is
-drawn are then the head's draws that begin with them, in order.
+At T = 1 all are `Direct`. Any of them also completes a chunk whose first tokens are given: it then
+chooses among the head's draws that begin with these tokens, in the order drawn.
 
 Shapes: B sequences, N draws, L latent size, K tokens of a chunk.
 """
@@ -38,9 +38,9 @@ class Direct:
     """One draw.
 
     Attributes:
-        num_samples: draws a wave while a chunk is completed.
+        num_samples: draws of a wave, while a chunk is completed.
         noise_scale: factor on the head's noise.
-        max_draws: draws a chunk at most while it is completed.
+        max_draws: draws of a chunk at most, while it is completed.
     """
 
     num_samples: int = 200
@@ -58,24 +58,24 @@ class Direct:
         """Draws that a chunk is chosen from."""
         return 1
 
-    def choose(self, source: ChunkDistribution, seed: Tensor) -> Chunk:
+    def choose(self, distribution: ChunkDistribution, seed: Tensor) -> Chunk:
         """See `Method`."""
-        latents = source.latents(
+        latents = distribution.latents(
             self.needed, seed, noise_scale=self.noise_scale, noise_spread=self.noise_spread
         )
-        count = torch.full((len(source),), self.needed, device=source.device)
+        count = torch.full((len(distribution),), self.needed, device=distribution.device)
         is_finite = torch.isfinite(latents).all(-1).all(0)
-        tokens, level = self._pick(source, latents, seed)
-        return Chunk(tokens, level, count, torch.zeros_like(is_finite), is_finite)
+        tokens, num_agreeing = self._pick(distribution, latents, seed)
+        return Chunk(tokens, num_agreeing, count, torch.zeros_like(is_finite), is_finite)
 
     def complete(
-        self, source: ChunkDistribution, given: Tensor, given_length: Tensor, seed: Tensor
+        self, distribution: ChunkDistribution, given: Tensor, given_length: Tensor, seed: Tensor
     ) -> Chunk:
         """See `Method`; flagged where fewer than the `needed` draws were found."""
-        known = Prefix(given, given_length)
+        prefix = Prefix(given, given_length)
         found = collect_accepted(
-            source,
-            known,
+            distribution,
+            prefix,
             needed=self.needed,
             wave_size=self.num_samples,
             max_draws=self.max_draws,
@@ -83,22 +83,22 @@ class Direct:
             noise_scale=self.noise_scale,
             noise_spread=self.noise_spread,
         )
-        tokens, level = self._pick_completion(source, found, known, seed)
-        return Chunk(tokens, level, found.draws, found.counts < self.needed, found.is_finite)
+        tokens, num_agreeing = self._pick_completion(distribution, found, prefix, seed)
+        return Chunk(tokens, num_agreeing, found.draws, found.counts < self.needed, found.is_finite)
 
     def _pick(
-        self, source: ChunkDistribution, latents: Tensor, seed: Tensor
+        self, distribution: ChunkDistribution, latents: Tensor, seed: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Tokens ``[B, K]`` and level ``[B]`` from draws ``[needed, B, L]``."""
-        return decode(source, latents[0]), torch.ones_like(seed[:, 0])
+        """Tokens ``[B, K]`` and `Chunk.num_agreeing` ``[B]`` from draws ``[needed, B, L]``."""
+        return decode(distribution, latents[0]), torch.ones_like(seed[:, 0])
 
     def _pick_completion(
-        self, source: ChunkDistribution, found: CollectedDraws, known: Prefix, seed: Tensor
+        self, distribution: ChunkDistribution, found: CollectedDraws, prefix: Prefix, seed: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The same from draws that fit."""
-        tokens = decode(source, self._representative(found))
+        """The same from accepted draws."""
+        tokens = decode(distribution, self._representative(found))
         has_any = found.counts > 0
-        return torch.where(has_any[:, None], tokens, known.tokens), has_any.to(torch.int64)
+        return torch.where(has_any[:, None], tokens, prefix.tokens), has_any.to(torch.int64)
 
     def _representative(self, found: CollectedDraws) -> Tensor:
         """The latent to decode, ``[B, L]``."""
@@ -109,11 +109,11 @@ class Direct:
 class NoiseScale(Direct):
     """One draw, with what the head's noise contributes times s = T².
 
-    A factor on the noise itself would do nothing in the energy head, which normalises the embedded
-    noise: s stands behind that norm. √T would turn a normal law P into P^(1/T) in a head linear in
-    normal noise; later norms undo part of it in a deep one, and T² came nearest to exact laws in a
-    trained energy head (docs/temperature.md). A heuristic: its law is not P^(1/T). Its cost does
-    not depend on T.
+    The energy head normalises the embedded noise, so that a factor on the noise itself would do
+    nothing there: s is applied after that norm. Why T²: in a head that is linear in normal noise,
+    √T would turn P into P^(1/T). In a deep head later norms undo part of the factor, and T² came
+    nearest to P^(1/T) in a trained energy head (docs/temperature.md). This is a heuristic: its
+    distribution is not P^(1/T). Its cost does not depend on T.
 
     Attributes:
         temperature: T in (0, 1].
@@ -134,7 +134,8 @@ class Batch(Direct):
     Attributes:
         temperature: T in (0, 1].
         num_samples: N.
-        is_slotwise: decode slot by slot, with sizes that the host reads; None does so on a CPU.
+        is_slotwise: decode token by token and skip what cannot matter, see `vote`; None does so on
+            a CPU.
     """
 
     temperature: float = 0.5
@@ -146,15 +147,17 @@ class Batch(Direct):
         return self.num_samples
 
     def _pick(
-        self, source: ChunkDistribution, latents: Tensor, seed: Tensor
+        self, distribution: ChunkDistribution, latents: Tensor, seed: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return vote(source, latents, self.temperature, seed=seed, is_slotwise=self.is_slotwise)
+        return vote(
+            distribution, latents, self.temperature, seed=seed, is_slotwise=self.is_slotwise
+        )
 
     def _pick_completion(
-        self, source: ChunkDistribution, found: CollectedDraws, known: Prefix, seed: Tensor
+        self, distribution: ChunkDistribution, found: CollectedDraws, prefix: Prefix, seed: Tensor
     ) -> tuple[Tensor, Tensor]:
         return vote_by_count(
-            source, found.latents, found.counts, self.temperature, seed=seed, known=known
+            distribution, found.latents, found.counts, self.temperature, seed=seed, prefix=prefix
         )
 
 
@@ -162,8 +165,8 @@ class Batch(Direct):
 class Medoid(Direct):
     """Of N draws the one whose mean distance to the others is least; it alone is decoded.
 
-    N sets how much the law narrows: 1 is a plain draw. T does not enter. Costs N head draws and
-    O(N² L) a sequence.
+    N sets how much the distribution narrows: 1 is a plain draw. T does not matter. A sequence costs
+    N head draws and O(N² L).
 
     Attributes:
         num_samples: N.
@@ -175,19 +178,19 @@ class Medoid(Direct):
         return self.num_samples
 
     def _pick(
-        self, source: ChunkDistribution, latents: Tensor, seed: Tensor
+        self, distribution: ChunkDistribution, latents: Tensor, seed: Tensor
     ) -> tuple[Tensor, Tensor]:
         count = torch.full_like(seed[:, 0], len(latents))
-        return decode(source, medoid(latents, count)), torch.ones_like(count)
+        return decode(distribution, medoid(latents, count)), torch.ones_like(count)
 
     def _representative(self, found: CollectedDraws) -> Tensor:
         return medoid(found.latents, found.counts)
 
 
 def medoid(latents: Tensor, count: Tensor) -> Tensor:
-    """Of the first `count` ``[B]`` latents ``[N, B, L]`` of a row the middle one, ``[B, L]``.
+    """The medoid of the first `count` ``[B]`` latents ``[N, B, L]`` of each sequence, ``[B, L]``.
 
-    argmin_i Σ_j |x_i - x_j|, the first of equals; the first latent where the count is 0.
+    argmin_i Σ_j |x_i - x_j|; the first of several, and the first latent where the count is 0.
     """
     by_row = latents.transpose(0, 1).to(torch.float32)  # [B, N, L]
     by_row = by_row - by_row.mean(1, keepdim=True)  # small numbers have accurate distances
@@ -213,14 +216,14 @@ def build_method(
     Args:
         method: one of `METHODS`.
         temperature: T in (0, 1]; at 1 every method takes one draw.
-        num_samples: N, draws of ``batch`` and ``medoid``; draws a wave of ``exact``, and of any
+        num_samples: N, draws of ``batch`` and ``medoid``; draws of a wave of ``exact``, and of any
             method while it completes a chunk.
         noise_scale: factor on the head's noise, for every method.
-        max_draws: draws a chunk of ``exact``, and of any method while it completes a chunk; by
-            default 25 waves.
+        max_draws: draws of a chunk at most for ``exact``, and for any method while it completes a
+            chunk; by default 25 waves.
 
     Raises:
-        UserError: an argument out of range, or a cap below what the method needs.
+        UserError: an argument out of range, or `max_draws` below what the method needs.
     """
     if method not in METHODS:
         raise UserError(f"method must be one of {', '.join(METHODS)}; got {method!r}")

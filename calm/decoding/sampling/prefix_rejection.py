@@ -1,4 +1,8 @@
-"""Draws of a chunk whose first tokens are known, by rejection: the model's own law given them.
+"""Draws of a chunk whose first tokens are given, by rejection.
+
+A draw of the head is accepted if it begins with the given tokens. Accepted draws follow the model's
+own distribution given these tokens. Draws come in waves, so that the search ends soon after enough
+of them were accepted.
 
 Shapes: B sequences, N draws, L latent size, K tokens of a chunk.
 """
@@ -17,26 +21,26 @@ __all__ = ["CollectedDraws", "Prefix", "collect_accepted", "draw_accepted", "wav
 
 
 class Prefix(NamedTuple):
-    """First tokens of the next chunk that are known.
+    """The first tokens of the next chunk, which are given.
 
     Attributes:
-        tokens: ``[B, K]``; what follows the known ones is used where no draw fits.
-        length: how many are known, ``[B]``, 0 to K.
+        tokens: ``[B, K]``. Those after the given ones are used where no draw is accepted.
+        length: how many are given, ``[B]``, 0 to K.
     """
 
     tokens: Tensor
     length: Tensor
 
     def select(self, rows: Tensor) -> "Prefix":
-        """Those of the sequences `rows`."""
+        """The prefixes of the sequences `rows`."""
         return Prefix(self.tokens[rows], self.length[rows])
 
 
 class AcceptedDraws(NamedTuple):
-    """Draws of one wave that fit, in their order.
+    """Accepted draws of one wave, in the order drawn.
 
     Attributes:
-        latents: ``[M, B, L]``, M the largest number of them in a row; then anything.
+        latents: ``[M, B, L]``, M the largest of the counts; after a sequence's own, any numbers.
         counts: how many, ``[B]``.
         place: of each among all draws of the wave, ``[B, M]``.
         is_finite: whether all draws were finite, ``[B]``.
@@ -49,12 +53,13 @@ class AcceptedDraws(NamedTuple):
 
 
 class CollectedDraws(NamedTuple):
-    """Draws kept for each row.
+    """Accepted draws of all waves, up to the number needed.
 
     Attributes:
-        latents: ``[needed, B, L]``, in the order drawn; zeros behind the last.
+        latents: ``[needed, B, L]``, in the order drawn; zeros after the last.
         counts: how many, ``[B]``.
-        draws: head draws up to the last that was kept, or all where fewer than needed fit, ``[B]``.
+        draws: head draws up to the last that was kept, or all of them where fewer than needed were
+            accepted, ``[B]``.
         is_finite: whether all draws were finite, ``[B]``.
     """
 
@@ -69,7 +74,7 @@ def waves(
 ) -> Iterator[tuple[Tensor, int, int]]:
     """Seed of each wave, draws before it and draws in it, until `max_draws` are made.
 
-    Waves grow twofold from `first` draws to `size`, so that what is found soon costs little.
+    Waves double from `first` draws to `size`, so that a search that ends soon costs little.
     """
     wave, before, most = 0, 0, first
     while before < max_draws:
@@ -79,23 +84,25 @@ def waves(
 
 
 def draw_accepted(
-    source: ChunkDistribution,
-    known: Prefix | None,
+    distribution: ChunkDistribution,
+    prefix: Prefix | None,
     num_samples: int,
     seed: Tensor,
     noise_scale: float,
     noise_spread: float = 1.0,
 ) -> AcceptedDraws:
-    """One wave of draws; those that begin with what is known."""
-    latents = source.latents(
+    """The draws of one wave that begin with the given tokens; all of them without a prefix."""
+    latents = distribution.latents(
         num_samples, seed, noise_scale=noise_scale, noise_spread=noise_spread
     )  # [N, B, L]
     is_finite = torch.isfinite(latents).all(-1).all(0)
-    if known is None:
-        place = torch.arange(num_samples, device=source.device).expand(len(source), -1)
-        count = place.new_full((len(source),), num_samples)
+    if prefix is None:
+        place = torch.arange(num_samples, device=distribution.device).expand(len(distribution), -1)
+        count = place.new_full((len(distribution),), num_samples)
         return AcceptedDraws(latents, count, place, is_finite)
-    fits = decode_matching(source.slots(latents), source.project, known.tokens, known.length)
+    fits = decode_matching(
+        distribution.slots(latents), distribution.project, prefix.tokens, prefix.length
+    )
     count = fits.sum(0)
     place = (~fits).to(torch.uint8).argsort(dim=0, stable=True)[: int(count.max())]
     latents = latents.gather(0, place[..., None].expand(-1, -1, latents.shape[-1]))
@@ -103,8 +110,8 @@ def draw_accepted(
 
 
 def collect_accepted(
-    source: ChunkDistribution,
-    known: Prefix,
+    distribution: ChunkDistribution,
+    prefix: Prefix,
     *,
     needed: int,
     wave_size: int,
@@ -113,42 +120,44 @@ def collect_accepted(
     noise_scale: float,
     noise_spread: float = 1.0,
 ) -> CollectedDraws:
-    """Draw in waves until each row has `needed` draws that fit, or `max_draws` were made.
+    """Draw in waves until each sequence has `needed` accepted draws, or `max_draws` were made.
 
     Args:
-        source: the law without what is known.
-        known: first tokens.
-        needed: draws to keep for each row.
-        wave_size: draws a wave.
-        max_draws: draws a row at most.
+        distribution: of the chunk without the given tokens.
+        prefix: the given tokens.
+        needed: draws to keep for each sequence.
+        wave_size: draws of a accepted.
+        max_draws: draws of a sequence at most.
         seed: int64 ``[B, 2]``.
         noise_scale: factor on the head's noise.
         noise_spread: factor on what that contributes, see `GenerativeHead.sample`.
     """
-    rows = torch.arange(len(source), device=source.device)
+    rows = torch.arange(len(distribution), device=distribution.device)
     count, draws = torch.zeros_like(rows), torch.zeros_like(rows)
     is_finite = torch.ones_like(rows, dtype=torch.bool)
     kept: Tensor | None = None
     for wave_seed, before, size in waves(seed, wave_size, max_draws, first=wave_size):
-        part = draw_accepted(
-            source.select(rows),
-            known.select(rows),
+        accepted = draw_accepted(
+            distribution.select(rows),
+            prefix.select(rows),
             size,
             wave_seed[rows],
             noise_scale,
             noise_spread,
         )
         if kept is None:
-            kept = part.latents.new_zeros(needed, len(source), part.latents.shape[-1])
-        order = torch.arange(part.place.shape[1], device=source.device)
+            kept = accepted.latents.new_zeros(needed, len(distribution), accepted.latents.shape[-1])
+        order = torch.arange(accepted.place.shape[1], device=distribution.device)
         target = count[rows, None] + order  # [b, M]
-        row, column = ((order < part.counts[:, None]) & (target < needed)).nonzero(as_tuple=True)
-        kept[target[row, column], rows[row]] = part.latents[column, row]
-        last = (target == needed - 1) & (order < part.counts[:, None])
-        spent = torch.where(last, before + part.place + 1, 0).sum(1)
+        row, column = ((order < accepted.counts[:, None]) & (target < needed)).nonzero(
+            as_tuple=True
+        )
+        kept[target[row, column], rows[row]] = accepted.latents[column, row]
+        last = (target == needed - 1) & (order < accepted.counts[:, None])
+        spent = torch.where(last, before + accepted.place + 1, 0).sum(1)
         draws[rows] = torch.where(last.any(1), spent, before + size)
-        count[rows] = (count[rows] + part.counts).clamp(max=needed)
-        is_finite[rows] &= part.is_finite
+        count[rows] = (count[rows] + accepted.counts).clamp(max=needed)
+        is_finite[rows] &= accepted.is_finite
         rows = rows[count[rows] < needed]
         if not len(rows):
             break

@@ -10,15 +10,15 @@ from calm_kernels.noise import Seed, Stream, as_seed, philox
 
 __all__ = ["ROUND_STRIDE", "advance", "sequence_seeds"]
 
-WORD = 0xFFFFFFFF
+LOW_32_BITS = 0xFFFFFFFF
 ROUND_STRIDE = 2**40  # waves of one chunk draw from disjoint ranges of the seed's offset
 
 
 def sequence_seeds(seed: Seed | Sequence[int], batch: int, device: torch.device) -> Tensor:
     """One seed for each sequence, int64 ``[B, 2]`` of (seed, offset).
 
-    A list gives them. One seed for the batch is that of row 0; row b > 0 gets 64 bits of Philox
-    with the seed as key and b as counter, so that neighbouring seeds share no stream.
+    A list holds one for each sequence. A single seed is that of row 0; row b > 0 gets 64 bits of
+    Philox with the seed as key and b as counter, so that neighbouring seeds share no stream.
 
     Args:
         seed: see `calm_kernels.noise.as_seed`, or a list of B ints.
@@ -42,12 +42,12 @@ def sequence_seeds(seed: Seed | Sequence[int], batch: int, device: torch.device)
     value, offset = common.expand(batch, 2).unbind(1)
     row = torch.arange(batch, device=device)
     zero = torch.zeros_like(row)
-    key = (value & WORD, ((value >> 32) & WORD) ^ int(Stream.SEQUENCE))
+    key = (value & LOW_32_BITS, ((value >> 32) & LOW_32_BITS) ^ int(Stream.SEQUENCE))
     low, high, *_ = philox((row, zero, zero, zero), key)
     return torch.stack([torch.where(row == 0, value, low | (high << 32)), offset], dim=1)
 
 
 def advance(seed: Tensor, steps: int | Tensor) -> Tensor:
-    """The seed `steps` further on: other draws, addressed by `steps` alone."""
+    """The seed with its offset moved on by `steps`, for other draws."""
     offset = seed[..., 1] + steps
     return torch.stack([seed[..., 0].expand_as(offset), offset], dim=-1)

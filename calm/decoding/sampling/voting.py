@@ -1,8 +1,8 @@
 """Temperature for a model that can only be sampled: 1/T draws that agree.
 
-A law sharpened to P(x)^(1/T) cannot be computed without probabilities, but 1/T independent draws of
-the model that happen to be equal follow it. `calm.decoding.sampling.exact` waits for such agreement
-(Algorithm 1); the vote here looks for it among N candidates (Algorithm 2,
+P(x)^(1/T) cannot be computed without probabilities. But where 1/T independent draws of the model
+are equal, their value follows this distribution. `calm.decoding.sampling.exact` draws until that
+happens (Algorithm 1); the vote here searches N candidates for it (Algorithm 2,
 `calm_kernels.agreeing_patch`).
 
 Shapes: B sequences, N candidates, L latent size, K tokens of a chunk.
@@ -45,70 +45,70 @@ def split_power(temperature: float) -> Power:
 
 
 def vote(
-    source: ChunkDistribution,
+    distribution: ChunkDistribution,
     latents: Tensor,
     temperature: float,
     *,
     seed: Tensor,
-    known: Prefix | None = None,
+    prefix: Prefix | None = None,
     is_slotwise: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One of the N candidates of each row, as if 1/T independent draws had agreed on it.
 
-    Candidates are decoded slot by slot, only as far as the choice depends on them, or in full, in
-    fixed shapes and without reading anything back; the choice is the same.
+    Candidates are decoded either token by token, only as far as the choice depends on them, or in
+    full, with fixed shapes and without synchronising. The choice is the same.
 
     Args:
-        source: decodes.
+        distribution: whose decoder turns latents into tokens.
         latents: ``[N, B, L]``.
         temperature: T in (0, 1].
         seed: int64 ``[B, 2]``.
-        known: first tokens that all candidates of a row share.
-        is_slotwise: decode slot by slot; None does so where `is_host_readable`.
+        prefix: first tokens that all candidates of a row share.
+        is_slotwise: decode token by token; None does so where `is_host_readable`.
 
     Returns: tokens ``[B, K]`` and how many draws agreed, ``[B]``.
-    Source: paper, Algorithm 2, and for 1/T that is not whole `calm_kernels.agreeing_patch`.
+    Source: CALM, Algorithm 2; for 1/T that is not whole see `calm_kernels.agreeing_patch`.
     """
     if is_slotwise is None:
         is_slotwise = is_host_readable(latents)
     if not is_slotwise:
-        patches = decode(source, latents).transpose(0, 1)  # [B, N, K]
-        tokens, level, *_ = agreeing_patch(patches, 1.0 / temperature, seed=seed)
-        return tokens, level
-    candidates = Candidates(source.slots(latents), source.project, *(known or ()))
+        chunks = decode(distribution, latents).transpose(0, 1)  # [B, N, K]
+        tokens, num_agreeing, *_ = agreeing_patch(chunks, 1.0 / temperature, seed=seed)
+        return tokens, num_agreeing
+    candidates = Candidates(distribution.slots(latents), distribution.project, *(prefix or ()))
     return decode_and_vote(candidates, temperature, seed=seed)
 
 
 def vote_by_count(
-    source: ChunkDistribution,
+    distribution: ChunkDistribution,
     latents: Tensor,
     count: Tensor,
     temperature: float,
     *,
     seed: Tensor,
-    known: Prefix,
+    prefix: Prefix,
 ) -> tuple[Tensor, Tensor]:
     """`vote` where rows have different numbers of candidates; rows of equal numbers vote together.
 
     Args:
-        source: decodes.
+        distribution: whose decoder turns latents into tokens.
         latents: ``[N, B, L]``, of which the first `count` of a row are candidates.
         count: ``[B]``, 0 to N.
         temperature: T in (0, 1].
         seed: int64 ``[B, 2]``.
-        known: first tokens of all candidates; without candidates, its tokens are the result.
+        prefix: first tokens of all candidates; without candidates, its tokens are the result.
 
-    Returns: tokens ``[B, K]`` and level ``[B]``, 0 without candidates.
+    Returns: tokens ``[B, K]`` and how many draws agreed, ``[B]``, 0 without candidates.
     """
-    tokens, level = known.tokens.clone(), zeros_like(count)
+    tokens, num_agreeing = prefix.tokens.clone(), zeros_like(count)
     for size in count.unique().tolist():
         rows = (count == size).nonzero()[:, 0]
         if size:
-            tokens[rows], level[rows] = vote(
-                source.select(rows),
+            tokens[rows], num_agreeing[rows] = vote(
+                distribution.select(rows),
                 latents[:size, rows],
                 temperature,
                 seed=seed[rows],
-                known=known.select(rows),
+                prefix=prefix.select(rows),
             )
-    return tokens, level
+    return tokens, num_agreeing

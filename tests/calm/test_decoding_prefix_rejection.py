@@ -1,8 +1,8 @@
-"""Draws that fit what is known of a chunk: which are kept, in what order, and when it gives up."""
+"""Draws that begin with given tokens: which are kept, in what order, and what a cap does."""
 
 import pytest
 import torch
-from decoding_laws import ToySource, row_seeds
+from decoding_distributions import ToyDistribution, row_seeds
 
 from calm.decoding.sampling.chunk_distribution import decode
 from calm.decoding.sampling.methods import METHODS, build_method
@@ -26,68 +26,68 @@ def test_waves_grow_to_their_size_and_stop_at_the_cap():
     assert sum(1 for _ in waves(seed, 1, 300_000, first=16)) == 300_000  # sizes stay small numbers
 
 
-def test_draws_that_fit_come_first_in_their_order():
+def test_accepted_draws_come_first_in_the_order_drawn():
     rows, size = 40, 30
-    source, seed = ToySource(CHANCES, rows), row_seeds(rows)
-    known = Prefix(torch.ones(rows, 2, dtype=torch.int64), torch.arange(rows) % 3)
-    part = draw_accepted(source, known, size, seed, 1.0)
-    patches = decode(source, source.latents(size, seed))  # [N, B, K]
+    distribution, seed = ToyDistribution(CHANCES, rows), row_seeds(rows)
+    prefix = Prefix(torch.ones(rows, 2, dtype=torch.int64), torch.arange(rows) % 3)
+    accepted = draw_accepted(distribution, prefix, size, seed, 1.0)
+    chunks = decode(distribution, distribution.latents(size, seed))  # [N, B, K]
     for row in range(rows):
         fits = [
-            place for place in range(size) if (patches[place, row, : known.length[row]] == 1).all()
+            place for place in range(size) if (chunks[place, row, : prefix.length[row]] == 1).all()
         ]
-        count = int(part.counts[row])
-        assert part.place[row, :count].tolist() == fits
-        assert torch.equal(decode(source, part.latents[:count, row]), patches[fits, row])
+        count = int(accepted.counts[row])
+        assert accepted.place[row, :count].tolist() == fits
+        assert torch.equal(decode(distribution, accepted.latents[:count, row]), chunks[fits, row])
 
 
-def test_completions_are_the_first_that_fit_whatever_the_wave():
+def test_collected_draws_are_the_first_accepted_of_all_waves():
     rows, needed = 30, 14
-    source, seed = ToySource(CHANCES, rows), row_seeds(rows)
-    known = Prefix(torch.ones(rows, 2, dtype=torch.int64), torch.arange(rows) % 3)
+    distribution, seed = ToyDistribution(CHANCES, rows), row_seeds(rows)
+    prefix = Prefix(torch.ones(rows, 2, dtype=torch.int64), torch.arange(rows) % 3)
     found = collect_accepted(
-        source, known, needed=needed, wave_size=25, max_draws=60, seed=seed, noise_scale=1.0
+        distribution, prefix, needed=needed, wave_size=25, max_draws=60, seed=seed, noise_scale=1.0
     )
     everything = torch.cat(
         [
-            decode(source, source.latents(size, advance(seed, wave * ROUND_STRIDE)))
+            decode(distribution, distribution.latents(size, advance(seed, wave * ROUND_STRIDE)))
             for wave, size in enumerate((25, 25, 10))
         ]
     )
     for row in range(rows):
-        fits = (everything[:, row, : known.length[row]] == 1).all(-1).nonzero()[:, 0]
+        fits = (everything[:, row, : prefix.length[row]] == 1).all(-1).nonzero()[:, 0]
         count = min(needed, len(fits))
         assert found.counts[row] == count
         assert found.draws[row] == (fits[needed - 1] + 1 if count == needed else 60)
         assert torch.equal(
-            decode(source, found.latents[:count, row]), everything[fits[:count], row]
+            decode(distribution, found.latents[:count, row]), everything[fits[:count], row]
         )
     assert (found.counts < needed).any() and (found.counts == needed).any()
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_chunk_that_knows_nothing_is_chosen_as_any_other(name):
+def test_completing_without_given_tokens_equals_choosing(name):
     rows = 50
-    source, seed = ToySource(CHANCES, rows), row_seeds(rows)
+    distribution, seed = ToyDistribution(CHANCES, rows), row_seeds(rows)
     method = build(name, num_samples=12)
-    given_length = torch.arange(rows) % 2  # others of the batch know a token
-    chosen = method.choose(source, seed)
-    completed = method.complete(source, torch.zeros(rows, 2).long(), given_length, seed)
+    given_length = torch.arange(rows) % 2  # others of the batch are given a token
+    chosen = method.choose(distribution, seed)
+    completed = method.complete(distribution, torch.zeros(rows, 2).long(), given_length, seed)
     free = given_length == 0
     for field in ("tokens", "num_agreeing", "draws", "is_fallback"):
         assert torch.equal(getattr(chosen, field)[free], getattr(completed, field)[free]), field
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_was_given_stands_where_no_draw_fits(name):
+def test_the_given_row_is_returned_where_no_draw_is_accepted(name):
     """Token 7 is never drawn; the rest of the chunk is what the caller put there."""
     rows = 6
-    source, seed = ToySource(CHANCES, rows), row_seeds(rows)
+    distribution, seed = ToyDistribution(CHANCES, rows), row_seeds(rows)
     given = torch.tensor([[7, 9], [1, 9]]).repeat(3, 1)
     length = torch.ones(rows, dtype=torch.int64)
-    chunk = build(name, num_samples=10, max_draws=400).complete(source, given, length, seed)
+    chunk = build(name, num_samples=10, max_draws=400).complete(distribution, given, length, seed)
     never = given[:, 0] == 7
-    if name != "noise_scale":  # which narrows the toy's law to patches that begin with 0
+    if name != "noise_scale":  # here it draws only chunks that begin with 0
         assert (chunk.tokens[~never, 1] != 9).all()
         assert not chunk.is_fallback[~never].any() and (chunk.num_agreeing[~never] >= 1).all()
     assert torch.equal(chunk.tokens[never], given[never])
@@ -96,11 +96,11 @@ def test_what_was_given_stands_where_no_draw_fits(name):
 
 
 @pytest.mark.parametrize("name", ["batch", "medoid"])
-def test_fewer_draws_than_asked_for_decide_and_are_flagged(name):
+def test_a_choice_among_fewer_draws_than_needed_is_flagged(name):
     rows = 40
-    source, seed = ToySource((0.6, 0.3, 0.06, 0.04), rows), row_seeds(rows)
+    distribution, seed = ToyDistribution((0.6, 0.3, 0.06, 0.04), rows), row_seeds(rows)
     given, length = torch.ones(rows, 2).long(), torch.ones(rows).long()
-    chunk = build(name, num_samples=20, max_draws=40).complete(source, given, length, seed)
+    chunk = build(name, num_samples=20, max_draws=40).complete(distribution, given, length, seed)
     has_any = chunk.num_agreeing > 0
     assert chunk.is_fallback.all() and has_any.any()
     assert (chunk.tokens[:, 0] == 1).all() and (chunk.tokens[has_any] <= 1).all()

@@ -1,4 +1,4 @@
-"""Sources whose law is known, and the tests that frequencies are put to."""
+"""A chunk distribution with known probabilities, and tests of frequencies against them."""
 
 import math
 
@@ -7,23 +7,23 @@ import torch
 from calm_kernels.noise import Stream, uniform
 
 
-class ToySource:
-    """Each sequence draws patch x with chance P(x); the latent is the patch's number.
+class ToyDistribution:
+    """Each sequence draws chunk x with chance P(x); the latent is the chunk's number.
 
     Args:
-        chances: P, one number a patch.
-        batch: sequences, all of the same law.
-        patches: tokens of each patch, ``[X, K]``; by default the digits of its number, K = 2.
+        chances: P, one number for each chunk.
+        batch: sequences, which all have the same distribution.
+        chunks: tokens of each chunk, ``[X, K]``; by default the digits of its number, K = 2.
         damaged: sequences whose latents are not finite.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, chances, batch, patches=None, damaged=()):
+    def __init__(self, chances, batch, chunks=None, damaged=()):
         self.chances = torch.tensor(chances, dtype=torch.float64)
         number = torch.arange(len(chances))
-        self.patches = torch.stack([number // 2, number % 2], 1) if patches is None else patches
-        self.patch_size = self.patches.shape[1]
+        self.chunks = torch.stack([number // 2, number % 2], 1) if chunks is None else chunks
+        self.patch_size = self.chunks.shape[1]
         self.damaged = torch.zeros(batch, dtype=torch.bool)
         self.damaged[list(damaged)] = True
         self.projected = 0
@@ -41,20 +41,20 @@ class ToySource:
         return drawn.masked_fill(self.damaged[:, None], math.nan)
 
     def slots(self, latents):
-        return self.patches[latents.nan_to_num().long()[..., 0]][..., None].to(torch.float32)
+        return self.chunks[latents.nan_to_num().long()[..., 0]][..., None].to(torch.float32)
 
     def project(self, slots):
         self.projected += slots[..., 0].numel()
         return slots[..., 0].long()
 
     def select(self, rows):
-        chosen = ToySource(self.chances.tolist(), len(rows), self.patches)
+        chosen = ToyDistribution(self.chances.tolist(), len(rows), self.chunks)
         chosen.damaged = self.damaged[rows]
         return chosen
 
     def numbers(self, tokens):
-        """Patches ``[B, K]`` as their numbers ``[B]``."""
-        return (tokens[:, None] == self.patches).all(-1).to(torch.uint8).argmax(1)
+        """Chunks ``[B, K]`` as their numbers ``[B]``."""
+        return (tokens[:, None] == self.chunks).all(-1).to(torch.uint8).argmax(1)
 
 
 def row_seeds(batch, first=0):
@@ -68,13 +68,13 @@ def sharpened(chances, power):
     return raised / raised.sum()
 
 
-def check_frequencies(numbers, law):
-    """Pearson's chi-square of `numbers` under `law` lies below its 99.99 % quantile."""
-    counts = torch.bincount(numbers, minlength=len(law)).double()
-    assert len(counts) == len(law), "a patch that the law does not have"
-    possible = law > 0
+def check_frequencies(numbers, probabilities):
+    """Pearson's chi-square of `numbers` under `probabilities` lies below its 99.99 % quantile."""
+    counts = torch.bincount(numbers, minlength=len(probabilities)).double()
+    assert len(counts) == len(probabilities), "a chunk that the distribution does not have"
+    possible = probabilities > 0
     assert counts[~possible].sum() == 0
-    expected = law[possible] * len(numbers)
+    expected = probabilities[possible] * len(numbers)
     statistic = ((counts[possible] - expected) ** 2 / expected).sum().item()
     freedom = int(possible.sum()) - 1
     # Wilson and Hilferty: (X/k)^(1/3) is normal with variance 2/(9k).
