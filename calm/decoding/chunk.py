@@ -1,4 +1,4 @@
-"""A chunk of K tokens as the parts of generation hand it on: chosen, recorded, read by the host.
+"""A chunk of K tokens: as a method chooses it, and as the host reads it.
 
 Shapes: B sequences, K tokens of a chunk.
 """
@@ -19,10 +19,11 @@ class Chunk(NamedTuple):
         num_agreeing: draws that agreed on it, ``[B]``: the whole part of 1/T, or less where a vote
             found no more; 1 for methods that compare no tokens.
         draws: head draws of this chunk, ``[B]``; `Exact` counts them as Algorithm 1 is written.
-        is_fallback: whether a stated fallback decided, bool ``[B]``: the draws reached their cap.
+        is_fallback: whether the draws reached their cap, so that the method's fallback decided,
+            bool ``[B]``.
         is_finite: whether all latents were finite, bool ``[B]``; where not, tokens mean nothing.
-        saved: draws that `draws` counts, but that a round did not need because it stopped at its
-            first mismatch, ``[B]``; None for methods without rounds.
+        saved: of `draws`, those that were never made because a round stopped at its first mismatch,
+            ``[B]``; None for methods without rounds.
     """
 
     tokens: Tensor
@@ -35,8 +36,8 @@ class Chunk(NamedTuple):
     def pack(self) -> Tensor:
         """All fields in one int64 tensor ``[B, K + 5]``, which the host reads at once."""
         saved = torch.zeros_like(self.draws) if self.saved is None else self.saved
-        about = (self.num_agreeing, self.draws, self.is_fallback, self.is_finite, saved)
-        return torch.cat([self.tokens, torch.stack(about, dim=1)], dim=1)
+        fields = (self.num_agreeing, self.draws, self.is_fallback, self.is_finite, saved)
+        return torch.cat([self.tokens, torch.stack(fields, dim=1)], dim=1)
 
 
 class ChunkRecord(NamedTuple):
@@ -51,7 +52,7 @@ class ChunkRecord(NamedTuple):
 
 
 def read_records(packed: list[Tensor]) -> list[list[ChunkRecord]]:
-    """For each of some packed chunks the record of each sequence; this waits for the device."""
+    """The record of each sequence for each packed chunk; this synchronises."""
     steps = packed[0][None] if len(packed) == 1 else torch.stack(packed)
     return [
         [

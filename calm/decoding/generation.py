@@ -1,8 +1,8 @@
 """Generation: one backbone step, a few head draws and one choice for every K tokens.
 
-Prompts are read once; afterwards the cache, which counts chunks, grows by one a step. A chunk
-enters the backbone as tokens, never as the latent that it was decoded from. What a step does is in
-`calm.decoding.engine.decode_step`, how a chunk is chosen in `calm.decoding.sampling.methods`, the
+Prompts are read once. Afterwards the KV cache, which counts chunks, grows by one with each step. A
+chunk enters the backbone as tokens, never as the latent that it was decoded from. The step is in
+`calm.decoding.engine.decode_step`, the choice of a chunk in `calm.decoding.sampling.methods`, the
 loop in `calm.decoding.loop`.
 """
 
@@ -57,36 +57,36 @@ def generate(
     """Continue prompts of any lengths, K tokens at a time.
 
     A sequence ends with its end token, with a stop string or at the length asked for; the rest of
-    its row is padding. No sequence depends on the others of the batch but through its seed (in 16
-    bits a matmul over another batch rounds otherwise, and a text may take another turn). The model
-    runs in the dtype of its weights, autocast or not, and is read as it is at the call: nothing is
-    copied. On a GPU it keeps captured decode steps, see `calm.decoding.engine.cuda_graph`.
+    its row is padding. A sequence depends on the others of the batch through its seed alone. (In 16
+    bits a matmul over another batch rounds differently, which may change a text.) The model runs in
+    the dtype of its weights, with or without autocast. It is read as it is at the call: no weight
+    is copied. On a GPU it keeps captured decode steps, see `calm.decoding.engine.cuda_graph`.
 
     Args:
         model: a CALM with any head, or the token-by-token baseline, whose chunk is one token. The
-            baseline knows its probabilities: every method samples from softmax(logits / T) there,
-            without candidates.
+            baseline knows its probabilities: there every method samples from softmax(logits / T),
+            with one draw.
         input_ids: int64 ``[B, T]``, or a list of B prompts: lists of ids or 1-d tensors. A model
             with a start chunk (`has_start_patch`) takes empty ones.
         attention_mask: ``[B, T]``, 0 for a tensor's padding on the left or on the right.
         max_new_tokens: tokens to add at most.
         max_length: tokens of prompt and continuation; pass this or `max_new_tokens`.
         temperature: T in (0, 1]; 1 samples the model, below it chunks are chosen by `method`.
-        num_samples: N, candidates of a choice; the more, the closer ``batch`` comes to P^(1/T).
+        num_samples: N, candidates for each chunk; with more of them ``batch`` is closer to P^(1/T).
         method: ``batch`` (Algorithm 2), ``exact`` (Algorithm 1), ``medoid``, ``noise_scale`` or
             ``direct`` (T = 1 alone), see `calm.decoding.sampling.methods`.
         noise_scale: factor on the head's noise, for every method; 0 is deterministic.
-        prompt_alignment: what becomes of prompt tokens that fill no whole chunk. ``condition``
-            draws the first chunk given them; where no draw within the cap fits, the chunk is filled
-            with pad tokens that are no part of the result, and the text goes on behind it. ``pad``
-            fills it in any case, as published: pad tokens count towards `max_length`, which may be
-            overshot by up to K - 1 tokens, what follows an end token in its chunk stays, and all
-            pad tokens move to the end of the row afterwards.
+        prompt_alignment: how prompt tokens that fill no whole chunk are treated. ``condition``
+            draws the first chunk given them. Where no draw within the cap begins with them, the
+            chunk is filled with pad tokens, which are not part of the result, and the text goes on
+            after it. ``pad`` always fills it, as published: pad tokens count towards `max_length`,
+            the result may exceed `max_length` by up to K - 1 tokens, tokens after an end token in
+            its chunk are kept, and at the end all pad tokens move to the end of their row.
         max_draws: head draws that a chunk may take, by default 25 N, see `build_method`.
-        stop_strings: one or more strings that end a text when they appear in what is new.
-        tokenizer: what `stop_strings` needs to read the text.
-        truncate: drop the beginning of a prompt that is too long instead of raising; no start chunk
-            stands before what is left.
+        stop_strings: one or more strings that end a text when they appear in its new part.
+        tokenizer: decodes the text for `stop_strings`.
+        truncate: drop the beginning of a prompt that is too long instead of raising; a truncated
+            prompt gets no start chunk.
         seed: an int; or one int for each sequence, whose text then does not depend on its place in
             the batch; None takes one from torch's default generator.
         streamer: receives the prompt, then the tokens of each chunk (`transformers.TextStreamer`
@@ -127,13 +127,13 @@ def generate(
 def warmup(
     model: Any, *, batch_size: int = 1, max_length: int, **sampling: Unpack[Sampling]
 ) -> float:
-    """Compile and capture what `generate` will run, so that its first call is as fast as the next.
+    """Compile and capture what `generate` will run, so that its first call is as fast as others.
 
     Args:
         model: as in `generate`.
         batch_size: B, prompts of a call.
-        max_length: tokens of prompt and continuation; what is captured serves all calls that need
-            no more.
+        max_length: tokens of prompt and continuation; the captured step serves all calls that
+            need no more.
         **sampling: how a chunk is chosen, as in `generate`.
 
     Returns: the seconds it took. Without a GPU, or for ``exact``, nothing is captured.

@@ -85,7 +85,7 @@ def continue_prompts(predictor: Predictor, request: Request) -> Generation:
         streamer=streamer,
     )
     try:
-        with torch.inference_mode():  # operations cost less than without gradients alone
+        with torch.inference_mode():  # operations cost less than under no_grad
             times = _run(predictor, transcript, seeds, is_watched=bool(streamer or stops))
     finally:  # after Ctrl-C too: what was generated is shown
         if streamer is not None:
@@ -101,13 +101,13 @@ def prepare(predictor: Predictor, *, batch_size: int, max_length: int) -> float:
     """
     begin = time.perf_counter()
     if _is_captured(predictor):
-        chunks = -(-max_length // predictor.patch_size) + 2  # a start chunk, one filled up
+        chunks = -(-max_length // predictor.patch_size) + 2  # a start chunk, one with padding
         captured_step(predictor, batch_size=batch_size, capacity=chunks, is_reserved=True)
     return time.perf_counter() - begin
 
 
 def _run(predictor: Predictor, transcript: Transcript, seeds: Tensor, *, is_watched: bool) -> Times:
-    """Fill the transcript; one that is watched gets each chunk at once."""
+    """Fill the transcript; if `is_watched`, after every step, for a streamer or stop strings."""
     times, size = Times(), predictor.patch_size
     ids, starts = right_aligned([prompt.chunks for prompt in transcript.prompts], size)
     num_chunks = max(_new_chunks(prompt, size) for prompt in transcript.prompts)
@@ -126,7 +126,7 @@ def _run(predictor: Predictor, transcript: Transcript, seeds: Tensor, *, is_watc
     times.prefill = time.perf_counter() - begin
     begin = time.perf_counter()
     given = [prompt.given for prompt in transcript.prompts]
-    fill = predictor.model.config.pad_token_id or 0  # behind what no draw continues
+    fill = predictor.model.config.pad_token_id or 0  # where no draw continues the prompt
     given_ids = left_aligned(given, fill=fill, width=size).to(seeds.device)
     first = first_chunk(state, hidden, given_ids, [len(tokens) for tokens in given])
     steps_per_sync = STEPS_PER_SYNC if captured is not None and not is_watched else 1
@@ -163,7 +163,7 @@ def _fill_transcript(
 def _without_ended(
     state: DecodeState, rows: list[int], transcript: Transcript
 ) -> tuple[DecodeState, list[int]]:
-    """The sequences that go on, once they are at most half: the cache is copied."""
+    """Drop ended sequences once half of them have ended: not earlier, as this copies the cache."""
     live = [index for index, row in enumerate(rows) if not transcript.has_ended[row]]
     if 2 * len(live) > len(rows):
         return state, rows
@@ -171,7 +171,7 @@ def _without_ended(
 
 
 def _check_finite(model: Any) -> None:
-    """Raise `UserError` if a weight is not finite: attention may hide it, and NaN has no order."""
+    """Raise `UserError` if a weight is not finite: the text alone may not show it."""
     names, weights = zip(*model.named_parameters(), strict=True)
     largest = torch.stack([weight.abs().amax().to(torch.float32) for weight in weights])
     is_finite = torch.isfinite(largest)
@@ -188,7 +188,7 @@ def _is_captured(predictor: Predictor) -> bool:
 
 
 def _new_chunks(prompt: Prompt, size: int) -> int:
-    """Chunks to generate at most; one more where the first may be given up for padding."""
+    """Chunks to generate at most; one more where the first may have to be filled with padding."""
     return -(-(len(prompt.given) + prompt.budget) // size) + bool(prompt.given)
 
 

@@ -1,9 +1,9 @@
 """The Llama backbone with a preallocated KV cache: prefill, then one chunk a step.
 
-`transformers.LlamaModel` spends more time between its operations than in them when it reads one
-chunk. `CachedBackbone` calls the same modules in the same order and decides only once per call what
-all layers share: masks, rotations, cache columns. It holds no copy of a weight, so that a model
-that has changed is read as it is now.
+When it reads one chunk, `transformers.LlamaModel` spends more time between its operations than in
+them. `CachedBackbone` calls the same modules in the same order, but computes once per call what all
+layers share: masks, rotations, cache columns. It holds no copy of a weight, so that it always reads
+the model as it is now.
 
 Shapes: B sequences, Q chunks of this call, P chunks of a prompt, H hidden size, D head size.
 """
@@ -91,9 +91,9 @@ class CachedBackbone:
         """Read prompts of any lengths, which end in the last column.
 
         Args:
-            embeds: ``[B, P, H]``; columns before a sequence's start may hold anything finite.
+            embeds: ``[B, P, H]``; columns before a sequence's start may hold any finite numbers.
             starts: first column of each sequence, at most P - 1.
-            cache: is overwritten.
+            cache: its contents are overwritten.
 
         Returns: the hidden state after each prompt's last chunk, ``[B, H]``.
         """
@@ -118,8 +118,7 @@ class CachedBackbone:
             embeds: ``[B, 1, H]``.
             cache: grows by one column.
 
-        Returns: ``[B, H]``. With a fixed cache shapes are fixed, too, and nothing is read back from
-            the device.
+        Returns: ``[B, H]``. With a fixed cache all shapes are fixed and nothing synchronises.
         """
         cache.reserve(1)
         if cache.position is None:
@@ -139,14 +138,14 @@ class CachedBackbone:
         return _Positions(rotation, slice(column, column + 1), column + 1, mask, is_causal=False)
 
     def _fixed_positions(self, cache: KVCache, position: Tensor) -> _Positions:
-        """The column that the device counts; attention reads all and masks those to come."""
+        """The column that the device counts; attention reads all columns and masks later ones."""
         rotation = cache.rotations[position - cache.starts][:, None, None]
         column = torch.arange(cache.capacity, device=position.device)
         mask = (column >= cache.starts[:, None, None, None]) & (column <= position)
         return _Positions(rotation, position, cache.capacity, self._additive(mask), is_causal=False)
 
     def _additive(self, mask: Tensor) -> Tensor:
-        """0 where `mask` is true, else -inf: what attention would make of it in every layer."""
+        """0 where `mask` is true, else -inf; attention would convert it so in every layer."""
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, -torch.inf)
 
     def _run(self, hidden: Tensor, cache: KVCache, positions: _Positions) -> Tensor:
@@ -170,7 +169,7 @@ class CachedBackbone:
         value = module.v_proj(hidden).unflatten(-1, (-1, self.head_dim))
         _write(keys, at.columns, key)
         _write(values, at.columns, value.transpose(1, 2))
-        if chunks == 1:  # heads that share keys are rows of one query
+        if chunks == 1:  # heads that share keys become rows of one query
             query = query.reshape(batch, self.num_kv_heads, -1, self.head_dim)
         attended = F.scaled_dot_product_attention(
             query,
@@ -186,7 +185,7 @@ class CachedBackbone:
 
 
 def _rotate(heads: Tensor, rotation: Tensor) -> Tensor:
-    """Elements i and i + D/2 of ``[B, Q, heads, D]``, turned by the angles of their position."""
+    """Rotate elements i and i + D/2 of ``[B, Q, heads, D]`` by the angles of their position."""
     real, imaginary = heads.to(torch.float32).chunk(2, dim=-1)
     turned = torch.complex(real, imaginary) * rotation
     return torch.cat([turned.real, turned.imag], dim=-1).to(heads.dtype)

@@ -1,12 +1,12 @@
 """Decode steps captured as CUDA graphs, and which of them a model keeps.
 
-A decode step of a small batch on a GPU is hundreds of kernels of a few microseconds; replayed from
-one graph they follow each other without the host. Seeds, tokens and the position in the cache live
-in device memory that the step itself advances, so every replay draws afresh.
+A decode step of a small batch on a GPU is hundreds of kernels of a few microseconds each. Replayed
+from one graph they run without waiting for the host. Seeds, tokens and the position in the cache
+are in device memory, and the step itself advances them, so that every replay makes new draws.
 
-A graph reads the model's own weights: a write of any kind (an optimiser's step, `load_state_dict`,
-`copy_`, ``weight.data``) is seen by the next replay. The rule for keeping one: it is captured again
-when the model has another module, hook or attribute, or a weight in another place (`_signature`).
+A graph reads the model's own weights: the next replay sees a write of any kind (an optimiser's
+step, `load_state_dict`, `copy_`, ``weight.data``). A step is captured again when the model has
+another module, hook or attribute, or a weight at another address (`_signature`).
 """
 
 from dataclasses import dataclass, field
@@ -44,12 +44,12 @@ class CapturedStep:
     def capture(cls, state: DecodeState) -> "CapturedStep":
         """Capture `decode_step` on this state, whose cache is fixed; its contents are lost."""
         device = state.seed.device
-        aside, captured = _streams(device)
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), torch.cuda.stream(aside):
+        warmup, captured = _streams(device)
+        warmup.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), torch.cuda.stream(warmup):
             for _ in range(WARMUP_STEPS):  # compile kernels, fill caches of tables
                 decode_step(state)
-        torch.cuda.current_stream(device).wait_stream(aside)
+        torch.cuda.current_stream(device).wait_stream(warmup)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device), torch.cuda.graph(graph, stream=captured):
             packed = decode_step(state)
@@ -66,8 +66,8 @@ class CapturedStep:
 def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
     """Where steps of a device warm up, and where they are captured.
 
-    They are kept, because cuBLAS keeps memory for each stream. torch's own stream for captures
-    would be one of the device that captured first.
+    They are kept because cuBLAS keeps memory for each stream. torch's own stream for captures would
+    belong to the device that captured first.
     """
     return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
@@ -92,11 +92,12 @@ def captured_step(
 ) -> CapturedStep:
     """A captured step for texts of up to `capacity` chunks; the last few are kept, with caches.
 
-    Rounding may depend on the size of the cache. It is the next of 64, 128, 256, ... chunks,
-    whatever was generated before, unless a step `is_reserved`: that serves all that need no more.
+    Rounding may depend on the size of the cache. Therefore the size does not depend on what was
+    generated before: it is the next of 64, 128, 256, ... chunks. A step that `is_reserved` is the
+    exception: it serves all texts that need no more.
     """
     kept = _kept_steps(predictor.model)
-    # A graph holds the choice that is made while it is captured.
+    # A graph keeps the backend that was chosen while it was captured.
     backend = resolve(Backend.AUTO, "linear_argmax", predictor.backbone.norm.weight)
     use = (predictor, batch_size, backend)
     capacity = max(MIN_CAPACITY, 1 << (capacity - 1).bit_length(), kept.reserved.get(use, 0))
@@ -108,7 +109,7 @@ def captured_step(
         return steps[key]
     while len(steps) >= MAX_GRAPHS:
         del steps[next(iter(steps))]
-    # Memory of inference mode could not be written outside of it, where a later call may be.
+    # A tensor made in inference mode cannot be written outside of it, as a later call may do.
     with torch.inference_mode(False), torch.no_grad():
         state = DecodeState.allocate(
             predictor, batch_size=batch_size, capacity=capacity, is_fixed=True
@@ -118,7 +119,7 @@ def captured_step(
 
 
 def _kept_steps(model: nn.Module) -> _CapturedSteps:
-    """What the model keeps, without steps if it is no longer what they were captured from."""
+    """What the model keeps; its steps are dropped if the model's signature has changed."""
     kept: _CapturedSteps = model.__dict__.setdefault(ATTRIBUTE, _CapturedSteps())
     signature = _signature(model)
     if kept.signature != signature:
@@ -127,9 +128,9 @@ def _kept_steps(model: nn.Module) -> _CapturedSteps:
 
 
 def _signature(model: nn.Module) -> list[Any]:
-    """What a graph depends on: modules with their hooks and attributes, and places of tensors.
+    """What a graph depends on: modules, their hooks and attributes, and the addresses of tensors.
 
-    It holds the modules themselves, as a number could be given to a new one.
+    It holds the modules themselves, because a new module may get the `id` of an old one.
     """
     found: list[Any] = []
     for module in model.modules():

@@ -1,9 +1,9 @@
 """A batch that is being continued: prefill, then chunk after chunk on memory allocated once.
 
-`prefill` reads the prompts, `first_chunk` draws the first chunk given what the prompts hold of it,
-`decode_step` does everything else: embedding of the last chunk, backbone, head, decoder and choice.
-With a fixed cache and a capturable predictor a step has fixed shapes and reads nothing back, so
-that a CUDA graph can replay it (`calm.decoding.engine.cuda_graph`).
+`prefill` reads the prompts. `first_chunk` draws the first chunk, given the tokens of it that the
+prompts end with. `decode_step` does everything else: embedding of the last chunk, backbone, head,
+decoder and choice. With a fixed cache and a capturable predictor a step has fixed shapes and does
+not synchronise, so that a CUDA graph can replay it (`calm.decoding.engine.cuda_graph`).
 """
 
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ def prefill(state: DecodeState, input_ids: Tensor, starts: list[int], seed: Tens
     """Read prompts.
 
     Args:
-        state: is begun anew.
+        state: what it held is overwritten.
         input_ids: whole chunks, ``[B, P * K]``, ending in the last column; any ids before a start.
         starts: first chunk of each sequence, at most P - 1.
         seed: int64 ``[B, 2]``; chunk i draws from it advanced by i.
@@ -78,7 +78,7 @@ def prefill(state: DecodeState, input_ids: Tensor, starts: list[int], seed: Tens
 def first_chunk(
     state: DecodeState, hidden: Tensor, given: Tensor, given_length: list[int]
 ) -> Tensor:
-    """The first new chunk; `given` ``[B, K]`` begins with what the prompts hold of it."""
+    """The first new chunk; of `given` ``[B, K]`` the first `given_length` are prompt tokens."""
     if any(given_length):
         length = torch.tensor(given_length, device=hidden.device)
         chunk = state.predictor.complete(hidden, given, length, state.seed)

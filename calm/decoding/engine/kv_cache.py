@@ -22,10 +22,10 @@ class KVCache:
         values: likewise.
         rotations: cos + i sin of the angles of each position, complex ``[capacity, D/2]``.
         starts: first column of each sequence, int64 ``[B]``.
-        position: columns filled, int64 ``[1]`` on the device, where the cache is fixed: what reads
-            it has fixed shapes and can be replayed from a graph. None where `length` alone counts.
+        position: columns filled, int64 ``[1]`` on the device, if the cache is fixed: a step then
+            has fixed shapes and can be replayed from a graph. None if `length` alone counts.
         is_ragged: whether a sequence starts after column 0.
-        length: columns filled, as the host knows them; a replayed graph does not count here.
+        length: columns filled, counted by the host; replays of a graph are not counted.
     """
 
     keys: Tensor
@@ -50,7 +50,7 @@ class KVCache:
         rotations: Tensor,
         is_fixed: bool,
     ) -> "KVCache":
-        """An empty cache. It holds zeros, as what is masked must still be finite."""
+        """An empty cache. It holds zeros, because masked columns must be finite too."""
         shape = (2, num_layers, batch_size, num_heads, capacity, head_dim)
         keys, values = torch.zeros(shape, device=device, dtype=dtype)
         starts = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -62,7 +62,7 @@ class KVCache:
         return self.keys.shape[3]
 
     def reserve(self, columns: int) -> None:
-        """Raise `UserError` unless so many more columns fit."""
+        """Raise `UserError` if there is no room for so many more columns."""
         if self.length + columns > self.capacity:
             raise UserError(
                 f"the cache holds {self.capacity} chunks, {self.length} of them in use; "
@@ -76,7 +76,7 @@ class KVCache:
         self.length = 0
         if self.position is not None:
             self.position.zero_()
-            # A fixed step reads all columns: what an earlier text left there may not be finite.
+            # A fixed step reads all columns, and an earlier text may have left infinite numbers.
             self.keys.zero_()
             self.values.zero_()
 

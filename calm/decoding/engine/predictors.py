@@ -1,8 +1,8 @@
-"""From the backbone's hidden states to the next chunk: all that the engine asks of a model.
+"""From the backbone's hidden states to the next chunk: the engine's view of a model.
 
 `ChunkPredictor` is a CALM with any head and a sampling method, `TokenPredictor` the token-by-token
 baseline, whose chunk is one token drawn from the softmax. The engine treats both alike, so that
-their speeds can be compared. A model makes its own, see `calm.decoding.mixin`.
+their speeds can be compared. A model makes its own predictor, see `calm.decoding.mixin`.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ __all__ = ["ChunkPredictor", "Predictor", "TokenPredictor", "draw_tokens"]
 
 
 class Predictor(Protocol):
-    """A model and how its next chunk is chosen; equal predictors choose alike."""
+    """A model and how its next chunk is chosen; equal predictors make equal choices."""
 
     @property
     def model(self) -> Any:
@@ -39,7 +39,7 @@ class Predictor(Protocol):
 
     @property
     def is_capturable(self) -> bool:
-        """Whether `choose` has fixed shapes and reads nothing back from a GPU."""
+        """Whether `choose` has fixed shapes and does not synchronise."""
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids ``[B, P * K]`` to the backbone's inputs ``[B, P, H]``."""
@@ -134,7 +134,7 @@ class TokenPredictor:
         return Chunk(tokens, one, one, torch.zeros_like(is_finite), is_finite)
 
     def complete(self, hidden: Tensor, given: Tensor, given_length: Tensor, seed: Tensor) -> Chunk:
-        """Nothing of a token can be given."""
+        """Not possible: a part of one token cannot be given."""
         raise NotImplementedError("a chunk of one token has no first part that a prompt could give")
 
 

@@ -116,12 +116,12 @@ class PromptFormat:
     Attributes:
         patch_size: K.
         context: chunks that the model can read, in all.
-        start_token_id: of the chunk that stands before each text, or None.
-        pad_token_id: fills a chunk where that is asked for.
+        start_token_id: token of the start chunk before each text, or None.
+        pad_token_id: fills a chunk where `alignment` asks for it.
         alignment: ``condition`` keeps the tokens of an unfinished chunk apart: they condition its
             sampling. ``pad`` fills it with pad tokens that the model reads like text (published).
         max_new_tokens: tokens to add, or None.
-        max_length: tokens of the result, or None; either must be there.
+        max_length: tokens of the result, or None; exactly one of the two is given.
         truncate: drop the beginning of a prompt that is too long.
     """
 
@@ -181,7 +181,7 @@ class PromptFormat:
         is_whole_text = len(kept) == len(tokens)
         start: list[int] = []
         if self.start_token_id is not None and (is_whole_text or not kept):
-            start = [self.start_token_id] * self.patch_size  # a text's end is no beginning
+            start = [self.start_token_id] * self.patch_size  # not before a truncated prompt
         if self.alignment == "pad":
             padded = kept + self._padding(-len(kept) % self.patch_size)
             return Prompt(padded, start + padded, [], self._published_budget(len(padded)))

@@ -16,8 +16,8 @@ class Times:
     """Wall time in seconds.
 
     Attributes:
-        warmup: allocating the cache, compiling and capturing the step, before anything else; next
-            to nothing where an earlier call did it.
+        warmup: allocating the cache, compiling and capturing the step; almost nothing where an
+            earlier call did it.
         prefill: reading the prompts.
         decode: everything after.
     """
@@ -34,15 +34,15 @@ class Generation:
     Attributes:
         sequences: prompt and new tokens, ``[B, T]``; what follows is padding.
         new_tokens: generated tokens of each sequence, ``[B]``.
-        levels: draws that agreed on each new chunk, ``[B, chunks]``: the whole part of 1/T where a
-            vote found as many, less where it had to settle for less; 1 for methods without a vote.
+        levels: draws that agreed on each new chunk, ``[B, chunks]``: the whole part of 1/T, or less
+            where a vote found no more; 1 for methods without a vote.
         draws: head draws of each chunk, ``[B, chunks]``; ``exact`` counts as Algorithm 1 is
             written.
-        saved: those of them that were not needed, as a round stopped at its first mismatch,
+        saved: those of them that were never made, because a round stopped at its first mismatch,
             ``[B, chunks]``.
-        fallbacks: whether the method's stated fallback decided, bool ``[B, chunks]``.
-        warmup_seconds: allocating the cache, compiling and capturing, which the next call need not
-            do again on a GPU; in no other figure.
+        fallbacks: whether the method's fallback decided, bool ``[B, chunks]``.
+        warmup_seconds: allocating the cache, compiling and capturing, which the next call on a GPU
+            need not repeat; not part of any other number.
         prefill_seconds: reading the prompts.
         decode_seconds: everything after.
     """
@@ -59,12 +59,12 @@ class Generation:
 
     @property
     def seconds(self) -> float:
-        """Wall time but for the warmup."""
+        """Wall time without the warmup."""
         return self.prefill_seconds + self.decode_seconds
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of all sequences by `seconds`."""
+        """New tokens of all sequences, divided by `seconds`."""
         return float(self.new_tokens.sum()) / self.seconds
 
 
@@ -82,7 +82,7 @@ def assemble(
         transcript: complete.
         times: of its making.
         padding: follows a sequence's end; None if all are of one length.
-        moves_padding: all tokens that equal `padding` move to the end of their row (published).
+        moves_padding: move all tokens that equal `padding` to the end of their row (published).
         device: of the result; the tables stay on the CPU.
     """
     rows = transcript.sequences()

@@ -6,7 +6,7 @@ from calm.errors import UserError
 
 __all__ = ["StopStrings", "end_tokens"]
 
-MARGIN = 8  # tokens beside those that a stop string can span: what decodes to nothing, half letters
+MARGIN = 8  # tokens beside those of a stop string: some decode to nothing or to half a character
 
 
 def end_tokens(eos_token_id: int | list[int] | None) -> list[int]:
@@ -17,7 +17,7 @@ def end_tokens(eos_token_id: int | list[int] | None) -> list[int]:
 
 
 class StopStrings:
-    """Strings that end a text wherever they appear in what is new, across chunk borders too.
+    """Strings that end a text wherever they appear in its new part, across chunks too.
 
     As in transformers, the text ends with the token that completes the string.
 
@@ -40,7 +40,7 @@ class StopStrings:
         self.span = max(len(string.encode()) for string in self.strings) + MARGIN
 
     def cut(self, tokens: list[int], fresh: int) -> int | None:
-        """How many of `tokens`, whose last `fresh` are new, are left; None where nothing stops."""
+        """How many of `tokens` to keep, whose last `fresh` are new; None if no string is found."""
         if not self._is_in(tokens, len(tokens) - fresh, len(tokens)):
             return None
         first = len(tokens) - fresh

@@ -1,4 +1,4 @@
-"""The text so far: which sequences have ended, and what a streamer gets to see."""
+"""The text so far: which sequences have ended, and what a streamer receives."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -27,7 +27,7 @@ class Transcript:
 
     Attributes:
         new: generated tokens of each sequence.
-        records: what is known of each of its chunks.
+        records: the record of each of its chunks.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Transcript:
             streamer.put(torch.tensor([prompts[0].tokens], dtype=torch.int64))
 
     def append(self, row: int, record: ChunkRecord) -> None:
-        """Add a chunk to a sequence; what is behind its end is dropped.
+        """Add a chunk to a sequence; tokens after its end are dropped.
 
         Raises:
             UserError: it was drawn from numbers that are not finite.
@@ -66,25 +66,25 @@ class Transcript:
         self.records[row].append(record)
         fresh = record.tokens[given:]
         if given and record.is_fallback and record.num_agreeing == 0:
-            return  # no draw continues the prompt: its padding is read by the model, but no text
-        known = len(new)
-        new += fresh[: prompt.budget - known]
+            return  # no draw continues the prompt: the model reads padding, which is not text
+        old_length = len(new)
+        new += fresh[: prompt.budget - old_length]
         self.has_ended[row] = len(new) == prompt.budget
-        self._end(row, known)
+        self._end(row, old_length)
         if self.streamer is not None:
-            with torch.inference_mode(False):  # a streamer may do what it likes with its tokens
-                self.streamer.put(torch.tensor(new[known:], dtype=torch.int64))
+            with torch.inference_mode(False):  # a streamer may write to its tokens
+                self.streamer.put(torch.tensor(new[old_length:], dtype=torch.int64))
 
-    def _end(self, row: int, known: int) -> None:
-        """End a sequence at an end token or a stop string among its tokens from `known` on."""
+    def _end(self, row: int, old_length: int) -> None:
+        """End a sequence at an end token or stop string; those after `old_length` are new."""
         new = self.new[row]
-        end = next((i for i in range(known, len(new)) if new[i] in self.ends), None)
+        end = next((i for i in range(old_length, len(new)) if new[i] in self.ends), None)
         if end is not None:
             self.has_ended[row] = True
             if not self.keeps_tail:
                 del new[end + 1 :]
         if self.stops is not None:
-            end = self.stops.cut(new, len(new) - known)
+            end = self.stops.cut(new, len(new) - old_length)
             if end is not None:
                 self.has_ended[row] = True
                 del new[end:]
