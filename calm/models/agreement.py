@@ -1,10 +1,10 @@
 """Brier-n from draws: how often draws agree with the target, and with each other.
 
-A Brier score rewards probability on the outcome and charges concentration:
-Brier(P, y) = 2 P(y) - sum_x P(x)^2. Both parts are frequencies of agreement, so draws alone
-estimate them without bias: the share of draws that equal y, and the share of pairs of draws that
-equal each other (paper, equations 12-14; two draws give its estimator). Brier-n takes the first n
-tokens of a chunk as one outcome.
+A Brier score rewards probability on the outcome and penalises concentration:
+Brier(P, y) = 2 P(y) - sum_x P(x)^2. Both parts are probabilities of agreement, so that draws alone
+estimate them without bias: by the share of draws that equal y, and by the share of pairs of draws
+that equal each other (CALM, equations 12-14; two draws give its estimator). Brier-n takes the first
+n tokens of a chunk as one outcome.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["MAX_ORDER", "brier_terms", "prefix_collisions", "prefix_matches"]
 
-MAX_ORDER = 4  # BrierLM is made of Brier-1 to Brier-4
+MAX_ORDER = 4  # BrierLM combines Brier-1 to Brier-4
 
 
 def prefix_matches(draws: Tensor, target: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The autoencoder: K tokens to the mean and log standard deviation of one latent, and back.
 
 Shapes: B batch, P chunks of a sequence, K tokens of a chunk, L latent size, H hidden size, V
-    vocabulary.
+vocabulary.
 """
 
 from dataclasses import dataclass
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
         self.decoder_layers = _blocks(config, config.num_decoder_layers)
         self.expand_layer = nn.Linear(width, config.patch_size * width)
         self.norm = RMSNorm(width, eps=config.rms_norm_eps)
-        # In a tuple, so that the matrix is registered and saved once, as the encoder's.
+        # In a tuple, so that the matrix is registered and saved once, by the encoder.
         self._tied = (embed_tokens,)
 
     @property
@@ -110,9 +110,10 @@ class Decoder(nn.Module):
         return self._tied[0].weight
 
     def expand(self, latent_states: Tensor) -> Tensor:
-        """Latents ``[..., L]`` to one state for each slot, ``[..., K, H]``: what slots share.
+        """Latents ``[..., L]`` to slots, one hidden state for each token, ``[..., K, H]``.
 
-        Latents may be more precise than the weights: some heads draw in float32 in any case.
+        This half of the blocks runs once for a chunk, `finish` once for each slot. Some heads
+        always draw latents in float32; here they get the dtype of the weights.
         """
         hidden = self.latent_to_hidden(latent_states.to(self.output_weight.dtype))
         for block in self.decoder_layers[: len(self.decoder_layers) // 2]:
@@ -120,13 +121,13 @@ class Decoder(nn.Module):
         return self.expand_layer(hidden).unflatten(-1, (self.patch_size, -1))
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """States of `expand`, each slot for itself, to those that meet the vocabulary."""
+        """Slots of `expand`, each on its own, to the last hidden states, ``[..., H]``."""
         for block in self.decoder_layers[len(self.decoder_layers) // 2 :]:
             hidden = block(hidden)
         return self.norm(hidden)
 
     def decode(self, latent_states: Tensor) -> Tensor:
-        """Latents ``[..., L]`` to the hidden states that meet the vocabulary, ``[..., K, H]``."""
+        """Latents ``[..., L]`` to the last hidden states, before the logits, ``[..., K, H]``."""
         return self.finish(self.expand(latent_states))
 
     def forward(self, latent_states: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ class Decoder(nn.Module):
         return F.linear(hidden, self.output_weight)
 
     def project(self, hidden: Tensor) -> Tensor:
-        """States of `expand`, ``[..., H]``, to token ids ``[...]``; the logits are never formed."""
+        """Slots of `expand`, ``[..., H]``, to token ids ``[...]``; the logits are never formed."""
         return self.tokens(self.finish(hidden))
 
     def tokens(self, decoded: Tensor) -> Tensor:
@@ -146,9 +147,10 @@ class Decoder(nn.Module):
 class Autoencoder(CALMPreTrainedModel):
     """Variational autoencoder over chunks of K tokens.
 
-    Source: CALM, section 2. Weights keep the published names; a published file names the embedding
-        matrix
-    ``encoder.embed_tokens.weight``, ``decoder.lm_head_weight`` or both.
+    Weights keep the published names. A published file holds the embedding matrix as
+    ``encoder.embed_tokens.weight``, as ``decoder.lm_head_weight`` or as both.
+
+    Source: CALM, section 2.
     """
 
     config_class = AutoencoderConfig
@@ -250,9 +252,8 @@ class Autoencoder(CALMPreTrainedModel):
         decoded = self.decoder.decode(latent)  # [B, P, K, H]
         by_chunk = rearrange(labels, "b (p k) -> b p k", k=self.patch_size)
         reconstruction = linear_cross_entropy(decoded, self.decoder.output_weight, by_chunk)
-        weight = (by_chunk[..., 0] != IGNORE_INDEX).to(
-            kl.dtype
-        )  # a chunk of padding counts for nothing
+        # A chunk of padding counts for nothing.
+        weight = (by_chunk[..., 0] != IGNORE_INDEX).to(kl.dtype)
         mean_kl = weighted_mean(kl, weight)
         loss, accuracy = reconstruction, None
         if self.training:

@@ -1,4 +1,4 @@
-"""The Llama backbone and what leads into it."""
+"""The Llama backbone and the MLP that makes its inputs."""
 
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
@@ -15,7 +15,8 @@ NORM_EPS = 1e-6
 class Backbone(LlamaModel):
     """`LlamaModel` with the initial weights that the configuration chooses, and with `RMSNorm`.
 
-    transformers names no class for the norms of a layer, so theirs change class.
+    transformers has no setting for the class of a layer's norms, so it is changed after they are
+    built.
     """
 
     def __init__(self, config: LlamaConfig) -> None:

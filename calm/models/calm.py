@@ -18,6 +18,7 @@ class EnergyTransformer(ContinuousTransformer):
     """Language model with the one-step energy head, trained with the energy score.
 
     The head is registered and saved as ``mlp_generator``; `generative_head` is the same head.
+
     Source: CALM, section 3.
     """
 
@@ -49,12 +50,13 @@ class EnergyTransformer(ContinuousTransformer):
 
         Args:
             input_ids: ``[B, P*K]`` int64.
-            labels: usually the same, -100 where they do not count (a patch is left out if its first
+            labels: usually the same, -100 where they do not count (a chunk is masked if its first
                 label is -100). None for hidden states alone.
-            head_noise: ``[N, R, noise_size]`` for the R unmasked predicted patches or
-                ``[N, B, S, noise_size]``, U[-1/2, 1/2). Drawn, config.num_samples a patch, if None.
+            head_noise: ``[N, R, noise_size]`` for the R unmasked predicted chunks or
+                ``[N, B, S, noise_size]``, U[-1/2, 1/2). If None, config.num_samples are drawn for
+                each chunk.
             target_noise: ``[M, R, L]``, N(0, 1); the targets are then sampled. If None,
-                config.targets says.
+                config.targets decides.
             seed: of draws that are not given, see `calm_kernels.noise.as_seed`.
             first_row: index of the first sequence within the global batch; a batch split over
                 processes or accumulation steps then draws what the whole batch would.
@@ -67,7 +69,7 @@ class EnergyTransformer(ContinuousTransformer):
 
 
 class _DenoisingTransformer(ContinuousTransformer):
-    """Language model whose head walks from noise to the latent."""
+    """Language model whose head goes from noise to the latent in several steps."""
 
     def forward(
         self,

@@ -39,10 +39,10 @@ class CALMOutput(ModelOutput):
     """What a language model's `forward` returns; None where it does not apply.
 
     Attributes:
-        loss: mean over the predicted patches that count.
+        loss: mean over the predicted chunks that count.
         fidelity: energy head: 2 mean E|x - y|^α, so that loss = fidelity - diversity.
         diversity: energy head: mean |x - x'|^α.
-        brier1: Brier-1 of each sequence, ``[B]``, from two draws a patch; in evaluation, K >= 4.
+        brier1: Brier-1 of each sequence, ``[B]``, from two draws a chunk; in evaluation, K >= 4.
         brier2: likewise.
         brier3: likewise.
         brier4: likewise.
@@ -62,8 +62,8 @@ class CALMOutput(ModelOutput):
 class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
     """What the three language models share; they differ in their head alone.
 
-    A checkpoint holds the autoencoder too, which is frozen and in evaluation mode whatever is
-    called. A subclass names its `head_type` and registers its head in `_build_head`.
+    A checkpoint holds the autoencoder too, which always stays frozen and in evaluation mode. A
+    subclass names its `head_type` and registers its head in `_build_head`.
     """
 
     config_class = CALMConfig
@@ -75,7 +75,7 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
 
     def __init__(self, config: CALMConfig) -> None:
         super().__init__(config)
-        self._settle(config)
+        self._check_config(config)
         width = config.hidden_size
         self.patch_size = config.patch_size
         self.ae_model = Autoencoder(cast(AutoencoderConfig, config.ae_config))
@@ -90,8 +90,8 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
         self.post_init()
         self._freeze_autoencoder()
 
-    def _settle(self, config: CALMConfig) -> None:
-        """The head type is that of the class, and there is an autoencoder; else an error."""
+    def _check_config(self, config: CALMConfig) -> None:
+        """Set the head type and check the configuration; an error if it has no autoencoder."""
         name = type(self).__name__
         if config.head_type not in (None, self.head_type):
             raise UserError(
@@ -197,7 +197,7 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
 
     @property
     def start_token_id(self) -> int | None:
-        """The token of the chunk that stands before each document; None without such a chunk."""
+        """The token of the start chunk before each document; None without a start chunk."""
         return self.config.bos_token_id if self.config.has_start_patch else None
 
     def embed_patches(self, input_ids: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
     def decode_compared(self, latents: Tensor, target: Tensor) -> Tensor:
         """Draws ``[N, ..., L]`` to token ids for `brier_terms` with `target` ``[..., K]``.
 
-        Where reading sizes does not synchronise, only tokens that matter are decoded
+        On a CPU, where reading sizes costs nothing, only tokens that matter are decoded
         (`calm.decoding.sampling.lazy_decode.decode_compared`); the others are -1.
         """
         if not is_host_readable(latents):
@@ -295,9 +295,9 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
         return labels[:, self.patch_size :]
 
     def _posterior(self, following: Tensor, targets: Tensor) -> Posterior:
-        """The law of the latents to predict; a patch counts unless its first label is -100.
+        """Distribution of the latents to predict; a chunk counts unless its first label is -100.
 
-        A token of it without a label is encoded as it will be read, from `following`.
+        A token that has no label is encoded as the input token, from `following`.
         """
         mean, log_std = self._encode(torch.where(targets == IGNORE_INDEX, following, targets))
         weight = (targets[:, :: self.patch_size] != IGNORE_INDEX).to(torch.float32)

@@ -1,4 +1,4 @@
-"""Initial weights that the configurations can choose beside the published ones."""
+"""Initial weights that a configuration can choose instead of the published ones."""
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -10,11 +10,11 @@ FAN_IN_GAIN = 0.7
 
 
 def initialize(module: nn.Module, config: PreTrainedConfig) -> None:
-    """Reinitialise one linear or embedding as `config` asks; loaded weights are left alone.
+    """Reinitialise one linear or embedding as `config` says; loaded weights are kept.
 
     ``initializer="fan_in"``: linear weights N(0, (0.7)² / fan_in). ``embedding_std``: embeddings
-    N(0, embedding_std²). A configuration without these fields keeps what transformers gave: N(0,
-    initializer_range²).
+    N(0, embedding_std²). A configuration without these fields keeps transformers' initial weights,
+    N(0, initializer_range²).
     """
     if isinstance(module, nn.Linear) and getattr(config, "initializer", "normal") == "fan_in":
         init.normal_(module.weight, std=FAN_IN_GAIN / module.in_features**0.5)
@@ -23,4 +23,6 @@ def initialize(module: nn.Module, config: PreTrainedConfig) -> None:
     if isinstance(module, nn.Embedding) and embedding_std is not None and not is_loaded:
         init.normal_(module.weight, std=embedding_std)
         if module.padding_idx is not None:
-            init.zeros_(module.weight[module.padding_idx])  # a slice does not know it was loaded
+            init.zeros_(
+                module.weight[module.padding_idx]
+            )  # a slice lacks the mark of a loaded weight

@@ -14,9 +14,9 @@ __all__ = ["CALMPreTrainedModel"]
 class CALMPreTrainedModel(PreTrainedModel):
     """A `PreTrainedModel` that reads published files whichever name of an aliased weight they hold.
 
-    A published weight may be saved under two names, or under either. `aliases` maps the one that is
-    not registered here to the one that is (pattern to name); where a file holds both, they are the
-    same tensor and one is read.
+    A published file may hold a weight under either of two names, or under both. `aliases` maps the
+    name that is not registered here to the one that is (pattern to name). Where a file holds both,
+    they are the same tensor and one is read.
     """
 
     aliases: ClassVar[dict[str, str]] = {}

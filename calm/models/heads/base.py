@@ -1,4 +1,4 @@
-"""What a language model asks of its head."""
+"""The interface of a language model's head."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -9,12 +9,12 @@ __all__ = ["GenerativeHead", "HeadLoss", "Posterior", "expand_rows"]
 
 
 class Posterior(NamedTuple):
-    """Gaussian law of the latents to predict, and which of them count.
+    """Gaussian distribution of the latents to predict, and which of them count.
 
     Attributes:
         mean: ``[B, S, L]``.
         log_std: ``[B, S, L]``.
-        weight: ``[B, S]``, 1 for a patch that counts, 0 for a masked one.
+        weight: ``[B, S]``, 1 for a chunk that counts, 0 for a masked one.
     """
 
     mean: Tensor
@@ -32,7 +32,7 @@ class HeadLoss(NamedTuple):
 
 
 class GenerativeHead(Protocol):
-    """A head: draws latents, and says what loss trains it."""
+    """A head: draws latents, and has the loss that trains it."""
 
     @property
     def loss(self) -> Callable[..., HeadLoss]:
@@ -52,9 +52,9 @@ class GenerativeHead(Protocol):
     ) -> Tensor:
         """Latents ``[..., L]`` for hidden states ``[..., H]``, or ``[num_samples, ..., L]``.
 
-        `noise_scale` multiplies the noise that enters, `noise_spread` what it contributes where
-        the head normalises it; without such a norm they are the same factor. Both are >= 0, and 0
-        is deterministic.
+        `noise_scale` multiplies the noise itself. `noise_spread` multiplies the noise after the
+        head has normalised it; in a head without such a norm both are the same factor. Both are
+        >= 0, and 0 is deterministic.
         """
         ...
 
@@ -64,17 +64,17 @@ class GenerativeHead(Protocol):
 
 
 def expand_rows(name: str, draw: Tensor, weight: Tensor, num_draws: int, width: int) -> Tensor:
-    """A draw given for the unmasked patches, or for all, as one for all: masked ones get zeros.
+    """A draw for the unmasked chunks, or for all, as one for all chunks: masked ones get zeros.
 
     Args:
         name: of the argument, for the error.
         draw: ``[..., width]`` (``[...]`` for width 1); in row-major order num_draws draws of the
-            patches that `weight` leaves, or of all.
-        weight: ``[B, S]``, 0 for a masked patch.
+            unmasked chunks, or of all.
+        weight: ``[B, S]``, 0 for a masked chunk.
         num_draws: N.
         width: elements a row.
 
-    Returns: ``[N, B, S, width]``. Without masked patches nothing is read back from the device.
+    Returns: ``[N, B, S, width]``. A draw for all chunks does not synchronise.
     """
     total = weight.numel()
     is_row = width == 1 or draw.shape[-1:] == (width,)
@@ -84,8 +84,8 @@ def expand_rows(name: str, draw: Tensor, weight: Tensor, num_draws: int, width: 
     unmasked = int(is_unmasked.sum())
     if not is_row or draw.numel() != num_draws * unmasked * width:
         raise ValueError(
-            f"{name} must hold {num_draws} draws of {unmasked} rows (unmasked patches) or {total} "
-            f"(all patches), {width} wide; got shape {tuple(draw.shape)}"
+            f"{name} must hold {num_draws} draws of {unmasked} rows (unmasked chunks) or {total} "
+            f"(all chunks), {width} wide; got shape {tuple(draw.shape)}"
         )
     expanded = draw.new_zeros(num_draws, *weight.shape, width)
     expanded[:, is_unmasked] = draw.reshape(num_draws, unmasked, width)

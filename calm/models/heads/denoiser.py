@@ -1,4 +1,4 @@
-"""The network of the diffusion and flow heads: an MLP that time and hidden state modulate."""
+"""The network of the diffusion and flow heads: an MLP modulated by time and hidden state."""
 
 import math
 from typing import Literal
@@ -17,8 +17,10 @@ MAX_PERIOD = 10000.0
 class Denoiser(nn.Module):
     """Noisy latents, times and hidden states to a prediction.
 
-    x₀ = W_x x,    y = time_embed(t) + W_h h,    x ← x + gate(y) ⊙ MLP(LN(x) ⊙ (1 + scale(y)) +
-    shift(y)) in each block, then a modulated linear; gate, scale and shift are linear in SiLU(y).
+    x₀ = W_x x,    y = time_embed(t) + W_h h,
+    x ← x + gate(y) ⊙ MLP(LN(x) ⊙ (1 + scale(y)) + shift(y))    in each block,
+
+    then a modulated linear; gate, scale and shift are linear in SiLU(y).
 
     Args:
         hidden_size: width d, that of the hidden states.
@@ -28,7 +30,7 @@ class Denoiser(nn.Module):
         output_init: ``zero`` (published) or ``scaled``, N(0, 1 / d), for the last linear.
 
     Source: CALM, section 7.4 (heads compared); the design is that of masked autoregressive image
-        models.
+    models.
     """
 
     def __init__(

@@ -66,20 +66,20 @@ class DenoisingHead(nn.Module):
         seed: Seed = None,
         first_row: int | Tensor = 0,
     ) -> HeadLoss:
-        """Denoising loss, averaged over the patches that count and N draws of each.
+        """Denoising loss, averaged over the chunks that count and N draws of each.
 
-        N is that of a given draw, else num_samples. Each draw is given for the R unmasked patches
+        N is that of a given draw, else num_samples. Each draw is given for the R unmasked chunks
         or for all B*S.
 
         Args:
             hidden: ``[B, S, H]``.
-            posterior: law of the latents; no gradient reaches it.
+            posterior: distribution of the latents; no gradient reaches it.
             head_noise: ``[N*R, L]``, N(0, 1), sample-major: the DDPM noise, or the flow's start.
-            target_noise: ``[N, R, L]``, N(0, 1); targets are ``mean + exp(log_std) *
-                target_noise``.
+            target_noise: ``[N, R, L]``, N(0, 1); targets are
+                ``mean + exp(log_std) * target_noise``.
             timesteps: ``[N*R]``, integer steps (diffusion) or times in [0, 1) (flow).
             seed: of draws that are not given.
-            first_row: global index of the first patch.
+            first_row: global index of the first chunk.
         """
         weight, seed = posterior.weight, as_seed(seed, hidden.device)
         num_draws = self._num_draws(weight, target_noise, head_noise, timesteps)
@@ -90,8 +90,8 @@ class DenoisingHead(nn.Module):
             width = 1 if is_time else self.config.latent_size
             if given is not None:
                 return expand_rows(name, given, weight, num_draws, width)
-            law = uniform if is_time else normal
-            drawn = law(
+            random = uniform if is_time else normal
+            drawn = random(
                 weight.numel(),
                 width,
                 stream=stream,

@@ -46,18 +46,18 @@ class EnergyGenerativeHead(EnergyHead):
         seed: Seed = None,
         first_row: int | Tensor = 0,
     ) -> HeadLoss:
-        """Energy loss, fidelity - diversity, averaged over the patches that count.
+        """Energy loss, fidelity - diversity, averaged over the chunks that count.
 
         fidelity = 2 mean_n E|x_n - y|^α,    diversity = mean_{n≠m} |x_n - x_m|^α
 
         Args:
             hidden: ``[B, S, H]``.
-            posterior: law of y; no gradient reaches it.
-            head_noise: ``[N, R, noise_size]`` for the R unmasked patches or
-                ``[N, B, S, noise_size]``, U[-1/2, 1/2). Drawn, num_samples a patch, if None.
+            posterior: distribution of y; no gradient reaches it.
+            head_noise: ``[N, R, noise_size]`` for the R unmasked chunks or
+                ``[N, B, S, noise_size]``, U[-1/2, 1/2). Drawn, num_samples a chunk, if None.
             target_noise: ``[M, R, L]`` or ``[M, B, S, L]``, N(0, 1); the targets are then sampled.
             seed: of draws that are not given.
-            first_row: global index of the first patch.
+            first_row: global index of the first chunk.
         """
         config, weight = self.config, posterior.weight
         if head_noise is None:
@@ -84,5 +84,5 @@ class EnergyGenerativeHead(EnergyHead):
 
 
 def _expand(name: str, draw: Tensor, weight: Tensor, width: int) -> Tensor:
-    """`draw` for all patches, ``[N, B, S, width]``, with N its first dimension."""
+    """`draw` for all chunks, ``[N, B, S, width]``, with N its first dimension."""
     return expand_rows(name, draw, weight, len(draw), width)
