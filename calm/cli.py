@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple, NoReturn, TextIO
 
+from calm.commands.flag_names import with_flag_names
 from calm.errors import UserError, UserNotice
 
 __all__ = ["main"]
@@ -139,12 +140,15 @@ def _run(arguments: list[str]) -> int:
         return 0
     work: Callable[[argparse.Namespace], int]
     work = importlib.import_module(COMMANDS[args.command].module).run
-    if not getattr(args, "backend", None):
-        return work(args)
-    from calm_kernels.backend import use_backend  # torch: not for help alone
+    try:
+        if not getattr(args, "backend", None):
+            return work(args)
+        from calm_kernels.backend import use_backend  # imports torch, which help does not need
 
-    with use_backend(args.backend):
-        return work(args)
+        with use_backend(args.backend):
+            return work(args)
+    except ValueError as error:
+        raise UserError(with_flag_names(str(error), args)) from error
 
 
 def _parser(chosen: str | None) -> Parser:

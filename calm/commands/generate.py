@@ -5,6 +5,7 @@ import json
 import sys
 from typing import Any
 
+from calm.commands.flag_names import with_flag_names
 from calm.commands.model_flags import add_model_arguments, load_model, load_tokenizer_of
 from calm.commands.prompt_flags import add_prompt_arguments, is_interactive, read_prompts
 
@@ -21,6 +22,12 @@ EXAMPLES = """\
 Methods below temperature 1: batch is the paper's vote among --num-samples candidates. exact draws
 until the distribution is exact, at most --max-draws for a chunk. medoid and noise_scale are
 heuristics that cost the same at every temperature (docs/temperature.md).
+
+--json prints for each prompt: prompt, text (what was added), seed, method, temperature and
+num_samples; new_tokens, chunks, draws of the head, draws_saved (counted in draws, but not needed),
+mean_level (draws that agreed on a chunk, mean), fallbacks (chunks that a fallback decided); seconds
+(without warm-up), prefill_seconds of them for the prompt, warmup_seconds, tokens_per_second. After
+Ctrl-C nothing is printed for the unfinished prompt.
 """
 METHODS = ("batch", "exact", "medoid", "noise_scale", "direct")
 
@@ -115,7 +122,9 @@ def run(args: argparse.Namespace) -> int:
         except ValueError as error:
             if not is_interactive(args):
                 raise
-            print(f"error: {error}", file=sys.stderr)  # the user may type another prompt
+            print(
+                f"error: {with_flag_names(str(error), args)}", file=sys.stderr
+            )  # the user may type another prompt
     return 0
 
 

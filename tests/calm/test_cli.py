@@ -173,9 +173,12 @@ def test_eval_of_an_embedded_corpus_takes_held_out_documents(folders, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--block-size", 30), "block_size must be a multiple of the patch size K=4"),
+        (("--block-size", 30), "--block-size must be a multiple of the patch size K=4"),
         (("--block-size", 4096), "--block-size 4096 exceeds the model's context of 256 tokens"),
-        (("--num-samples", 1), "num_samples be at least 2"),
+        (
+            ("--num-samples", 1),
+            "--num-samples be at least 2; got --brier-draws=None, --num-samples=1",
+        ),
         (("--json", "/no/such/folder/x.json"), "cannot be written"),
         (("--data", "/no/such/file.txt"), "file.txt"),
         (("--brier-draws", "two"), "invalid int value: 'two' (see `calm eval --help`)"),

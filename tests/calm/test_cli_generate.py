@@ -121,11 +121,14 @@ def test_a_stop_string_ends_the_text(folders, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--temperature", 2), "temperature must lie in (0, 1], got 2.0"),
-        (("--num-samples", 0), "num_samples must be at least 1"),
-        (("--method", "direct", "--temperature", 0.5), "use batch, exact"),
+        (("--temperature", 2), "--temperature must lie in (0, 1], got 2.0"),
+        (("--num-samples", 0), "--num-samples must be at least 1"),
+        (
+            ("--method", "direct", "--temperature", 0.5),
+            "error: --method 'direct' draws from the model as it is: temperature must be 1",
+        ),
         (("--method", "greedy"), "invalid choice: 'greedy'"),
-        (("--max-draws", 1), "max_draws must be at least 200"),
+        (("--max-draws", 1), "--max-draws must be at least 200"),
     ],
     ids=["temperature", "num-samples", "direct", "method", "max-draws"],
 )
