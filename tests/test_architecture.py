@@ -158,7 +158,7 @@ def files_in_the_tree() -> dict[str, set[str]]:
     """Folder -> the Python files that the tree in docs/architecture.md names there."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     found, folders = {}, []
-    for line in page.split("```")[1].splitlines():
+    for line in page.partition("## Files")[2].split("```")[1].splitlines():
         entry = line.lstrip()
         depth = (len(line) - len(entry)) // 2
         folders = folders[:depth]
