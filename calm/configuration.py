@@ -35,7 +35,7 @@ def checked(config_class: type[Config]) -> type[Config]:
         except StrictDataclassError as error:
             raise UserError(f"{config_class.__name__}: {error.__cause__ or error}") from error
 
-    strict_class.__init__ = __init__  # type: ignore[assignment,method-assign]
+    strict_class.__init__ = __init__  # type: ignore[assignment,method-assign] # a checked init
     return strict_class
 
 
@@ -167,7 +167,7 @@ class CALMConfig(LlamaConfig):
 
     model_type = "calm"
     sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {"ae_config": AutoencoderConfig}
-    keys_to_ignore_at_inference: ClassVar[list[str]] = [  # type: ignore[misc]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [  # type: ignore[misc] # as in LlamaConfig
         "past_key_values", "last_hidden_state", "fidelity", "diversity",
     ]  # fmt: skip
 
@@ -265,7 +265,7 @@ class CALMConfig(LlamaConfig):
         return _with_head_type(fields), unused
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override] # passes all keywords on
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> Any:
         """As in transformers; a file without `ae_config` takes that of the model at `ae_path`."""
