@@ -3,10 +3,12 @@
 import ast
 import importlib
 import inspect
+import io
 import pkgutil
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,6 +154,32 @@ def test_files_and_functions_stay_short(path):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
             assert length <= MAX_FUNCTION_LINES, f"{relative(path)}: {node.name} is {length} lines"
+
+
+SUPPRESSION = re.compile(r"#\s*(?:noqa|type:\s*ignore)\b(?::\s*[A-Z0-9, ]+|\[[^]]*\])?")
+
+
+def unexplained(source: str) -> list[int]:
+    """Lines whose comment switches a check off and says nothing else."""
+    comments = (
+        token
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT and SUPPRESSION.search(token.string)
+    )
+    return [
+        token.start[0]
+        for token in comments
+        if len(SUPPRESSION.sub("", token.string).split()) < 2  # a hash is no reason
+    ]
+
+
+def test_every_suppression_gives_its_reason():
+    bad = "x = 1  # noqa\nx = 1  # type: ignore[assignment]  # noqa: E501, E731\n"
+    good = "x = 1  # type: ignore[misc] # as it is\nx = '# noqa'\nx = 1  # noqa: E501 - one word\n"
+    assert unexplained(bad + good) == [1, 2]
+    for path in SOURCES:
+        lines = unexplained(path.read_text(encoding="utf-8"))
+        assert not lines, f"{relative(path)}:{lines[0]}: say why the check does not apply"
 
 
 def files_in_the_tree() -> dict[str, set[str]]:

@@ -42,7 +42,7 @@ class CALMPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path, *model_args, key_mapping=mapping or None, **kwargs
         )
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override] # passes all keywords on
         self, save_directory: str | os.PathLike[str], **kwargs: Any
     ) -> None:
         """As in transformers, under the registered names, whatever names were loaded."""

@@ -108,7 +108,7 @@ def prepare_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer
     set_seed(args.seed)  # initial weights depend on the seed, not on what reading the text drew
     model = build_model(arguments, text.tokenizer)
     if arguments.model.torch_dtype not in (None, "auto"):
-        model.to(dtype=weight_dtype(arguments.model.torch_dtype))  # type: ignore[call-arg]
+        model.to(dtype=weight_dtype(arguments.model.torch_dtype))  # type: ignore[call-arg] # torch's signature is hidden
     layout = Layout.of(model)
     with args.main_process_first(desc="packing the text"):
         blocks = pack_text(arguments, text, layout)

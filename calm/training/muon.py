@@ -97,7 +97,7 @@ class MuonAdamW(Optimizer):
         return cls(matrices, [group for group in groups if group["params"]], **settings)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override] # torch's has overloads
         """One update of all parameters that have a gradient."""
         loss = None
         if closure is not None:

@@ -52,7 +52,7 @@ class EnergyHead(nn.Module):
     @property
     def output(self) -> nn.Linear:
         """The last linear, which `reset_output` initialises."""
-        return self.final_layer.linears[-1]  # type: ignore[return-value]
+        return self.final_layer.linears[-1]  # type: ignore[return-value] # a Linear, by __init__
 
     def reset_output(self, init: HeadInit = "zero") -> None:
         """Start the last linear at zero (published) or, to learn sooner, with weights N(0, 1/C)."""

@@ -53,7 +53,7 @@ def expected_power(
     is_past = found.is_past_guard()
     if variance.device.type != "cpu":
         exact = _integrate(offset2, variance, exponent, scale, flags)
-        return GaussianTerm(*_select(is_past, exact, term)), found.r2  # type: ignore[arg-type]
+        return GaussianTerm(*_select(is_past, exact, term)), found.r2  # type: ignore[arg-type] # None where the field may be None
     past = is_past.nonzero()[:, 0]
     if past.numel():
         exact = _integrate(offset2[past], variance[past], exponent, scale[past], flags)
@@ -102,4 +102,4 @@ def _integrate(
 
     elements = num_nodes(variance.dtype) * width * (1 if can_share else num_samples)
     outputs = in_row_blocks(shared if can_share else apart, num_rows, elements)
-    return GaussianTerm(*outputs)  # type: ignore[arg-type]
+    return GaussianTerm(*outputs)  # type: ignore[arg-type] # None where the field may be None

@@ -96,7 +96,7 @@ class _TimeEmbedding(nn.Module):
         exponent = torch.arange(half, device=time.device, dtype=torch.float32) / half
         angle = time[..., None].float() * torch.exp(-math.log(MAX_PERIOD) * exponent)
         features = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        first: nn.Linear = self.mlp[0]  # type: ignore[assignment]
+        first: nn.Linear = self.mlp[0]  # type: ignore[assignment] # a Linear, by __init__
         return self.mlp(features.to(first.weight.dtype))
 
 
