@@ -15,26 +15,36 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = sorted(path.parent.name for path in (ROOT / "calm_kernels").glob("*/api.py"))
 PACKAGES = {name: importlib.import_module(f"calm_kernels.{name}") for name in FOLDERS}
 
-# (step, file, what it must contain); {folder}, {call}: the operation's folder; a call of it.
+# What a part must show, as a pattern in its text.
+SHOWS = {
+    "is there": "",
+    "calls it": r"\b({operation}|{module})\(",
+    "exports it": r'"{operation}"',
+    "has its folder in the tree": "  {folder}/ ",
+    "defines kernels": r"@triton\.jit",
+    "defines cases": r"def cases\(",
+    "has a Shape of it": r"\b{folder}\.Shape\(",
+}
+# (step of CONTRIBUTING.md, file, what it must show)
 PARTS = [
-    (1, "calm_kernels/{folder}/README.md", ""),
-    (2, "calm_kernels/{folder}/reference.py", ""),
-    (3, "tests/kernels/test_{folder}*.py", "{call}"),
-    (4, "calm_kernels/{folder}/eager.py", ""),
-    (5, "calm_kernels/{folder}/api.py", ""),
-    (5, "calm_kernels/{folder}/__init__.py", ""),
-    (5, "calm_kernels/__init__.py", r'"{operation}"'),
-    (5, "docs/architecture.md", "  {folder}/ "),
-    (7, "benchmarks/bench_*.py", "{call}"),
+    (1, "calm_kernels/{folder}/README.md", "is there"),
+    (2, "calm_kernels/{folder}/reference.py", "is there"),
+    (3, "tests/kernels/test_{folder}*.py", "calls it"),
+    (4, "calm_kernels/{folder}/eager.py", "is there"),
+    (5, "calm_kernels/{folder}/api.py", "is there"),
+    (5, "calm_kernels/{folder}/__init__.py", "exports it"),
+    (5, "calm_kernels/__init__.py", "exports it"),
+    (5, "docs/architecture.md", "has its folder in the tree"),
+    (7, "benchmarks/bench_*.py", "calls it"),
 ]
 PARTS_OF_TRITON = [
-    (6, "calm_kernels/{folder}/*kernels.py", r"@triton\.jit"),
-    (6, "calm_kernels/{folder}/function.py", ""),
-    (6, "calm_kernels/compiling/cases/{folder}*.py", r"def cases\("),
-    (6, "tests/triton/test_interpreted_{folder}*.py", "{call}"),
-    (6, "tests/gpu/test_gpu_{folder}*.py", "{call}"),
-    (7, "benchmarks/gpu/{folder}.py", "{call}"),
-    (7, "tests/triton/test_interpreted_benchmark.py", r"\b{folder}\.Shape\("),
+    (6, "calm_kernels/{folder}/*kernels.py", "defines kernels"),
+    (6, "calm_kernels/{folder}/function.py", "is there"),
+    (6, "calm_kernels/compiling/cases/{folder}*.py", "defines cases"),
+    (6, "tests/triton/test_interpreted_{folder}*.py", "calls it"),
+    (6, "tests/gpu/test_gpu_{folder}*.py", "calls it"),
+    (7, "benchmarks/gpu/{folder}.py", "calls it"),
+    (7, "tests/triton/test_interpreted_benchmark.py", "has a Shape of it"),
 ]
 
 
@@ -47,26 +57,26 @@ def folder_of(operation: str) -> str:
 def missing_parts(operation: str) -> Iterator[str]:
     """What the operation lacks, as lines for its author."""
     folder, is_fused = folder_of(operation), Backend.TRITON in OPERATIONS[operation]
-    module = "".join(part.capitalize() for part in operation.split("_"))  # calls it as well
-    names = {"folder": folder, "operation": operation, "call": rf"\b({operation}|{module})\("}
-    for step, pattern, content in PARTS + PARTS_OF_TRITON * is_fused:
-        files = sorted(ROOT.glob(pattern.format(**names)))
-        sought = content.format(**names)
-        if not any(re.search(sought, path.read_text(encoding="utf-8")) for path in files):
-            what = f" with {sought}" if sought else ""
-            yield f"step {step}: {pattern.format(**names)}{what}"
+    module = "".join(part.capitalize() for part in operation.split("_"))
+    names = {"folder": folder, "operation": operation, "module": module}
+    for step, pattern, shows in PARTS + PARTS_OF_TRITON * is_fused:
+        place, sought = pattern.format(**names), SHOWS[shows].format(**names)
+        texts = [path.read_text(encoding="utf-8") for path in ROOT.glob(place)]
+        if not any(re.search(sought, text) for text in texts):
+            yield f"step {step}: no {place} {shows}"
     if is_fused and not any(is_inside(name, folder) for name, _, _ in tuning.TABLE):
-        yield f"step 6: a row of {folder} in calm_kernels/tuning.py"
-    warmed_up = (ROOT / "calm_kernels" / "warmup.py").read_text(encoding="utf-8")
+        yield f"step 6: calm_kernels/tuning.py has no row of {folder}"
+    warmup = (ROOT / "calm_kernels" / "warmup.py").read_text(encoding="utf-8")
     family = [name for name in OPERATIONS if folder_of(name) == folder]
-    if is_fused and not any(f'"{name}":' in warmed_up for name in family):
-        yield f"step 6: {operation} in calm_kernels/warmup.py"
+    if is_fused and not any(f'"{name}":' in warmup for name in family):
+        yield f"step 6: calm_kernels/warmup.py does not run {operation}"
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_announced_operation_has_all_its_parts(operation):
-    missing = list(missing_parts(operation))
-    assert not missing, "\n".join([f"{operation} lacks (steps of CONTRIBUTING.md):", *missing])
+    missing = sorted(missing_parts(operation))
+    if missing:
+        pytest.fail("\n".join([f"{operation} lacks (steps of CONTRIBUTING.md):", *missing]), False)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
