@@ -5,8 +5,8 @@ CONSTRAINTS ?= constraints.txt
 # The CPU build of torch is fetched from here when the machine has no NVIDIA or AMD GPU.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
-# Waiting threads spin, which speeds training by half; but with two cores or fewer another program
-# would then slow it many times over, and they sleep.
+# OpenMP threads that wait spin. With two cores or fewer another program would then slow training many
+# times over, so they sleep there.
 ifndef OMP_WAIT_POLICY
 WAIT := $(shell [ "$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)" -gt 2 ] || echo OMP_WAIT_POLICY=PASSIVE)
 endif

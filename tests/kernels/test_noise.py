@@ -1,4 +1,4 @@
-"""Philox noise: the published vectors, the laws of the draws, and how draws are addressed."""
+"""Philox noise: the published vectors, the distributions and the addresses of the draws."""
 
 import math
 
@@ -107,7 +107,7 @@ class TestLaws:
     def test_normal(self):
         values = normal(*self.COUNT, stream=Stream.TARGETS, seed=2, num_draws=8)
         assert values.abs().max() < 5.4
-        # radii have 20 bits and angles 12: the law is exact to far less than this sample can see
+        # radii have 20 bits and angles 12: far more exact than this sample can see
         assert kolmogorov_smirnov(values, torch.special.ndtr) < 1.63
         n = values.numel()
         for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
