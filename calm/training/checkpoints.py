@@ -1,10 +1,9 @@
 """Checkpoints that are known to be whole.
 
-A checkpoint is complete once its manifest exists: a list of its files and their sizes, written
-    after all of them and
-moved into place in one step. A run that was killed, or whose disk filled up, leaves a folder
-without a manifest or with files that do not match it; such a folder is set aside when the run
-resumes, and the checkpoint before it is used.
+A checkpoint is complete once it has a manifest: a list of its files and their sizes, written after
+all of them and moved into place in one step. A run that was killed, or whose disk filled up, leaves
+a folder without a manifest, or with files that do not match it. When the run resumes, such a folder
+is renamed, and the checkpoint before it is used.
 """
 
 import json
@@ -14,11 +13,15 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from calm.errors import UserError
 
 __all__ = [
     "MANIFEST",
+    "CheckpointCompletion",
     "check_usable",
     "checkpoint_folders",
     "damage",
@@ -143,3 +146,26 @@ def _delete(folders: list[Path], count: int, is_free: Callable[[Path], bool]) ->
         # The manifest goes first: a deletion cut short leaves nothing that looks whole.
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
+
+
+class CheckpointCompletion(TrainerCallback):
+    """Gives every checkpoint its manifest, and deletes old checkpoints once the new one is whole.
+
+    Args:
+        limit: how many checkpoints stay, see `rotate_checkpoints`; None for all.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Complete the checkpoint that all processes have just written."""
+        processes: Any = args.distributed_state
+        processes.wait_for_everyone()
+        if args.should_save:
+            output_dir = Path(str(args.output_dir))
+            write_manifest(output_dir / f"checkpoint-{state.global_step}")
+            rotate_checkpoints(output_dir, self.limit, state.best_model_checkpoint)
+        processes.wait_for_everyone()

@@ -57,10 +57,8 @@ class TrainingClock(TrainerCallback, ExportableState):
         """What a checkpoint keeps."""
         return {"args": {"budget": self.budget, "elapsed": self.elapsed}, "attributes": {}}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take over the seconds that a resumed checkpoint has spent."""
+    def resume(self, state: TrainerState) -> None:
+        """Take over the seconds that `state` has recorded, if any."""
         known: Any = state.stateful_callbacks or {}
         saved = known.get(type(self).__name__)
         if isinstance(saved, dict):

@@ -7,6 +7,7 @@ the same ones, and a resumed run draws what the run that was never stopped would
 Evaluation has a seed of its own and leaves training's generators as it found them.
 """
 
+import copy
 import inspect
 import json
 from functools import partial
@@ -17,16 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, ProgressCallback, Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from calm.data.packing import collate
 from calm.training.arguments import CALMTrainingArguments
 from calm.training.checkpoints import (
+    CheckpointCompletion,
     last_good_checkpoint,
-    rotate_checkpoints,
     write_atomically,
-    write_manifest,
 )
 from calm.training.clock import TimedProgress, TrainingClock, timed_schedule
 from calm.training.metrics import FiniteGuard, RunningMeans, Throughput
@@ -67,8 +68,13 @@ class CALMTrainer(Trainer):
         **options: Any,
     ) -> None:
         options.setdefault("data_collator", collate)
+        # transformers would delete old checkpoints before the new one has its manifest.
+        args, limit = copy.copy(args), args.save_total_limit
+        args.save_total_limit = None
         super().__init__(model, args, compute_metrics=partial(metrics_of, model), **options)
+        self.add_callback(CheckpointCompletion(limit))
         self.protocol = protocol or {}
+        self._first_step = 0
         self._takes_seed = "seed" in inspect.signature(model.forward).parameters
         self._means = RunningMeans()
         self._throughput = Throughput(tokens_per_character)
@@ -110,17 +116,29 @@ class CALMTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers."""
-        self._throughput.start()
-        return super().train(*args, **kwargs)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As in transformers, but a finished run that is started again takes no further step."""
-        if self.state.global_step >= self.state.max_steps or (self.clock and self.clock.is_over):
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(str(self.args.folder)) or True
+        saved = Path(str(resume_from_checkpoint)) / TRAINER_STATE_NAME
+        self._first_step = 0
+        if saved.is_file():
+            state = TrainerState.load_from_json(str(saved))
+            self._first_step = state.global_step
+            if self.clock is not None:
+                self.clock.resume(state)
+        self._throughput.start()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a finished run has no epochs but those that are behind it."""
+        epochs, updates, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
+        is_over = self.clock is not None and self.clock.is_over
+        if is_over or self._first_step >= max_steps:
+            epochs = self._first_step // updates
+        return epochs, updates, *others, max_steps
 
     def compute_loss(
         self,
@@ -245,19 +263,3 @@ class CALMTrainer(Trainer):
             # A pickle of paths and access rights of this machine; the protocol says what matters.
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             write_atomically(folder / PROTOCOL, json.dumps(self.protocol, indent=2) + "\n")
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in transformers, completed by a manifest; old checkpoints go once the new one is
-        whole.
-        """
-        folder = self.args.folder / f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_manifest(folder)
-            rotate_checkpoints(folder.parent, limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()

@@ -117,7 +117,7 @@ class TestRotation:
                 raise OSError(28, "No space left on device")
             write_manifest(folder)
 
-        monkeypatch.setattr("calm.training.trainer.write_manifest", disk_is_full)
+        monkeypatch.setattr("calm.training.checkpoints.write_manifest", disk_is_full)
         with pytest.raises(OSError, match="No space left"):
             train(MODELS["energy"](), tmp_path, **settings)
         assert last_good_checkpoint(tmp_path).name == "checkpoint-1"

@@ -1,7 +1,9 @@
 """The trainer: draws whatever the split of a batch, logs, evaluation, bad losses, time."""
 
 import functools
+import inspect
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -25,6 +27,64 @@ EXACT = {
 def same_weights(left, right, **tolerance):
     pairs = zip(left.state_dict().items(), right.state_dict().values(), strict=True)
     return all(torch.allclose(a, b, **tolerance) for (_, a), b in pairs)
+
+
+class TestTransformers:
+    """What the trainer replaces inside transformers' `Trainer`, and that it is still used."""
+
+    # Methods that are private, or public and rarely replaced: their parameters in transformers.
+    REPLACED: ClassVar = {
+        "_get_grad_norm": ["self", "model", "grad_norm"],
+        "set_initial_training_values": ["self", "args", "dataloader"],
+    }
+
+    def test_no_other_private_method_is_replaced(self):
+        private = {name for name in vars(CALMTrainer) if name[0] == "_" and name[1] != "_"}
+        assert {name for name in private if hasattr(Trainer, name)} == {"_get_grad_norm"}
+
+    @pytest.mark.parametrize("name", REPLACED)
+    def test_each_is_called_with_the_parameters_it_had(self, tmp_path, monkeypatch, name):
+        original = getattr(Trainer, name, None)
+        assert original, f"transformers' Trainer has no {name} any more: CALMTrainer replaces it"
+        found = list(inspect.signature(original).parameters)
+        assert found == self.REPLACED[name], f"transformers changed the parameters of {name}"
+        calls = []
+
+        def spy(*args, **kwargs):
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(Trainer, name, spy)
+        train(MODELS["baseline"](), tmp_path)
+        expected = {"_get_grad_norm": 2, "set_initial_training_values": 1}[name]
+        assert len(calls) == expected, f"Trainer.train no longer calls {name} as it did"
+
+    def test_a_gradient_norm_is_what_get_grad_norm_returns(self, tmp_path):
+        trainer = train(MODELS["baseline"](), tmp_path)
+        norm = trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(3.0))
+        assert norm == 3, "Trainer._get_grad_norm no longer hands on the norm of clipping"
+
+    def test_initial_values_begin_with_epochs_and_end_with_steps(self, tmp_path):
+        trainer = make_trainer(MODELS["baseline"](), tmp_path, max_steps=5, sequences=16)
+        loader = trainer.get_train_dataloader()
+        values = Trainer.set_initial_training_values(trainer, trainer.args, loader)
+        told = "Trainer.set_initial_training_values returns other values than it did"
+        assert (len(values), values[:2], values[-1]) == (7, (3, 2), 5), told
+
+    @pytest.mark.parametrize("how", ["folder", True])
+    def test_a_finished_run_takes_no_further_step(self, tmp_path, how):
+        """In the middle of an epoch, where transformers would take one."""
+        settings = {"sequences": 24, "save_strategy": "steps", "save_steps": 2}
+        whole = train(MODELS["baseline"](), tmp_path, **settings)
+        again = make_trainer(MODELS["baseline"](), tmp_path, **settings)
+        again.train(str(tmp_path / "checkpoint-2") if how == "folder" else how)
+        assert again.state.global_step == 2 and history(again, "loss") == history(whole, "loss")
+        assert same_weights(whole.model, again.model, atol=0, rtol=0)
+
+    def test_the_callers_arguments_stay_as_they_are(self, tmp_path):
+        arguments = CALMTrainingArguments(str(tmp_path), save_total_limit=1, use_cpu=True)
+        CALMTrainer(MODELS["baseline"](), arguments)
+        assert arguments.save_total_limit == 1
 
 
 class TestDraws:
@@ -265,6 +325,13 @@ class TestTime:
         trainer = make_trainer(MODELS["energy"](), tmp_path, max_steps=2, **settings)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         assert trainer.clock.elapsed > spent > 0
+
+    def test_a_run_whose_time_is_over_takes_no_further_step(self, tmp_path):
+        settings = {"max_train_seconds": 1e-6, "save_strategy": "steps", "save_steps": 1}
+        assert train(MODELS["energy"](), tmp_path, max_steps=9, **settings).state.global_step == 1
+        again = make_trainer(MODELS["energy"](), tmp_path, max_steps=9, **settings)
+        again.train(str(tmp_path / "checkpoint-1"))
+        assert again.state.global_step == 1
 
     def test_schedules_that_look_at_the_loss_cannot_follow_time(self, tmp_path):
         with pytest.raises(UserError, match=r"lr_scheduler_type=.*cannot follow max_train_seconds"):
