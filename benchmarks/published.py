@@ -46,6 +46,7 @@ __all__ = ["main", "measure_work", "ratios_of"]
 ROOT = Path(__file__).resolve().parents[1]
 THREADS, ROUNDS, WARMUP_ROUNDS = 2, 7, 2
 SEED = 5
+IDLE_LOAD = 0.5
 NEEDED = ("models/modeling_energy.py", "models/modeling_autoencoder.py")
 INSTALL = "pip install torch==2.13.0 transformers==4.43.0 accelerate==0.30.1 numpy"
 
@@ -279,7 +280,9 @@ def check_setup(checkout: Path) -> None:
 def workers_of(checkout: Path, interpreter: str) -> Iterator[tuple[Worker, Worker]]:
     """Both workers, ready: ours and the published code's."""
     check_setup(checkout)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(THREADS)}
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    threads = {"OMP_NUM_THREADS": str(THREADS)}
+    environment = {**os.environ, **quiet, **threads, "PYTHONPATH": str(ROOT)}
 
     def worker(name: str, python: str, module: str, *arguments: str) -> Worker:
         command = [python, "-m", f"benchmarks.workers.{module}", "--threads", str(THREADS)]
@@ -311,8 +314,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of each row ({ROUNDS})")
     parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args(argv)
+    load_average = os.getloadavg()[0]
+    if load_average > IDLE_LOAD:
+        print(f"warning: other programs run too (load average {load_average:.1f}): the times are "
+              "not to be quoted", file=sys.stderr)  # fmt: skip
     info: dict[str, Any] = {
-        "machine_info": {**machine_info(THREADS), "load_average": os.getloadavg()[0]},
+        "machine_info": {**machine_info(THREADS), "load_average": load_average},
         "commit_info": {"id": current_commit(ROOT)},
     }
     try:
