@@ -14,7 +14,6 @@ from benchmarks.gpu import (
     linear_cross_entropy,
     reparameterize,
 )
-from calm_kernels import noise
 from calm_kernels.energy_score import pairs
 from calm_kernels.linear_cross_entropy import api
 
@@ -50,7 +49,6 @@ def as_on_a_gpu(monkeypatch):
     """Leaves out what the torch backend does on a CPU alone, where nobody waits."""
     monkeypatch.setattr(api, "_check_range", lambda *labels: None)
     monkeypatch.setattr(pairs, "MIN_MATMUL_WIDTH", 2**62)
-    monkeypatch.setattr(noise, "_philox_in_pairs", noise._philox_word_by_word)
 
 
 @pytest.mark.filterwarnings(
