@@ -75,7 +75,7 @@ def test_decoding_token_by_token_makes_the_same_choice_as_decoding_everything(te
     distribution, seed = head_distribution(64, vocab_size=300), sequence_seeds(2, 64, CPU)
     latents = distribution.latents(40, seed)
     tokens, num_agreeing = agreeing_patch(
-        distribution.model.decode_latents(latents).transpose(0, 1), 1 / temperature, seed=seed
+        decode(distribution, latents).transpose(0, 1), 1 / temperature, seed=seed
     )
     for is_slotwise in (True, False, None):
         method = Batch(temperature=temperature, num_samples=40, is_slotwise=is_slotwise)
@@ -188,7 +188,7 @@ def test_spreading_the_noise_less_narrows_the_distribution(head):
     """More pairs of draws agree at a lower T."""
     distribution = head_distribution(30, head=head)
     if head == "energy":  # as after training: blocks normalise again, beside a bias of zero
-        bias = distribution.model.generative_head.norm_noise.bias
+        bias = distribution.head.norm_noise.bias
         bias.copy_(torch.randn(bias.shape, generator=torch.Generator().manual_seed(2)))
     distribution = distribution.select(torch.arange(30).repeat(20))
     seed = row_seeds(600)
@@ -256,23 +256,26 @@ def test_whole_and_fraction_of_the_inverse_temperature(temperature, power):
         ({"num_samples": 0}, "num_samples must be at least 1, a whole number; got 0"),
         ({"num_samples": 2.5}, "num_samples must be at least 1, a whole number; got 2.5"),
         ({"noise_scale": -1.0}, "noise_scale must be finite and at least 0, got -1.0"),
-        ({"name": "beam"}, "method must be one of direct, batch, exact, medoid, noise_scale; got"),
         (
-            {"name": "direct"},
+            {"method": "beam"},
+            "method must be one of direct, batch, exact, medoid, noise_scale; got",
+        ),
+        (
+            {"method": "direct"},
             "temperature must be 1, got 0.5; use batch, exact, medoid, noise_scale",
         ),
         ({"max_draws": 199}, "max_draws must be at least 200, which method 'batch' needs"),
-        ({"name": "medoid", "max_draws": 0}, "max_draws must be at least 200"),
+        ({"method": "medoid", "max_draws": 0}, "max_draws must be at least 200"),
         (
-            {"name": "exact", "temperature": 0.4, "max_draws": 2},
+            {"method": "exact", "temperature": 0.4, "max_draws": 2},
             "must be at least 3, .* 0.4, a whole number; got 2",
         ),
-        ({"name": "noise_scale", "max_draws": 0}, "max_draws must be at least 1"),
+        ({"method": "noise_scale", "max_draws": 0}, "max_draws must be at least 1"),
     ],
 )
 def test_bad_input(options, message):
     with pytest.raises(UserError, match=message):
-        build_method(**{"name": "batch", "temperature": 0.5, "num_samples": 200, **options})
+        build_method(**{"method": "batch", "temperature": 0.5, "num_samples": 200, **options})
 
 
 def test_the_cap_is_25_waves_unless_given():

@@ -68,7 +68,9 @@ WRITES = (
 def make_model(head):
     """A model with biases in its backbone; the weights of its norms are not what they start as."""
     biases = {"attention_bias": True, "mlp_bias": True}
-    model = tiny_baseline(**biases) if head == "baseline" else tiny_calm(head, **biases)
+    model = (
+        tiny_baseline(vocab_size=5, **biases) if head == "baseline" else tiny_calm(head, **biases)
+    )
     for name, parameter in model.named_parameters():
         if "norm" in name and name.endswith("weight"):
             torch.nn.init.normal_(parameter, 1.0, 0.2)

@@ -53,7 +53,7 @@ def tiny_calm(head="energy", *, patch_size=4, vocab_size=5, seed=0, **fields):
 
 
 def tiny_baseline(*, vocab_size=3, seed=0, **fields):
-    """A token-by-token model with a law that is far from uniform."""
+    """A token-by-token model whose distribution is far from uniform."""
     torch.manual_seed(seed)
     config = LlamaConfig(**{**BACKBONE, **fields}, vocab_size=vocab_size)
     model = BaselineTransformer(config).eval()
