@@ -83,7 +83,7 @@ def _count_recipe(stage: Any, recipe: Any, autoencoder: Any, vocab_size: int) ->
 
     from calm.configuration import AutoencoderConfig, CALMConfig
     from calm.models import MODEL_CLASSES, Autoencoder, BaselineTransformer
-    from calm.training.overrides import build_config
+    from calm.training.config_overrides import build_config
     from calm.training.recipe import Stage
 
     overrides = dict(recipe.get("config_overrides", {}))

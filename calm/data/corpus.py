@@ -1,15 +1,14 @@
-"""From the user's words for a corpus to documents: datasets with the one column ``text``.
+"""Documents of the corpus that the flags name: datasets with one column, ``text``.
 
 A corpus is named by files (``train_file``), by a hub dataset or a local dataset folder
-(``dataset_name``), or as an embedded one (``dataset_name=embedded:docstrings``). Cached corpora
-live in datasets' cache as memory-mapped tables; ``streaming`` reads them as it goes and never holds
-or writes more than a buffer.
+(``dataset_name``), or as an embedded one (``dataset_name=embedded:docstrings``). A cached corpus is
+a memory-mapped table in the cache of datasets. With ``streaming`` the text is read during training,
+and no more than a buffer is kept.
 
-Without validation data of its own, a corpus is split by document: a document is held out if a hash
-    of its text falls
-below the wanted share. The choice depends on nothing but the text, so a streamed corpus, a cached
-one and one read by several workers hold out the same documents, the autoencoder and the language
-model agree on them, and equal documents never end up on both sides.
+A corpus without validation data is split by document. A document is held out if a hash of its text
+is below the wanted share. The choice depends on the text alone. Therefore a streamed corpus, a
+cached one and one read by several workers hold out the same documents, the autoencoder and the
+language model hold out the same ones, and equal documents are always on the same side.
 """
 
 import hashlib
@@ -37,7 +36,7 @@ TRAIN, VALIDATION = "train", "validation"
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusOptions:
-    """What to read; names and meanings as the training flags."""
+    """What to read. Names and meanings are those of the training flags."""
 
     train_file: str | None = None
     validation_file: str | None = None
@@ -105,7 +104,7 @@ def _named_splits(options: CorpusOptions) -> dict[str, Documents]:
 
 @cache
 def code_stamp() -> str:
-    """Name of this package's code, part of cache keys: a cache does not outlive what filled it."""
+    """Hash of this package's code, part of every cache key: new code never reads an old cache."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     content = b"".join(source.read_bytes() for source in sources)
     return hashlib.blake2b(content, digest_size=8).hexdigest()
@@ -113,7 +112,7 @@ def code_stamp() -> str:
 
 def _from_files(options: CorpusOptions, files: list[str]) -> Documents:
     arguments = {
-        "files": files,  # a list: datasets shares it out among processes and loader workers
+        "files": files,  # a list: datasets splits it among processes and loader workers
         "keep_linebreaks": options.keep_linebreaks,
         "text_unit": options.text_unit,
         "stamp": f"{file_stamp(files)} {code_stamp()}",
@@ -181,7 +180,7 @@ def _load_hub_dataset(options: CorpusOptions, name: str) -> Any:
 
 def _text_only(documents: Documents, name: str) -> Documents:
     columns = documents.column_names
-    if columns is None:  # a stream of unknown columns: its first row knows
+    if columns is None:  # a stream of unknown columns: take those of its first row
         columns = list(next(iter(documents), {}))
     if TEXT_KEY not in columns:
         found = ", ".join(columns) or "none"

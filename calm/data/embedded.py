@@ -1,5 +1,4 @@
-"""Corpora that every Python installation carries: what the demo, the tests and the examples learn
-from.
+"""Corpora that come with every Python installation, for the demo, the tests and the examples.
 
 | name | text | size |
 | --- | --- | --- |
@@ -44,14 +43,13 @@ def language_topics() -> list[str]:
 
 
 def standard_library_docstrings(min_characters: int = MIN_CHARACTERS) -> list[str]:
-    """Docstrings of the standard library as flowing text, in the order of file names, without
-    repetitions.
+    """Distinct docstrings of the standard library, each on one line, in the order of file names.
 
-    Sources are parsed, never imported. Interactive examples and rulers are left out and all white
-    space becomes one space, so that what remains is mostly sentences.
+    Sources are parsed, never imported. Interactive examples and rulers are dropped and each run of
+    white space becomes one space, so most of what remains is sentences.
 
     Args:
-        min_characters: shorter docstrings are left out.
+        min_characters: shorter docstrings are skipped.
 
     Raises:
         UserError: this Python carries no sources of its standard library.

@@ -1,4 +1,4 @@
-"""Documents from text and JSON files; every complaint names the file and the line.
+"""Documents from text and JSON files. Every error names the file and the line.
 
 | file | one document is |
 | --- | --- |
@@ -60,12 +60,12 @@ def _check_file(path: Path, argument: str) -> None:
 
 
 def _suffix(path: Path) -> str:
-    """Ending that says what is inside: ``.jsonl`` for ``a.jsonl`` and ``a.jsonl.gz``."""
+    """Ending that names the format: ``.jsonl`` for ``a.jsonl`` and ``a.jsonl.gz``."""
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
 def file_stamp(files: list[str]) -> str:
-    """Sizes and times of `files`, part of a cache key: a changed file is read again."""
+    """Sizes and times of `files`, part of the cache key: changed files are read again."""
     stats = [Path(file).stat() for file in files]
     return ";".join(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
 
@@ -79,7 +79,7 @@ def read_documents(
         files: paths from `expand_files`.
         keep_linebreaks: text files keep their line breaks; otherwise lines are joined by a space.
         text_unit: what one document of a text file is.
-        stamp: unused; part of the cache key of a caller that caches.
+        stamp: not read here; callers that cache make it part of their key.
 
     Raises:
         UserError: naming file and line, for bytes that are not UTF-8, lines that are not JSON,

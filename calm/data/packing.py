@@ -1,11 +1,10 @@
-"""From documents to blocks: put them end to end, cut every `block_size` tokens; drop nothing.
+"""From documents to blocks: concatenate them and cut every `block_size` tokens; nothing is dropped.
 
-What stands between documents, and which tokens are read without being predicted, is settled in
-`calm.data.tokenization`. The last block of a corpus is filled with pad tokens, whose labels are
--100.
+`calm.data.tokenization` decides what separates documents, and which tokens are read without being
+predicted. The last block of a corpus is filled with pad tokens, whose labels are -100.
 
-`PackedBlocks` cuts a tokenized table where it lies, memory-mapped, and copies nothing;
-`PackedStream` packs documents as they arrive. Both give the same blocks for the same documents.
+`PackedBlocks` cuts a memory-mapped table without a copy. `PackedStream` packs documents as they
+arrive. Both give the same blocks for the same documents.
 """
 
 import hashlib
@@ -40,17 +39,17 @@ Block = dict[str, np.ndarray]
 
 
 def check_block_size(block_size: int, patch_size: int) -> None:
-    """`block_size` is a positive multiple of `patch_size` and holds at least two patches."""
+    """`block_size` must be a multiple of `patch_size` and hold at least two chunks."""
     if block_size % patch_size or block_size < 2 * patch_size:
         nearest = max(2, round(block_size / patch_size)) * patch_size
         raise UserError(
-            f"block_size must be a multiple of the patch size K={patch_size} and at least "
+            f"block_size must be a multiple of patch_size (K={patch_size}) and at least "
             f"{2 * patch_size}; got {block_size}, try {nearest}"
         )
 
 
 def _block(tokens: np.ndarray, block_size: int, pad_token_id: int) -> Block:
-    """`tokens`, at most `block_size` of them, as inputs and labels; the rest is padding.
+    """Inputs and labels of at most `block_size` tokens; the rest of the block is padding.
 
     Negative entries are tokens that are only read, see `align_documents`.
     """
@@ -65,7 +64,7 @@ def _block(tokens: np.ndarray, block_size: int, pad_token_id: int) -> Block:
 def pack(
     documents: Iterable[Sequence[int] | np.ndarray], block_size: int, pad_token_id: int
 ) -> Iterator[Block]:
-    """Blocks of `block_size` tokens of `documents` end to end; the last one is padded."""
+    """Blocks of `block_size` tokens of the concatenated `documents`; the last one is padded."""
     pending: list[np.ndarray] = []
     held = 0
     for document in documents:
@@ -82,13 +81,13 @@ def pack(
 
 
 class PackedBlocks(Dataset[Block]):
-    """Blocks of a tokenized table by index; tokens stay in the memory-mapped file.
+    """Blocks of a tokenized table, by index. Tokens stay in the memory-mapped file.
 
     Args:
         documents: a table from `tokenize_documents` or `align_documents`.
-        block_size: tokens a block.
+        block_size: tokens in a block.
         pad_token_id: fills the last block.
-        max_blocks: keep the first blocks only.
+        max_blocks: keep this many blocks, the first ones.
 
     Raises:
         UserError: the documents hold no token, or `max_blocks` leaves none.
@@ -138,7 +137,7 @@ class PackedBlocks(Dataset[Block]):
         return np.concatenate(parts)
 
     def data_hash(self) -> str:
-        """Name of the token ids, whatever the file layout and block size they were read with."""
+        """Hash of the token ids. It does not depend on the file layout or the block size."""
         digest = hashlib.blake2b(digest_size=16)
         left = self.num_tokens
         for chunk in self._chunks:
@@ -150,15 +149,15 @@ class PackedBlocks(Dataset[Block]):
 class PackedStream(IterableDataset[Block]):
     """Blocks of a stream of tokenized documents, in order.
 
-    Ranks share the stream out through the data loader; it is not split here a second time. With
-    several loader workers each packs the files that it reads.
+    The data loader splits the stream among ranks; it is not split here again. With several loader
+    workers, each packs the files that it reads.
 
     Args:
         documents: a stream from `tokenize_documents` or `align_documents`.
-        block_size: tokens a block.
+        block_size: tokens in a block.
         pad_token_id: fills the last block of each pass.
-        max_blocks: keep the first blocks only.
-        repeat: start again at the end, for as many steps as are asked for.
+        max_blocks: keep this many blocks of each pass, the first ones.
+        repeat: start again at the end.
     """
 
     def __init__(
@@ -186,7 +185,7 @@ class PackedStream(IterableDataset[Block]):
             worker = get_worker_info()
             if not found and (worker is None or worker.id == 0):
                 raise UserError("no data left after packing: the stream holds no token")
-            if not found or not self.repeat:  # a worker may have no file of its own
+            if not found or not self.repeat:  # other workers may have no file
                 return
 
     def _one_pass(self) -> Iterator[Block]:
@@ -210,12 +209,12 @@ def pack_documents(
 
     Args:
         documents: texts.
-        tokenizer: theirs.
-        block_size: tokens a block.
-        patch_size: K, which divides it.
-        max_blocks: keep the first blocks only.
-        start_token_id: token of the chunk before each document, which then begins and ends with
-            one (`align_documents`); None puts documents end to end.
+        tokenizer: turns them into tokens.
+        block_size: tokens in a block, a multiple of `patch_size`.
+        patch_size: K, tokens in a chunk.
+        max_blocks: keep this many blocks, the first ones.
+        start_token_id: token of the chunk before each document, see `align_documents`. None
+            concatenates documents without such chunks.
         repeat: start a stream again at its end.
         num_proc: processes that prepare a table.
         overwrite_cache: prepare a table again.
@@ -241,7 +240,7 @@ def pack_documents(
 
 
 def collate(blocks: Sequence[Block]) -> dict[str, Tensor]:
-    """Blocks side by side: ``input_ids`` and ``labels``, both ``[B, block_size]`` int64."""
+    """Blocks as one batch: ``input_ids`` and ``labels``, both ``[B, block_size]`` int64."""
     return {
         key: torch.from_numpy(np.stack([block[key] for block in blocks]))
         for key in ("input_ids", "labels")

@@ -1,8 +1,8 @@
 """Documents as token ids, ready to be packed.
 
-`tokenize_documents` puts between documents what the tokenizer itself puts there (Llama's begins
-every text with its begin token, as in the published runs); a tokenizer that adds nothing gets its
-end token after every document. `align_documents` then gives each document chunks of its own:
+`tokenize_documents` separates documents as the tokenizer does. Llama's, for example, begins every
+text with its begin token, as in the published runs. Where a tokenizer adds nothing, its end token
+follows every document. `align_documents` then gives each document chunks of its own:
 
     <begin> x K | document, end token, filled up to a whole chunk
 """
@@ -25,7 +25,7 @@ TOKENS, CHARACTERS = "input_ids", "num_characters"
 
 
 def document_separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The end token where `tokenizer` adds neither begin nor end token by itself, else None."""
+    """The end token if `tokenizer` adds neither begin nor end token by itself, else None."""
     ids = tokenizer("a")["input_ids"]
     adds_its_own = ids[0] == tokenizer.bos_token_id or ids[-1] == tokenizer.eos_token_id
     return None if adds_its_own else tokenizer.eos_token_id
@@ -40,7 +40,7 @@ def tokenize_documents(
 ) -> Documents:
     """Token ids of every document with its separator (``input_ids``) and its ``num_characters``.
 
-    A cached corpus is tokenized once; documents, tokenizer and separator make the key of the cache.
+    A cached corpus is tokenized once. The cache key is made of documents, tokenizer and separator.
     """
     separator = document_separator(tokenizer)
     return _map_tokens(
@@ -63,15 +63,15 @@ def align_documents(
     num_proc: int | None = None,
     overwrite_cache: bool = False,
 ) -> Documents:
-    """Tokenized documents that begin after a chunk of start tokens and end with a chunk.
+    """Tokenized documents with a chunk of start tokens before each, and filled up to whole chunks.
 
-    The start chunk and what fills the last chunk (end tokens) are read but never predicted: such a
-    token is stored as its complement, ``~token``, a negative number.
+    The start chunk and the end tokens that fill the last chunk are read but never predicted. Such a
+    token is stored as its complement ``~token``, a negative number.
 
     Args:
         tokenized: from `tokenize_documents`.
         start_token_id: token of the start chunk.
-        end_token_id: ends every document (one that ends with it already gets no second one).
+        end_token_id: ends every document; one that ends with it already gets no second one.
         patch_size: K.
         num_proc: processes.
         overwrite_cache: align again what is aligned.
@@ -97,7 +97,9 @@ def _map_tokens(
     num_proc: int | None,
     overwrite_cache: bool,
 ) -> Documents:
-    """`function` of `columns` gives tokens and characters, in batches; tables are kept by `key`."""
+    """Apply `function` to batches of `columns`; it gives tokens and characters. `key` names the
+    cache of a table.
+    """
     features = datasets.Features(
         {TOKENS: datasets.List(datasets.Value("int32")), CHARACTERS: datasets.Value("int64")}
     )

@@ -1,4 +1,4 @@
-"""Tokenizers: raw bytes, byte-level BPE trained on the spot, or any that transformers loads.
+"""Tokenizers: bytes, byte-level BPE trained on the corpus, or any that transformers loads.
 
 | name | vocabulary |
 | --- | --- |
@@ -39,7 +39,9 @@ UNBOUNDED = int(1e30)
 
 
 def _byte_symbols() -> list[str]:
-    """How byte-level tokenizers write each byte: itself if printable, else one from 256 on."""
+    """The character by which byte-level tokenizers write each byte: the byte itself if printable,
+    else one from 256 on.
+    """
     printable = {
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -50,22 +52,23 @@ def _byte_symbols() -> list[str]:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte of UTF-8, id = byte value; begin 256, end 257, pad 258. Inverts exactly."""
+    """One token per byte of UTF-8, id = byte; begin 256, end 257, pad 258; decoding is exact."""
     vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    # Words only bound the work of an (empty) merge table; every byte is a token either way.
+    # Splitting into words changes no token, since the merge table is empty; it saves time.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     return _as_pretrained(tokenizer)
 
 
 def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of `vocab_size` entries learned from `texts`; deterministic, and decoding
-    gives any text back.
+    """Byte-level BPE of `vocab_size` entries learned from `texts`.
+
+    Training is deterministic, and decoding restores any text exactly.
 
     Args:
         texts: documents to learn from.
-        vocab_size: entries in all: 3 special tokens, 256 bytes and the merges. A small corpus may
+        vocab_size: entries in total: 3 special tokens, 256 bytes and the merges. A small corpus may
             yield fewer.
 
     Raises:
@@ -167,7 +170,7 @@ def check_tokenizer(
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Name of what `tokenizer` does, the same in every process: for cache keys and protocols."""
+    """Hash of what `tokenizer` does, the same in every process: for cache keys and protocols."""
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         content = tokenizer.backend_tokenizer.to_str()
     else:

@@ -1,1 +1,1 @@
-"""Training of the three stages: autoencoder, language model, token baseline."""
+"""Training of the three stages: autoencoder, language model, token-by-token baseline."""

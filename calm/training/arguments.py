@@ -1,4 +1,4 @@
-"""Flags of the three training entry points: the published ones, transformers' and a few of ours.
+"""Flags of the three training programs: the published ones, those of transformers and our own.
 
     calm train --config calm-m --ae_name_or_path runs/ae --train_file 'pile/*.jsonl'
 
@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from calm.data.corpus import CorpusOptions
 from calm.errors import UserError
-from calm.training.compatibility import translate_old_flags
+from calm.training.old_flags import translate_old_flags
 from calm.training.parser import TrainingParser
 from calm.training.precision import has_bfloat16_units
 from calm.training.recipe import Stage, load_recipe, recipe_arguments, recipe_names
@@ -36,7 +36,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Flags that name a text, by kind.
+# Flags that name a text: a dataset, or files.
 TEXT_SOURCES = ({"dataset_name", "dataset_config_name"}, {"train_file", "validation_file"})
 # Tokens of a block where no flag says otherwise, as in the published scripts.
 DEFAULT_BLOCK_SIZE = {Stage.AUTOENCODER: 2048, Stage.CALM: 8192, Stage.BASELINE: 2048}
@@ -68,7 +68,7 @@ class ModelArguments:
         None, "Trained autoencoder: folder or hub name (language model only)."
     )
     model_name_or_path: str | None = _flag(
-        None, "Weights to start from: folder or hub name. Left out: train from nothing."
+        None, "Weights to start from: folder or hub name. Default: random ones."
     )
     model_type: str | None = _flag(
         None, "Head of the language model: energy (default), diffusion or flow."
@@ -81,7 +81,7 @@ class ModelArguments:
     )
     tokenizer_name: str | None = _flag(
         None,
-        "Folder, hub name, 'bytes' or 'bpe:<entries>' (trained on the text). Left out: the one "
+        "Folder, hub name, 'bytes' or 'bpe:<entries>' (trained on the text). Default: the one "
         "saved with the model or autoencoder.",
     )
     add_pad_token: bool = _flag(
@@ -114,13 +114,13 @@ class DataTrainingArguments:
     train_file: str | None = _flag(
         None, "Text to learn from: .txt, .jsonl or .json files, comma-separated; globs work."
     )
-    validation_file: str | None = _flag(None, "Held-out text, likewise.")
-    max_train_samples: int | None = _flag(None, "Use the first so many training blocks only.")
-    max_eval_samples: int | None = _flag(None, "Use the first so many validation blocks only.")
-    streaming: bool = _flag(False, "Read the text as it goes instead of preparing a cache.")
+    validation_file: str | None = _flag(None, "Held-out text, named the same way.")
+    max_train_samples: int | None = _flag(None, "Use only this many training blocks, the first.")
+    max_eval_samples: int | None = _flag(None, "Use only this many validation blocks, the first.")
+    streaming: bool = _flag(False, "Read the text during training instead of preparing a cache.")
     block_size: int | None = _flag(
         None,
-        "Tokens of a training sequence, a multiple of K. Left out: 8192 for the language model, "
+        "Tokens of a training sequence, a multiple of K. Default: 8192 for the language model, "
         "2048 for autoencoder and baseline.",
     )
     overwrite_cache: bool = _flag(False, "Prepare the text again.")
@@ -134,7 +134,7 @@ class DataTrainingArguments:
 
 @dataclass
 class CALMTrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments` with what continuous language models need besides."""
+    """transformers' `TrainingArguments` and the settings of continuous language models."""
 
     _argument_group_name = "training"
 
@@ -143,8 +143,8 @@ class CALMTrainingArguments(TrainingArguments):
     eval_seed: int = _flag(0, "Seed of the draws of evaluation; training has its own, --seed.")
     max_train_seconds: float = _flag(
         0.0,
-        "Stop after so many seconds of training steps; the learning-rate schedule then follows the "
-        "time instead of the steps. 0: no limit.",
+        "Stop after this many seconds of training steps; the learning-rate schedule then follows "
+        "the time instead of the steps. 0: no limit.",
     )
     muon_learning_rate: float = _flag(
         0.0,
@@ -185,7 +185,7 @@ class CALMTrainingArguments(TrainingArguments):
 
 @dataclass(frozen=True)
 class JobArguments:
-    """Everything that one training job was asked for."""
+    """All settings of one training job."""
 
     stage: Stage
     model: ModelArguments
@@ -236,7 +236,7 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
 
 
 def _recipe_words(name: str, stage: Stage, argv: list[str]) -> list[str]:
-    """The recipe's flags, less its text where `argv` names another: only one can be read."""
+    """The recipe's flags, without those that name its text if `argv` names another text."""
     flags = [word for word in argv if word.startswith("--")]
     given = {flag[2:].partition("=")[0].replace("-", "_") for flag in flags}
     hub, files = TEXT_SOURCES
@@ -254,7 +254,7 @@ def _construct(group: Any, namespace: argparse.Namespace) -> Any:
 
 
 def _check(arguments: JobArguments) -> None:
-    """Combinations that transformers would run as something else, or not at all."""
+    """Refuse combinations that transformers would run as something else, or not at all."""
     training, data, model = arguments.training, arguments.data, arguments.model
     uses_fsdp = training.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if uses_fsdp and training.device.type == "cpu":

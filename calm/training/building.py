@@ -1,4 +1,4 @@
-"""Making the model of a stage: from nothing, from a configuration, or from weights."""
+"""The model of a stage: with random weights, from a configuration, or from saved weights."""
 
 import logging
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from calm.errors import UserError
 from calm.training.arguments import ModelArguments
-from calm.training.overrides import build_config, parse_overrides
+from calm.training.config_overrides import build_config, parse_overrides
 
 __all__ = ["check_vocabulary", "load_pretrained", "new_config", "weight_dtype"]
 
@@ -34,7 +34,7 @@ def weight_dtype(name: str | None) -> torch.dtype | str:
 def load_pretrained(
     model_class: type[Model], name: str, arguments: ModelArguments, argument: str, **options: Any
 ) -> Model:
-    """Weights of `model_class` from the folder or hub name `name`, complete or not at all.
+    """A `model_class` from the folder or hub name `name`; no weight may be missing.
 
     Raises:
         UserError: naming the flag `argument`: nothing there, another kind of model, missing
@@ -72,14 +72,14 @@ def new_config(
     extras: Mapping[str, Any] | None = None,
     **known: Any,
 ) -> Config:
-    """Configuration of a new model: flags, on top of what is `known`, on top of ``--config_name``.
+    """Configuration of a new model: from flags, else `known` fields, else ``--config_name``.
 
     Args:
         config_class: of the model.
         arguments: with ``config_name`` and ``config_overrides``.
         tokenizer: its special tokens become the model's.
-        extras: fields that the constructor takes besides the annotated ones, with their types.
-        known: fields that follow from elsewhere.
+        extras: further fields that the constructor takes, with their types.
+        known: fields that the tokenizer or another model determines.
     """
     base = None
     if arguments.config_name:

@@ -1,6 +1,4 @@
-"""Training for so many seconds: a budget of time instead of steps, with a schedule that follows
-it.
-"""
+"""A budget of time instead of steps, and a learning-rate schedule that follows it."""
 
 import time
 from typing import Any
@@ -30,8 +28,8 @@ RESOLUTION = 10_000  # virtual steps into which a schedule by time is cut
 class TrainingClock(TrainerCallback, ExportableState):
     """Adds up the seconds spent in training steps and ends the run when they reach the budget.
 
-    Evaluation and saving do not count. The sum is saved with every checkpoint, so a resumed run has
-    what is left.
+    Evaluation and saving do not count. Every checkpoint holds the sum, so a resumed run has the
+    rest of the budget.
 
     Args:
         budget: seconds.
@@ -73,11 +71,9 @@ class TrainingClock(TrainerCallback, ExportableState):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop counting; end the run, with a last log, evaluation and checkpoint, once the time is
-        over.
-        """
+        """Stop counting. Once time is over, end the run with a log, evaluation and checkpoint."""
         self.elapsed += time.perf_counter() - self._began
-        if args.world_size > 1:  # all processes follow the first one's clock: one schedule, one end
+        if args.world_size > 1:  # all processes take the time of the first
             shared = torch.tensor([self.elapsed], dtype=torch.float64, device=args.device)
             dist.broadcast(shared, src=0)
             self.elapsed = shared.item()
@@ -117,7 +113,7 @@ def timed_schedule(optimizer: Optimizer, args: TrainingArguments, clock: Trainin
     Raises:
         UserError: the schedule is not a function of progress.
     """
-    # On an optimizer of its own: only the shape of the schedule is wanted.
+    # On an optimizer that is never used: only the shape of the schedule is needed.
     placeholder = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     options: Any = args.lr_scheduler_kwargs
     shape = get_scheduler(

@@ -1,4 +1,4 @@
-"""One training job, whichever the stage: text, tokenizer, model, training, evaluation, files.
+"""One training job of any stage: text, tokenizer, model, training, evaluation, files.
 
 A job writes ``output_dir``: the final weights with configuration, tokenizer and ``protocol.json``
 (what `calm eval` and `calm generate` load), ``train_results.json``, ``eval_results.json``,
@@ -25,9 +25,9 @@ from calm.training.arguments import CALMTrainingArguments, JobArguments, parse_a
 from calm.training.building import weight_dtype
 from calm.training.checkpoints import check_usable, discard_checkpoints, last_good_checkpoint
 from calm.training.clock import UNBOUNDED_STEPS
-from calm.training.inputs import Layout, load_text, pack_text, protocol
 from calm.training.recipe import Stage
 from calm.training.trainer import CALMTrainer
+from calm.training.training_text import BlockLayout, load_text, pack_text, protocol
 from calm_kernels.backend import set_backend
 
 __all__ = ["BuildModel", "prepare_job", "run_job", "run_stage"]
@@ -35,18 +35,18 @@ __all__ = ["BuildModel", "prepare_job", "run_job", "run_stage"]
 logger = logging.getLogger(__name__)
 
 BuildModel = Callable[[JobArguments, PreTrainedTokenizerBase], PreTrainedModel]
-LAST = ("true", "last")  # words for "the last good checkpoint of this run"
+LAST = ("true", "last")  # values of the flag that ask for this run's last good checkpoint
 
 
 def run_stage(stage: Stage, build_model: BuildModel, argv: list[str] | None) -> int:
-    """`run_job` as a program: exit status 0, or 2 after one line about what the user can mend."""
-    is_first = os.environ.get("RANK", "0") == "0"  # all processes have the same to say
+    """`run_job` as a program: exit status 0, or 2 after one line about what to correct."""
+    is_first = os.environ.get("RANK", "0") == "0"  # the logs of all processes say the same
     level = logging.INFO if is_first else logging.ERROR
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
     disable_progress_bar()  # of weights being written; training has its own
     try:
         run_job(parse_arguments(sys.argv[1:] if argv is None else argv, stage), build_model)
-    except (UserError, OSError) as error:  # what can be mended: input, settings, a full disk
+    except (UserError, OSError) as error:  # what a user can correct: input, settings, a full disk
         line = f"error: {' '.join(str(error).split())}"
         sys.stderr.write(f"{line}\n")
         _tell_launcher(line)
@@ -61,12 +61,12 @@ def run_stage(stage: Stage, build_model: BuildModel, argv: list[str] | None) -> 
 
 
 def _tell_launcher(message: str) -> None:
-    """Hand `message` to torchrun, whose long report of failed processes then ends with it."""
+    """Hand `message` to torchrun: its long report of failed processes then ends with it."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
         return
-    # The report ends with the earliest failure, in whole seconds. A second early, ours comes before
-    # the processes that torchrun stopped because of it.
+    # The report ends with the earliest failure, in whole seconds. Processes that torchrun stops
+    # because of this one fail in the same second; one second less puts this one last.
     details = {"timestamp": str(int(time.time()) - 1)}
     report = {"message": {"message": message, "extraInfo": details}}
     Path(file).write_text(json.dumps(report), encoding="utf-8")
@@ -86,8 +86,7 @@ def run_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
         build_model: makes or loads the model of the stage, given its tokenizer.
 
     Raises:
-        UserError: anything about data, models, checkpoints or settings that the user can mend; a
-            loss that is not finite.
+        UserError: wrong data, models, checkpoints or settings; a loss that is not finite.
     """
     trainer = prepare_job(arguments, build_model)
     if trainer.args.do_train:
@@ -98,18 +97,18 @@ def run_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
 
 
 def prepare_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
-    """The trainer of a job, ready to train: text, tokenizer, model and blocks; as `run_job`."""
+    """The trainer of a job, with model and blocks. Arguments and errors as for `run_job`."""
     args = arguments.training
     set_backend(args.backend)
     if args.max_train_seconds and args.max_steps <= 0:
         args.max_steps = UNBOUNDED_STEPS
     with args.main_process_first(desc="reading the text"):
         text = load_text(arguments)
-    set_seed(args.seed)  # initial weights depend on the seed, not on what reading the text drew
+    set_seed(args.seed)  # initial weights must not depend on draws made while reading the text
     model = build_model(arguments, text.tokenizer)
     if arguments.model.torch_dtype not in (None, "auto"):
         model.to(dtype=weight_dtype(arguments.model.torch_dtype))  # type: ignore[call-arg] # torch's signature is hidden
-    layout = Layout.of(model)
+    layout = BlockLayout.of(model)
     with args.main_process_first(desc="packing the text"):
         blocks = pack_text(arguments, text, layout)
     return CALMTrainer(
@@ -137,7 +136,7 @@ def _train(trainer: CALMTrainer) -> None:
 
 
 def _last_evaluation(trainer: CALMTrainer) -> dict[str, float] | None:
-    """Metrics of the evaluation that training ended with, where the weights are still those."""
+    """Metrics of an evaluation after the last step, if the model still has those weights."""
     if trainer.args.load_best_model_at_end:
         return None
     for entry in reversed(trainer.state.log_history):
@@ -152,7 +151,7 @@ def _report(trainer: CALMTrainer, stage: str, metrics: dict[str, float]) -> None
 
 
 def _resume_point(args: CALMTrainingArguments) -> Path | None:
-    """The checkpoint to go on from, or None to start at the beginning."""
+    """The checkpoint to resume from, or None to start at the beginning."""
     folder, asked = args.folder, args.resume_from_checkpoint
     is_named = asked is not None and str(asked).lower() not in LAST
     if args.overwrite_output_dir:

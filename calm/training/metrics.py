@@ -1,4 +1,4 @@
-"""What is measured while training, gathered on the device and read once a logging interval."""
+"""Measurements during training: kept on the device and read once per logging interval."""
 
 import time
 from collections import Counter
@@ -20,23 +20,21 @@ class NonFiniteLossError(UserError):
 
 
 class RunningMeans:
-    """Means of named scalars over an interval and over processes, without waiting for the
-    device.
-    """
+    """Means of named scalars over an interval and over processes; `add` does not synchronise."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Count in one micro-batch's scalars."""
+        """Add the scalars of one micro-batch."""
         for name, value in values.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] += 1
 
     def drain(self, gather: Gather) -> dict[str, float]:
-        """The means so far; starts over. `gather` collects a tensor ``[n]`` of every process."""
+        """The means so far; resets them. `gather` collects a tensor ``[n]`` of every process."""
         if not self._sums:
             return {}
         names = sorted(self._sums)
@@ -48,23 +46,23 @@ class RunningMeans:
 
 
 class Throughput:
-    """Tokens and characters a second between two logs, evaluation and saving included."""
+    """Tokens and characters per second between two logs, evaluation and saving included."""
 
     def __init__(self, tokens_per_character: float | None = None) -> None:
         self.tokens_per_character = tokens_per_character
         self.start()
 
     def start(self) -> None:
-        """Begin an interval."""
+        """Start an interval."""
         self._tokens = 0
         self._since = time.perf_counter()
 
     def add(self, tokens: int) -> None:
-        """Count in `tokens` of all processes."""
+        """Add `tokens`, the number over all processes."""
         self._tokens += tokens
 
     def drain(self) -> dict[str, float]:
-        """Rates of the interval; starts the next one."""
+        """Rates of the interval. The next interval starts."""
         seconds = max(time.perf_counter() - self._since, 1e-9)
         rates = {"tokens_per_second": self._tokens / seconds}
         if self.tokens_per_character:
@@ -75,7 +73,7 @@ class Throughput:
 
 @dataclass(frozen=True)
 class _Event:
-    """One value that was watched."""
+    """Where one watched value comes from."""
 
     step: int
     learning_rate: float
@@ -83,11 +81,10 @@ class _Event:
 
 
 class FiniteGuard:
-    """Notices the first loss or gradient norm that is not finite, and says all about it.
+    """Finds the first loss or gradient norm that is not finite, and reports where it happened.
 
-    Watching costs no wait: the index of the first bad value is kept on the device and read by
-        `check`, which runs at
-    every log and before anything is evaluated or saved.
+    Watching a value does not synchronise with the device. `check` does; it runs at every log and
+    before anything is evaluated or saved.
     """
 
     def __init__(self) -> None:
@@ -96,7 +93,7 @@ class FiniteGuard:
         self._norms: dict[int, Tensor] = {}
 
     def watch_loss(self, loss: Tensor, *, step: int, learning_rate: float, where: str) -> None:
-        """Watch the loss of one micro-batch of `step`; `where` names its position in the data."""
+        """Watch the loss of a micro-batch of `step`; `where` names its position in the data."""
         self._events.append(_Event(step, learning_rate, f"loss at {where}"))
         self._values.append(loss.detach().float())
 
@@ -109,7 +106,7 @@ class FiniteGuard:
         self._norms[step] = value
 
     def check(self, gather: Gather, last_good: Callable[[], object]) -> None:
-        """Forget what was watched if all of it was finite on every process.
+        """Clear the watched values if all of them are finite on every process.
 
         Args:
             gather: collects a tensor ``[n]`` of every process.
@@ -134,7 +131,7 @@ class FiniteGuard:
 
     def _report(self, index: int, values: Tensor, last_good: object) -> str:
         kept = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint"
-        advice = "a smaller learning rate, a longer warm-up or a look at that data may help"
+        advice = "try a smaller learning rate or a longer warm-up, and check that data"
         if index < 0:
             return f"another process met a loss that is not finite; {kept}"
         event = self._events[index]

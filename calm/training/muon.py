@@ -1,7 +1,7 @@
 """Muon for weight matrices and AdamW for everything else, as one optimizer.
 
-A small CALM learns about twice as much from a step: its early plateau is short, and batches may be
-larger. Muon replaces the gradient of a matrix by the nearest matrix with equal singular values,
+A small CALM learns about twice as much from a step: its early plateau is shorter, and batches may
+be larger. Muon replaces the gradient of a matrix by the nearest matrix with equal singular values,
 
     M <- μ M + G,    W <- W - lr (0.2 √max(rows, columns) · orthogonal(G + μ M) + weight_decay · W)
 
@@ -9,9 +9,9 @@ with five Newton-Schulz steps for ``orthogonal``. The factor gives updates of th
 have (Liu et al. 2025, arXiv 2502.16982), so rates of the two are comparable. Source of the method:
 K. Jordan, "Muon" (2024).
 
-`torch.optim.Muon` does this for one matrix after the other and always in bfloat16, which processors
-without bfloat16 units emulate slowly; here equal shapes go through one batched product, and such
-processors compute in float32.
+`torch.optim.Muon` updates one matrix after the other and always in bfloat16, which is slow on
+processors without bfloat16 units. Here matrices of equal shape are updated by one batched matmul,
+in float32 on such processors.
 """
 
 from collections import defaultdict
@@ -67,10 +67,10 @@ class MuonAdamW(Optimizer):
 
     @classmethod
     def for_model(cls, model: nn.Module, **settings: Any) -> Self:
-        """Weights of the linear layers are the matrices, but for that of the output embedding.
+        """The matrices are the weights of all linear layers but the output embedding.
 
         Args:
-            model: its parameters that need no gradient are left out.
+            model: its parameters that need no gradient are skipped.
             settings: as above; biases and gains of norms do not decay.
         """
         find_output = getattr(model, "get_output_embeddings", lambda: None)

@@ -1,4 +1,4 @@
-"""The command-line parser of the training programs: short help, complaints as `UserError`."""
+"""The command-line parser of the training programs: short help, and errors as `UserError`."""
 
 import argparse
 import dataclasses
@@ -7,11 +7,11 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser, TrainingArguments
 
 from calm.errors import UserError
-from calm.training.overrides import close_names
+from calm.training.config_overrides import close_names
 
 __all__ = ["TrainingParser"]
 
-# Flags of transformers that its help of two hundred would bury.
+# The flags of transformers that the help shows; it has about two hundred.
 SHOWN = """
 output_dir do_train do_eval num_train_epochs max_steps per_device_train_batch_size
 per_device_eval_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps
@@ -24,7 +24,7 @@ METAVARS: dict[Any, str] = {int: "N", float: "X"}
 
 
 class _Help(argparse.HelpFormatter):
-    """One spelling of each flag, and defaults where they say something."""
+    """Shows one spelling of each flag, and defaults that are more than empty or False."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=100)
@@ -45,7 +45,7 @@ class _Help(argparse.HelpFormatter):
 
 
 class TrainingParser(HfArgumentParser):
-    """Flags from dataclasses, with nothing abbreviated and nothing unknown.
+    """Flags from dataclasses. Abbreviated and unknown flags are errors.
 
     Args:
         groups: dataclasses whose fields are flags.
@@ -68,11 +68,11 @@ class TrainingParser(HfArgumentParser):
                 action.help = argparse.SUPPRESS
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print."""
+        """Raise the error that argparse would print."""
         raise UserError(message)
 
     def parse(self, words: list[str], source: str = "") -> argparse.Namespace:
-        """Values of the flags in `words`; complaints begin with `source`."""
+        """Values of the flags in `words`; error messages begin with `source`."""
         try:
             namespace, unknown = self.parse_known_args(words)
         except UserError as error:

@@ -1,10 +1,10 @@
-"""Recipes: flags written down in YAML, shipped under a name or in a file of one's own.
+"""Recipes: flags in YAML, either shipped under a name or in a file of the user.
 
 A recipe holds flags of one stage, or sections ``common``, ``autoencoder``, ``calm`` and
-``baseline`` for several. It may build on another one (``extends: <name or file beside it>``), whose
-entries it overrides; ``config_overrides`` may be a mapping and is merged entry by entry. Scalars
-are taken as written and typed by the flag they set, so that ``3e-4`` is a number and
-``eval_strategy: no`` a word. Flags on the command line override the recipe.
+``baseline`` for several. It may extend another one (``extends: <name or file beside it>``), whose
+entries it overrides. ``config_overrides`` may be a mapping and is merged entry by entry. A scalar
+gets the type of the flag that it sets: ``3e-4`` is a number and ``eval_strategy: no`` a string.
+Flags on the command line override the recipe.
 """
 
 from enum import StrEnum
@@ -59,7 +59,7 @@ def _locate(name: str, beside: Path | None = None) -> Path:
 def _read(path: Path) -> Recipe:
     """Sections of a file on top of those it extends; flags without a section are ``common``."""
     try:
-        # BaseLoader leaves scalars alone: YAML 1.1 would read 3e-4 as a string and `no` as False.
+        # BaseLoader keeps scalars as strings: YAML 1.1 would read `no` as False.
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config: {path} is not valid YAML ({error})") from error
@@ -79,7 +79,7 @@ def _read(path: Path) -> Recipe:
 
 
 def _merge(base: Recipe, over: Recipe) -> Recipe:
-    """`over` on top of `base`, mappings entry by entry."""
+    """Entries of `over` replace those of `base`; mappings are merged entry by entry."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(merged.get(key), dict) and isinstance(value, dict)
@@ -88,7 +88,7 @@ def _merge(base: Recipe, over: Recipe) -> Recipe:
 
 
 def recipe_stages(name: str) -> list[Stage]:
-    """Stages that the recipe called `name` has a section for; all of them if it has none."""
+    """Stages for which the recipe `name` has a section; all stages if it has no sections."""
     sections = _read(_locate(name))
     return [stage for stage in Stage if stage in sections] or list(Stage)
 
@@ -97,7 +97,7 @@ def load_recipe(name: str, stage: Stage) -> Recipe:
     """Flags of `stage` in the recipe called `name` or the YAML file at that path.
 
     Raises:
-        UserError: no such recipe or file, not YAML, or it has sections and none for `stage`.
+        UserError: no such recipe or file, not YAML, or no section for `stage`.
     """
     sections = _read(_locate(name))
     if stage not in recipe_stages(name):
@@ -108,7 +108,7 @@ def load_recipe(name: str, stage: Stage) -> Recipe:
 
 
 def recipe_arguments(recipe: Recipe) -> list[str]:
-    """The recipe as command-line words; empty and ``null`` entries are left out."""
+    """The recipe as command-line arguments; empty and ``null`` entries are skipped."""
     words: list[str] = []
     for key, value in recipe.items():
         if isinstance(value, list):

@@ -1,8 +1,7 @@
-"""Evaluation during training: numbers of each sequence, gathered over processes and put together
-once.
+"""Evaluation during training: sums and counts of each sequence, gathered over all processes.
 
-A mean of batch means would overweight short batches and count padding sequences of a process twice;
-sums and counts of each sequence do neither.
+A mean of batch means would overweight short batches, and count the sequences twice that a data
+loader repeats to fill the batches of all processes.
 """
 
 import math
@@ -32,17 +31,16 @@ def score_sequences(
     first_sequence: int,
     num_samples: int,
 ) -> tuple[Tensor, Tensor]:
-    """Sums ``[B, C]`` of what counts for `model`, and the number of terms in each, ``[B]``;
-    float64.
+    """Sums ``[B, C]`` of the metrics of `model`, and their numbers of terms ``[B]``, in float64.
 
     Args:
-        model: an autoencoder (accuracy, KL divergence, share of collapsed dimensions; a term is a
-            token) or a language model (Brier-1 to Brier-4; a term is a position).
+        model: an autoencoder (accuracy, KL divergence, share of collapsed dimensions; one term per
+            token) or a language model (Brier-1 to Brier-4; one term per position).
         inputs: ``input_ids`` and ``labels`` ``[B, T]``.
         outputs: of the model's forward in evaluation.
         seed: of the draws.
         first_sequence: index of the first sequence in the evaluation set; addresses the draws.
-        num_samples: N, draws a position.
+        num_samples: N, draws per position.
     """
     if isinstance(model, Autoencoder):
         tokens = (inputs["labels"] != IGNORE_INDEX).sum(1).to(torch.float64)
@@ -61,8 +59,8 @@ def metrics_of(model: PreTrainedModel, prediction: EvalPrediction) -> dict[str, 
     """Metrics of the whole evaluation set from `score_sequences` of all its sequences.
 
     Autoencoder: ``accuracy``, ``kl``, ``collapsed``. Language models: ``brier1`` to ``brier4``
-        (fractions) with their
-    standard errors ``brier1_se``.. and ``brier_lm`` (0 to 100).
+    (fractions) with their standard errors ``brier1_se`` to ``brier4_se``, and ``brier_lm`` (0 to
+    100).
     """
     sums = torch.as_tensor(prediction.predictions, dtype=torch.float64)
     counts = torch.as_tensor(prediction.label_ids, dtype=torch.float64)

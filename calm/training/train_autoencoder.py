@@ -1,7 +1,7 @@
-"""Stage one: the autoencoder.
+r"""Stage one: the autoencoder.
 
-    python -m calm.training.train_autoencoder --config autoencoder --train_file 'pile/*.jsonl'
-    --output_dir runs/ae
+    python -m calm.training.train_autoencoder --config autoencoder --train_file 'pile/*.jsonl' \
+        --output_dir runs/ae
 
 `calm train-ae` is the same. ``torchrun -m`` instead of ``python -m`` trains on several devices.
 """

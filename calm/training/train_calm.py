@@ -1,7 +1,7 @@
-"""Stage two: the continuous language model on a trained autoencoder.
+r"""Stage two: the continuous language model on a trained autoencoder.
 
-    python -m calm.training.train_calm --config calm-m --ae_name_or_path runs/ae --train_file
-    'pile/*.jsonl'
+    python -m calm.training.train_calm --config calm-m --ae_name_or_path runs/ae \
+        --train_file 'pile/*.jsonl'
 
 `calm train` is the same. ``torchrun -m`` instead of ``python -m`` trains on several devices.
 """
@@ -13,8 +13,8 @@ from calm.errors import UserError
 from calm.models import MODEL_CLASSES, Autoencoder, ContinuousTransformer
 from calm.training.arguments import NO_AUTOENCODER, JobArguments, ModelArguments
 from calm.training.building import check_vocabulary, load_pretrained, new_config
+from calm.training.config_overrides import parse_overrides
 from calm.training.job import run_stage
-from calm.training.overrides import parse_overrides
 from calm.training.recipe import Stage
 
 __all__ = ["build_model", "main"]
@@ -23,9 +23,7 @@ __all__ = ["build_model", "main"]
 def build_model(
     arguments: JobArguments, tokenizer: PreTrainedTokenizerBase
 ) -> ContinuousTransformer:
-    """A new language model on the autoencoder at ``ae_name_or_path``, or the one at
-    ``model_name_or_path``.
-    """
+    """A new model on the autoencoder ``ae_name_or_path``, or the one at ``model_name_or_path``."""
     model = arguments.model
     loaded = _continued(model) if model.model_name_or_path else _new(model, tokenizer)
     check_vocabulary(loaded.config.vocab_size, tokenizer, "the language model")
@@ -33,7 +31,7 @@ def build_model(
 
 
 def _head_type(arguments: ModelArguments) -> str | None:
-    """What the flags say about the head, or None."""
+    """The type of head that the flags name, or None."""
     named = {
         arguments.model_type,
         parse_overrides(arguments.config_overrides).get("model_type"),

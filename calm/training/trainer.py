@@ -1,10 +1,9 @@
-"""transformers' `Trainer` for all three stages: draws, logs, evaluation and checkpoints that fit
-these models.
+"""transformers' `Trainer` for all three stages, with draws, logs and checkpoints for these models.
 
 Every draw of a step is addressed by (seed, step) and the index of its sequence within the step's
-batch. Processes and accumulation steps therefore draw different numbers, any split of a batch draws
-the same ones, and a resumed run draws what the run that was never stopped would have drawn.
-Evaluation has a seed of its own and leaves training's generators as it found them.
+batch. Therefore processes and accumulation steps draw different numbers, any split of a batch draws
+the same ones, and a resumed run draws the same as one that was never stopped. Evaluation has a seed
+of its own and does not change the generators of training.
 """
 
 import copy
@@ -44,12 +43,12 @@ class CALMTrainer(Trainer):
     """Trains and evaluates an `Autoencoder`, a CALM or the token baseline on packed blocks.
 
     Args:
-        model: what to train; parameters that need no gradient (the autoencoder of a CALM) stay out
-            of the optimizer.
+        model: what to train. Parameters that need no gradient (the autoencoder of a CALM) are not
+            in the optimizer.
         args: `CALMTrainingArguments`.
         protocol: settings to save beside every set of weights.
-        tokens_per_character: for characters/s in the logs; None leaves them out.
-        options: passed on to `Trainer` (datasets, tokenizer as ``processing_class``, callbacks).
+        tokens_per_character: for characters/s in the logs, which are skipped if it is None.
+        options: passed to `Trainer` (datasets, tokenizer as ``processing_class``, callbacks).
 
     Attributes:
         clock: counts the seconds of training steps, with ``max_train_seconds``; else None.
@@ -133,7 +132,7 @@ class CALMTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a finished run has no epochs but those that are behind it."""
+        """As in transformers, but a finished run has no epoch left."""
         epochs, updates, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
         is_over = self.clock is not None and self.clock.is_over
         if is_over or self._first_step >= max_steps:
@@ -154,9 +153,9 @@ class CALMTrainer(Trainer):
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def _next_first_row(self) -> int:
-        """Index, within this step's whole batch, of the first sequence of the next micro-batch.
+        """Index of the first sequence of the next micro-batch within the whole batch of this step.
 
-        The data loader deals micro-batches to the processes in turn.
+        The data loader gives micro-batches to the processes in turn.
         """
         if self._drawn_step != self.state.global_step:
             self._drawn_step, self._micro_batch = self.state.global_step, 0
@@ -168,7 +167,7 @@ class CALMTrainer(Trainer):
         """Arguments that address the draws of a forward; none for a model that draws nothing."""
         if not self._takes_seed:
             return {}
-        # Filled on the device: a copy from the host would wait for it.
+        # Filled on the device, since a copy from the host would synchronise.
         address = [torch.full((), value, device=self.args.device) for value in (seed, offset)]
         return {"seed": torch.stack(address), "first_row": first_row}
 
@@ -191,24 +190,22 @@ class CALMTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if not self.args.fp16:  # whose scaler meets infinite gradients and skips them by design
+        if not self.args.fp16:  # its loss scaler skips steps with infinite gradients
             step, rate = self.state.global_step + 1, self._get_learning_rate()
             self._guard.watch_norm(norm, step=step, learning_rate=rate)
         return norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """None counted: transformers' estimate, 6 a weight and token, is wrong for chunks."""
+        """Always 0: transformers' estimate, 6 per weight and token, is wrong for chunks."""
         return 0
 
     def _check_finite(self) -> None:
-        """Stop the run if a loss since the last check was not finite, before anything is kept."""
+        """Stop the run if a loss or gradient norm since the last check was not finite."""
         find = partial(last_good_checkpoint, self.args.folder, set_aside=False)
         self._guard.check(self.accelerator.gather, find)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs of training carry the parts of the loss, averaged since the last log, and the
-        speed.
-        """
+        """Log the speed and the parts of the loss, averaged since the last log, with the loss."""
         if "loss" in logs:
             self._check_finite()
             logs |= self._means.drain(self.accelerator.gather) | self._throughput.drain()
@@ -219,7 +216,7 @@ class CALMTrainer(Trainer):
     # Evaluation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in transformers; training goes on as if there had been no evaluation."""
+        """As in transformers, but without any effect on training."""
         self._check_finite()
         self._eval_batch = 0
         devices = [self.args.device] if self.args.device.type == "cuda" else []
@@ -233,7 +230,7 @@ class CALMTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Loss of a batch, and sums and counts of its sequences, see `score_sequences`."""
+        """Loss of a batch, and sums and counts of its sequences (`score_sequences`)."""
         inputs = self._prepare_inputs(inputs)
         dealt = self._eval_batch * self.args.world_size + self.args.process_index
         self._eval_batch += 1
@@ -255,11 +252,11 @@ class CALMTrainer(Trainer):
     # Saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Weights, configuration, tokenizer and protocol: all that the other commands need."""
+        """Save weights, configuration, tokenizer and protocol, all that other commands need."""
         self._check_finite()
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder = Path(output_dir or self.args.folder)
-            # A pickle of paths and access rights of this machine; the protocol says what matters.
+            # A pickle that names paths of this machine; the protocol holds the settings.
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             write_atomically(folder / PROTOCOL, json.dumps(self.protocol, indent=2) + "\n")

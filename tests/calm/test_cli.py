@@ -173,7 +173,7 @@ def test_eval_of_an_embedded_corpus_takes_held_out_documents(folders, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--block-size", 30), "--block-size must be a multiple of the patch size K=4"),
+        (("--block-size", 30), "--block-size must be a multiple of patch_size (K=4)"),
         (("--block-size", 4096), "--block-size 4096 exceeds the model's context of 256 tokens"),
         (
             ("--num-samples", 1),

@@ -241,7 +241,7 @@ class TestLoading:
 class TestBadInput:
     @pytest.mark.parametrize(("block_size", "suggested"), [(29, 28), (4, 8), (0, 8), (127, 128)])
     def test_block_size(self, block_size, suggested):
-        with pytest.raises(UserError, match=rf"multiple of the patch size K=4 .*try {suggested}"):
+        with pytest.raises(UserError, match=rf"multiple of patch_size .K=4. .*try {suggested}"):
             check_block_size(block_size, 4)
 
     def test_no_data_left(self):

@@ -9,8 +9,8 @@ from transformers import LlamaConfig
 from calm.configuration import CALMConfig
 from calm.errors import UserError
 from calm.training.arguments import parse_arguments
-from calm.training.compatibility import translate_old_flags
-from calm.training.overrides import build_config, parse_overrides
+from calm.training.config_overrides import build_config, parse_overrides
+from calm.training.old_flags import translate_old_flags
 from calm.training.recipe import (
     Stage,
     load_recipe,

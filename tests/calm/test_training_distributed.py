@@ -75,7 +75,7 @@ def test_an_error_of_ours_ends_what_torchrun_reports(tmp_path):
     status, errors = launch("train_autoencoder", words)
     *_, last, border = errors.splitlines()
     assert status != 0 and set(border) == {"="}
-    assert "error: block_size must be a multiple of the patch size" in last
+    assert "error: block_size must be a multiple of patch_size" in last
 
 
 class TestLauncher:

@@ -251,7 +251,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("stage", "words", "parts"),
         [
-            ("calm", ["--block_size=30"], ["block_size must be a multiple of the patch size K=4"]),
+            ("calm", ["--block_size=30"], ["block_size must be a multiple of patch_size (K=4)"]),
             (
                 "calm",
                 ["--ae_name_or_path=nowhere"],

@@ -1,4 +1,4 @@
-"""What a job trains on: documents, their tokenizer and blocks, and a record of them."""
+"""The text of a training job: documents, tokenizer, blocks, and a record of all three."""
 
 import logging
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from calm.errors import UserError
 from calm.training.arguments import NO_AUTOENCODER, JobArguments
 from calm.training.recipe import Stage
 
-__all__ = ["Blocks", "Layout", "Text", "load_text", "pack_text", "protocol"]
+__all__ = ["BlockLayout", "Blocks", "Text", "load_text", "pack_text", "protocol"]
 
 logger = logging.getLogger(__name__)
 
-# Documents of a stream that a tokenizer is trained on.
+# A tokenizer is trained on at most this many documents.
 TOKENIZER_DOCUMENTS = 100_000
 
 # Settings of training that the protocol records.
@@ -44,21 +44,21 @@ class Text:
     tokenizer_name: str
 
 
-class Layout(NamedTuple):
-    """How a model wants its blocks: K, and the token of the chunk before each document, if any."""
+class BlockLayout(NamedTuple):
+    """How a model reads blocks: K, and the token of the chunk before each document, if any."""
 
     patch_size: int
     start_token_id: int | None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
-        """That of `model`; the autoencoder and the baseline read documents end to end."""
+        """The layout of `model`. Autoencoder and baseline have no chunk between documents."""
         return cls(getattr(model, "patch_size", 1), getattr(model, "start_token_id", None))
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Packed documents to train on and to evaluate on; None where they are not asked for."""
+    """Packed documents for training and for evaluation; None where a job does without."""
 
     train: Packed | None
     validation: Packed | None
@@ -95,7 +95,7 @@ def load_text(arguments: JobArguments) -> Text:
 
 
 def _tokenizer_source(arguments: JobArguments) -> tuple[str, str]:
-    """The flag that says where the tokenizer is, and what it says."""
+    """The flag that names the tokenizer, and its value."""
     for argument in ("tokenizer_name", "model_name_or_path", "ae_name_or_path"):
         if name := getattr(arguments.model, argument):
             return argument, name
@@ -110,8 +110,8 @@ def _texts(documents: Documents | None) -> Any:
     return (row[TEXT_KEY] for row in islice(documents, TOKENIZER_DOCUMENTS))
 
 
-def pack_text(arguments: JobArguments, text: Text, layout: Layout) -> Blocks:
-    """Blocks of the documents; streams repeat for as long as training lasts."""
+def pack_text(arguments: JobArguments, text: Text, layout: BlockLayout) -> Blocks:
+    """Blocks of the documents. Streams for training repeat without end."""
     training, data = arguments.training, arguments.data
 
     def pack(documents: Documents | None, wanted: bool, limit: int | None, repeat: bool) -> Any:
@@ -135,8 +135,10 @@ def pack_text(arguments: JobArguments, text: Text, layout: Layout) -> Blocks:
     )
 
 
-def protocol(arguments: JobArguments, text: Text, blocks: Blocks, layout: Layout) -> dict[str, Any]:
-    """What was trained on what, for the record beside the weights; names of files, no paths."""
+def protocol(
+    arguments: JobArguments, text: Text, blocks: Blocks, layout: BlockLayout
+) -> dict[str, Any]:
+    """A record of the job to save beside the weights; it names files without their folders."""
     training, data = arguments.training, arguments.data
     return {
         "stage": arguments.stage.value,

@@ -1,4 +1,4 @@
-"""Old flags of `TrainingArguments`, as the published scripts pass them, in today's words."""
+"""Old flags, which the published scripts pass, as transformers 5 names them."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ RENAMED = {
     "push_to_hub_token": "hub_token",
     "push_to_hub_model_id": "hub_model_id",
 }
-# What they asked for is what happens now, or no longer exists.
+# What these ask for always happens now, or no longer exists.
 WITHOUT_EFFECT = {
     "save_safetensors": "weights are always saved as safetensors",
     "low_cpu_mem_usage": "weights are always loaded that way",
@@ -29,7 +29,7 @@ WITHOUT_EFFECT = {
 
 
 def translate_old_flags(argv: list[str], *, quiet: bool = False) -> list[str]:
-    """`argv` in the words of transformers 5; unless `quiet`, one warning lists the old flags."""
+    """`argv` with the flags of transformers 5. One warning lists the old flags, unless `quiet`."""
     translated: list[str] = []
     notes: list[str] = []
     for name, values in _grouped(argv):
@@ -43,7 +43,7 @@ def translate_old_flags(argv: list[str], *, quiet: bool = False) -> list[str]:
 
 
 def _grouped(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each flag's name, with underscores, and its values; words before the first have no name."""
+    """Name of each flag, with underscores, and its values; the name before the first flag is ""."""
     name = ""
     values: list[str] = []
     for word in argv:
@@ -59,7 +59,7 @@ def _grouped(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _translate(name: str, values: list[str]) -> tuple[list[str], str]:
-    """Flags to use for one flag, and what to tell about it ("" if it is current)."""
+    """Flags that replace one flag, and a note for the user ("" if it is current)."""
     if name in RENAMED:
         return [f"--{RENAMED[name]}", *values], f"now --{RENAMED[name]}"
     if name in WITHOUT_EFFECT:

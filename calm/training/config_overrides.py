@@ -1,9 +1,7 @@
-"""``config_overrides``: ``hidden_size=1024,num_mlp_layers=4`` to a freshly constructed
-configuration.
+"""The flag ``config_overrides``, such as ``hidden_size=1024,num_mlp_layers=4``.
 
-The published scripts patch a configuration in place, which leaves the fields that were derived from
-others stale (head_dim of the old width, key-value heads of the old number). Here a new one is
-constructed.
+The published scripts change a configuration in place. Fields that were derived from others then
+keep their old values (``head_dim``, ``num_key_value_heads``). Here a new configuration is built.
 """
 
 import dataclasses
@@ -51,14 +49,14 @@ def build_config(
     extras: Mapping[str, Any] = MappingProxyType({}),
     **fields: Any,
 ) -> Config:
-    """A new `config_class` with `overrides`, on top of `fields`, on top of `base`.
+    """A new `config_class`: `overrides` replace `fields`, which replace those of `base`.
 
     Args:
         config_class: a configuration whose annotated fields give the overrides their types.
         overrides: from `parse_overrides`.
-        base: where fields that nobody mentions come from; None for the defaults of the class.
-        extras: what the constructor takes besides its annotated fields, with the types.
-        fields: values known from elsewhere, such as the vocabulary of the tokenizer.
+        base: gives the other fields; None for the defaults of the class.
+        extras: fields that the constructor takes without an annotation, with their types.
+        fields: values that are known already, such as the vocabulary size.
 
     Raises:
         UserError: an unknown name (with close ones) or a value of the wrong type.
@@ -76,14 +74,14 @@ def build_config(
 
 
 def _field_types(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    """Annotations of the fields that describe the architecture, without bookkeeping."""
+    """Annotations of the fields that describe the architecture."""
     bookkeeping = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     fields = dataclasses.fields(config_class)
     return {field.name: field.type for field in fields if field.name not in bookkeeping}
 
 
 def _base_fields(base: PreTrainedConfig | None, replaced: typing.Collection[str]) -> dict[str, Any]:
-    """Fields of `base`, without those that must be derived anew from the `replaced` ones."""
+    """Fields of `base`, without those that have to be derived from the `replaced` ones again."""
     if base is None:
         return {}
     fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
@@ -96,7 +94,7 @@ def _base_fields(base: PreTrainedConfig | None, replaced: typing.Collection[str]
 
 
 def _convert(name: str, value: str, kind: Any) -> Any:
-    """`value` as the first option of the annotation `kind` that fits."""
+    """`value` as the first type of the annotation `kind` that it fits."""
     lowered = value.lower()
     for option in _options(kind):
         if option is type(None) and lowered in NONE:
@@ -116,7 +114,7 @@ def _convert(name: str, value: str, kind: Any) -> Any:
 
 
 def _options(kind: Any) -> list[Any]:
-    """Members of a union, None first and strings last, so that the narrowest one takes a value."""
+    """Members of a union, None first and strings last, so that a value gets the narrowest type."""
     is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     members = list(typing.get_args(kind)) if is_union else [kind]
     order = [type(None), bool, int, float]
