@@ -53,7 +53,7 @@ def expected_power(
     is_past = found.is_past_guard()
     if variance.device.type != "cpu":
         exact = _integrate(offset2, variance, exponent, scale, flags)
-        return GaussianTerm(*_select(is_past, exact, term)), found.r2  # type: ignore[arg-type] # None where the field may be None
+        return _select(is_past, exact, term), found.r2
     past = is_past.nonzero()[:, 0]
     if past.numel():
         exact = _integrate(offset2[past], variance[past], exponent, scale[past], flags)
@@ -63,14 +63,14 @@ def expected_power(
     return term, found.r2
 
 
-def _select(rows: Tensor, this: GaussianTerm, other: GaussianTerm) -> list[Tensor | None]:
+def _select(rows: Tensor, this: GaussianTerm, other: GaussianTerm) -> GaussianTerm:
     """Take `this` in the marked rows, `other` elsewhere."""
-    return [
+    return GaussianTerm._make(
         None
         if left is None or right is None
         else torch.where(rows.view(-1, *[1] * (left.dim() - 1)), left, right)
         for left, right in zip(this, other, strict=True)
-    ]
+    )
 
 
 def _integrate(
@@ -102,4 +102,4 @@ def _integrate(
 
     elements = num_nodes(variance.dtype) * width * (1 if can_share else num_samples)
     outputs = in_row_blocks(shared if can_share else apart, num_rows, elements)
-    return GaussianTerm(*outputs)  # type: ignore[arg-type] # None where the field may be None
+    return GaussianTerm._make(outputs)

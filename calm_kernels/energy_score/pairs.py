@@ -71,7 +71,7 @@ def between(
         return _by_matmul(*part) or _by_differences(*part)
 
     elements = (num_samples + num_targets) * max(num_samples, width)
-    return in_row_blocks(compute, x.shape[0], elements)  # type: ignore[return-value] # a tuple as `compute` returns it
+    return in_row_blocks(compute, x.shape[0], elements)
 
 
 def _by_differences(
@@ -105,7 +105,7 @@ def _by_differences(
                 dy[:, part] = -difference.mul_(slope[..., None]).sum(1)
         return total * scale[rows], dx, dy
 
-    return in_row_blocks(compute, x.shape[0], num_samples * block * width)  # type: ignore[return-value] # a tuple as `compute` returns it
+    return in_row_blocks(compute, x.shape[0], num_samples * block * width)
 
 
 def _by_matmul(

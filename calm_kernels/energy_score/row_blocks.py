@@ -1,6 +1,7 @@
 """Work on many rows in blocks whose intermediates stay in cache."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -12,10 +13,8 @@ WORKING_SET = 1 << 19
 Outputs = tuple[Tensor | None, ...]
 
 
-def in_row_blocks(
-    compute: Callable[[slice], Outputs], num_rows: int, elements_per_row: int
-) -> Outputs:
-    """`compute` of blocks of rows, its outputs ``[r, ...]`` joined along the rows.
+def in_row_blocks(compute: Callable[[slice], Outputs], num_rows: int, elements_per_row: int) -> Any:
+    """`compute` of blocks of rows: a tuple of its outputs ``[r, ...]``, joined along the rows.
 
     Args:
         compute: outputs of one slice; an output is None for every slice or for none.
