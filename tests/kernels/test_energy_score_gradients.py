@@ -120,10 +120,10 @@ class TestDegenerate:
         options = {"exponent": exponent, "targets": targets, "seed": 0}
         case = Case(case.samples, case.mean, log_std)
         score, _, _, _ = self.check(case, backend, dtype, **options)
-        distances = (case.samples - case.mean).norm(dim=-1)
-        # Distances to the target and between samples cancel: what is left is exact to one rounding
-        # of what was subtracted, whichever library sums.
-        rounding = torch.finfo(dtype).eps * float(distances.max() ** exponent)
+        # Twice the distance to the target and the distance between samples, about as large, cancel:
+        # the score is exact to one rounding of these two, whichever library sums.
+        longest = float((case.samples - case.mean).norm(dim=-1).max() ** exponent)
+        rounding = torch.finfo(dtype).eps * 2 * (2 * longest)
         point = energy_score(case.samples, case.mean[None], exponent=exponent, backend="reference")
         torch.testing.assert_close(score, point, rtol=3e-6, atol=max(1e-6, rounding))
         assert score[0] == 0
