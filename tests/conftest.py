@@ -17,3 +17,14 @@ def backend(request):
 def generator():
     """A generator of its own: a test's draws do not depend on which tests ran before."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Every new tensor starts as NaN (or the largest integer): an element not written shows."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(False)

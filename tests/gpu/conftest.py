@@ -1,6 +1,7 @@
 """Tests that need a GPU: skipped without one, run by `make test-gpu`.
 
-Fresh memory holds NaN, so an element that a kernel does not write cannot hide.
+Fresh memory holds NaN (or the largest integer), so an element that a kernel does not write cannot
+hide.
 """
 
 import os
@@ -23,11 +24,5 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every new tensor starts as NaN (or the largest integer)."""
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.use_deterministic_algorithms(False)
+def every_test_has_poisoned_memory(poisoned_memory):
+    """Fresh memory holds NaN."""

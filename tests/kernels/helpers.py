@@ -1,5 +1,7 @@
 """Comparison with a float64 truth, and what an operation allocates or keeps."""
 
+import mmap
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -9,6 +11,11 @@ from torch.utils._pytree import tree_leaves
 ROUNDING = {
     torch.float64: 1e-13, torch.float32: 5e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4
 }  # fmt: skip
+
+
+def sparse_memory(count, dtype):
+    """`count` elements of which only those that are written take memory, poisoned or not."""
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype)
 
 
 def relative_error(actual, truth):

@@ -1,7 +1,8 @@
 """The kernels in Triton's interpreter: collected only where TRITON_INTERPRET is set.
 
 Triton decides when a kernel is defined whether it is compiled or interpreted, so these tests need a
-process of their own: tests/kernels/test_triton_interpreter.py starts it.
+process of their own: tests/kernels/test_triton_interpreter.py starts it. Fresh memory holds NaN (or
+the largest integer), so an element that a kernel does not write cannot hide.
 """
 
 import sys
@@ -22,3 +23,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "tests/triton/" in item.path.as_posix():
             item.add_marker(pytest.mark.filterwarnings("ignore:Conversion of an array with ndim"))
+
+
+@pytest.fixture(autouse=True)
+def every_test_has_poisoned_memory(poisoned_memory):
+    """Fresh memory holds NaN."""

@@ -12,6 +12,7 @@ from energy_cases import (
     make_case,
     score_and_gradients,
 )
+from helpers import sparse_memory
 
 from calm_kernels import energy_score, gaussian_energy_score
 from calm_kernels.energy_score import analytic_kernels, direct_kernels, gram_kernels
@@ -213,9 +214,9 @@ def test_any_strides(generator):
 
 def far_apart(tensor, far=2**31):
     """The same numbers with 2^31 elements from one index of the first axis to the next, so that
-    offsets do not fit into 32 bits; untouched memory costs nothing.
+    offsets do not fit into 32 bits.
     """
-    memory = torch.empty((len(tensor) - 1) * far + tensor[0].numel(), dtype=tensor.dtype)
+    memory = sparse_memory((len(tensor) - 1) * far + tensor[0].numel(), tensor.dtype)
     spread = memory.as_strided(tensor.shape, (far, *tensor.contiguous().stride()[1:]))
     return spread.copy_(tensor)
 
