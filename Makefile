@@ -15,6 +15,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
+# Tests on every core, one thread each; threads of programs that they start sleep while they wait.
+PARALLEL := -n auto --dist worksteal --benchmark-disable
+TESTS = OMP_WAIT_POLICY=PASSIVE $(1)/bin/python -m pytest -q $(PARALLEL)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-oldest test-gpu lint format types check bench bench-gpu \
@@ -44,11 +47,11 @@ demo: $(READY) ## train, evaluate and sample a small CALM on two cores in minute
 	$(WAIT) $(BIN)/calm demo $(ARGS)
 
 test: lint types ## lint, types and all tests that need no GPU (under 20 minutes on two cores)
-	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+	$(call TESTS,$(VENV)) -m "not gpu" $(ARGS)
 
 test-oldest: ## the tests with the oldest supported torch, Triton and transformers, in .venv-oldest
 	$(MAKE) VENV=$(OLDEST) CONSTRAINTS=constraints-oldest.txt setup
-	$(OLDEST)/bin/python -m pytest -q -m "not gpu" $(ARGS)
+	$(call TESTS,$(OLDEST)) -m "not gpu" $(ARGS)
 
 test-gpu: $(READY) ## the compiled kernels at full size: parity, graphs, torch.compile
 	$(BIN)/python -m pytest -q tests/gpu $(ARGS)
@@ -66,7 +69,7 @@ types: $(READY) ## type-check both packages
 	$(BIN)/mypy
 
 check: lint types ## lint, types and the fast tests (under 5 minutes)
-	$(BIN)/python -m pytest -q -m "not gpu and not slow" $(ARGS)
+	$(call TESTS,$(VENV)) -m "not gpu and not slow" $(ARGS)
 
 bench: $(READY) ## benchmarks on this machine; parity is asserted before anything is timed
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only $(ARGS)
