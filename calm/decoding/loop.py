@@ -173,8 +173,8 @@ def _without_ended(
 def _check_finite(model: Any) -> None:
     """Raise `UserError` if a weight is not finite: the text alone may not show it."""
     names, weights = zip(*model.named_parameters(), strict=True)
-    largest = torch.stack([weight.abs().amax().to(torch.float32) for weight in weights])
-    is_finite = torch.isfinite(largest)
+    extremes = torch.stack([torch.stack(weight.aminmax()).float() for weight in weights])
+    is_finite = torch.isfinite(extremes).all(dim=1)
     if not is_finite.all():
         name = names[int(is_finite.to(torch.uint8).argmin())]
         raise UserError(
