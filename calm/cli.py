@@ -45,6 +45,7 @@ COMMANDS = {
     "plan": Command("calm.commands.plan", "parameter counts of a recipe or a checkpoint"),
     "eval": Command("calm.commands.evaluate", "BrierLM of a model on a text"),
     "generate": Command("calm.commands.generate", "continue a prompt", ""),
+    "verify": Command("calm.commands.verify", "whether a run's files are as they were written"),
     "experiment": Command("calm.commands.experiment", "study a trained model", "train,plot"),
 }
 # These parse their own flags, because the same programs run under torchrun.

@@ -38,6 +38,13 @@ ABOVE_MODELS = ("calm.evaluation", "calm.training", *ABOVE_TRAINING)
 FORBIDDEN = {
     "calm_kernels": ("calm", "transformers", "numpy", "einops"),
     "calm/errors.py": ("calm", "calm_kernels"),
+    "calm/integrity.py": (
+        "calm.layers",
+        "calm.data",
+        "calm.decoding",
+        "calm.models",
+        *ABOVE_MODELS,
+    ),
     "calm/labels.py": ("calm.layers", "calm.decoding", "calm.models", *ABOVE_MODELS),
     "calm/configuration.py": ("calm.layers", "calm.decoding", "calm.models", *ABOVE_MODELS),
     "calm/data": ("calm.decoding", "calm.models", *ABOVE_MODELS),

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from calm.errors import UserError
+from calm.integrity import check_finite
 
 __all__ = ["add_model_arguments", "load_model", "load_tokenizer_of", "read_config"]
 
@@ -91,6 +92,7 @@ def _load(model_class: Any, folder: Path, dtype: str) -> Any:
             f"{folder} lacks {len(missing)} weights that {model_class.__name__} needs, such as "
             f"{missing[0]}: it is damaged, or another kind of model"
         )
+    check_finite(model.named_parameters(), str(folder))
     return model
 
 

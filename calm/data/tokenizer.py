@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from calm.errors import UserError
 
 __all__ = [
+    "BPE_NAME",
     "BYTE_VOCAB_SIZE",
     "byte_tokenizer",
     "check_tokenizer",

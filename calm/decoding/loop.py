@@ -31,6 +31,7 @@ from calm.decoding.text.result import Generation, Times, assemble
 from calm.decoding.text.stopping import StopStrings, end_tokens
 from calm.decoding.text.transcript import Transcript
 from calm.errors import UserError
+from calm.integrity import check_finite
 from calm_kernels.noise import Seed
 
 __all__ = ["Request", "continue_prompts", "prepare"]
@@ -58,7 +59,7 @@ class Request:
 def continue_prompts(predictor: Predictor, request: Request) -> Generation:
     """Continue the prompts of a request; see `calm.decoding.generate`."""
     config, device = predictor.model.config, predictor.model.device
-    _check_finite(predictor.model)
+    check_finite(predictor.model.named_parameters(), "the model")
     prompts = PromptFormat(
         patch_size=predictor.patch_size,
         context=config.max_position_embeddings,
@@ -168,19 +169,6 @@ def _without_ended(
     if 2 * len(live) > len(rows):
         return state, rows
     return state.select(live), [rows[index] for index in live]
-
-
-def _check_finite(model: Any) -> None:
-    """Raise `UserError` if a weight is not finite: the text alone may not show it."""
-    names, weights = zip(*model.named_parameters(), strict=True)
-    extremes = torch.stack([torch.stack(weight.aminmax()).float() for weight in weights])
-    is_finite = torch.isfinite(extremes).all(dim=1)
-    if not is_finite.all():
-        name = names[int(is_finite.to(torch.uint8).argmin())]
-        raise UserError(
-            f"the model's weight {name} is not finite: the file is damaged or training diverged; "
-            "load an earlier checkpoint"
-        )
 
 
 def _is_captured(predictor: Predictor) -> bool:

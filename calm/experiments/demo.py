@@ -32,6 +32,7 @@ from calm.experiments.demo_report import (
 )
 from calm.experiments.demo_stages import train_stage
 from calm.labels import IGNORE_INDEX
+from calm.training.lock import locked
 from calm.training.precision import has_bfloat16_units
 from calm.training.recipe import Stage
 from calm.training.trainer import CALMTrainer
@@ -81,15 +82,15 @@ def run_demo(options: DemoOptions) -> DemoResults:
 
     Returns: what ``results.json`` holds.
     Raises:
-        UserError: the text or the recipe cannot be used.
+        UserError: the text or the recipe cannot be used, or another run writes to the folder.
     """
     folder = options.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    results = _train_and_score(options)
-    record = json.dumps(asdict(results), indent=1, ensure_ascii=False)
-    (folder / "results.json").write_text(record + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(to_markdown(results), encoding="utf-8")
-    plot_demo(results, folder / "curves.png")
+    with locked(folder):
+        results = _train_and_score(options)
+        record = json.dumps(asdict(results), indent=1, ensure_ascii=False)
+        (folder / "results.json").write_text(record + "\n", encoding="utf-8")
+        (folder / "report.md").write_text(to_markdown(results), encoding="utf-8")
+        plot_demo(results, folder / "curves.png")
     return results
 
 

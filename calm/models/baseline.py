@@ -1,5 +1,6 @@
 """The token-by-token baseline: a Llama language model whose loss never forms the logits."""
 
+import os
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from calm.decoding.engine.predictors import TokenPredictor
 from calm.decoding.mixin import DecodingMixin
 from calm.decoding.sampling.chunk_distribution import Method
 from calm.errors import UserError
+from calm.integrity import check_files
 from calm.models.backbone import Backbone
 from calm.models.initialization import initialize
 from calm_kernels.linear_cross_entropy import linear_cross_entropy
@@ -35,6 +37,14 @@ class BaselineTransformer(DecodingMixin, LlamaForCausalLM):  # type: ignore[misc
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override] # passes all arguments on
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers; raises `UserError` if files are not those that were saved."""
+        check_files(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedModel
 
+from calm.integrity import check_files
 from calm.models.initialization import initialize
 
 __all__ = ["CALMPreTrainedModel"]
@@ -36,7 +37,12 @@ class CALMPreTrainedModel(PreTrainedModel):
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers; the dtype is the file's unless ``dtype=`` says otherwise."""
+        """As in transformers; the dtype is the file's unless ``dtype=`` says otherwise.
+
+        Raises:
+            UserError: files of the folder are not those that were saved (`calm.integrity`).
+        """
+        check_files(pretrained_model_name_or_path)
         mapping = {**cls.aliases, **(key_mapping or {})}
         return super().from_pretrained(
             pretrained_model_name_or_path, *model_args, key_mapping=mapping or None, **kwargs

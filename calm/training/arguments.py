@@ -154,6 +154,9 @@ class CALMTrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = _flag(
         False, "Start afresh instead of resuming from the last good checkpoint in output_dir."
     )
+    allow_changes: bool = _flag(
+        False, "Resume with other settings than the checkpoint's, and record both."
+    )
 
     @property
     def folder(self) -> Path:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.errors import UserError
+from calm.integrity import check_finite
 from calm.training.arguments import ModelArguments
 from calm.training.config_overrides import build_config, parse_overrides
 
@@ -62,6 +63,7 @@ def load_pretrained(
             f"{argument}: {name!r} holds no {model_class.__name__}: {len(missing)} weights are "
             f"missing, among them {', '.join(missing[:3])}"
         )
+    check_finite(model.named_parameters(), f"{argument} ({name})")
     return model
 
 

@@ -1,80 +1,68 @@
-"""Checkpoints that are known to be whole.
+"""Checkpoints that are known to be whole (`calm.integrity`).
 
-A checkpoint is complete once it has a manifest: a list of its files and their sizes, written after
-all of them and moved into place in one step. A run that was killed, or whose disk filled up, leaves
-a folder without a manifest, or with files that do not match it. When the run resumes, such a folder
-is renamed, and the checkpoint before it is used.
+A checkpoint without a manifest, or whose files do not match it, is renamed when the run resumes,
+and the checkpoint before it is used. Only what a run has written is deleted, and no link is
+followed.
 """
 
-import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from calm.errors import UserError
+from calm.integrity import MANIFEST, MODEL_FILES, find_damage, write_manifest
 
 __all__ = [
-    "MANIFEST",
     "CheckpointCompletion",
+    "check_space",
     "check_usable",
+    "checkpoint_damage",
     "checkpoint_folders",
-    "damage",
     "discard_checkpoints",
+    "is_model_file",
     "last_good_checkpoint",
     "rotate_checkpoints",
-    "write_atomically",
-    "write_manifest",
 ]
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 FOLDER = re.compile(r"checkpoint-(\d+)")
 SET_ASIDE = "incomplete-"
 
+# What a run needs to go on: weights, the optimizer's state, the schedule's, the generators'.
+STATE_FILES = (
+    ("protocol.json",),
+    ("trainer_state.json",),
+    ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
+    ("scheduler.pt",),
+    ("rng_state*.pth",),
+)
+# Names that transformers, tokenizers and this package give to the files of a model.
+MODEL_NAMES = """
+config.json generation_config.json model*.safetensors model.safetensors.index.json protocol.json
+tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt chat_template.* spiece.model
+sentencepiece.bpe.model *_processor.json processor_config.json
+"""
+# Further names in a checkpoint.
+STATE_NAMES = """
+manifest.json .*.partial trainer_state.json training_args.bin optimizer.* optimizer_* scheduler.pt
+scaler.pt rng_state*.pth pytorch_model* global_step* latest zero_to_fp32.py adapter_*
+"""
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of this name belongs to a saved model, rather than to the state of a run."""
+    return any(fnmatch(name, pattern) for pattern in MODEL_NAMES.split())
 
 
-def write_manifest(folder: Path) -> None:
-    """Declare the checkpoint in `folder` complete, once its files have reached the disk."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
-            files[path.relative_to(folder).as_posix()] = path.stat().st_size
-    write_atomically(folder / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
-
-
-def damage(folder: Path) -> str | None:
-    """Why the checkpoint in `folder` cannot be used, or None if it is whole."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}: it was never finished"
-    except (ValueError, KeyError, TypeError):
-        return f"its {MANIFEST} is unreadable"
-    for name, size in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} holds {path.stat().st_size} bytes instead of {size}"
-    return None
+def checkpoint_damage(folder: Path) -> str | None:
+    """Why a run cannot go on from the checkpoint in `folder`, or None if it can."""
+    return find_damage(folder, (*MODEL_FILES, *STATE_FILES))
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
@@ -96,7 +84,7 @@ def last_good_checkpoint(output_dir: Path, *, set_aside: bool = True) -> Path | 
             for checkpoints.
     """
     for folder in reversed(checkpoint_folders(output_dir)):
-        reason = damage(folder)
+        reason = checkpoint_damage(folder)
         if reason is None:
             return folder
         logger.warning("skipping checkpoint %s: %s", folder, reason)
@@ -106,9 +94,11 @@ def last_good_checkpoint(output_dir: Path, *, set_aside: bool = True) -> Path | 
 
 
 def _set_aside(folder: Path) -> None:
-    target = folder.with_name(f"{SET_ASIDE}{folder.name}")
-    if target.exists():
-        shutil.rmtree(target)
+    """Rename `folder`; what was set aside under that name before gets a number."""
+    target, count = folder.with_name(f"{SET_ASIDE}{folder.name}"), 1
+    while target.exists() or target.is_symlink():
+        count += 1
+        target = folder.with_name(f"{SET_ASIDE}{folder.name}-{count}")
     folder.rename(target)
     logger.warning("set aside as %s; it can be deleted", target)
 
@@ -117,7 +107,7 @@ def check_usable(folder: Path) -> Path:
     """`folder` if it holds a whole checkpoint, for a checkpoint that the user named."""
     if not folder.is_dir():
         raise UserError(f"resume_from_checkpoint: there is no folder {folder}")
-    if reason := damage(folder):
+    if reason := checkpoint_damage(folder):
         raise UserError(f"resume_from_checkpoint: {folder} cannot be used: {reason}")
     return folder
 
@@ -131,21 +121,61 @@ def rotate_checkpoints(output_dir: Path, limit: int | None, best: str | None) ->
     if best is not None:
         protected.add(Path(best).name)
     surplus = len(folders) - max(limit, len(protected))
-    _delete(folders, surplus, lambda folder: folder.name not in protected)
+    free = [folder for folder in folders if folder.name not in protected]
+    for folder in free[: max(0, surplus)]:
+        if (reason := _not_ours(folder)) is None:
+            _delete(folder)
+        else:
+            logger.warning("keeping %s: %s", folder, reason)
 
 
 def discard_checkpoints(output_dir: Path) -> None:
-    """Delete all checkpoints of a run that is to start afresh."""
+    """Delete all checkpoints of a run that is to start afresh.
+
+    Raises:
+        UserError: a folder named like a checkpoint is a link, or holds what no run has written;
+            then nothing is deleted.
+    """
     folders = checkpoint_folders(output_dir)
-    _delete(folders, len(folders), lambda folder: True)
+    for folder in folders:
+        if reason := _not_ours(folder):
+            raise UserError(
+                f"overwrite_output_dir would delete {folder}, but {reason}; move it away, or "
+                "choose another output_dir"
+            )
+    for folder in folders:
+        _delete(folder)
 
 
-def _delete(folders: list[Path], count: int, is_free: Callable[[Path], bool]) -> None:
-    for folder in [folder for folder in folders if is_free(folder)][: max(0, count)]:
-        logger.info("deleting checkpoint %s", folder)
-        # The manifest goes first: a deletion cut short leaves nothing that looks whole.
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+def _not_ours(folder: Path) -> str | None:
+    """Why `folder` was not written by a run, or None if it was."""
+    if folder.is_symlink():
+        return "it is a link"
+    names = f"{MODEL_NAMES} {STATE_NAMES}".split()
+    for path in folder.iterdir():
+        is_known = any(fnmatch(path.name, pattern) for pattern in names)
+        if path.is_symlink() or not is_known:
+            return f"{path.name} in it was not written by a training run"
+    return None
+
+
+def _delete(folder: Path) -> None:
+    logger.info("deleting checkpoint %s", folder)
+    # The manifest goes first: a deletion cut short leaves nothing that looks whole.
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise `UserError` if the disk of `folder` has no `needed` bytes free."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        good = last_good_checkpoint(folder, set_aside=False)
+        raise UserError(
+            f"output_dir: no space left in {folder}: saving needs {needed / 1e6:,.1f} MB, "
+            f"{free / 1e6:,.1f} MB are free; the last good checkpoint is {good or 'none'}"
+        )
 
 
 class CheckpointCompletion(TrainerCallback):

@@ -3,8 +3,9 @@
 A job writes ``output_dir``: the final weights with configuration, tokenizer and ``protocol.json``
 (what `calm eval` and `calm generate` load), ``train_results.json``, ``eval_results.json``,
 ``trainer_state.json`` with the logs, and ``checkpoint-<step>`` folders. Started again with the same
-``output_dir``, it resumes from the last good checkpoint; ``--overwrite_output_dir`` starts afresh,
-``--resume_from_checkpoint <folder>`` chooses a checkpoint.
+``output_dir``, it resumes from the last good checkpoint if its settings are the same
+(`calm.training.resume`); ``--overwrite_output_dir`` starts afresh, ``--resume_from_checkpoint
+<folder>`` chooses a checkpoint. One job at a time may train in a folder.
 """
 
 import atexit
@@ -14,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import distributed
@@ -25,7 +27,9 @@ from calm.training.arguments import CALMTrainingArguments, JobArguments, parse_a
 from calm.training.building import weight_dtype
 from calm.training.checkpoints import check_usable, discard_checkpoints, last_good_checkpoint
 from calm.training.clock import UNBOUNDED_STEPS
+from calm.training.lock import locked
 from calm.training.recipe import Stage
+from calm.training.resume import Takeover, check_output_folder
 from calm.training.trainer import CALMTrainer
 from calm.training.training_text import BlockLayout, load_text, pack_text, protocol
 from calm_kernels.backend import set_backend
@@ -88,44 +92,70 @@ def run_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
     Raises:
         UserError: wrong data, models, checkpoints or settings; a loss that is not finite.
     """
-    trainer = prepare_job(arguments, build_model)
-    if trainer.args.do_train:
-        _train(trainer)
-    if trainer.args.do_eval:
-        _report(trainer, "eval", _last_evaluation(trainer) or trainer.evaluate())
+    args = arguments.training
+    check_output_folder(arguments)
+    is_writer = args.do_train and args.process_index == 0
+    with locked(args.folder) if is_writer else nullcontext():
+        checkpoint = None
+        if args.do_train:
+            with args.main_process_first(desc="looking for checkpoints"):
+                checkpoint = _resume_point(args)
+        trainer = prepare_job(arguments, build_model, checkpoint)
+        if args.do_train:
+            _train(trainer, checkpoint)
+        if args.do_eval:
+            _report(trainer, "eval", _last_evaluation(trainer) or trainer.evaluate())
     return trainer
 
 
-def prepare_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
-    """The trainer of a job, with model and blocks. Arguments and errors as for `run_job`."""
+def prepare_job(
+    arguments: JobArguments, build_model: BuildModel, checkpoint: Path | None = None
+) -> CALMTrainer:
+    """The trainer of a job, with model and blocks.
+
+    Args:
+        arguments: from `parse_arguments`.
+        build_model: makes or loads the model of the stage, given its tokenizer.
+        checkpoint: the whole checkpoint from which the job is to go on.
+
+    Raises:
+        UserError: as for `run_job`; settings that differ from the checkpoint's.
+    """
     args = arguments.training
     set_backend(args.backend)
     if args.max_train_seconds and args.max_steps <= 0:
         args.max_steps = UNBOUNDED_STEPS
     with args.main_process_first(desc="reading the text"):
-        text = load_text(arguments)
+        text = load_text(arguments, checkpoint)
     set_seed(args.seed)  # initial weights must not depend on draws made while reading the text
     model = build_model(arguments, text.tokenizer)
     if arguments.model.torch_dtype not in (None, "auto"):
         model.to(dtype=weight_dtype(arguments.model.torch_dtype))  # type: ignore[call-arg] # torch's signature is hidden
-    layout = BlockLayout.of(model)
     with args.main_process_first(desc="packing the text"):
-        blocks = pack_text(arguments, text, layout)
-    return CALMTrainer(
+        blocks = pack_text(arguments, text, BlockLayout.of(model))
+    record = protocol(arguments, text, blocks, model) if args.should_save or checkpoint else {}
+    trainer = CALMTrainer(
         model,
         args,
-        protocol=protocol(arguments, text, blocks, layout) if args.should_save else None,
+        protocol=record,
         tokens_per_character=getattr(blocks.train, "tokens_per_character", None),
         train_dataset=blocks.train,
         eval_dataset=blocks.validation,
         processing_class=text.tokenizer,
     )
+    if checkpoint is not None:
+        takeover = Takeover.check(checkpoint, record, model, allow_changes=args.allow_changes)
+        record["changes"] = takeover.record()
+        if takeover.changes:
+            logger.warning("from step %d on, %s", takeover.step, takeover)
+    return trainer
 
 
-def _train(trainer: CALMTrainer) -> None:
+def _train(trainer: CALMTrainer, checkpoint: Path | None) -> None:
     args = trainer.args
-    with args.main_process_first(desc="looking for checkpoints"):
-        checkpoint = _resume_point(args)
+    if args.overwrite_output_dir:
+        with args.main_process_first(desc="deleting checkpoints"):
+            discard_checkpoints(args.folder)
     if checkpoint is not None:
         logger.info("resuming from %s", checkpoint)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -157,7 +187,6 @@ def _resume_point(args: CALMTrainingArguments) -> Path | None:
     if args.overwrite_output_dir:
         if asked is not None:
             raise UserError("overwrite_output_dir and resume_from_checkpoint exclude each other")
-        discard_checkpoints(folder)
         return None
     if is_named:
         return check_usable(Path(str(asked)))

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from calm.errors import UserError
 
-__all__ = ["FiniteGuard", "NonFiniteLossError", "RunningMeans", "Throughput"]
+__all__ = ["ADVICE", "FiniteGuard", "NonFiniteLossError", "RunningMeans", "Throughput"]
+
+# What to do about a loss, gradient or weight that is not finite.
+ADVICE = (
+    "check that data, and go on with a smaller learning rate (--learning_rate X --allow_changes) "
+    "or start afresh with a longer warm-up"
+)
 
 Gather = Callable[[Tensor], Tensor]
 
@@ -131,7 +137,6 @@ class FiniteGuard:
 
     def _report(self, index: int, values: Tensor, last_good: object) -> str:
         kept = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint"
-        advice = "try a smaller learning rate or a longer warm-up, and check that data"
         if index < 0:
             return f"another process met a loss that is not finite; {kept}"
         event = self._events[index]
@@ -143,5 +148,5 @@ class FiniteGuard:
         return (
             f"{event.where} is {values[index].item()} in step {event.step}: learning rate "
             f"{event.learning_rate:.4g}, gradient norm {', '.join(norms) or 'not yet known'}; "
-            f"{kept}; {advice}"
+            f"{kept}; {ADVICE}"
         )

@@ -22,21 +22,24 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from calm.data.packing import collate
+from calm.integrity import find_non_finite, write_atomically, write_manifest
 from calm.training.arguments import CALMTrainingArguments
 from calm.training.checkpoints import (
     CheckpointCompletion,
+    check_space,
+    is_model_file,
     last_good_checkpoint,
-    write_atomically,
 )
 from calm.training.clock import TimedProgress, TrainingClock, timed_schedule
-from calm.training.metrics import FiniteGuard, RunningMeans, Throughput
+from calm.training.metrics import ADVICE, FiniteGuard, NonFiniteLossError, RunningMeans, Throughput
 from calm.training.muon import MuonAdamW
+from calm.training.resume import PROTOCOL, OwnSettings
 from calm.training.scoring import metrics_of, score_sequences
 from calm_kernels.noise import as_seed
 
-__all__ = ["PROTOCOL", "CALMTrainer"]
+__all__ = ["CALMTrainer"]
 
-PROTOCOL = "protocol.json"
+SLACK = 1 << 20  # bytes of a checkpoint beside weights and optimizer
 
 
 class CALMTrainer(Trainer):
@@ -73,6 +76,8 @@ class CALMTrainer(Trainer):
         super().__init__(model, args, compute_metrics=partial(metrics_of, model), **options)
         self.add_callback(CheckpointCompletion(limit))
         self.protocol = protocol or {}
+        self._optimizer_settings: list[dict[str, Any]] = []
+        self.add_callback(OwnSettings(self._optimizer_settings))
         self._first_step = 0
         self._takes_seed = "seed" in inspect.signature(model.forward).parameters
         self._means = RunningMeans()
@@ -101,7 +106,12 @@ class CALMTrainer(Trainer):
                 eps=self.args.adam_epsilon,
                 weight_decay=self.args.weight_decay,
             )
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        self._optimizer_settings[:] = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
+        return optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: Optimizer | None = None
@@ -254,9 +264,35 @@ class CALMTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights, configuration, tokenizer and protocol, all that other commands need."""
         self._check_finite()
+        self._check_weights()
+        folder = Path(output_dir or self.args.folder)
+        if self.args.should_save:
+            check_space(folder, self._bytes_to_save(with_state=_internal_call))
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.folder)
             # A pickle that names paths of this machine; the protocol holds the settings.
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             write_atomically(folder / PROTOCOL, json.dumps(self.protocol, indent=2) + "\n")
+            if not _internal_call:  # a checkpoint gets its manifest once its state is saved too
+                write_manifest(folder, is_model_file)
+
+    def _check_weights(self) -> None:
+        """Stop the run if an update left a weight that is not finite: no loss has seen it yet."""
+        name = find_non_finite(self.model.named_parameters())
+        flag = torch.full((1,), int(name is not None), device=self.args.device)
+        if self.accelerator.gather(flag).any():
+            good = last_good_checkpoint(self.args.folder, set_aside=False)
+            raise NonFiniteLossError(
+                f"weight {name or 'of another process'} is not finite after step "
+                f"{self.state.global_step}, nothing is saved; the last good checkpoint is "
+                f"{good or 'none'}; {ADVICE}"
+            )
+
+    def _bytes_to_save(self, *, with_state: bool) -> int:
+        """Size of the weights, and of the optimizer's state once there is one."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        if with_state and self.optimizer is not None and not self.args.save_only_model:
+            states: Any = self.optimizer.state.values()
+            values = [value for state in states for value in state.values()]
+            tensors += [value for value in values if isinstance(value, Tensor)]
+        return SLACK + sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -13,10 +13,12 @@ from calm.data.corpus import Corpus, Documents, load_corpus
 from calm.data.files import TEXT_KEY, expand_files
 from calm.data.packing import PackedBlocks, PackedStream, pack_documents
 from calm.data.tokenization import document_separator
-from calm.data.tokenizer import load_tokenizer, tokenizer_hash
+from calm.data.tokenizer import BPE_NAME, load_tokenizer, tokenizer_hash
 from calm.errors import UserError
+from calm.integrity import weights_hash
 from calm.training.arguments import NO_AUTOENCODER, JobArguments
 from calm.training.recipe import Stage
+from calm.training.resume import model_settings, read_protocol
 
 __all__ = ["BlockLayout", "Blocks", "Text", "load_text", "pack_text", "protocol"]
 
@@ -29,7 +31,7 @@ TOKENIZER_DOCUMENTS = 100_000
 RECORDED = """
 learning_rate muon_learning_rate lr_scheduler_type warmup_steps adam_beta1 adam_beta2 adam_epsilon
 weight_decay max_grad_norm per_device_train_batch_size gradient_accumulation_steps world_size
-max_steps num_train_epochs max_train_seconds bf16 fp16
+max_steps num_train_epochs max_train_seconds bf16 fp16 lr_scheduler_kwargs data_seed
 """
 
 Packed = PackedBlocks | PackedStream
@@ -64,8 +66,13 @@ class Blocks:
     validation: Packed | None
 
 
-def load_text(arguments: JobArguments) -> Text:
+def load_text(arguments: JobArguments, checkpoint: Path | None = None) -> Text:
     """Documents and tokenizer that `arguments` name.
+
+    Args:
+        arguments: of the job.
+        checkpoint: what the job takes over. ``bpe:<n>`` is then the tokenizer saved there: one
+            learned from the text again would give other ids as soon as the text has changed.
 
     Raises:
         UserError: see `load_corpus` and `load_tokenizer`; no text for what is to be done.
@@ -80,8 +87,9 @@ def load_text(arguments: JobArguments) -> Text:
             "validation_split_percentage above 0"
         )
     argument, name = _tokenizer_source(arguments)
+    is_saved = checkpoint is not None and read_protocol(checkpoint).get("tokenizer") == name
     tokenizer = load_tokenizer(
-        name,
+        str(checkpoint) if is_saved and BPE_NAME.fullmatch(name) else name,
         argument=argument,
         texts=_texts(corpus.train),
         add_pad_token=model.add_pad_token,
@@ -136,10 +144,14 @@ def pack_text(arguments: JobArguments, text: Text, layout: BlockLayout) -> Block
 
 
 def protocol(
-    arguments: JobArguments, text: Text, blocks: Blocks, layout: BlockLayout
+    arguments: JobArguments, text: Text, blocks: Blocks, model: PreTrainedModel
 ) -> dict[str, Any]:
-    """A record of the job to save beside the weights; it names files without their folders."""
-    training, data = arguments.training, arguments.data
+    """A record of the job to save beside the weights; it names files without their folders.
+
+    `calm.training.resume` compares it with the record of the run that a job takes over.
+    """
+    training, data, layout = arguments.training, arguments.data, BlockLayout.of(model)
+    autoencoder = getattr(model, "ae_model", None)
     return {
         "stage": arguments.stage.value,
         "block_size": arguments.block_size,
@@ -152,8 +164,12 @@ def protocol(
         "train_files": _file_names(data.train_file),
         "validation_files": _file_names(data.validation_file),
         "validation_split_percentage": data.validation_split_percentage,
-        "train": _describe(blocks.train),
-        "validation": _describe(blocks.validation),
+        "train": _describe(blocks.train, data.train_file, training.dataloader_num_workers),
+        "validation": _describe(blocks.validation, data.validation_file, 0),
+        "autoencoder": None if autoencoder is None else weights_hash(autoencoder),
+        "model": model_settings(model),
+        "weight_dtype": str(model.dtype).removeprefix("torch."),
+        "optimizer": "muon" if training.muon_learning_rate else str(training.optim),
         "seed": training.seed,
         "eval_seed": training.eval_seed,
         "eval_num_samples": training.eval_num_samples,
@@ -166,9 +182,12 @@ def _file_names(patterns: str | None) -> list[str] | None:
     return [Path(file).name for file in expand_files(patterns)] if patterns else None
 
 
-def _describe(blocks: Packed | None) -> dict[str, Any] | None:
-    if not isinstance(blocks, PackedBlocks):
-        return None if blocks is None else {"streaming": True}
+def _describe(blocks: Packed | None, patterns: str | None, workers: int) -> dict[str, Any] | None:
+    if blocks is None:
+        return None
+    if not isinstance(blocks, PackedBlocks):  # too long to be read for a hash
+        sizes = [Path(file).stat().st_size for file in expand_files(patterns)] if patterns else []
+        return {"streaming": True, "files": len(sizes), "bytes": sum(sizes), "workers": workers}
     return {
         "blocks": len(blocks),
         "tokens": blocks.num_tokens,

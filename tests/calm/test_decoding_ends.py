@@ -203,7 +203,7 @@ def test_damaged_weights_are_named(name):
     model = tiny_calm()
     with torch.no_grad():
         model.get_parameter(name).view(-1)[0] = float("nan")
-    with pytest.raises(UserError, match=f"the model's weight {name} is not finite"):
+    with pytest.raises(UserError, match=f"weight {name} of the model is not finite"):
         generate(model, prompt(1, 8), max_new_tokens=4)
 
 

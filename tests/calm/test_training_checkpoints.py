@@ -9,18 +9,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import xxhash
+from safetensors.torch import save_file
 from training_cases import MAIN, MODELS, flags, history, logs, make_trainer, train, write_corpus
 
 from calm.errors import UserError
+from calm.integrity import MANIFEST, write_manifest
 from calm.training.checkpoints import (
-    MANIFEST,
     check_usable,
+    checkpoint_damage,
     checkpoint_folders,
-    damage,
     discard_checkpoints,
     last_good_checkpoint,
     rotate_checkpoints,
-    write_manifest,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,9 +30,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def make_checkpoint(run, step, *, finished=True):
     folder = run / f"checkpoint-{step}"
-    (folder / "nested").mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(b"w" * 100)
-    (folder / "nested" / "optimizer.pt").write_bytes(b"o" * 50)
+    folder.mkdir(parents=True)
+    save_file({"weight": torch.arange(25.0)}, folder / "model.safetensors")
+    for name in ("config.json", "protocol.json", "trainer_state.json"):
+        (folder / name).write_text("{}")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": torch.zeros(9)}, folder / name)
     if finished:
         write_manifest(folder)
     return folder
@@ -40,34 +45,99 @@ def names(run):
     return sorted(folder.name for folder in run.iterdir())
 
 
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def listed_anew(harm):
+    """Damage that the manifest matches: the files were bad before it was written."""
+
+    def act(folder):
+        harm(folder)
+        write_manifest(folder)
+
+    return act
+
+
+HARMS = {
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "never finished"),
+    "cut manifest": (lambda folder: (folder / MANIFEST).write_text('{"files": {'), "unreadable"),
+    "odd manifest": (lambda folder: (folder / MANIFEST).write_text("[]"), "unreadable"),
+    "empty list": (
+        lambda folder: (folder / MANIFEST).write_text('{"files": {}}'),
+        "lists no config.json",
+    ),
+    "a path outside": (
+        lambda folder: (folder / MANIFEST).write_text('{"files": {"../x": 1}}'),
+        "outside the folder",
+    ),
+    "missing file": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "model.safetensors is missing",
+    ),
+    "cut file": (
+        lambda folder: os.truncate(folder / "optimizer.pt", 20),
+        "optimizer.pt holds 20 bytes instead of",
+    ),
+    "one bit of the weights": (
+        lambda folder: flip_a_bit(folder / "model.safetensors"),
+        "the bytes of model.safetensors are not those that were written",
+    ),
+    "one bit of the state": (
+        lambda folder: flip_a_bit(folder / "trainer_state.json"),
+        "the bytes of trainer_state.json",
+    ),
+    "no optimizer, listed so": (
+        listed_anew(lambda folder: (folder / "optimizer.pt").unlink()),
+        "lists no optimizer.pt",
+    ),
+    "no schedule, listed so": (
+        listed_anew(lambda folder: (folder / "scheduler.pt").unlink()),
+        "lists no scheduler.pt",
+    ),
+    "zeros, listed so": (
+        listed_anew(lambda folder: (folder / "optimizer.pt").write_bytes(bytes(100))),
+        "optimizer.pt cannot be read",
+    ),
+    "empty weights, listed so": (
+        listed_anew(lambda folder: (folder / "model.safetensors").write_bytes(b"")),
+        "model.safetensors cannot be read",
+    ),
+}
+
+
 class TestManifest:
     def test_a_finished_checkpoint_is_whole(self, tmp_path):
         folder = make_checkpoint(tmp_path, 10)
-        assert damage(folder) is None
+        assert checkpoint_damage(folder) is None
         listed = json.loads((folder / MANIFEST).read_text())["files"]
-        assert listed == {"model.safetensors": 100, "nested/optimizer.pt": 50}
+        assert listed.keys() == {*names(folder)} - {MANIFEST}
+        assert listed["config.json"] == {"size": 2, "xxh3_128": xxhash.xxh3_128(b"{}").hexdigest()}
 
-    @pytest.mark.parametrize(
-        ("harm", "reason"),
-        [
-            (lambda folder: (folder / MANIFEST).unlink(), "never finished"),
-            (lambda folder: (folder / MANIFEST).write_text('{"files": {'), "unreadable"),
-            (lambda folder: (folder / MANIFEST).write_text("[]"), "unreadable"),
-            (
-                lambda folder: (folder / "model.safetensors").unlink(),
-                "model.safetensors is missing",
-            ),
-            (
-                lambda folder: os.truncate(folder / "nested" / "optimizer.pt", 20),
-                "nested/optimizer.pt holds 20 bytes instead of 50",
-            ),
-        ],
-        ids=["no manifest", "cut manifest", "odd manifest", "missing file", "cut file"],
-    )
-    def test_damage_is_found_set_aside_and_skipped(self, tmp_path, caplog, harm, reason):
+    def test_a_manifest_of_sizes_alone_still_counts(self, tmp_path):
+        """As an earlier version wrote it."""
+        folder = make_checkpoint(tmp_path, 10)
+        listed = json.loads((folder / MANIFEST).read_text())["files"]
+        sizes = {name: entry["size"] for name, entry in listed.items()}
+        (folder / MANIFEST).write_text(json.dumps({"files": sizes}))
+        assert checkpoint_damage(folder) is None
+        os.truncate(folder / "optimizer.pt", 20)
+        assert "optimizer.pt holds 20 bytes" in checkpoint_damage(folder)
+
+    def test_all_files_get_the_same_mode(self, tmp_path):
+        folder = make_checkpoint(tmp_path, 10, finished=False)
+        (folder / "optimizer.pt").chmod(0o600)
+        write_manifest(folder)
+        assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+    @pytest.mark.parametrize("name", HARMS)
+    def test_damage_is_found_set_aside_and_skipped(self, tmp_path, caplog, name):
+        harm, reason = HARMS[name]
         good, bad = make_checkpoint(tmp_path, 9), make_checkpoint(tmp_path, 10)
         harm(bad)
-        assert reason in damage(bad)
+        assert reason in checkpoint_damage(bad)
         with pytest.raises(UserError, match="checkpoint-10 cannot be used"):
             check_usable(bad)
         assert last_good_checkpoint(tmp_path, set_aside=False) == good
@@ -79,8 +149,9 @@ class TestManifest:
     def test_nothing_whole(self, tmp_path):
         make_checkpoint(tmp_path, 1, finished=False)
         assert last_good_checkpoint(tmp_path) is None
-        make_checkpoint(tmp_path, 1, finished=False)  # again, with the first one set aside
+        make_checkpoint(tmp_path, 1, finished=False)  # again: what was set aside stays
         assert last_good_checkpoint(tmp_path) is None
+        assert names(tmp_path) == ["incomplete-checkpoint-1", "incomplete-checkpoint-1-2"]
         assert last_good_checkpoint(tmp_path / "nowhere") is None
 
     def test_order_is_that_of_the_steps(self, tmp_path):
@@ -164,6 +235,34 @@ class TestRotation:
         (tmp_path / "notes.txt").write_text("mine")
         discard_checkpoints(tmp_path)
         assert names(tmp_path) == ["notes.txt"]
+
+    def test_only_what_a_run_wrote_is_deleted(self, tmp_path):
+        """A link, or a file of the user's, in any checkpoint: nothing is touched."""
+        run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+        make_checkpoint(run, 1)
+        make_checkpoint(elsewhere, 2)
+        (run / "checkpoint-2").symlink_to(elsewhere / "checkpoint-2")
+        with pytest.raises(UserError, match=r"would delete .*checkpoint-2, but it is a link"):
+            discard_checkpoints(run)
+        (run / "checkpoint-2").unlink()
+        (run / "checkpoint-2").mkdir()
+        (run / "checkpoint-2" / "thesis.tex").write_text("mine")
+        with pytest.raises(UserError, match=r"thesis\.tex in it was not written by a training run"):
+            discard_checkpoints(run)
+        assert names(run) == ["checkpoint-1", "checkpoint-2"]
+        assert checkpoint_damage(elsewhere / "checkpoint-2") is None
+
+    def test_rotation_follows_no_link(self, tmp_path, caplog):
+        run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+        make_checkpoint(elsewhere, 1)
+        run.mkdir()
+        (run / "checkpoint-1").symlink_to(elsewhere / "checkpoint-1")
+        for step in (2, 3):
+            make_checkpoint(run, step)
+        rotate_checkpoints(run, 1, None)
+        assert names(run) == ["checkpoint-1", "checkpoint-3"]
+        assert checkpoint_damage(elsewhere / "checkpoint-1") is None
+        assert "keeping" in caplog.text and "it is a link" in caplog.text
 
 
 RESUME = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.05,

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -67,6 +68,24 @@ def test_two_processes_are_one_run_with_twice_the_batch(tmp_path, extra):
         "checkpoint-4",
     ]
     assert (single / "checkpoint-4" / "rng_state_1.pth").is_file()
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_in_one(tmp_path):
+    """The same four sequences a step, cut otherwise: the same losses over the next 20 steps."""
+    text = write_corpus(tmp_path)
+    common = ("--max_train_samples=16", "--save_steps=4", "--max_steps=24")
+    words = flags(tmp_path, "autoencoder", *common, text=text)
+    status, errors = launch("train_autoencoder", words)
+    assert status == 0, errors
+    folder = tmp_path / "autoencoder"
+    expected = logs(folder)
+    for checkpoint in checkpoint_folders(folder)[1:]:
+        shutil.rmtree(checkpoint)
+    assert MAIN["autoencoder"]([*words, "--gradient_accumulation_steps=2"]) == 0
+    assert logs(folder) == pytest.approx(expected, rel=1e-6)
+    odd = [*words, "--per_device_train_batch_size=3", "--max_steps=30"]
+    assert MAIN["autoencoder"](odd) == 2
 
 
 @pytest.mark.slow

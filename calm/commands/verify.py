@@ -1,0 +1,54 @@
+"""`calm verify`: whether the files of a run or a model are those that were written."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from calm.errors import UserError
+
+__all__ = ["EXAMPLES", "add_arguments", "run"]
+
+EXAMPLES = """\
+  calm verify runs/calm                  the model and every checkpoint of a run
+  calm verify runs/calm/checkpoint-500   one checkpoint
+
+Compares sizes and hashes with manifest.json, which is written with the weights, and looks for
+weights that are not finite. The exit status is 1 if anything is damaged. Nothing is changed.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the subcommand."""
+    parser.add_argument("folder", metavar="FOLDER", help="of a run, a checkpoint or a model")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a line for each set of weights; 1 if any is damaged."""
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; FOLDER takes that of a run, a checkpoint or a model")
+    found = dict(_examine(folder))
+    if not found:
+        raise UserError(f"{folder} holds neither a model nor a checkpoint of a training run")
+    width = max(len(str(path)) for path in found)
+    for path, reason in found.items():
+        print(f"{path!s:{width}}  {'damaged: ' + reason if reason else 'whole'}")
+    return int(any(found.values()))
+
+
+def _examine(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """Every set of weights in `folder`, with what is wrong with it."""
+    from calm.integrity import MANIFEST, find_damage, find_non_finite, saved_weights
+    from calm.training.checkpoints import FOLDER, checkpoint_damage, checkpoint_folders
+
+    is_checkpoint = FOLDER.fullmatch(folder.resolve().name)
+    checks = dict.fromkeys(checkpoint_folders(folder), checkpoint_damage)
+    if is_checkpoint:
+        checks[folder] = checkpoint_damage
+    elif (folder / MANIFEST).is_file() or any(folder.glob("*.safetensors")):
+        checks[folder] = find_damage
+    for path, check in checks.items():
+        reason = check(path)
+        if reason is None and (name := find_non_finite(saved_weights(path))):
+            reason = f"weight {name} is not finite"
+        yield path, reason

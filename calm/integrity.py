@@ -1,0 +1,222 @@
+"""Files that are known to be those that were written.
+
+A folder of weights is complete once it has a manifest: its files with their sizes and hashes,
+written after all of them and moved into place in one step. A run that was killed, or whose disk
+filled up, leaves no manifest, or one that the files do not match. A changed bit changes the hash.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from calm.errors import UserError
+
+__all__ = [
+    "MANIFEST",
+    "check_files",
+    "check_finite",
+    "find_damage",
+    "find_non_finite",
+    "saved_shapes",
+    "saved_weights",
+    "weights_hash",
+    "write_atomically",
+    "write_manifest",
+]
+
+MANIFEST = "manifest.json"
+BLOCK = 1 << 22  # bytes hashed at a time
+
+# Any one of the patterns in a row will do: weights whole or in shards, by transformers or FSDP.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model_fsdp*")
+MODEL_FILES = (("config.json",), WEIGHTS)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, path)
+
+
+def _hash(path: Path) -> str:
+    """XXH3 of a file, 128 bits in hexadecimal: fast, and no defence against an attacker."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as handle:
+        while block := handle.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, is_listed: Callable[[str], bool] | None = None) -> None:
+    """Declare the files in `folder` complete, once they have reached the disk.
+
+    All files get the same permissions, those that the umask allows.
+
+    Args:
+        folder: of a checkpoint or a model.
+        is_listed: which names belong to it; None for all files in it, those in subfolders too.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    files = {}
+    for path in sorted(folder.rglob("*") if is_listed is None else folder.iterdir()):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or name == MANIFEST or (is_listed and not is_listed(name)):
+            continue
+        path.chmod(0o666 & ~umask)
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+        files[name] = {"size": path.stat().st_size, "xxh3_128": _hash(path)}
+    write_atomically(folder / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+
+
+def find_damage(folder: Path, required: Iterable[tuple[str, ...]] = MODEL_FILES) -> str | None:
+    """Why the files in `folder` cannot be used, or None if all are those that were written.
+
+    Args:
+        folder: of a checkpoint or a model.
+        required: tuples of file name patterns; a file of each tuple must be listed.
+    """
+    try:
+        files = _read_manifest(folder)
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}: it was never finished"
+    except (OSError, ValueError) as error:
+        return f"its {MANIFEST} is unreadable ({error})"
+    for patterns in required:
+        if not any(fnmatch(name, pattern) for name in files for pattern in patterns):
+            return f"its {MANIFEST} lists no {patterns[0]}"
+    for name, entry in files.items():
+        if reason := _mismatch(folder / name, name, entry) or _unreadable(folder / name, name):
+            return reason
+    return None
+
+
+def check_files(folder: str | os.PathLike[str] | None) -> None:
+    """Raise `UserError` if files in `folder` are not those that its manifest lists.
+
+    A folder without a manifest passes: other programs write none. So does a listed file that is
+    gone, since a model can be loaded without the optimizer of its checkpoint.
+    """
+    path = Path(str(folder))
+    if folder is None or not (path / MANIFEST).is_file():
+        return
+    try:
+        files = _read_manifest(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / MANIFEST} is unreadable ({error}): {_advice(path)}") from error
+    for name, entry in files.items():
+        if (path / name).exists() and (reason := _mismatch(path / name, name, entry)):
+            raise UserError(f"{path} is damaged: {reason}: {_advice(path)}")
+
+
+def _advice(folder: Path) -> str:
+    return f"take another copy, or delete {folder / MANIFEST} if you changed the files yourself"
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Names and entries; an entry of an older version is the size alone."""
+    content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict):
+        raise ValueError('no mapping "files" in it')
+    entries = {}
+    for name, entry in files.items():
+        entry = {"size": entry} if isinstance(entry, int) else entry
+        if not isinstance(entry, dict) or not isinstance(entry.get("size"), int):
+            raise ValueError(f"no size of {name}")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{name!r} lies outside the folder")
+        entries[name] = entry
+    return entries
+
+
+def _mismatch(path: Path, name: str, entry: dict[str, Any]) -> str | None:
+    """How the file differs from its entry in the manifest, or None."""
+    if not path.is_file():
+        return f"{name} is missing"
+    if (size := path.stat().st_size) != entry["size"]:
+        return f"{name} holds {size} bytes instead of {entry['size']}"
+    if "xxh3_128" in entry and _hash(path) != entry["xxh3_128"]:
+        return f"the bytes of {name} are not those that were written"
+    return None
+
+
+def _unreadable(path: Path, name: str) -> str | None:
+    """Why the file cannot be opened, although it is as it was written, or None."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as weights:
+                weights.keys()
+        elif path.suffix in (".pt", ".pth", ".bin"):
+            with zipfile.ZipFile(path):
+                pass
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        return f"{name} cannot be read ({error})"
+    return None
+
+
+def find_non_finite(weights: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first weight that holds an infinity or NaN, or None. Copies no weight."""
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, weight in weights:
+        weight = getattr(weight, "to_local", lambda weight=weight: weight)()
+        if weight.numel() and (weight.is_floating_point() or weight.is_complex()):
+            by_device.setdefault(weight.device, []).append((name, weight.detach()))
+    for named in by_device.values():
+        extremes = torch.stack([torch.stack(weight.aminmax()).float() for _, weight in named])
+        is_finite = torch.isfinite(extremes).all(dim=1)
+        if not is_finite.all():
+            return named[int(is_finite.to(torch.uint8).argmin())][0]
+    return None
+
+
+def check_finite(weights: Iterable[tuple[str, Tensor]], owner: str) -> None:
+    """Raise `UserError` if a weight of `owner` is not finite."""
+    if name := find_non_finite(weights):
+        raise UserError(
+            f"weight {name} of {owner} is not finite: the file is damaged or training diverged; "
+            "load an earlier checkpoint"
+        )
+
+
+def weights_hash(model: nn.Module) -> str:
+    """XXH3 of the weights of `model`, 128 bits in hexadecimal, by their names in order."""
+    digest = xxhash.xxh3_128()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def saved_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of all safetensors files in `folder`, one in memory at a time."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 # not a mapping
+                yield name, weights.get_tensor(name)
+
+
+def saved_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of all weights in `folder`, from the files' headers."""
+    shapes = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 # not a mapping
+                shapes[name] = list(weights.get_slice(name).get_shape())
+    return shapes
