@@ -1,0 +1,24 @@
+"""A few cases of each part of `python -m tests.faults`; all of them are run by hand."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("part", ["kills", "damage", "contract", "disk"])
+def test_a_few_faults(part):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults", part, "--count=2"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\n0 cases went wrong" in done.stdout and f"{part}: " in done.stdout
