@@ -39,7 +39,7 @@ class BaselineTransformer(DecodingMixin, LlamaForCausalLM):  # type: ignore[misc
         self.post_init()
 
     @classmethod
-    def from_pretrained(  # type: ignore[override] # passes all arguments on
+    def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
         """As in transformers; raises `UserError` if files are not those that were saved."""
