@@ -138,6 +138,7 @@ def analytic_kernel(
             gradient = pair_scale * pull - slope
             store_samples(out_ptr, gradient, sample, feature, NUM_SAMPLES, WIDTH)
 
+    max_r2 = tl.where(fidelity == fidelity, max_r2, fidelity)  # a maximum skips NaN
     store_terms(
         terms_ptr, row, num_rows, target_scale * fidelity, pair_scale / 2 * diversity, max_r2
     )

@@ -40,7 +40,7 @@ class _StoredGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Outputs:
-        refuse_second_derivative("the energy score")
+        refuse_second_derivative("the energy score", advice="")
         scaled: list[Tensor | None] = []
         for gradient, like in zip(ctx.saved_tensors, ctx.like, strict=True):
             if gradient is None:

@@ -193,7 +193,7 @@ def _scale_gradients(ctx: Any, dterms: Tensor, *_: Tensor) -> Gradients:
     """Stored gradients ``[R, ...]`` times upstream ``[R]``, with draws as the first axis; None
     where no gradient was stored.
     """
-    refuse_second_derivative("the energy score")
+    refuse_second_derivative("the energy score", advice="")
     scaled: list[Tensor | None] = []
     for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
         if gradient.dim() == 1:

@@ -95,9 +95,9 @@ def _load_std(
 
 
 @triton.jit
-def _operand(x, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """A matmul's operand, rounded to nearest: tensor cores cut float32 off at 10 bits, a bias that
-    no average removes.
+def _rounded(x, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """A number as a matmul's operand, rounded to nearest: tensor cores cut float32 off at 10 bits,
+    a bias that no average removes.
     """
     if PRECISION == "tf32":
         bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
@@ -105,6 +105,12 @@ def _operand(x, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     else:
         result = x.to(DOT_DTYPE)
     return result
+
+
+@triton.jit
+def _operand(x, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """As `_rounded`, and NaN stays NaN: adding to the bits of a GPU's NaN would carry into a 0."""
+    return tl.where(x == x, _rounded(x, DOT_DTYPE, PRECISION), x.to(DOT_DTYPE))
 
 
 @triton.jit
@@ -189,8 +195,8 @@ def _sum_draws(
         rounded = ()
         squared = ()
         for k in tl.static_range(8):
-            rounded = rounded + (_operand(noise[k], DOT_DTYPE, PRECISION),)
-            squared = squared + (_operand(noise[k] * noise[k], DOT_DTYPE, PRECISION),)
+            rounded = rounded + (_rounded(noise[k], DOT_DTYPE, PRECISION),)
+            squared = squared + (_rounded(noise[k] * noise[k], DOT_DTYPE, PRECISION),)
             cross = tl.dot(
                 tl.trans(rounded[k]), tl.trans(scaled[k]), cross, input_precision=PRECISION
             )

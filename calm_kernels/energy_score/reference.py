@@ -2,7 +2,8 @@
 
 It defines correctness for every other backend and is the "published formula" of the benchmarks:
 drawn targets are broadcast against samples, ``[N, M, R, L]``, as the published code does. The one
-departure is the gradient of |v|^α at v = 0: zero here, NaN for α < 1 in the published code.
+departure is the gradient of |v|^α at v = 0: zero here, NaN for α < 1 in the published code. The
+second derivative would be NaN there, so it is refused, as on the other backends.
 
 Shapes: samples ``[N, R, L]``, targets ``[M, R, L]``, mean and log_std ``[R, L]``, R positions.
 """
@@ -11,6 +12,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from calm_kernels.autograd import once_differentiable
 
 __all__ = [
     "energy_score_reference",
@@ -22,8 +25,8 @@ NODES = 400
 
 
 def power(distance: Tensor, exponent: float) -> Tensor:
-    """distance^α with gradient 0 at distance 0, for every α in (0, 2)."""
-    is_apart = distance > 0
+    """distance^α with gradient 0 at distance 0, for every α in (0, 2); NaN stays NaN."""
+    is_apart = distance != 0
     return torch.where(is_apart, distance, 1.0).pow(exponent) * is_apart
 
 
@@ -50,7 +53,8 @@ def energy_score_reference(
     """Score ``[R]`` of samples against given targets."""
     samples, targets = without_masked(weight, samples, targets)
     score = diversity(samples, exponent) - fidelity(samples, targets, exponent)
-    return score if weight is None else weight * score
+    score = score if weight is None else weight * score
+    return once_differentiable(score, "the energy score")
 
 
 def gaussian_energy_score_reference(
@@ -80,7 +84,7 @@ def gaussian_energy_score_reference(
     if weight is not None:
         near, apart = weight * near, weight * apart
         max_r2 = None if max_r2 is None else max_r2.masked_fill(weight == 0, 0)
-    return apart - near, near, apart, max_r2
+    return once_differentiable(apart - near, "the energy score"), near, apart, max_r2
 
 
 def without_masked(weight: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -93,10 +97,15 @@ def without_masked(weight: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]
 
 
 def relative_variance(samples: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Largest r2 = Var|v|² / (E|v|²)² of a position's v_n ~ N(x_n - mean, std²), ``[R]``."""
+    """Largest r2 = Var|v|² / (E|v|²)² of a position's v_n ~ N(x_n - mean, std²), ``[R]``.
+
+    It is 0 where v = 0.
+    """
     variance, offset2 = std.square(), (samples - mean).square()
-    second = (2 * variance * (variance + 2 * offset2)).sum(-1)
-    return (second / (variance + offset2).sum(-1).square()).nan_to_num(0.0).amax(0)
+    mean_square = (variance + offset2).sum(-1, keepdim=True)
+    mean_square = torch.where(mean_square == 0, 1.0, mean_square)
+    variance, offset2 = variance / mean_square, offset2 / mean_square  # squares stay in range
+    return (2 * variance * (variance + 2 * offset2)).sum(-1).amax(0)
 
 
 def expected_distance_reference(offset: Tensor, std: Tensor, exponent: float) -> Tensor:

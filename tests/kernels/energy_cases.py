@@ -50,6 +50,37 @@ def score_and_gradients(case, backend, **options):
     return differentiate(gaussian_energy_score(*case, backend=backend, **options), case)
 
 
+def assert_nan_shows(case, poisoned, backend, **options):
+    """One NaN in an input of the first patch: its score, terms and gradients are NaN, others stay.
+
+    Args:
+        case: two patches.
+        poisoned: the input that gets the NaN: samples, mean, log_std, noise or weight.
+        backend: to test.
+        options: of `gaussian_energy_score`.
+    """
+    case, options = case.to(torch.float32), {"num_targets": 4, "seed": 2, **options}
+    expected = gaussian_energy_score(*case, backend=backend, **options)
+    inputs = {
+        **case._asdict(),
+        "noise": options.get("target_noise"),
+        "weight": options.get("weight"),
+    }
+    changed = {**inputs, poisoned: inputs[poisoned].clone()}
+    changed[poisoned][(0,) if poisoned == "weight" else (..., 0, 3)] = float("nan")
+    options |= {"target_noise": changed["noise"], "weight": changed["weight"]}
+    case = Case(*(changed[name] for name in Case._fields)).to(torch.float32, True)
+    options["return_diagnostics"] = True
+    score, terms = gaussian_energy_score(*case, backend=backend, **options)
+    assert score[0].isnan()
+    torch.testing.assert_close(score[1], expected[1])
+    assert terms.fidelity[0].isnan() and terms.fidelity[1].isfinite()
+    if terms.max_r2 is not None and poisoned != "weight":
+        assert terms.max_r2[0].isnan() and terms.max_r2[1].isfinite()
+    for gradient in torch.autograd.grad(score.sum(), case):
+        assert gradient[..., 0, :].isnan().all() and gradient[..., 1, :].isfinite().all()
+
+
 def assert_as_reference(actual, expected, dtype, tolerances=None):
     """Score and gradients are as close to the float64 reference as `dtype` allows."""
     score_tolerance, gradient_tolerance = tolerances or TOLERANCES[dtype]

@@ -50,11 +50,19 @@ def test_gradcheck_expected_distance(exponent, method, generator):
     )
 
 
-def test_differentiable_once(generator):
+@pytest.mark.parametrize("targets", ["analytic", "sample"])
+def test_differentiable_once(targets, backend, generator):
     case = make_case(3, (2,), 8, generator).to(torch.float64, True)
-    score = gaussian_energy_score(*case, backend="torch").sum()
-    with pytest.raises(RuntimeError, match="differentiable once"):
+    score = gaussian_energy_score(*case, targets=targets, seed=0, backend=backend).sum()
+    with pytest.raises(RuntimeError, match="the energy score is differentiable once"):
         torch.autograd.grad(score, case.samples, create_graph=True)
+
+
+def test_differentiable_once_in_given_targets(backend, generator):
+    points = [torch.randn(n, 2, 8, generator=generator).requires_grad_() for n in (3, 4)]
+    score = energy_score(*points, backend=backend).sum()
+    with pytest.raises(RuntimeError, match="the energy score is differentiable once"):
+        torch.autograd.grad(score, points, create_graph=True)
 
 
 def test_backward_twice_over_one_graph(backend, generator):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from energy_cases import EXPONENTS, Case, make_case, score_and_gradients
+from energy_cases import EXPONENTS, Case, assert_nan_shows, make_case, score_and_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm_kernels.energy_score import energy_score, gaussian_energy_score, row_blocks
@@ -193,6 +193,30 @@ class TestWeight:
         options = {"targets": targets, "target_noise": noise, "weight": weight}
         outputs = score_and_gradients(case.to(torch.float32, True), backend, **options)
         assert all(torch.isfinite(value).all() for value in outputs)
+
+
+@pytest.mark.parametrize("poisoned", ["samples", "mean", "log_std", "weight"])
+@pytest.mark.parametrize("width", [5, 64])
+@targets_kinds
+def test_nan_shows(targets, width, poisoned, backend, generator):
+    case = make_case(3, (2,), width, generator)
+    assert_nan_shows(case, poisoned, backend, targets=targets, weight=torch.tensor([2.0, 0.5]))
+
+
+@pytest.mark.parametrize("width", [5, 64])
+def test_nan_in_given_noise_shows(width, backend, generator):
+    noise = torch.randn(4, 2, width, generator=generator)
+    case = make_case(3, (2,), width, generator)
+    assert_nan_shows(case, "noise", backend, target_noise=noise)
+
+
+def test_nan_in_given_targets_shows(backend, generator):
+    samples, targets = (torch.randn(n, 3, 8, generator=generator) for n in (4, 2))
+    expected = energy_score(samples, targets, backend=backend)
+    targets[:, 0] = float("nan")
+    samples[1, 1, 2] = float("nan")
+    actual = energy_score(samples, targets, backend=backend)
+    assert actual[:2].isnan().all() and torch.equal(actual[2], expected[2])
 
 
 def test_weight_of_given_targets(backend, generator):

@@ -8,6 +8,7 @@ from energy_cases import (
     EXPONENTS,
     Case,
     assert_as_reference,
+    assert_nan_shows,
     differentiate,
     make_case,
     score_and_gradients,
@@ -126,6 +127,16 @@ def test_operands_are_rounded_to_nearest(generator):
     assert torch.equal(rounded, expected) and torch.equal(kept, x)
 
 
+def test_a_rounded_operand_keeps_nan():
+    """A GPU's own NaN has all bits set, and rounding adds to them."""
+    bits = torch.full((64,), 0x7FFFFFFF, dtype=torch.int32)
+    bits[1::2] = -1
+    x = bits.view(torch.float32)
+    rounded = torch.empty_like(x)
+    operand_kernel[(1,)](x, rounded, "tf32")
+    assert rounded.isnan().all()
+
+
 def test_coincident_samples_do_not_move_one_another(generator):
     """A head that starts at zero draws N equal samples: the pair term and its gradient are 0."""
     point = torch.randn(1, 2, 64, generator=generator)
@@ -182,6 +193,23 @@ def test_a_patch_with_a_bad_input_keeps_it_to_itself(mode, bad, generator):
     case.log_std[0, 3] = bad
     actual = gaussian_energy_score(*case, **options)
     assert not actual[0].isfinite() and actual[1] == expected[1]
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN):RuntimeWarning")
+@pytest.mark.parametrize("poisoned", ["samples", "mean", "log_std", "weight"])
+@pytest.mark.parametrize(("mode", "width"), [("analytic", 4), ("sample", 4), ("antithetic", 64)])
+def test_nan_shows(mode, width, poisoned, generator):
+    case = make_case(2, (2,), width, generator)
+    assert_nan_shows(case, poisoned, "triton", targets=mode, weight=torch.tensor([2.0, 0.5]))
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+def test_nan_in_given_noise_and_targets_shows(generator):
+    noise = torch.randn(4, 2, 8, generator=generator)
+    assert_nan_shows(make_case(3, (2,), 8, generator), "noise", "triton", target_noise=noise)
+    noise[1, 0, 2] = float("nan")
+    score = energy_score(torch.zeros(3, 2, 8), noise, backend="triton")
+    assert score[0].isnan() and score[1].isfinite()
 
 
 def test_diagnostics(generator):

@@ -85,7 +85,7 @@ def test_second_derivatives_are_refused(index):
         if index == 0
         else reparameterize(states, kl_floor=0.1, seed=1, backend="triton")[1]
     )
-    with pytest.raises(RuntimeError, match=r"differentiable once.*reference"):
+    with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(output.sum(), mean, create_graph=True)
 
 
