@@ -60,6 +60,11 @@ def _hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _digest(files: dict[str, Any]) -> str:
+    """Of a manifest's own entries, so that a changed bit in it shows too."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())
+
+
 def write_manifest(folder: Path, is_listed: Callable[[str], bool] | None = None) -> None:
     """Declare the files in `folder` complete, once they have reached the disk.
 
@@ -80,7 +85,8 @@ def write_manifest(folder: Path, is_listed: Callable[[str], bool] | None = None)
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
         files[name] = {"size": path.stat().st_size, "xxh3_128": _hash(path)}
-    write_atomically(folder / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+    manifest = {"files": files, "digest": _digest(files)}
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def find_damage(folder: Path, required: Iterable[tuple[str, ...]] = MODEL_FILES) -> str | None:
@@ -128,20 +134,19 @@ def _advice(folder: Path) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Names and entries; an entry of an older version is the size alone."""
+    """Names and entries; an older version wrote sizes alone, and no digest."""
     content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict):
         raise ValueError('no mapping "files" in it')
-    entries = {}
-    for name, entry in files.items():
-        entry = {"size": entry} if isinstance(entry, int) else entry
-        if not isinstance(entry, dict) or not isinstance(entry.get("size"), int):
-            raise ValueError(f"no size of {name}")
+    for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{name!r} lies outside the folder")
-        entries[name] = entry
-    return entries
+    if files and all(isinstance(size, int) for size in files.values()):
+        return {name: {"size": size} for name, size in files.items()}
+    if content.get("digest") != _digest(files):
+        raise ValueError("its entries are not those that were written")
+    return files
 
 
 def _mismatch(path: Path, name: str, entry: dict[str, Any]) -> str | None:

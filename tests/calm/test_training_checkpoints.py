@@ -67,7 +67,13 @@ HARMS = {
     "odd manifest": (lambda folder: (folder / MANIFEST).write_text("[]"), "unreadable"),
     "empty list": (
         lambda folder: (folder / MANIFEST).write_text('{"files": {}}'),
-        "lists no config.json",
+        "entries are not those that were written",
+    ),
+    "a name in the manifest": (
+        lambda folder: (folder / MANIFEST).write_text(
+            (folder / MANIFEST).read_text().replace("xxh3_128", "xxh3_129", 1)
+        ),
+        "entries are not those that were written",
     ),
     "a path outside": (
         lambda folder: (folder / MANIFEST).write_text('{"files": {"../x": 1}}'),
