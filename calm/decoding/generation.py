@@ -89,8 +89,9 @@ def generate(
             prompt gets no start chunk.
         seed: an int; or one int for each sequence, whose text then does not depend on its place in
             the batch; None takes one from torch's default generator.
-        streamer: receives the prompt, then the tokens of each chunk (`transformers.TextStreamer`
-            prints them); for one prompt.
+        streamer: receives the prompt, then the tokens of each chunk; for one prompt. `TextStream`
+            prints them with every space, which `transformers.TextStreamer` drops after a line
+            break. It is ended whatever happens.
         return_details: return a `Generation`.
 
     Returns: prompts and continuations, ``[B, T']``, or a `Generation`.
@@ -99,14 +100,13 @@ def generate(
             weights or latents that are not finite.
     Source: paper, section 3.3.3 and Algorithms 1 and 2.
     """
-    predictor = make_predictor(
-        model,
-        method=method,
-        temperature=temperature,
-        num_samples=num_samples,
-        noise_scale=noise_scale,
-        max_draws=max_draws,
-    )
+    sampling: Sampling = {
+        "method": method,
+        "temperature": temperature,
+        "num_samples": num_samples,
+        "noise_scale": noise_scale,
+        "max_draws": max_draws,
+    }
     request = Request(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -119,8 +119,13 @@ def generate(
         seed=seed,
         streamer=streamer,
     )
-    with without_autocast(predictor.backbone.norm.weight):
-        generation = continue_prompts(predictor, request)
+    try:
+        predictor = make_predictor(model, **sampling)
+        with without_autocast(predictor.backbone.norm.weight):
+            generation = continue_prompts(predictor, request)
+    finally:  # a streamer may be waited for, and after Ctrl-C it shows what was generated
+        if streamer is not None:
+            streamer.end()
     return generation if return_details else generation.sequences
 
 

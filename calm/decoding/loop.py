@@ -59,6 +59,8 @@ class Request:
 def continue_prompts(predictor: Predictor, request: Request) -> Generation:
     """Continue the prompts of a request; see `calm.decoding.generate`."""
     config, device = predictor.model.config, predictor.model.device
+    ends, stops, streamer = end_tokens(config.eos_token_id), None, request.streamer
+    pad_token_id = None if config.pad_token_id in ends else config.pad_token_id
     check_finite(predictor.model.named_parameters(), "the model")
     prompts = PromptFormat(
         patch_size=predictor.patch_size,
@@ -69,8 +71,9 @@ def continue_prompts(predictor: Predictor, request: Request) -> Generation:
         max_new_tokens=request.max_new_tokens,
         max_length=request.max_length,
         truncate=request.truncate,
-    ).apply(read_prompts(request.input_ids, request.attention_mask, config.vocab_size))
-    ends, stops, streamer = end_tokens(config.eos_token_id), None, request.streamer
+    ).apply(
+        read_prompts(request.input_ids, request.attention_mask, config.vocab_size, pad_token_id)
+    )
     if request.stop_strings is not None:
         stops = StopStrings(request.stop_strings, request.tokenizer)
     if streamer is not None and len(prompts) > 1:
@@ -85,12 +88,8 @@ def continue_prompts(predictor: Predictor, request: Request) -> Generation:
         stops=stops,
         streamer=streamer,
     )
-    try:
-        with torch.inference_mode():  # operations cost less than under no_grad
-            times = _run(predictor, transcript, seeds, is_watched=bool(streamer or stops))
-    finally:  # after Ctrl-C too: what was generated is shown
-        if streamer is not None:
-            streamer.end()
+    with torch.inference_mode():  # operations cost less than under no_grad
+        times = _run(predictor, transcript, seeds, is_watched=bool(streamer or stops))
     return assemble(transcript, times, padding=padding, moves_padding=is_pad, device=device)
 
 

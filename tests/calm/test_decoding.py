@@ -198,7 +198,7 @@ def test_alignments_agree_on_whole_chunks():
 
 
 def test_a_published_length_overshoots_by_less_than_a_chunk():
-    model, ids = tiny_calm(pad_token_id=0), prompt(1, 8)
+    model, ids = tiny_calm(pad_token_id=0), prompt(1, 8).tolist()
     options = {"prompt_alignment": "pad", "temperature": 1.0, "seed": 0}
     assert generate(model, ids, max_length=17, **options).shape == (1, 20)
     assert generate(model, ids, max_new_tokens=9, **options).shape == (1, 17)
@@ -238,4 +238,4 @@ def test_a_short_prompt_without_a_start_chunk_is_padded_with_one_warning():
     assert len(all_) == 1
     assert torch.equal(result[:, :2], ids.expand(3, -1)) and result.shape == (3, 10)
     padded = torch.cat([ids, torch.zeros(1, 2, dtype=torch.int64)], 1)
-    assert torch.equal(result[0, 2:], generate(model, padded, **options)[0, 4:])
+    assert torch.equal(result[0, 2:], generate(model, padded.tolist(), **options)[0, 4:])

@@ -5,7 +5,7 @@ import torch
 from tiny_models import Recorder, likely_prompt, prompt, tiny_baseline, tiny_calm
 
 from calm.decoding import Generation, generate
-from calm.errors import UserError
+from calm.errors import UserError, UserNotice
 
 
 def ending_model(**fields):
@@ -15,7 +15,7 @@ def ending_model(**fields):
 
 @pytest.mark.parametrize("method", ["batch", "exact"])
 def test_a_sequence_ends_with_its_end_token(method):
-    model, ids = ending_model(), prompt(8, 8, vocab_size=3)
+    model, ids = ending_model(), prompt(8, 8, vocab_size=3).tolist()
     options = {
         "max_new_tokens": 24, "temperature": 0.9, "num_samples": 8, "seed": list(range(8)),
         "method": method,
@@ -82,10 +82,36 @@ def test_a_stream_receives_the_returned_tokens(length):
     assert torch.equal(torch.cat([part.view(-1) for part in streamer.received]), result[0])
 
 
-def test_a_stream_shows_one_sequence():
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        (prompt(2, 8), {}, "a streamer shows one sequence, got 2 prompts"),
+        (prompt(1, 8), {"temperature": 2.0}, "temperature must lie"),
+        (prompt(1, 8) + 99, {}, "input_ids must lie in"),
+        (prompt(1, 8), {"max_new_tokens": 0}, "max_new_tokens must be"),
+        (prompt(1, 8), {"stop_strings": "x"}, "stop_strings needs tokenizer"),
+    ],
+    ids=["prompts", "temperature", "ids", "length", "stop"],
+)
+def test_a_refused_request_ends_its_streamer(ids, options, message):
     streamer = Recorder()
-    with pytest.raises(UserError, match="a streamer shows one sequence, got 2 prompts"):
-        generate(tiny_calm(), prompt(2, 8), max_new_tokens=9, streamer=streamer)
+    with pytest.raises(UserError, match=message):
+        generate(tiny_calm(), ids, **{"max_new_tokens": 9, **options}, streamer=streamer)
+    assert streamer.has_ended and not streamer.received
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_tensor_without_mask_is_noticed(side):
+    model = tiny_calm(pad_token_id=0)
+    ids = prompt(2, 8, vocab_size=4) + 1
+    generate(model, ids, max_new_tokens=4)
+    ids[0, slice(0, 3) if side == "left" else slice(5, 8)] = 0
+    with pytest.warns(UserNotice, match=r"begin or end with the pad token.*pass attention_mask"):
+        generate(model, ids, max_new_tokens=4)
+    generate(model, ids, ids != 0, max_new_tokens=4)
+    generate(model, ids.tolist(), max_new_tokens=4)  # a list needs no padding
+    model.config.eos_token_id = 0
+    generate(model, ids, max_new_tokens=4)  # text may begin or end with the end token
 
 
 def test_an_interrupted_stream_is_ended():
@@ -178,16 +204,14 @@ def test_padding_needs_a_pad_token():
 def test_a_prompt_that_no_draw_continues():
     """Its chunk is filled with pad tokens, which the model reads but the text does not hold."""
     model, ids = tiny_calm(pad_token_id=0), prompt(1, 8)
-    deterministic = generate(model, ids, max_new_tokens=4, noise_scale=0.0)
-    never = (deterministic[:, 8:9] + 1) % 5
     options = {"max_new_tokens": 5, "noise_scale": 0.0}
-    details = generate(
-        model, torch.cat([ids, never], 1), num_samples=20, max_draws=40, return_details=True,
-        **options,
-    )  # fmt: skip
+    deterministic = generate(model, ids.tolist(), **options)
+    never = (deterministic[:, 8:9] + 1) % 5
+    given = torch.cat([ids, never], 1).tolist()
+    details = generate(model, given, num_samples=20, max_draws=40, return_details=True, **options)
     assert details.fallbacks.tolist() == [[True, False, False]] and details.draws[0, 0] == 40
     assert details.new_tokens.tolist() == [5] and details.sequences.shape == (1, 14)
-    padded = torch.cat([ids, never, torch.zeros(1, 3, dtype=torch.int64)], dim=1)
+    padded = [[*given[0], 0, 0, 0]]
     assert torch.equal(details.sequences[:, 9:], generate(model, padded, **options)[:, 12:])
 
 
@@ -242,7 +266,7 @@ def test_the_whole_context_can_be_used(has_start_patch, length, new_tokens, refu
 def test_drawn_pad_tokens_are_text_even_where_the_choice_is_flagged():
     """A vote among fewer candidates than asked for is flagged, too, but has drawn its chunk."""
     model = tiny_calm(pad_token_id=0)
-    ids = likely_prompt(model, 1, 11)
+    ids = likely_prompt(model, 1, 11).tolist()
     options = {"max_new_tokens": 5, "num_samples": 50, "max_draws": 50, "return_details": True}
     details = generate(model, ids, seed=0, **options)
     assert details.fallbacks[0, 0] and details.levels[0, 0] > 0, "choose another seed"

@@ -68,7 +68,8 @@ def prompt(*shape, vocab_size=5, seed=3):
 
 def likely_prompt(model, batch, length):
     """Text of the model's own: an unfinished chunk at its end has a continuation."""
-    return generate(model, prompt(batch, 8), max_length=40, temperature=1.0, seed=1)[:, :length]
+    ids = prompt(batch, 8).tolist()
+    return generate(model, ids, max_length=40, temperature=1.0, seed=1)[:, :length]
 
 
 class Recorder:

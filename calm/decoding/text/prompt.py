@@ -42,7 +42,10 @@ class Prompt:
 
 
 def read_prompts(
-    input_ids: Prompts, attention_mask: Tensor | None, vocab_size: int
+    input_ids: Prompts,
+    attention_mask: Tensor | None,
+    vocab_size: int,
+    pad_token_id: int | None = None,
 ) -> list[list[int]]:
     """Prompts of any lengths as lists, without padding.
 
@@ -51,12 +54,22 @@ def read_prompts(
             tensors.
         attention_mask: ``[B, T]``, 0 for padding on the left or on the right.
         vocab_size: V.
+        pad_token_id: a tensor without mask that begins or ends with it gets a `UserNotice`; None
+            where it may be text.
 
     Raises:
         UserError: not token ids, or a mask with a hole.
     """
     if isinstance(input_ids, Tensor):
         prompts = _rows(input_ids, attention_mask)
+        if attention_mask is None and any(pad_token_id in (*row[:1], *row[-1:]) for row in prompts):
+            warnings.warn(
+                "input_ids begin or end with the pad token, and there is no attention_mask: the "
+                "model reads padding as text; pass attention_mask (0 for padding), or a list of "
+                "prompts of different lengths",
+                UserNotice,
+                stacklevel=4,
+            )
     else:
         if attention_mask is not None:
             raise UserError("attention_mask goes with a tensor; a list of prompts needs none")

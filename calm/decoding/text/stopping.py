@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from calm.decoding.text.edges import CONTEXT, text_after
 from calm.errors import UserError
 
 __all__ = ["StopStrings", "end_tokens"]
@@ -39,16 +40,23 @@ class StopStrings:
         # A token stands for at least one byte, so that no string spans more tokens than its bytes.
         self.span = max(len(string.encode()) for string in self.strings) + MARGIN
 
-    def cut(self, tokens: list[int], fresh: int) -> int | None:
-        """How many of `tokens` to keep, whose last `fresh` are new; None if no string is found."""
-        if not self._is_in(tokens, len(tokens) - fresh, len(tokens)):
-            return None
-        first = len(tokens) - fresh
-        ends = range(first + 1, len(tokens) + 1)
-        return next((end for end in ends if self._is_in(tokens, first, end)), len(tokens))
+    def cut(self, before: list[int], tokens: list[int], fresh: int) -> int | None:
+        """How many of `tokens` to keep, whose last `fresh` are new; None if no string is found.
 
-    def _is_in(self, tokens: list[int], first: int, end: int) -> bool:
-        """Whether a string ends among tokens ``first .. end``."""
-        window = tokens[max(0, first - self.span) : end]
-        text = self.tokenizer.decode(window, skip_special_tokens=False)
-        return any(string in text for string in self.strings)
+        Args:
+            before: the prompt, in which no string is looked for.
+            tokens: all that was generated.
+            fresh: how many of them were not there at the last call.
+        """
+        first = len(tokens) - fresh
+        start = max(0, first - self.span)
+        context = [*before[-CONTEXT:], *tokens[:start]][-CONTEXT:]
+
+        def is_in(end: int) -> bool:
+            text = text_after(self.tokenizer, context, tokens[start:end], skip_special_tokens=False)
+            return any(string in text for string in self.strings)
+
+        if not is_in(len(tokens)):
+            return None
+        ends = range(first + 1, len(tokens) + 1)
+        return next((end for end in ends if is_in(end)), len(tokens))

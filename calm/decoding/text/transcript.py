@@ -84,7 +84,7 @@ class Transcript:
             if not self.keeps_tail:
                 del new[end + 1 :]
         if self.stops is not None:
-            end = self.stops.cut(new, len(new) - old_length)
+            end = self.stops.cut(self.prompts[row].tokens, new, len(new) - old_length)
             if end is not None:
                 self.has_ended[row] = True
                 del new[end:]
