@@ -5,6 +5,7 @@ A subcommand's module is imported when it is chosen, so that help is quick.
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -86,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     wants_traceback = arguments[:1] == ["--traceback"]
     arguments = arguments[wants_traceback:]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a Latin-1 terminal shows ? for other characters
+        sys.stdout.reconfigure(errors="replace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         folder=folder,
         text=args.text,
         text_unit=args.text_unit,
+        on_error=args.on_error,
         minutes=args.minutes,
         seed=args.seed,
         recipe=args.recipe,

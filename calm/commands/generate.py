@@ -130,24 +130,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _continue(model: Any, tokenizer: Any, prompt: str, seed: int, args: argparse.Namespace) -> None:
     """One prompt continued and printed; after Ctrl-C the text so far stays printed."""
-    import torch
-    from transformers import TextStreamer
+    from calm.data.encoding import Encoder
+    from calm.decoding.text.edges import TextStream, text_after
 
-    ids = tokenizer(prompt)["input_ids"]
-    if ids and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]  # some tokenizers end every text
-    input_ids = torch.tensor([ids], dtype=torch.int64, device=model.device)
+    ids = Encoder(tokenizer).prompt(prompt)
     options = _options(args) | {"seed": seed, "tokenizer": tokenizer}
     if not args.json:
-        options["streamer"] = TextStreamer(
-            tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-    found = model.generate(input_ids, return_details=True, **options)
+        options["streamer"] = TextStream(tokenizer)
+    found = model.generate([ids], return_details=True, **options)
     figures = _figures(found)
     if args.json:
         count = figures["new_tokens"]
         kept = min(len(ids), found.sequences.shape[1] - count)  # less than all if truncated
-        text = tokenizer.decode(found.sequences[0, kept : kept + count], skip_special_tokens=True)
+        row = found.sequences[0].tolist()
+        text = text_after(tokenizer, row[:kept], row[kept : kept + count])
         settings = {name: options[name] for name in ("method", "temperature", "num_samples")}
         record = {"prompt": prompt, "text": text, "seed": seed, **settings, **figures}
         print(json.dumps(record, ensure_ascii=False), flush=True)

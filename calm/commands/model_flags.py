@@ -112,15 +112,17 @@ def _quiet_transformers() -> Iterator[None]:
 
 def load_tokenizer_of(args: argparse.Namespace, model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokenizer that ``--tokenizer`` names, else the one beside the model."""
+    from calm.data.encoding import vocabulary_size
     from calm.data.tokenizer import load_tokenizer
 
     name = args.tokenizer or args.model
     if args.tokenizer is None and not list(Path(name).glob("tokenizer*")):
         raise UserError(f"{name} holds no tokenizer; pass one with --tokenizer")
     tokenizer = load_tokenizer(name)
-    if len(tokenizer) > model.config.vocab_size:
+    needed = vocabulary_size(tokenizer)
+    if needed > model.config.vocab_size:
         raise UserError(
-            f"the tokenizer {name} has {len(tokenizer)} entries, more than the vocabulary of the "
+            f"the tokenizer {name} needs {needed} entries, more than the vocabulary of the "
             f"model, {model.config.vocab_size}; pass the one it was trained with (--tokenizer)"
         )
     return tokenizer

@@ -8,6 +8,7 @@ from calm.commands.text_flags import (
     add_split_argument,
     add_text_arguments,
     corpus_options,
+    hide_bars_without_terminal,
 )
 from calm.errors import UserError
 
@@ -51,32 +52,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Save the tokenizer, fill the cache, print the size of the corpus."""
+    from pyarrow import compute
+
     from calm.data.corpus import load_corpus
-    from calm.data.files import TEXT_KEY
-    from calm.data.tokenization import tokenize_documents
+    from calm.data.encoding import vocabulary_size
+    from calm.data.reading import TEXT_KEY
+    from calm.data.tokenization import CHARACTERS, TOKENS, tokenize_documents
     from calm.data.tokenizer import load_tokenizer
 
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers must be at least 1, got {args.workers}")
+    hide_bars_without_terminal()
     corpus: Any = load_corpus(
         corpus_options(
             args.data,
             validation_split_percentage=args.validation_split_percentage,
             text_unit=args.text_unit,
+            on_error=args.on_error,
             cache_dir=args.cache_dir,
             preprocessing_num_workers=args.workers,
         )
     )
+    if corpus.train is None:
+        raise UserError(f"--data {args.data} has no training split; pass files, or another dataset")
     texts = (row[TEXT_KEY] for row in corpus.train)
     tokenizer = load_tokenizer(args.tokenizer, texts=texts, cache_dir=args.cache_dir)
     tokenizer.save_pretrained(args.output)
-    print(f"tokenizer   {args.output}  ({len(tokenizer):,} entries)")
+    print(f"tokenizer   {args.output}  ({vocabulary_size(tokenizer):,} entries)")
     for name, documents in (("training", corpus.train), ("held out", corpus.validation)):
         if documents is None:
             continue
         tokenized = tokenize_documents(documents, tokenizer, num_proc=args.workers)
-        tokens = sum(len(row["input_ids"]) for row in tokenized)
-        characters = sum(tokenized["num_characters"])
+        columns = tokenized.with_format("arrow")[:]
+        lengths = compute.list_value_length(columns[TOKENS])
+        tokens, characters = (compute.sum(c).as_py() or 0 for c in (lengths, columns[CHARACTERS]))
         print(
             f"{name:12}{len(documents):,} documents, {characters:,} characters, {tokens:,} tokens "
             f"({characters / max(1, tokens):.2f} characters a token)"

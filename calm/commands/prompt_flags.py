@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from calm.data.files import without_mark
 from calm.errors import UserError
 
 __all__ = ["add_prompt_arguments", "is_interactive", "read_prompts"]
@@ -39,23 +40,40 @@ def is_interactive(args: argparse.Namespace) -> bool:
 
 
 def read_prompts(args: argparse.Namespace) -> Iterator[str]:
-    """Every prompt, in order; without the newline that ends a file."""
+    """Every prompt, in order; without byte-order mark and the newline that ends a file.
+
+    Raises:
+        UserError: a prompt is no UTF-8. At a terminal that is printed, and the next one is read.
+    """
     if is_interactive(args):
         yield from _typed()
         return
-    yield from args.prompt
-    files = args.prompt_file or ([] if args.prompt else [STANDARD_INPUT])
-    for name in files:
-        yield _read(name).removesuffix("\n")
+    for prompt in args.prompt:
+        yield _checked(prompt, "--prompt")
+    for name in args.prompt_file or ([] if args.prompt else [STANDARD_INPUT]):
+        where = "standard input" if name == STANDARD_INPUT else f"--prompt-file {name}"
+        try:
+            text = sys.stdin.read() if name == STANDARD_INPUT else _read(Path(name))
+        except UnicodeDecodeError as error:
+            raise _no_utf8(where, error) from error
+        yield _checked(text, where).removesuffix("\n")
 
 
-def _read(name: str) -> str:
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _checked(text: str, where: str) -> str:
+    """`text`, in which Python may have kept bytes that are no UTF-8 as halves of surrogates."""
     try:
-        if name == STANDARD_INPUT:
-            return sys.stdin.read()
-        return Path(name).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt-file {name} is not UTF-8 text: {error}") from error
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _no_utf8(where, error) from error
+    return without_mark(text)
+
+
+def _no_utf8(where: str, error: UnicodeError) -> UserError:
+    return UserError(f"{where} is no UTF-8 text ({error}); convert it, for example with iconv")
 
 
 def _typed() -> Iterator[str]:
@@ -63,7 +81,10 @@ def _typed() -> Iterator[str]:
     print(INTRODUCTION, file=sys.stderr)
     while True:
         try:
-            yield input(MARK)
+            yield _checked(input(MARK), "the prompt")
         except EOFError:
             print(file=sys.stderr)
             return
+        except (UnicodeDecodeError, UserError) as error:
+            problem = error if isinstance(error, UserError) else _no_utf8("the prompt", error)
+            print(f"error: {problem}", file=sys.stderr)

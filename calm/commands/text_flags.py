@@ -14,10 +14,11 @@ __all__ = [
     "add_split_argument",
     "add_text_arguments",
     "corpus_options",
+    "hide_bars_without_terminal",
     "load_blocks",
 ]
 
-FILES = ".txt, .jsonl or .json files (comma-separated, globs work)"
+FILES = "text, .jsonl, .json or .parquet files (comma-separated, globs work)"
 TEXT_UNITS = ("line", "paragraph", "file")
 DEFAULT_BLOCK_SIZE = 2048
 DEFAULT_SPLIT = 5.0  # percent of a text that training holds out
@@ -43,7 +44,7 @@ def add_text_arguments(
         metavar: its value in the help text.
         is_required: whether the flag must be given.
         default: the text without the flag.
-        text_unit: one document of a .txt file by default.
+        text_unit: one document of a text file by default.
         about_units: continues the help text of ``--text-unit``.
     """
     parser.add_argument(
@@ -53,7 +54,13 @@ def add_text_arguments(
         "--text-unit",
         choices=TEXT_UNITS,
         default=text_unit,
-        help=f"one document of a .txt file{about_units} (default: {text_unit})",
+        help=f"one document of a text file{about_units} (default: {text_unit})",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do about text that cannot be read: stop (default), or skip and count it",
     )
 
 
@@ -99,22 +106,27 @@ def add_evaluation_text_arguments(
 def corpus_options(data: str, **options: Any) -> "CorpusOptions":
     """`CorpusOptions` for ``--data``: files if it looks like files, else a corpus of that name."""
     from calm.data.corpus import CorpusOptions
+    from calm.data.files import names_files
 
-    is_files = data.removesuffix(".gz").endswith((".txt", ".jsonl", ".json")) or "*" in data
-    source: dict[str, Any] = {"train_file" if is_files else "dataset_name": data}
+    source: dict[str, Any] = {"train_file" if names_files(data) else "dataset_name": data}
     return CorpusOptions(**source, **options)
+
+
+def hide_bars_without_terminal() -> None:
+    """No progress bars of datasets in a log."""
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 def load_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     """The text that the flags of `add_evaluation_text_arguments` name, as packed blocks."""
-    import datasets
-
     from calm.data.corpus import load_corpus
     from calm.data.embedded import PREFIX
     from calm.data.packing import pack_documents
 
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    hide_bars_without_terminal()
     percentage = args.validation_split_percentage
     if percentage is None:
         percentage = DEFAULT_SPLIT if args.data.startswith(PREFIX) else 0.0
@@ -123,11 +135,13 @@ def load_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
             args.data,
             validation_split_percentage=percentage,
             text_unit=args.text_unit,
+            on_error=args.on_error,
         )
     )
+    is_held_out = percentage > 0 or corpus.train is None  # a dataset may have a test split alone
     patch_size = getattr(model, "patch_size", 1)
     return pack_documents(
-        corpus.validation if percentage else corpus.train,
+        corpus.validation if is_held_out else corpus.train,
         tokenizer,
         block_size=_block_size(args.block_size, model.config.max_position_embeddings * patch_size),
         patch_size=patch_size,

@@ -12,26 +12,38 @@ language model hold out the same ones, and equal documents are always on the sam
 """
 
 import hashlib
+import logging
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, get_args
 
 import datasets
+import pyarrow.compute
 from datasets.exceptions import DatasetGenerationError
 
 from calm.data.embedded import PREFIX, embedded_corpus
-from calm.data.files import TEXT_KEY, TextUnit, expand_files, file_stamp, read_documents
-from calm.errors import UserError
+from calm.data.files import expand_files, file_stamp
+from calm.data.reading import TEXT_KEY, TextUnit
+from calm.data.tables import DAMAGE_KEY, FEATURES, Documents, document_table, rows_in_bounds
+from calm.errors import UserError, root_message
 
-__all__ = ["Corpus", "CorpusOptions", "Documents", "code_stamp", "is_held_out", "load_corpus"]
+__all__ = [
+    "Corpus",
+    "CorpusOptions",
+    "OnError",
+    "code_stamp",
+    "is_held_out",
+    "load_corpus",
+]
 
-Documents: TypeAlias = datasets.Dataset | datasets.IterableDataset
+logger = logging.getLogger(__name__)
 
-TRAIN, VALIDATION = "train", "validation"
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+OnError = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +58,7 @@ class CorpusOptions:
     validation_split_percentage: float = 5
     keep_linebreaks: bool = True
     text_unit: TextUnit = "line"
+    on_error: OnError = "stop"
     cache_dir: str | None = None
     overwrite_cache: bool = False
     preprocessing_num_workers: int | None = None
@@ -55,10 +68,18 @@ class CorpusOptions:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to learn from and documents held out; None where there are none."""
+    """Documents to learn from and documents held out; None where there are none.
+
+    Attributes:
+        train: a dataset with the column ``text``.
+        validation: likewise.
+        skipped: documents that could not be read and were skipped; None for a stream, which counts
+            them in the log.
+    """
 
     train: Documents | None
     validation: Documents | None
+    skipped: int | None = 0
 
 
 def load_corpus(options: CorpusOptions) -> Corpus:
@@ -73,31 +94,38 @@ def load_corpus(options: CorpusOptions) -> Corpus:
     percentage = options.validation_split_percentage
     if not 0 <= percentage < 100:
         raise UserError(f"validation_split_percentage must lie in [0, 100), got {percentage}")
+    if options.on_error not in get_args(OnError):
+        raise UserError(f"on_error must be stop or skip, got {options.on_error!r}")
     try:
-        splits = _named_splits(options)
+        named, skipped = _named_splits(options), 0
+        splits = {}
+        for split, documents in named.items():
+            splits[split], count = _sound(documents, options.on_error)
+            skipped += count
         if VALIDATION not in splits and percentage > 0:
             splits = _split_by_document(splits[TRAIN], percentage)
     except DatasetGenerationError as error:
-        cause = error.__cause__ or error.__context__
-        raise cause if isinstance(cause, UserError) else error from None
-    return Corpus(splits.get(TRAIN), splits.get(VALIDATION))
+        raise UserError(f"the text cannot be prepared: {root_message(error)}") from error
+    return Corpus(splits.get(TRAIN), splits.get(VALIDATION), None if options.streaming else skipped)
 
 
 def _named_splits(options: CorpusOptions) -> dict[str, Documents]:
+    """Documents by split, with what is damaged in them."""
     name = options.dataset_name
     if name and name.startswith(PREFIX):
-        stamp = f"{platform.python_version()} {code_stamp()}"
-        return {TRAIN: _from_generator(options, _embedded, {"name": name, "stamp": stamp})}
+        embedded_corpus(name)  # an unknown one is an error here, not in another process
+        return {TRAIN: _read(options, [name], platform.python_version())}
     if name:
         return _hub_splits(options, name)
     splits = {}
     for split, argument in ((TRAIN, "train_file"), (VALIDATION, "validation_file")):
         if patterns := getattr(options, argument):
-            splits[split] = _from_files(options, expand_files(patterns, argument))
+            files = expand_files(patterns, argument)
+            splits[split] = _read(options, files, file_stamp(files))
     if not splits:
         raise UserError(
-            "no text to learn from; pass train_file (text, jsonl or json files), or dataset_name "
-            f"(a hub dataset, a folder, or {PREFIX}docstrings)"
+            "no text to learn from; pass train_file (text, jsonl, json or parquet files), or "
+            f"dataset_name (a hub dataset, a folder, or {PREFIX}docstrings)"
         )
     return splits
 
@@ -110,53 +138,104 @@ def code_stamp() -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def _from_files(options: CorpusOptions, files: list[str]) -> Documents:
-    arguments = {
-        "files": files,  # a list: datasets splits it among processes and loader workers
+def _read(options: CorpusOptions, sources: list[str], stamp: str) -> Documents:
+    fresh = f" {time.time_ns()}" if options.overwrite_cache else ""
+    config = {
+        "sources": sources,
         "keep_linebreaks": options.keep_linebreaks,
         "text_unit": options.text_unit,
-        "stamp": f"{file_stamp(files)} {code_stamp()}",
+        "stamp": f"{stamp} {code_stamp()}{fresh}",
     }
-    return _from_generator(options, read_documents, arguments, num_shards=len(files))
-
-
-def _embedded(name: str, stamp: str) -> Iterator[dict[str, str]]:
-    for text in embedded_corpus(name):
-        yield {TEXT_KEY: text}
-
-
-def _from_generator(
-    options: CorpusOptions, generator: Any, arguments: dict[str, Any], num_shards: int = 1
-) -> Documents:
-    features = datasets.Features({TEXT_KEY: datasets.Value("large_string")})
-    if options.streaming:
-        return datasets.IterableDataset.from_generator(
-            generator, features=features, gen_kwargs=arguments
-        )
-    if options.overwrite_cache:
-        arguments = {**arguments, "stamp": f"{arguments['stamp']} {time.time_ns()}"}
-    workers = min(options.preprocessing_num_workers or 1, num_shards)
-    return datasets.Dataset.from_generator(
-        generator,
-        features=features,
+    return document_table(
+        config,
         cache_dir=options.cache_dir,
-        gen_kwargs=arguments,
-        num_proc=workers if workers > 1 else None,
+        streaming=options.streaming,
+        num_proc=options.preprocessing_num_workers,
     )
+
+
+# What cannot be read
+
+
+def _sound(documents: Documents, on_error: OnError) -> tuple[Documents, int]:
+    """Documents without the damaged ones, and how many those were (0 for a stream).
+
+    Raises:
+        UserError: some are damaged, and `on_error` is ``stop``. A stream raises it when it gets
+            there.
+    """
+    if isinstance(documents, datasets.IterableDataset):
+        kept = documents.filter(_StreamCheck(on_error))
+        return kept.select_columns([TEXT_KEY]), 0
+    if DAMAGE_KEY not in documents.column_names:
+        return documents, 0
+    damage = documents.data.column(DAMAGE_KEY)
+    count = len(damage) - damage.null_count
+    if count:
+        first = pyarrow.compute.drop_null(damage)[0].as_py()
+        if on_error == "stop":
+            raise UserError(_advice(first, count - 1))
+        logger.warning("skipped %d of %d documents, the first: %s", count, len(damage), first)
+        batch = rows_in_bounds(documents, TEXT_KEY)
+        documents = documents.filter(_is_none, input_columns=DAMAGE_KEY, batch_size=batch)
+        if not len(documents):
+            raise UserError(f"all {count} documents are damaged, the first: {first}")
+    return documents.select_columns([TEXT_KEY]), count
+
+
+def _is_none(damage: str | None) -> bool:
+    return damage is None
+
+
+def _advice(first: str, more: int) -> str:
+    also = f" (and {more} more)" if more else ""
+    return f"{first}{also}; mend the text, or skip what is damaged (on_error=skip)"
+
+
+class _StreamCheck:
+    """Whether a row of a stream is a document; counts what is not, in this process."""
+
+    def __init__(self, on_error: OnError) -> None:
+        self.on_error = on_error
+        self.count = 0
+
+    def __call__(self, row: Mapping[str, Any]) -> bool:
+        damage = row[DAMAGE_KEY]
+        if damage is None:
+            return True
+        if self.on_error == "stop":
+            raise UserError(_advice(damage, 0))
+        self.count += 1
+        if self.count & (self.count - 1) == 0:  # 1, 2, 4, 8, ...
+            logger.warning("skipped %d documents so far, now: %s", self.count, damage)
+        return False
+
+
+# Datasets of other people
 
 
 def _hub_splits(options: CorpusOptions, name: str) -> dict[str, Documents]:
     """Splits of a hub dataset, a folder of data files, or a folder of ``save_to_disk``."""
+    if Path(name).is_file():
+        raise UserError(f"dataset_name: {name} is a file; pass it as train_file")
     if (Path(name) / "dataset_dict.json").exists() or (Path(name) / "state.json").exists():
         loaded = datasets.load_from_disk(name)
     else:
         loaded = _load_hub_dataset(options, name)
     if isinstance(loaded, datasets.Dataset):
         loaded = {TRAIN: loaded}
-    elif TRAIN not in loaded:
-        splits = ", ".join(loaded)
-        raise UserError(f"dataset_name: {name} has no {TRAIN!r} split (splits: {splits})")
-    return {key: _text_only(loaded[key], name) for key in (TRAIN, VALIDATION) if key in loaded}
+    if TRAIN in loaded:
+        chosen = {key: loaded[key] for key in (TRAIN, VALIDATION) if key in loaded}
+    else:
+        held_out = next((key for key in (VALIDATION, TEST) if key in loaded), None)
+        if held_out is None:
+            splits = ", ".join(loaded)
+            raise UserError(
+                f"dataset_name: {name} has no split {TRAIN!r}, {VALIDATION!r} or {TEST!r} (splits: "
+                f"{splits})"
+            )
+        chosen = {VALIDATION: loaded[held_out]}
+    return {key: _text_only(documents, f"{name} ({key})") for key, documents in chosen.items()}
 
 
 def _load_hub_dataset(options: CorpusOptions, name: str) -> Any:
@@ -171,14 +250,15 @@ def _load_hub_dataset(options: CorpusOptions, name: str) -> Any:
             revision=options.revision,
             download_mode=mode.FORCE_REDOWNLOAD if options.overwrite_cache else None,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetGenerationError) as error:
         raise UserError(
-            f"dataset_name: cannot load {name!r} ({error}); a folder of your own needs an existing "
-            "path, a hub dataset its exact name and a connection"
+            f"dataset_name: cannot load {name!r} ({root_message(error)}); a folder of your own "
+            "needs an existing path, a hub dataset its exact name and a connection"
         ) from error
 
 
 def _text_only(documents: Documents, name: str) -> Documents:
+    """The text of a dataset and, as for files, what is damaged in it."""
     columns = documents.column_names
     if columns is None:  # a stream of unknown columns: take those of its first row
         columns = list(next(iter(documents), {}))
@@ -188,7 +268,27 @@ def _text_only(documents: Documents, name: str) -> Documents:
             f'dataset_name: {name} has no "{TEXT_KEY}" column (columns: {found}); '
             "rename the column of the text"
         )
-    return documents.select_columns([TEXT_KEY])
+    documents = documents.select_columns([TEXT_KEY])
+    check: dict[str, Any] = {"function": partial(_check_row, name=name), "with_indices": True}
+    if isinstance(documents, datasets.Dataset):
+        kind = documents.features[TEXT_KEY].dtype
+        if kind not in ("string", "large_string"):
+            raise UserError(f'dataset_name: "{TEXT_KEY}" of {name} must hold strings, got {kind}')
+        if not documents.data.column(TEXT_KEY).null_count:
+            return documents  # the usual case: no copy
+        check |= {"batch_size": rows_in_bounds(documents, TEXT_KEY), "features": FEATURES}
+    return documents.map(**check)
+
+
+def _check_row(row: Mapping[str, Any], index: int, name: str) -> dict[str, str | None]:
+    text = row[TEXT_KEY]
+    if isinstance(text, str):
+        return {TEXT_KEY: text, DAMAGE_KEY: None}
+    kind = "null" if text is None else type(text).__name__
+    return {TEXT_KEY: "", DAMAGE_KEY: f"{name}, row {index}: the text must be a string, got {kind}"}
+
+
+# Held-out documents
 
 
 def is_held_out(text: str, percentage: float) -> bool:
@@ -203,13 +303,17 @@ def _is_kept(text: str, percentage: float) -> bool:
 
 def _split_by_document(documents: Documents, percentage: float) -> dict[str, Documents]:
     splits = {}
+    is_table = isinstance(documents, datasets.Dataset)
+    bounds = {"batch_size": rows_in_bounds(documents, TEXT_KEY)} if is_table else {}
     for split, belongs in ((TRAIN, _is_kept), (VALIDATION, is_held_out)):
-        chosen = documents.filter(partial(belongs, percentage=percentage), input_columns=TEXT_KEY)
+        chosen = documents.filter(
+            partial(belongs, percentage=percentage), input_columns=TEXT_KEY, **bounds
+        )
         if isinstance(chosen, datasets.Dataset) and len(chosen) == 0:
             raise UserError(
-                f"{len(documents)} documents leave no {split} document at "
-                f"validation_split_percentage={percentage}; pass validation_file, another "
-                "percentage, or cut the text into more documents (text_unit)"
+                f"{len(documents)} documents leave no {split} document if {percentage:g} % are "
+                "held out; cut the text into more documents (text_unit), add text, or hold out "
+                "another share"
             )
         splits[split] = chosen
     return splits

@@ -1,7 +1,8 @@
 """From documents to blocks: concatenate them and cut every `block_size` tokens; nothing is dropped.
 
-`calm.data.tokenization` decides what separates documents, and which tokens are read without being
-predicted. The last block of a corpus is filled with pad tokens, whose labels are -100.
+`calm.data.encoding` decides what separates documents, and `calm.data.tokenization` which tokens are
+read without being predicted. The last block of a corpus is filled with pad tokens, whose labels are
+-100.
 
 `PackedBlocks` cuts a memory-mapped table without a copy. `PackedStream` packs documents as they
 arrive. Both give the same blocks for the same documents.
@@ -19,8 +20,15 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from calm.data.corpus import Documents
-from calm.data.tokenization import CHARACTERS, TOKENS, align_documents, tokenize_documents
+from calm.data.tables import Documents
+from calm.data.tokenization import (
+    CHARACTERS,
+    TOKENS,
+    align_document,
+    align_documents,
+    tokenize_documents,
+    tokenize_stream,
+)
 from calm.errors import UserError
 from calm.labels import IGNORE_INDEX
 
@@ -147,15 +155,16 @@ class PackedBlocks(Dataset[Block]):
 
 
 class PackedStream(IterableDataset[Block]):
-    """Blocks of a stream of tokenized documents, in order.
+    """Blocks of a stream of documents, in order.
 
     The data loader splits the stream among ranks; it is not split here again. With several loader
     workers, each packs the files that it reads.
 
     Args:
-        documents: a stream from `tokenize_documents` or `align_documents`.
+        documents: a stream of texts.
+        tokenizer: turns them into tokens.
         block_size: tokens in a block.
-        pad_token_id: fills the last block of each pass.
+        layout: start token, end token and K as `align_document` takes them, or None.
         max_blocks: keep this many blocks of each pass, the first ones.
         repeat: start again at the end.
     """
@@ -163,16 +172,18 @@ class PackedStream(IterableDataset[Block]):
     def __init__(
         self,
         documents: datasets.IterableDataset,
+        tokenizer: PreTrainedTokenizerBase,
         block_size: int,
-        pad_token_id: int,
-        max_blocks: int | None = None,
         *,
-        repeat: bool = False,
+        layout: dict[str, int] | None,
+        max_blocks: int | None,
+        repeat: bool,
     ) -> None:
         super().__init__()
         self.documents = documents
+        self.tokenizer = tokenizer
         self.block_size = block_size
-        self.pad_token_id = pad_token_id
+        self.layout = layout
         self.max_blocks = max_blocks
         self.repeat = repeat
 
@@ -189,8 +200,10 @@ class PackedStream(IterableDataset[Block]):
                 return
 
     def _one_pass(self) -> Iterator[Block]:
-        tokens = (row[TOKENS] for row in self.documents)
-        return pack(tokens, self.block_size, self.pad_token_id)
+        documents = tokenize_stream(self.documents, self.tokenizer)
+        if self.layout is not None:
+            documents = (align_document(document, **self.layout) for document in documents)
+        return pack(documents, self.block_size, self.tokenizer.pad_token_id)
 
 
 def pack_documents(
@@ -223,20 +236,28 @@ def pack_documents(
         UserError: `block_size` is no multiple of `patch_size`, or no data is left.
     """
     check_block_size(block_size, patch_size)
+    end_token_id = tokenizer.eos_token_id
+    if isinstance(documents, datasets.IterableDataset):
+        layout = {"start": start_token_id, "end": end_token_id, "patch_size": patch_size}
+        return PackedStream(
+            documents,
+            tokenizer,
+            block_size,
+            layout=None if start_token_id is None else layout,
+            max_blocks=max_blocks,
+            repeat=repeat,
+        )
     preparation: Any = {"num_proc": num_proc, "overwrite_cache": overwrite_cache}
     tokenized = tokenize_documents(documents, tokenizer, **preparation)
     if start_token_id is not None:
         tokenized = align_documents(
             tokenized,
             start_token_id=start_token_id,
-            end_token_id=tokenizer.eos_token_id,
+            end_token_id=end_token_id,
             patch_size=patch_size,
             **preparation,
         )
-    pad_token_id = tokenizer.pad_token_id
-    if isinstance(tokenized, datasets.IterableDataset):
-        return PackedStream(tokenized, block_size, pad_token_id, max_blocks, repeat=repeat)
-    return PackedBlocks(tokenized, block_size, pad_token_id, max_blocks)
+    return PackedBlocks(tokenized, block_size, tokenizer.pad_token_id, max_blocks)
 
 
 def collate(blocks: Sequence[Block]) -> dict[str, Tensor]:

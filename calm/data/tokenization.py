@@ -1,53 +1,58 @@
 """Documents as token ids, ready to be packed.
 
-`tokenize_documents` separates documents as the tokenizer does. Llama's, for example, begins every
-text with its begin token, as in the published runs. Where a tokenizer adds nothing, its end token
-follows every document. `align_documents` then gives each document chunks of its own:
+`tokenize_documents` encodes documents by the rule of `calm.data.encoding`: each ends with an end
+token. `align_documents` then gives each document chunks of its own:
 
     <begin> x K | document, end token, filled up to a whole chunk
+
+A table is prepared once and cached. A stream is tokenized as it is read. Either way the documents
+that are held at once are bounded in bytes.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import datasets
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from calm.data.corpus import Documents, code_stamp
-from calm.data.files import TEXT_KEY
+from calm.data.corpus import code_stamp
+from calm.data.encoding import Encoder
+from calm.data.reading import TEXT_KEY
+from calm.data.tables import MAX_BYTES, MAX_ROWS, rows_in_bounds
 from calm.data.tokenizer import tokenizer_hash
 
-__all__ = ["CHARACTERS", "TOKENS", "align_documents", "document_separator", "tokenize_documents"]
+__all__ = [
+    "CHARACTERS",
+    "TOKENS",
+    "align_document",
+    "align_documents",
+    "tokenize_documents",
+    "tokenize_stream",
+]
 
 TOKENS, CHARACTERS = "input_ids", "num_characters"
-
-
-def document_separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The end token if `tokenizer` adds neither begin nor end token by itself, else None."""
-    ids = tokenizer("a")["input_ids"]
-    adds_its_own = ids[0] == tokenizer.bos_token_id or ids[-1] == tokenizer.eos_token_id
-    return None if adds_its_own else tokenizer.eos_token_id
+Columns = dict[str, Any]
 
 
 def tokenize_documents(
-    documents: Documents,
+    documents: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
     num_proc: int | None = None,
     overwrite_cache: bool = False,
-) -> Documents:
-    """Token ids of every document with its separator (``input_ids``) and its ``num_characters``.
+) -> datasets.Dataset:
+    """Token ids of every document of a table (``input_ids``) and its ``num_characters``.
 
-    A cached corpus is tokenized once. The cache key is made of documents, tokenizer and separator.
+    The cache key is made of documents and tokenizer.
     """
-    separator = document_separator(tokenizer)
-    return _map_tokens(
+    return _map(
         documents,
-        partial(_encode, tokenizer=tokenizer, separator=separator),
-        TEXT_KEY,
-        key=f"{tokenizer_hash(tokenizer)} {separator}",
+        partial(_encode, tokenizer=tokenizer),
+        [TEXT_KEY],
+        key=tokenizer_hash(tokenizer),
         title="tokenizing",
         num_proc=num_proc,
         overwrite_cache=overwrite_cache,
@@ -55,104 +60,101 @@ def tokenize_documents(
 
 
 def align_documents(
-    tokenized: Documents,
+    tokenized: datasets.Dataset,
     *,
     start_token_id: int,
     end_token_id: int,
     patch_size: int,
     num_proc: int | None = None,
     overwrite_cache: bool = False,
-) -> Documents:
-    """Tokenized documents with a chunk of start tokens before each, and filled up to whole chunks.
-
-    The start chunk and the end tokens that fill the last chunk are read but never predicted. Such a
-    token is stored as its complement ``~token``, a negative number.
+) -> datasets.Dataset:
+    """`align_document` for every document of a table.
 
     Args:
         tokenized: from `tokenize_documents`.
         start_token_id: token of the start chunk.
-        end_token_id: ends every document; one that ends with it already gets no second one.
+        end_token_id: fills the last chunk.
         patch_size: K.
         num_proc: processes.
         overwrite_cache: align again what is aligned.
     """
-    return _map_tokens(
-        tokenized,
+    return _map(
+        tokenized.with_format("numpy"),
         partial(_align, start=start_token_id, end=end_token_id, patch_size=patch_size),
         [TOKENS, CHARACTERS],
         key=f"aligned {start_token_id} {end_token_id} {patch_size}",
         title="aligning",
         num_proc=num_proc,
         overwrite_cache=overwrite_cache,
-    )
+    ).with_format(None)
 
 
-def _map_tokens(
-    documents: Documents,
-    function: Callable[..., dict[str, list[Any]]],
-    columns: str | list[str],
+def tokenize_stream(
+    documents: datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[np.ndarray]:
+    """Token ids of one document of a stream after the other; some are read ahead."""
+    encoder = Encoder(tokenizer)
+    texts: list[str] = []
+    size = 0
+    for row in documents:
+        texts.append(row[TEXT_KEY])
+        size += len(texts[-1])
+        if size > MAX_BYTES or len(texts) == MAX_ROWS:
+            yield from encoder.documents(texts)
+            texts, size = [], 0
+    yield from encoder.documents(texts)
+
+
+def align_document(tokens: np.ndarray, *, start: int, end: int, patch_size: int) -> np.ndarray:
+    """A tokenized document with a chunk of start tokens before it, filled up to whole chunks.
+
+    The start chunk and the end tokens that fill the last chunk are read but never predicted. Such a
+    token is stored as its complement ``~token``, a negative number. An empty document stays empty.
+    """
+    if not len(tokens):
+        return tokens
+    before = np.full(patch_size, ~start, dtype=tokens.dtype)
+    fill = np.full(-len(tokens) % patch_size, ~end, dtype=tokens.dtype)
+    return np.concatenate([before, tokens, fill])
+
+
+def _map(
+    table: datasets.Dataset,
+    function: Callable[..., Columns],
+    columns: list[str],
     *,
     key: str,
     title: str,
     num_proc: int | None,
     overwrite_cache: bool,
-) -> Documents:
+) -> datasets.Dataset:
     """Apply `function` to batches of `columns`; it gives tokens and characters. `key` names the
-    cache of a table.
+    cache.
     """
-    features = datasets.Features(
-        {TOKENS: datasets.List(datasets.Value("int32")), CHARACTERS: datasets.Value("int64")}
-    )
-    common: dict[str, Any] = {
-        "batched": True,
-        "input_columns": columns,
-        "remove_columns": columns,
-        "features": features,
-    }
-    if isinstance(documents, datasets.IterableDataset):
-        return documents.map(function, **common)
-    key = f"{documents._fingerprint} {key} {code_stamp()}"
-    return documents.map(
+    key = f"{table._fingerprint} {key} {code_stamp()}"
+    return table.map(
         function,
+        batched=True,
+        batch_size=rows_in_bounds(table, columns[0]),
+        input_columns=columns,
+        remove_columns=columns,
+        features=datasets.Features(
+            {TOKENS: datasets.List(datasets.Value("int32")), CHARACTERS: datasets.Value("int64")}
+        ),
         num_proc=num_proc,
         load_from_cache_file=not overwrite_cache,
         new_fingerprint=hashlib.blake2b(key.encode(), digest_size=8).hexdigest(),
         desc=title,
-        **common,
     )
 
 
-def _encode(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, separator: int | None
-) -> dict[str, list[Any]]:
-    # split_special_tokens: a document that spells out a special token is text like any other.
-    encoded = tokenizer(
-        list(texts),
-        verbose=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )
-    end = [] if separator is None else [separator]
+def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Columns:
     return {
-        TOKENS: [
-            ids + end if text else [] for ids, text in zip(encoded["input_ids"], texts, strict=True)
-        ],
+        TOKENS: Encoder(tokenizer).documents(texts),
         CHARACTERS: [len(text) for text in texts],
     }
 
 
-def _align(
-    documents: Sequence[list[int]],
-    characters: Sequence[int],
-    *,
-    start: int,
-    end: int,
-    patch_size: int,
-) -> dict[str, list[Any]]:
-    aligned = []
-    for tokens in documents:
-        ended = tokens if not tokens or tokens[-1] == end else [*tokens, end]
-        fill = [~end] * (-len(ended) % patch_size)
-        aligned.append([~start] * patch_size + ended + fill if tokens else [])
-    return {TOKENS: aligned, CHARACTERS: list(characters)}
+def _align(documents: Sequence[np.ndarray], characters: Sequence[int], **layout: int) -> Columns:
+    aligned = [align_document(np.asarray(tokens, np.int32), **layout) for tokens in documents]
+    return {TOKENS: aligned, CHARACTERS: characters}

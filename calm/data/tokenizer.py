@@ -16,6 +16,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from calm.data.encoding import vocabulary_size
+from calm.data.files import without_mark
 from calm.errors import UserError
 
 __all__ = [
@@ -65,7 +67,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of `vocab_size` entries learned from `texts`.
 
-    Training is deterministic, and decoding restores any text exactly.
+    Training is deterministic, and decoding restores any text exactly. Special tokens that a text
+    spells out are left out of training: encoding turns them into the tokens that they are.
 
     Args:
         texts: documents to learn from.
@@ -89,7 +92,9 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedToke
         special_tokens=[BOS, EOS, PAD],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    special = re.compile("|".join(map(re.escape, (BOS, EOS, PAD))))
+    parts = (part for text in texts for part in special.split(without_mark(text)))
+    tokenizer.train_from_iterator(parts, trainer)
     return _as_pretrained(tokenizer)
 
 
@@ -159,12 +164,18 @@ def check_tokenizer(
             raise UserError(
                 f"tokenizer_name: {name} has no pad token, and add_pad_token is off; {advice}"
             )
+        used = set(tokenizer.get_vocab().values())
         tokenizer.add_special_tokens({"pad_token": PUBLISHED_PAD})
+        if tokenizer.pad_token_id in used:  # ids with holes: the count is no free id
+            raise UserError(
+                f"tokenizer_name: {name} has no pad token, and its ids have holes, so that "
+                f"{PUBLISHED_PAD} got the id {tokenizer.pad_token_id} of another token; {advice}"
+            )
         logger.info(
             "%s has no pad token: appended %s, the vocabulary has %d entries now; to avoid this %s",
             name,
             PUBLISHED_PAD,
-            len(tokenizer),
+            vocabulary_size(tokenizer),
             advice,
         )
     return tokenizer

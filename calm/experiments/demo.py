@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from calm.data.files import TextUnit
+from calm.data.corpus import OnError
+from calm.data.encoding import Encoder
 from calm.data.packing import Block
+from calm.data.reading import TextUnit
 from calm.decoding import generate
+from calm.decoding.text.edges import text_after
 from calm.evaluation import Evaluation, evaluate
 from calm.experiments.demo_plot import plot_demo
 from calm.experiments.demo_report import (
@@ -63,7 +66,8 @@ class DemoOptions:
     Attributes:
         folder: of the three models and the report; created, or written over.
         text: files to learn from, as the flag ``--train_file`` takes them; None for the docstrings.
-        text_unit: one document of a .txt file.
+        text_unit: one document of a text file.
+        on_error: ``stop`` or ``skip`` at text that cannot be read.
         minutes: time for all of it, positive.
         seed: of weights, batches and draws.
         recipe: name or file of the recipe that gives sizes and rates.
@@ -72,6 +76,7 @@ class DemoOptions:
     folder: Path
     text: str | None = None
     text_unit: TextUnit = "paragraph"
+    on_error: OnError = "stop"
     minutes: float = 8.0
     seed: int = 1
     recipe: str = "demo"
@@ -152,9 +157,8 @@ def _language_model(
     )
     evaluation = _evaluate(trainer, max_tokens, **FINAL)
     tokenizer: Any = trainer.processing_class
-    prompts = (
-        tokenizer(list(PROMPTS))["input_ids"] if options.text is None else _beginnings(trainer)
-    )
+    encode = Encoder(tokenizer).prompt
+    prompts = [*map(encode, PROMPTS)] if options.text is None else _beginnings(trainer)
     samples, speeds = [], {}
     for temperature in TEMPERATURES:
         texts, speed = _continue(trainer, prompts, temperature, options.seed)
@@ -174,7 +178,7 @@ def _common_flags(options: DemoOptions) -> list[str]:
     flags = [f"--config={options.recipe}", f"--seed={options.seed}"]
     if options.text is not None:
         flags += ["--dataset_name=", f"--train_file={options.text}"]
-        flags.append(f"--text_unit={options.text_unit}")
+        flags += [f"--text_unit={options.text_unit}", f"--on_error={options.on_error}"]
     if not torch.cuda.is_available():
         flags.append("--use_cpu=true")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -248,11 +252,11 @@ def _continue(
             seed=seed,
             return_details=True,
         )
-    new = [
-        row[len(prompt) : len(prompt) + count]
+    texts = [
+        text_after(tokenizer, prompt, row[len(prompt) : len(prompt) + count].tolist())
         for row, prompt, count in zip(found.sequences, prompts, found.new_tokens, strict=True)
     ]
-    return tokenizer.batch_decode(new, skip_special_tokens=True), found.tokens_per_second
+    return texts, found.tokens_per_second
 
 
 def _beginnings(trainer: CALMTrainer) -> list[list[int]]:

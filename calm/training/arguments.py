@@ -112,7 +112,8 @@ class DataTrainingArguments:
     )
     dataset_config_name: str | None = _flag(None, "Configuration of the hub dataset.")
     train_file: str | None = _flag(
-        None, "Text to learn from: .txt, .jsonl or .json files, comma-separated; globs work."
+        None,
+        "Text to learn from: text, .jsonl, .json or .parquet files, comma-separated; globs work.",
     )
     validation_file: str | None = _flag(None, "Held-out text, named the same way.")
     max_train_samples: int | None = _flag(None, "Use only this many training blocks, the first.")
@@ -130,6 +131,9 @@ class DataTrainingArguments:
     preprocessing_num_workers: int | None = _flag(None, "Processes that read and tokenize.")
     keep_linebreaks: bool = _flag(True, "Keep the line breaks of text files.")
     text_unit: str = _flag("line", "One document of a text file: line, paragraph or file.")
+    on_error: str = _flag(
+        "stop", "What to do about text that cannot be read: stop, or skip and count it."
+    )
 
 
 @dataclass

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from calm.data.encoding import vocabulary_size
 from calm.errors import UserError
 from calm.integrity import check_finite
 from calm.training.arguments import ModelArguments
@@ -105,8 +106,9 @@ def new_config(
 
 def check_vocabulary(vocab_size: int, tokenizer: PreTrainedTokenizerBase, owner: str) -> None:
     """Every token of `tokenizer` has a row in the embedding of `owner`."""
-    if len(tokenizer) > vocab_size:
+    needed = vocabulary_size(tokenizer)
+    if needed > vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} entries, {owner} only {vocab_size}; use the "
+            f"the tokenizer needs {needed} entries, {owner} only {vocab_size}; use the "
             "tokenizer that it was trained with (saved with its weights: leave tokenizer_name out)"
         )

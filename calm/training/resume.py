@@ -46,6 +46,7 @@ FIXED = (
 # Entries that may differ: names of what is compared by its content, and how long to train.
 FREE = (
     "tokenizer", "dataset", "train_files", "validation_files", "versions", "changes",
+    "on_error", "skipped_documents",
     "train.blocks", "train.tokens", "train.tokens_per_character", "validation.blocks",
     "validation.tokens", "validation.tokens_per_character", "training.max_steps",
     "training.num_train_epochs", "training.max_train_seconds",

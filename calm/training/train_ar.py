@@ -10,6 +10,7 @@ from typing import Literal
 
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
+from calm.data.encoding import vocabulary_size
 from calm.models import BaselineTransformer
 from calm.training.arguments import JobArguments
 from calm.training.building import check_vocabulary, load_pretrained, new_config
@@ -30,7 +31,9 @@ def build_model(arguments: JobArguments, tokenizer: PreTrainedTokenizerBase) -> 
         loaded = load_pretrained(BaselineTransformer, name, model, "model_name_or_path")
         check_vocabulary(loaded.config.vocab_size, tokenizer, "the baseline")
         return loaded
-    config = new_config(LlamaConfig, model, tokenizer, EXTRAS, vocab_size=len(tokenizer))
+    config = new_config(
+        LlamaConfig, model, tokenizer, EXTRAS, vocab_size=vocabulary_size(tokenizer)
+    )
     check_vocabulary(config.vocab_size, tokenizer, "the baseline")
     return BaselineTransformer(config)
 

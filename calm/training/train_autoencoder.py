@@ -9,6 +9,7 @@ r"""Stage one: the autoencoder.
 from transformers import PreTrainedTokenizerBase
 
 from calm.configuration import AutoencoderConfig
+from calm.data.encoding import vocabulary_size
 from calm.models import Autoencoder
 from calm.training.arguments import JobArguments
 from calm.training.building import check_vocabulary, load_pretrained, new_config
@@ -25,7 +26,7 @@ def build_model(arguments: JobArguments, tokenizer: PreTrainedTokenizerBase) -> 
         loaded = load_pretrained(Autoencoder, model.model_name_or_path, model, "model_name_or_path")
         check_vocabulary(loaded.config.vocab_size, tokenizer, "the autoencoder")
         return loaded
-    config = new_config(AutoencoderConfig, model, tokenizer, vocab_size=len(tokenizer))
+    config = new_config(AutoencoderConfig, model, tokenizer, vocab_size=vocabulary_size(tokenizer))
     check_vocabulary(config.vocab_size, tokenizer, "the autoencoder")
     return Autoencoder(config)
 

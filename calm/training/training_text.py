@@ -9,10 +9,12 @@ from typing import Any, NamedTuple, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calm.data.corpus import Corpus, Documents, load_corpus
-from calm.data.files import TEXT_KEY, expand_files
+from calm.data.corpus import Corpus, load_corpus
+from calm.data.encoding import document_separator, vocabulary_size
+from calm.data.files import expand_files
 from calm.data.packing import PackedBlocks, PackedStream, pack_documents
-from calm.data.tokenization import document_separator
+from calm.data.reading import TEXT_KEY
+from calm.data.tables import Documents
 from calm.data.tokenizer import BPE_NAME, load_tokenizer, tokenizer_hash
 from calm.errors import UserError
 from calm.integrity import weights_hash
@@ -158,12 +160,14 @@ def protocol(
         **layout._asdict(),
         "tokenizer": Path(text.tokenizer_name).name,
         "tokenizer_hash": tokenizer_hash(text.tokenizer),
-        "vocab_size": len(text.tokenizer),
+        "vocab_size": vocabulary_size(text.tokenizer),
         "document_separator": document_separator(text.tokenizer),
         "dataset": data.dataset_name and Path(data.dataset_name).name,
         "train_files": _file_names(data.train_file),
         "validation_files": _file_names(data.validation_file),
         "validation_split_percentage": data.validation_split_percentage,
+        "on_error": data.on_error,
+        "skipped_documents": text.corpus.skipped,
         "train": _describe(blocks.train, data.train_file, training.dataloader_num_workers),
         "validation": _describe(blocks.validation, data.validation_file, 0),
         "autoencoder": None if autoencoder is None else weights_hash(autoencoder),

@@ -146,7 +146,36 @@ def test_prepare_saves_a_tokenizer_that_loads(folders, tmp_path, capsys):
     assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_prepare_names_what_it_cannot_read(workers, tmp_path, capsys):
+    for name in "ab":
+        lines = ['{"text": "one"}', "oops", '{"text": "two"}']
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    words = ("--data", tmp_path / "*.jsonl", "--tokenizer", "bytes", "--output", tmp_path / "bytes")
+    words = (*words, "--cache-dir", tmp_path / "cache", "--workers", workers)
+    words = (*words, "--validation-split-percentage", 0)
+    message = error_of(capsys, "prepare", *words)
+    assert "a.jsonl:2: not JSON" in message and "(and 1 more); mend the text" in message
+    assert message.endswith("or skip what is damaged (--on-error=skip)")
+    assert calm("prepare", *words, "--on-error", "skip") == 0
+    captured = capsys.readouterr()
+    assert "4 documents" in captured.out
+
+
 # eval
+
+
+def test_eval_of_a_dataset_with_a_test_split_alone(folders, tmp_path, capsys):
+    (tmp_path / "set").mkdir()
+    line = json.dumps({"text": TEXT})
+    (tmp_path / "set" / "test.jsonl").write_text(f"{line}\n" * 4, encoding="utf-8")
+    words = ("--model", folders / "calm", "--data", tmp_path / "set", "--block-size", 32)
+    assert calm("eval", *words, "--num-samples", 2) == 0
+    assert "BrierLM" in capsys.readouterr().out
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    message = error_of(capsys, "eval", *words[:2], "--data", tmp_path / "b.parquet")
+    assert "b.parquet: row 0: damaged Parquet file" in message
 
 
 @pytest.mark.parametrize("kind", ["calm", "baseline"])

@@ -85,9 +85,10 @@ def test_methods_and_their_draws(words, draws, folders, capsys):
         assert record["fallbacks"] == 3 and record["draws"] <= 3 * 17
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("words", [(), ("--prompt-file", "-")], ids=["piped", "named"])
-def test_generate_reads_standard_input(words, folders, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the quick br\n"))
+def test_generate_reads_standard_input(words, mark, folders, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{mark}the quick br\n"))
     assert calm("generate", "--model", folders / "calm", "--max-new-tokens", 4, *words) == 0
     assert capsys.readouterr().out.startswith("the quick br")
 
@@ -106,6 +107,31 @@ def test_prompts_are_typed_in_until_the_end(folders, capsys, monkeypatch):
     assert "> the quick br" in captured.out and "> and the" in captured.out
     assert captured.err.count("4 tokens in") == 2
     assert captured.err.count("error: ") == 1 and "context of 256 tokens" in captured.err
+
+
+def test_bytes_that_are_no_text(folders, tmp_path, capsys, monkeypatch):
+    base = ("generate", "--model", folders / "calm", "--max-new-tokens", 4)
+    (tmp_path / "latin.txt").write_bytes("grüße".encode("latin-1"))
+    message = error_of(capsys, *base, "--prompt-file", tmp_path / "latin.txt")
+    assert "--prompt-file" in message and "is no UTF-8 text" in message
+    assert "--prompt is no UTF-8 text" in error_of(capsys, *base, "--prompt", "the \udcfc quick")
+    bad = io.TextIOWrapper(io.BytesIO(b"gr\xfc\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", bad)
+    assert "standard input is no UTF-8 text" in error_of(capsys, *base)
+    monkeypatch.setattr(sys, "stdin", Terminal("the \udcfc quick\nthe quick br\n"))
+    assert calm(*base) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("error: the prompt is no UTF-8 text") == 1
+    assert captured.err.count("4 tokens in") == 1
+
+
+def test_a_terminal_of_another_alphabet_shows_question_marks(folders, monkeypatch):
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="latin-1"))
+    words = ("--model", folders / "calm", "--prompt", "漢 the grüße", "--max-new-tokens", 4)
+    assert calm("generate", *words) == 0
+    sys.stdout.flush()
+    assert screen.getvalue().startswith("? the grüße".encode("latin-1"))
 
 
 def test_a_stop_string_ends_the_text(folders, capsys):

@@ -2,14 +2,20 @@
 
 import gzip
 import json
+import re
 
 import datasets
+import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
 from calm.data.corpus import CorpusOptions, is_held_out, load_corpus
 from calm.data.embedded import flatten, language_topics, standard_library_docstrings
-from calm.data.files import expand_files, read_documents
-from calm.errors import UserError
+from calm.data.files import expand_files
+from calm.data.packing import collate, pack_documents
+from calm.data.reading import Damage, read_documents
+from calm.data.tokenizer import byte_tokenizer
+from calm.errors import UserError, UserNotice
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +39,14 @@ def jsonl(*texts):
 
 
 def texts(*files, **options):
-    return [document["text"] for document in read_documents(list(files), **options)]
+    return list(read_documents(files, **options))
+
+
+def random_bytes(count):
+    """Lines of letters in no order, which gzip hardly shortens."""
+    letters = np.random.default_rng(0).integers(97, 123, count).astype(np.uint8)
+    letters[::40] = 10
+    return letters.tobytes()
 
 
 def load(tmp_path, **options):
@@ -68,6 +81,45 @@ class TestFiles:
         ):
             assert texts(file) == documents
 
+    def test_other_text_files_parquet_and_upper_case(self, write, tmp_path):
+        for name in ("code.py", "README.md", "notes", "A.TXT"):
+            assert texts(*expand_files(write(name, "one\ntwo\n"))) == ["one\n", "two\n"]
+        assert texts(*expand_files(write("B.JSONL", jsonl("x")))) == ["x"]
+        path = str(tmp_path / "c.parquet")
+        datasets.Dataset.from_dict({"text": ["p", None], "other": [1, 2]}).to_parquet(path)
+        first, damage = texts(*expand_files(path))
+        assert first == "p" and str(damage).endswith('row 1: "text" must be a string, got null')
+
+    def test_byte_order_marks_are_dropped(self, write):
+        mark = "\ufeff"
+        first, second = write("a.txt", f"{mark}one\n"), write("b.txt", f"{mark}two\n{mark}three\n")
+        assert texts(first, second) == ["one\n", "two\n", "three\n"]
+        assert texts(write("c.jsonl", mark + jsonl(f"{mark}four"))) == ["four"]
+        assert texts(write("d.json", f'{mark}[{{"text": "five"}}]')) == ["five"]
+
+    def test_a_damaged_line_spoils_its_document_alone(self, write):
+        file = write("a.txt", b"one\ntw\xff\n\nthree\n")
+        found = {unit: texts(file, text_unit=unit) for unit in ("line", "paragraph", "file")}
+        kinds = {unit: [type(entry) for entry in entries] for unit, entries in found.items()}
+        assert kinds == {
+            "line": [str, Damage, str, str],
+            "paragraph": [Damage, str],
+            "file": [Damage],
+        }
+        assert found["paragraph"][1] == "three\n"
+
+    def test_a_comma_in_a_path(self, write, tmp_path):
+        first, second = write("a,b.txt", "x"), write("c.txt", "y")
+        assert expand_files(f"{first}, {second}") == [first, second]
+        assert expand_files(f"{second},{first}") == [second, first]
+
+    def test_empty_files_and_folders_of_a_glob_are_skipped(self, write, tmp_path):
+        write("set/empty.txt", "")
+        write("set/folder/x.txt", "x")
+        kept = write("set/full.txt", "x")
+        with pytest.warns(UserNotice, match=r"skipped 1 empty files, the first is .*empty\.txt"):
+            assert expand_files(f"{tmp_path}/set/*") == [kept]
+
     def test_files_keep_the_order_of_list_and_glob(self, write, tmp_path):
         for name in ("b", "a", "c"):
             write(f"{name}.jsonl", jsonl(name))
@@ -86,21 +138,30 @@ class TestFiles:
             ("bad.jsonl", "[1]\n", r"bad\.jsonl:1: expected an object .* got list"),
             ("bad.jsonl", '{"text": "\\ud800"}\n', r"bad\.jsonl:1: half of a surrogate pair"),
             ("bad.jsonl", "\n\n", r"bad\.jsonl: holds no document"),
-            ("bad.json", '[{"text": "x"},\n{"text" "y"}]', r"bad\.json:2: not JSON"),
+            ("bad.json", '[{"text": "x"},\n{"text" "y"}]', r"bad\.json: not JSON .* of line 2"),
+            ("bad.jsonl", "[" * 100_000, r"bad\.jsonl:1: JSON that is nested too deeply"),
+            ("bad.jsonl", '{"text": ' + "1" * 5000 + "}\n", r"bad\.jsonl:1: JSON .*4300"),
+            ("bad.jsonl", '{"text": null}\n', r'bad\.jsonl:1: "text" must be a string, got null'),
+            ("bad.parquet", b"PAR1 nothing", r"bad\.parquet: row 0: damaged Parquet"),
             ("bad.json", '[{"text": "x"}, {}]', r'bad\.json: entry 1: no "text" key'),
             ("bad.txt", b"fine\nna\xefve\n", r"bad\.txt:2: not UTF-8 .* byte 2"),
             (
                 "bad.txt.gz",
                 gzip.compress(b"words\n" * 99, mtime=0)[:-12],
-                r"bad\.txt\.gz: damaged gzip",
+                r"bad\.txt\.gz:\d+: damaged gzip",
             ),
-            ("bad.txt.gz", b"no gzip at all", r"bad\.txt\.gz: damaged gzip"),
+            ("bad.txt.gz", b"no gzip at all", r"bad\.txt\.gz:1: damaged gzip"),
+            (
+                "bad.txt.gz",
+                gzip.compress(random_bytes(9999), mtime=0)[:5000] + bytes(5000),
+                r"bad\.txt\.gz:\d+: damaged gzip",
+            ),
         ],
         ids=lambda value: None if isinstance(value, bytes) else str(value)[:24],
     )
     def test_damage_is_named_with_file_and_line(self, write, name, content, complaint):
-        with pytest.raises(UserError, match=complaint):
-            texts(write(name, content))
+        damage = [entry for entry in texts(write(name, content)) if isinstance(entry, Damage)]
+        assert re.search(complaint, str(damage[0])), damage
 
     @pytest.mark.parametrize(
         ("name", "complaint"),
@@ -108,7 +169,10 @@ class TestFiles:
             ("missing.txt", "no file matches"),
             ("*.jsonl", "no file matches"),
             ("empty.txt", r"empty\.txt is empty"),
-            ("table.csv", "unknown ending; expected .txt, .jsonl, .json"),
+            ("table.xlsx", "is no text .text, .jsonl, .json and .parquet are read."),
+            ("text.zip", "is compressed; unpack it"),
+            ("unknown", "is no text: it holds zero bytes"),
+            ("only-empty/*", "finds folders and empty files alone"),
             ("folder", r"is not a file; .* glob such as .*folder/\*"),
             (" , ", "names no file"),
         ],
@@ -118,7 +182,10 @@ class TestFiles:
     ):
         monkeypatch.chdir(tmp_path)
         write("empty.txt", "")
-        write("table.csv", "a,b")
+        write("only-empty/a.txt", "")
+        write("table.xlsx", "a,b")
+        write("text.zip", "a,b")
+        write("unknown", b"a\0b")
         write("folder/a.txt", "x")
         with pytest.raises(UserError, match=f"validation_file: .*{complaint}"):
             expand_files(name, "validation_file")
@@ -222,9 +289,19 @@ class TestSources:
         )
         assert corpus.train["text"] == ["a", "aa", "b", "bb", "c", "cc"]
 
-    def test_errors_inside_the_cache_builder_keep_their_words(self, write, tmp_path):
-        with pytest.raises(UserError, match=r"a\.jsonl:1: not JSON"):
-            load(tmp_path, train_file=write("a.jsonl", "oops\n"))
+    @pytest.mark.parametrize("split", [["train", "test"], ["test"], ["validation"]])
+    def test_splits_of_a_folder(self, write, tmp_path, split):
+        for name in split:
+            write(f"set/{name}.jsonl", jsonl(name))
+        corpus = load(tmp_path, dataset_name=str(tmp_path / "set"), validation_split_percentage=0)
+        if "train" in split:
+            assert corpus.train["text"] == ["train"] and corpus.validation is None
+        else:
+            assert corpus.train is None and corpus.validation["text"] == split
+
+    def test_a_file_is_no_dataset(self, write, tmp_path):
+        with pytest.raises(UserError, match=r"a\.parquet is a file; pass it as train_file"):
+            load(tmp_path, dataset_name=write("a.parquet", "x"))
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_folder_of_data_files(self, write, tmp_path, streaming):
@@ -254,3 +331,59 @@ class TestSources:
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         with pytest.raises(UserError, match="dataset_name: cannot load 'no/such-set'"):
             load(tmp_path, dataset_name="no/such-set")
+
+
+class TestDamage:
+    LINES = jsonl("a") + "oops\n" + jsonl("b") + '{"text": null}\n' + jsonl("c")
+
+    @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_stops_the_run_with_a_count(self, write, tmp_path, workers):
+        files = ",".join(write(f"{name}.jsonl", self.LINES) for name in "ab")
+        options = {"train_file": files, "preprocessing_num_workers": workers}
+        with pytest.raises(UserError) as caught:
+            load(tmp_path, **options)
+        message = str(caught.value)
+        assert "a.jsonl:2: not JSON (Expecting value at column 1)" in message
+        assert message.endswith(
+            "(and 3 more); mend the text, or skip what is damaged (on_error=skip)"
+        )
+
+    def test_is_skipped_and_counted(self, write, tmp_path, caplog):
+        file = write("a.jsonl", self.LINES)
+        options = {"train_file": file, "validation_split_percentage": 0, "on_error": "skip"}
+        corpus = load(tmp_path, **options)
+        assert corpus.train["text"] == ["a", "b", "c"] and corpus.skipped == 2
+        assert "skipped 2 of 5 documents, the first: " in caplog.text and "a.jsonl:2" in caplog.text
+        assert load(tmp_path, **options).skipped == 2  # from the cache
+
+    @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_of_a_stream(self, write, tmp_path, workers, caplog):
+        options = {
+            "train_file": write("a.jsonl", self.LINES), "validation_split_percentage": 0,
+            "streaming": True,
+        }  # fmt: skip
+        layout = {"tokenizer": byte_tokenizer(), "block_size": 8, "patch_size": 4}
+        blocks = pack_documents(load(tmp_path, **options).train, **layout)
+        with pytest.raises(UserError, match=r"a\.jsonl:2: not JSON") as caught:
+            list(DataLoader(blocks, num_workers=workers, collate_fn=collate))
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+        corpus = load(tmp_path, **options, on_error="skip")
+        assert [row["text"] for row in corpus.train] == ["a", "b", "c"] and corpus.skipped is None
+        assert "skipped 2 documents so far, now: " in caplog.text
+
+    def test_of_a_dataset(self, tmp_path):
+        rows = datasets.Dataset.from_dict({"text": ["a", None, "b"]})
+        rows.save_to_disk(tmp_path / "saved")
+        options = {"dataset_name": str(tmp_path / "saved"), "validation_split_percentage": 0}
+        with pytest.raises(UserError, match=r"saved \(train\), row 1: .* a string, got null"):
+            load(tmp_path, **options)
+        corpus = load(tmp_path, **options, on_error="skip")
+        assert corpus.train["text"] == ["a", "b"] and corpus.skipped == 1
+
+    def test_other_values(self, write, tmp_path):
+        with pytest.raises(UserError, match="on_error must be stop or skip, got 'ignore'"):
+            load(tmp_path, train_file=write("a.txt", "x"), on_error="ignore")
+        with pytest.raises(UserError, match=r"all 1 documents are damaged, .*b\.jsonl:1"):
+            load(tmp_path, train_file=write("b.jsonl", "oops"), on_error="skip")

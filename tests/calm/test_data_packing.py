@@ -7,6 +7,7 @@ import torch
 from tokenizers import processors
 from torch.utils.data import DataLoader
 
+from calm.data.encoding import document_separator
 from calm.data.packing import (
     PackedBlocks,
     PackedStream,
@@ -15,7 +16,7 @@ from calm.data.packing import (
     pack,
     pack_documents,
 )
-from calm.data.tokenization import align_documents, document_separator, tokenize_documents
+from calm.data.tokenization import align_documents, tokenize_documents
 from calm.data.tokenizer import byte_tokenizer
 from calm.errors import UserError
 from calm.labels import IGNORE_INDEX
@@ -149,18 +150,14 @@ class TestSeparators:
     def test_end_token_where_the_tokenizer_adds_none(self):
         assert document_separator(TOKENIZER) == EOS
 
-    def test_the_tokenizer_s_own_begin_token_as_published(self):
+    def test_the_tokenizer_s_own_begin_token_stays_and_an_end_token_follows(self):
         tokenizer = byte_tokenizer()
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, 256)]
         )
-        assert document_separator(tokenizer) is None
+        assert document_separator(tokenizer) == EOS
         tokenized = tokenize_documents(table(["ab", "", "c"]), tokenizer)
-        assert tokenized["input_ids"] == [[256, 97, 98], [], [256, 99]]
-
-    def test_a_special_token_spelled_out_in_text_stays_text(self):
-        tokenized = tokenize_documents(table(["x<|end_of_text|>y"]), TOKENIZER)
-        assert tokenized["input_ids"][0] == [*b"x<|end_of_text|>y", EOS]
+        assert tokenized["input_ids"] == [[256, 97, 98, EOS], [], [256, 99, EOS]]
 
 
 START = TOKENIZER.bos_token_id
@@ -199,9 +196,9 @@ class TestStartChunks:
         ]
         assert kept[0][0] == kept[1][0]
 
-    def test_the_tokenizer_s_own_tokens_stay_and_an_end_token_is_never_doubled(self):
+    def test_the_tokenizer_s_own_tokens_stay(self):
         tokenized = datasets.Dataset.from_dict(
-            {"input_ids": [[START, 7, 8], [9, EOS], []], "num_characters": [2, 1, 0]}
+            {"input_ids": [[START, 7, 8, EOS], [9, EOS], []], "num_characters": [2, 1, 0]}
         )
         result = align_documents(tokenized, start_token_id=START, end_token_id=EOS, patch_size=2)
         before = [~START, ~START]

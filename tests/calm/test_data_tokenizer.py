@@ -18,13 +18,12 @@ TEXTS = [
     "  spaces  \t tabs \r\n\n and breaks ",
     "Zoë naïve ﬁ e\u0301 漢字 עברית 🏳️‍🌈 \u200b\ufeff",
     "".join(map(chr, range(256))),
-    "it's a <|end_of_text|> inside text <|pad|>",
     "\U0010ffff\x00",
 ]
 
 
 def encode(tokenizer, text):
-    return tokenizer(text, split_special_tokens=True)["input_ids"]
+    return tokenizer(text)["input_ids"]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +48,14 @@ class TestRoundTrip:
             assert encode(loaded, text) == encode(tokenizer, text)
             assert loaded.decode(encode(loaded, text)) == text
             assert tokenizer_hash(loaded) == tokenizer_hash(tokenizer)
+
+
+def test_a_trained_vocabulary_has_no_pieces_of_special_tokens():
+    text = "one <|end_of_text|> two"
+    tokenizer = train_bpe_tokenizer([text] * 50, 320)
+    assert not any("end" in token for token in tokenizer.get_vocab() if token != "<|end_of_text|>")
+    assert tokenizer.decode(encode(tokenizer, text)) == text
+    assert encode(tokenizer, text).count(tokenizer.eos_token_id) == 1
 
 
 def test_byte_vocabulary():
@@ -109,6 +116,13 @@ class TestSpecialTokens:
         (record,) = caplog.records
         assert "appended [PAD], the vocabulary has 4 entries now" in record.getMessage()
         assert "to avoid this set one and save the tokenizer" in record.getMessage()
+
+    def test_a_pad_token_that_would_take_the_id_of_another_token(self, tmp_path):
+        words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 2, "a": 3}, unk_token="<unk>"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+        tokenizer.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=r"ids have holes, so that \[PAD\] got the id 3"):
+            load_tokenizer(str(tmp_path))
 
     def test_a_pad_token_of_its_own_stays(self, tmp_path, caplog):
         folder = self.save(tmp_path, eos_token="</s>", pad_token="a")

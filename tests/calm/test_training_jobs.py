@@ -323,7 +323,7 @@ class TestBadInput:
 
     def test_tokenizer_of_another_autoencoder(self, tmp_path, run):
         error = run("calm", "--tokenizer_name=bpe:300", "--block_size=16")
-        assert_one_error(*error, "the tokenizer has ", "the language model only 259")
+        assert_one_error(*error, "the tokenizer needs ", "the language model only 259")
 
     @pytest.mark.parametrize(
         ("special", "part"),
