@@ -1,11 +1,13 @@
-"""Labels: counting chunks, and means over those that count.
+"""Labels: counting chunks, and means over what counts.
 
 A label of -100 does not count, as in PyTorch's and transformers' losses.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor
 
-__all__ = ["IGNORE_INDEX", "num_chunks", "weighted_mean"]
+__all__ = ["IGNORE_INDEX", "Term", "num_chunks"]
 
 IGNORE_INDEX = -100
 
@@ -20,6 +22,30 @@ def num_chunks(input_ids: Tensor, patch_size: int) -> int:
     return input_ids.shape[1] // patch_size
 
 
-def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
-    """Mean of `values` over the entries whose `weight` is 1 rather than 0; 0 if there are none."""
-    return (values * weight).sum() / weight.sum().clamp(min=1)
+class Term(NamedTuple):
+    """A quantity that is averaged over the tokens or chunks that count, before the division.
+
+    The sums and counts of several batches add up, so that their mean does not depend on how the
+    batches were cut. Means of batches do not add up: a batch may hold more labels than another.
+
+    Attributes:
+        sums: of each sequence ``[B, ...]``, or of all sequences ``[1, ...]``.
+        counts: how many entries of each sequence count, ``[B]``.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    def mean(self, count: Tensor | None = None) -> Tensor:
+        """Σ sums / Σ counts, ``[...]``; 0, with zero gradients, where nothing counts.
+
+        Args:
+            count: divide by this number instead, which the batch shares with others; the results
+                of these batches then add up to their mean.
+        """
+        count = self.counts.sum() if count is None else count
+        return self.sums.sum(0) / count.clamp(min=1)
+
+    def detach(self) -> "Term":
+        """Without gradients."""
+        return Term(self.sums.detach(), self.counts)

@@ -15,11 +15,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils import ModelOutput
 
 from calm.configuration import AutoencoderConfig
-from calm.labels import IGNORE_INDEX, num_chunks, weighted_mean
+from calm.labels import IGNORE_INDEX, Term, num_chunks
+from calm.models.cross_entropy import cross_entropy
 from calm.models.norm import RMSNorm
 from calm.models.pretrained import CALMPreTrainedModel
 from calm_kernels.linear_argmax import linear_argmax
-from calm_kernels.linear_cross_entropy import linear_cross_entropy
 from calm_kernels.noise import Seed, Stream, as_seed, uniform
 from calm_kernels.reparameterize import reparameterize
 
@@ -32,12 +32,15 @@ class AutoencoderOutput(ModelOutput):
 
     Attributes:
         loss: K * reconstruction_loss + kl_weight * kl in training; reconstruction_loss in
-            evaluation.
+            evaluation. With `loss_counts`, this batch's share of it.
         reconstruction_loss: mean cross-entropy of a token.
         kl: mean over chunks of the KL divergence, summed over dimensions after the floor.
         collapsed: share of latent dimensions whose mean KL divergence does not exceed the floor.
         accuracy: share of tokens reconstructed from a drawn latent, ``[B]``; in evaluation.
         logits: ``[B, P*K, V]``; without labels.
+        terms: with `loss_counts`: ``reconstruction_loss``, ``kl`` and ``dimension_kl`` (the KL
+            divergence of each latent dimension, before the floor), and ``accuracy`` in evaluation,
+            as sums and counts.
     """
 
     loss: Tensor | None = None
@@ -46,6 +49,7 @@ class AutoencoderOutput(ModelOutput):
     collapsed: Tensor | None = None
     accuracy: Tensor | None = None
     logits: Tensor | None = None
+    terms: dict[str, Term] | None = None
 
 
 class ResidualBlock(nn.Module):
@@ -170,11 +174,24 @@ class Autoencoder(CALMPreTrainedModel):
         """The embedding of both encoder and decoder."""
         return self.encoder.embed_tokens
 
+    def loss_counts(self, labels: Tensor) -> Tensor:
+        """How many tokens and how many chunks the loss is a mean over, int64 ``[2]``.
+
+        A chunk counts unless its first label is -100.
+        """
+        is_counted = labels != IGNORE_INDEX
+        return torch.stack([is_counted.sum(), is_counted[:, :: self.patch_size].sum()])
+
+    def collapsed(self, dimension_kl: Tensor) -> Tensor:
+        """Share of dimensions whose mean KL divergence ``[L]`` does not exceed the floor."""
+        return (dimension_kl <= self.config.kl_clamp).to(dimension_kl.dtype).mean()
+
     def forward(
         self,
         input_ids: Tensor,
         labels: Tensor | None = None,
         *,
+        loss_counts: Tensor | None = None,
         token_keep: Tensor | None = None,
         latent_noise: Tensor | None = None,
         latent_keep: Tensor | None = None,
@@ -193,6 +210,9 @@ class Autoencoder(CALMPreTrainedModel):
             input_ids: ``[B, P*K]`` int64.
             labels: the tokens to reconstruct, ``[B, P*K]``, -100 where they do not count; None for
                 logits alone.
+            loss_counts: `loss_counts` of all the batches that this one belongs to, ``[2]``. Their
+                losses then add up to that of the whole, and the output has its ``terms``. If None,
+                those of this batch.
             token_keep: tokens to keep, bool, one row per chunk, ``[B*P, K]``. Drawn in training if
                 None.
             latent_noise: ``[B*P, L]``, N(0, 1). Drawn if None.
@@ -219,7 +239,7 @@ class Autoencoder(CALMPreTrainedModel):
         )
         if labels is None:
             return AutoencoderOutput(logits=self.decoder(latent_states=latent))
-        return self._losses(latent_states, latent, kl, labels)
+        return self._losses(latent_states, latent, kl, labels, loss_counts)
 
     def _drop_tokens(
         self,
@@ -247,33 +267,45 @@ class Autoencoder(CALMPreTrainedModel):
         return input_ids * keep.reshape(input_ids.shape)
 
     def _losses(
-        self, latent_states: Tensor, latent: Tensor, kl: Tensor, labels: Tensor
+        self,
+        latent_states: Tensor,
+        latent: Tensor,
+        kl: Tensor,
+        labels: Tensor,
+        loss_counts: Tensor | None,
     ) -> AutoencoderOutput:
         decoded = self.decoder.decode(latent)  # [B, P, K, H]
         by_chunk = rearrange(labels, "b (p k) -> b p k", k=self.patch_size)
-        reconstruction = linear_cross_entropy(decoded, self.decoder.output_weight, by_chunk)
+        by_sequence = loss_counts is not None and not self.training
+        weight = self.decoder.output_weight
+        reconstruction = cross_entropy(decoded, weight, by_chunk, by_sequence=by_sequence)
         # A chunk of padding counts for nothing.
-        weight = (by_chunk[..., 0] != IGNORE_INDEX).to(kl.dtype)
-        mean_kl = weighted_mean(kl, weight)
-        loss, accuracy = reconstruction, None
+        is_counted = by_chunk[..., 0] != IGNORE_INDEX
+        chunks = is_counted.sum(1)
+        kl_term = Term((kl * is_counted).sum(1), chunks)
+        dimension_kl = Term(self._dimension_kl(latent_states, is_counted), chunks)
+        terms = {"reconstruction_loss": reconstruction, "kl": kl_term, "dimension_kl": dimension_kl}
+        of_tokens, of_chunks = (None, None) if loss_counts is None else loss_counts
+        loss, accuracy = reconstruction.mean(of_tokens), None
         if self.training:
-            loss = self.patch_size * reconstruction + self.config.kl_weight * mean_kl
+            loss = self.patch_size * loss + self.config.kl_weight * kl_term.mean(of_chunks)
         else:
             is_right = self.decoder.tokens(decoded) == by_chunk  # no token is IGNORE_INDEX
-            num_labels = (by_chunk != IGNORE_INDEX).sum((1, 2)).clamp(min=1)
-            accuracy = is_right.sum((1, 2)) / num_labels
+            terms["accuracy"] = Term(is_right.sum((1, 2)), reconstruction.counts)
+            accuracy = terms["accuracy"].sums / reconstruction.counts.clamp(min=1)
         return AutoencoderOutput(
             loss=loss,
-            reconstruction_loss=reconstruction.detach(),
-            kl=mean_kl.detach(),
-            collapsed=self._collapsed(latent_states, weight),
+            reconstruction_loss=reconstruction.mean().detach(),
+            kl=kl_term.mean().detach(),
+            collapsed=self.collapsed(dimension_kl.mean()),
             accuracy=accuracy,
+            terms=None if loss_counts is None else {n: term.detach() for n, term in terms.items()},
         )
 
     @torch.no_grad()
-    def _collapsed(self, latent_states: Tensor, weight: Tensor) -> Tensor:
-        """Share of dimensions whose KL, averaged over chunks ``[B, P]``, is at most the floor."""
-        mean, log_std = latent_states.to(weight.dtype).chunk(2, dim=-1)
+    def _dimension_kl(self, latent_states: Tensor, is_counted: Tensor) -> Tensor:
+        """KL divergence of each dimension, summed over the chunks that count, ``[B, L]``."""
+        dtype = torch.promote_types(latent_states.dtype, torch.float32)
+        mean, log_std = latent_states.to(dtype).chunk(2, dim=-1)
         kl = 0.5 * (mean.square() + (2 * log_std).exp() - 1) - log_std
-        per_dimension = (kl * weight[..., None]).sum((0, 1)) / weight.sum().clamp(min=1)
-        return (per_dimension <= self.config.kl_clamp).to(weight.dtype).mean()
+        return (kl * is_counted[..., None]).sum(1)

@@ -1,6 +1,7 @@
 """The token-by-token baseline: a Llama language model whose loss never forms the logits."""
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,11 +14,23 @@ from calm.decoding.mixin import DecodingMixin
 from calm.decoding.sampling.chunk_distribution import Method
 from calm.errors import UserError
 from calm.integrity import check_files
+from calm.labels import IGNORE_INDEX, Term
 from calm.models.backbone import Backbone
+from calm.models.cross_entropy import cross_entropy
 from calm.models.initialization import initialize
-from calm_kernels.linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["BaselineTransformer"]
+__all__ = ["BaselineOutput", "BaselineTransformer"]
+
+
+@dataclass
+class BaselineOutput(CausalLMOutputWithPast):
+    """As in transformers.
+
+    Attributes:
+        terms: with `loss_counts`: ``loss`` as sums and counts.
+    """
+
+    terms: dict[str, Term] | None = None
 
 
 class BaselineTransformer(DecodingMixin, LlamaForCausalLM):  # type: ignore[misc] # own `generate`
@@ -59,6 +72,10 @@ class BaselineTransformer(DecodingMixin, LlamaForCausalLM):  # type: ignore[misc
             )
         return TokenPredictor(self, temperature)
 
+    def loss_counts(self, labels: Tensor) -> Tensor:
+        """How many predicted tokens the loss is a mean over, int64 ``[1]``."""
+        return (labels[:, 1:] != IGNORE_INDEX).sum()[None]
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -69,6 +86,8 @@ class BaselineTransformer(DecodingMixin, LlamaForCausalLM):  # type: ignore[misc
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        *,
+        loss_counts: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Mean cross-entropy of the next token; without labels as `LlamaForCausalLM.forward`.
@@ -82,6 +101,9 @@ class BaselineTransformer(DecodingMixin, LlamaForCausalLM):  # type: ignore[misc
             labels: ``[B, T]``, -100 where they do not count; they are shifted here.
             use_cache: likewise; only without labels.
             logits_to_keep: likewise; only without labels.
+            loss_counts: `loss_counts` of all the batches that this one belongs to, ``[1]``. Their
+                losses then add up to that of the whole, and the output has its ``terms``. If None,
+                those of this batch.
             **kwargs: likewise; only without labels.
         """
         inputs = {
@@ -93,5 +115,10 @@ class BaselineTransformer(DecodingMixin, LlamaForCausalLM):  # type: ignore[misc
                 **inputs, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs
             )
         hidden = self.model(**inputs, use_cache=False).last_hidden_state
-        loss = linear_cross_entropy(hidden[:, :-1], self.lm_head.weight, labels[:, 1:])
-        return CausalLMOutputWithPast(loss=loss)
+        by_sequence = loss_counts is not None and not self.training
+        term = cross_entropy(
+            hidden[:, :-1], self.lm_head.weight, labels[:, 1:], by_sequence=by_sequence
+        )
+        if loss_counts is None:
+            return CausalLMOutputWithPast(loss=term.mean())
+        return BaselineOutput(loss=term.mean(loss_counts[0]), terms={"loss": term.detach()})

@@ -41,6 +41,7 @@ class EnergyTransformer(ContinuousTransformer):
         input_ids: Tensor,
         labels: Tensor | None = None,
         *,
+        loss_counts: Tensor | None = None,
         head_noise: Tensor | None = None,
         target_noise: Tensor | None = None,
         seed: Seed = None,
@@ -52,6 +53,9 @@ class EnergyTransformer(ContinuousTransformer):
             input_ids: ``[B, P*K]`` int64.
             labels: usually the same, -100 where they do not count (a chunk is masked if its first
                 label is -100). None for hidden states alone.
+            loss_counts: `loss_counts` of all the batches that this one belongs to, ``[1]``. Their
+                losses then add up to that of the whole, and the output has its ``terms``. If None,
+                those of this batch.
             head_noise: ``[N, R, noise_size]`` for the R unmasked predicted chunks or
                 ``[N, B, S, noise_size]``, U[-1/2, 1/2). If None, config.num_samples are drawn for
                 each chunk.
@@ -65,7 +69,7 @@ class EnergyTransformer(ContinuousTransformer):
         `calm.evaluation.brier_scores` the scores.
         """
         draws = {"head_noise": head_noise, "target_noise": target_noise}
-        return self._forward(input_ids, labels, seed, first_row, None, draws)
+        return self._forward(input_ids, labels, loss_counts, seed, first_row, None, draws)
 
 
 class _DenoisingTransformer(ContinuousTransformer):
@@ -76,6 +80,7 @@ class _DenoisingTransformer(ContinuousTransformer):
         input_ids: Tensor,
         labels: Tensor | None = None,
         *,
+        loss_counts: Tensor | None = None,
         head_noise: Tensor | None = None,
         target_noise: Tensor | None = None,
         timesteps: Tensor | None = None,
@@ -90,6 +95,7 @@ class _DenoisingTransformer(ContinuousTransformer):
         Args:
             input_ids: ``[B, P*K]`` int64.
             labels: likewise, or None for hidden states alone.
+            loss_counts: likewise.
             head_noise: ``[N*R, L]``, N(0, 1), sample-major: the DDPM noise, or the flow's start.
             target_noise: ``[N, R, L]``, N(0, 1).
             timesteps: ``[N*R]``: integer steps (diffusion) or times in [0, 1) (flow).
@@ -99,7 +105,7 @@ class _DenoisingTransformer(ContinuousTransformer):
             first_row: index of the first sequence within the global batch.
         """
         draws = {"head_noise": head_noise, "target_noise": target_noise, "timesteps": timesteps}
-        return self._forward(input_ids, labels, seed, first_row, sample_noise, draws)
+        return self._forward(input_ids, labels, loss_counts, seed, first_row, sample_noise, draws)
 
 
 class DiffusionTransformer(_DenoisingTransformer):

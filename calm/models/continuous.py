@@ -20,11 +20,11 @@ from calm.decoding.mixin import DecodingMixin
 from calm.decoding.sampling.chunk_distribution import HeadDistribution, Method
 from calm.decoding.sampling.lazy_decode import decode_compared
 from calm.errors import UserError
-from calm.labels import IGNORE_INDEX, num_chunks
+from calm.labels import IGNORE_INDEX, Term, num_chunks
 from calm.models.agreement import MAX_ORDER, brier_terms
 from calm.models.autoencoder import Autoencoder
 from calm.models.backbone import Backbone, compressor
-from calm.models.heads.base import GenerativeHead, Posterior
+from calm.models.heads.base import GenerativeHead, HeadLoss, Posterior
 from calm.models.pretrained import CALMPreTrainedModel
 from calm_kernels.backend import is_host_readable
 from calm_kernels.noise import Seed, as_seed
@@ -39,14 +39,18 @@ class CALMOutput(ModelOutput):
     """What a language model's `forward` returns; None where it does not apply.
 
     Attributes:
-        loss: mean over the predicted chunks that count.
+        loss: mean over the predicted chunks that count. With `loss_counts`, this batch's share of
+            it.
         fidelity: energy head: 2 mean E|x - y|^α, so that loss = fidelity - diversity.
         diversity: energy head: mean |x - x'|^α.
-        brier1: Brier-1 of each sequence, ``[B]``, from two draws a chunk; in evaluation, K >= 4.
+        brier1: Brier-1 of each sequence, ``[B]``, from two draws a chunk; in evaluation, K >= 4,
+            without `loss_counts`.
         brier2: likewise.
         brier3: likewise.
         brier4: likewise.
         last_hidden_state: ``[B, P, H]``; without labels.
+        terms: with `loss_counts`: ``loss``, and the energy head's ``fidelity`` and ``diversity``,
+            as sums and counts of each sequence.
     """
 
     loss: Tensor | None = None
@@ -57,6 +61,7 @@ class CALMOutput(ModelOutput):
     brier3: Tensor | None = None
     brier4: Tensor | None = None
     last_hidden_state: Tensor | None = None
+    terms: dict[str, Term] | None = None
 
 
 class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
@@ -253,10 +258,19 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
 
     # Training and evaluation
 
+    def loss_counts(self, labels: Tensor) -> Tensor:
+        """How many predicted chunks the loss is a mean over, int64 ``[1]``."""
+        return self._is_counted(labels[:, self.patch_size :]).sum()[None]
+
+    def _is_counted(self, targets: Tensor) -> Tensor:
+        """Which chunks of ``[B, S*K]`` labels count, ``[B, S]``: where the first is not -100."""
+        return targets[:, :: self.patch_size] != IGNORE_INDEX
+
     def _forward(
         self,
         input_ids: Tensor,
         labels: Tensor | None,
+        loss_counts: Tensor | None,
         seed: Seed,
         first_row: int | Tensor,
         sample_noise: Tensor | None,
@@ -272,12 +286,23 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
             "seed": as_seed(seed, hidden.device), "first_row": first_row * hidden.shape[1],
         }  # fmt: skip
         result = self.generative_head.loss(hidden, posterior, **address, **draws)
-        output = CALMOutput(loss=result.loss, fidelity=result.fidelity, diversity=result.diversity)
-        if not self.training and self.patch_size >= MAX_ORDER:
+        output = self._losses(result, posterior.weight, loss_counts)
+        if not self.training and self.patch_size >= MAX_ORDER and loss_counts is None:
             samples = result.samples
             if samples is None:
                 samples = self.generative_head.sample(hidden, sample_noise, BRIER_DRAWS, **address)
             self._add_brier(output, samples[:BRIER_DRAWS], targets)
+        return output
+
+    def _losses(self, result: HeadLoss, weight: Tensor, loss_counts: Tensor | None) -> CALMOutput:
+        names, counts = ("loss", "fidelity", "diversity"), weight.sum(1)
+        values = {name: getattr(result, name) for name in names}
+        terms = {n: Term(value.sum(1), counts) for n, value in values.items() if value is not None}
+        means: Any = {name: term.mean() for name, term in terms.items()}
+        output = CALMOutput(**means)
+        if loss_counts is not None:
+            output["loss"] = terms["loss"].mean(loss_counts[0])
+            output["terms"] = {name: term.detach() for name, term in terms.items()}
         return output
 
     def _targets(self, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -300,7 +325,7 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
         A token that has no label is encoded as the input token, from `following`.
         """
         mean, log_std = self._encode(torch.where(targets == IGNORE_INDEX, following, targets))
-        weight = (targets[:, :: self.patch_size] != IGNORE_INDEX).to(torch.float32)
+        weight = self._is_counted(targets).to(torch.float32)
         return Posterior(mean, log_std, weight)
 
     @torch.no_grad()

@@ -23,7 +23,14 @@ class Posterior(NamedTuple):
 
 
 class HeadLoss(NamedTuple):
-    """Loss of a head, a scalar, with the energy head's two terms and its draws ``[N, B, S, L]``."""
+    """Loss of each chunk, 0 for a masked one, and what else the energy head knows.
+
+    Attributes:
+        loss: ``[B, S]``.
+        fidelity: likewise; energy head.
+        diversity: likewise; energy head.
+        samples: its draws, ``[N, B, S, L]``; energy head.
+    """
 
     loss: Tensor
     fidelity: Tensor | None = None

@@ -1,4 +1,4 @@
-"""What the diffusion and the flow head share: draws in training and sampling, and the mean loss."""
+"""What the diffusion and the flow head share: draws in training and sampling, means over draws."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from calm.configuration import CALMConfig
-from calm.labels import weighted_mean
 from calm.models.heads.base import HeadLoss, Posterior, expand_rows
 from calm.models.heads.denoiser import Denoiser
 from calm_kernels.noise import Seed, Stream, as_seed, normal, uniform
@@ -66,7 +65,7 @@ class DenoisingHead(nn.Module):
         seed: Seed = None,
         first_row: int | Tensor = 0,
     ) -> HeadLoss:
-        """Denoising loss, averaged over the chunks that count and N draws of each.
+        """Denoising loss of each chunk that counts, averaged over N draws of it.
 
         N is that of a given draw, else num_samples. Each draw is given for the R unmasked chunks
         or for all B*S.
@@ -107,7 +106,7 @@ class DenoisingHead(nn.Module):
         noise = rows("head_noise", head_noise, Stream.HEAD)
         latent = posterior.mean + posterior.log_std.exp() * epsilon
         loss = self._row_loss(latent, time, noise, self.net.cond_embed(hidden))
-        return HeadLoss(loss=weighted_mean(loss, weight.expand_as(loss)))
+        return HeadLoss(loss=loss.mean(0) * weight)
 
     def _num_draws(
         self,

@@ -46,7 +46,7 @@ class EnergyGenerativeHead(EnergyHead):
         seed: Seed = None,
         first_row: int | Tensor = 0,
     ) -> HeadLoss:
-        """Energy loss, fidelity - diversity, averaged over the chunks that count.
+        """Energy loss of each chunk that counts, fidelity - diversity.
 
         fidelity = 2 mean_n E|x_n - y|^α,    diversity = mean_{n≠m} |x_n - x_m|^α
 
@@ -74,13 +74,8 @@ class EnergyGenerativeHead(EnergyHead):
             targets=config.targets, num_targets=config.num_targets, target_noise=target_noise,
             weight=weight, seed=seed, first_row=first_row, return_diagnostics=True,
         )  # fmt: skip
-        count = weight.sum().clamp(min=1)  # the score and its terms are weighted already
-        return HeadLoss(
-            loss=-score.sum() / count,
-            fidelity=terms.fidelity.sum() / count,
-            diversity=terms.diversity.sum() / count,
-            samples=samples,
-        )
+        # The score and its terms are weighted already.
+        return HeadLoss(-score, terms.fidelity, terms.diversity, samples)
 
 
 def _expand(name: str, draw: Tensor, weight: Tensor, width: int) -> Tensor:
