@@ -1,7 +1,6 @@
 """Measurements during training: kept on the device and read once per logging interval."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calm.errors import UserError
+from calm.labels import Term
 
 __all__ = ["ADVICE", "FiniteGuard", "NonFiniteLossError", "RunningMeans", "Throughput"]
 
@@ -26,29 +26,34 @@ class NonFiniteLossError(UserError):
 
 
 class RunningMeans:
-    """Means of named scalars over an interval and over processes; `add` does not synchronise."""
+    """Means of named terms over an interval and all processes: sums and counts, divided once.
+
+    `add` does not synchronise.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: Counter[str] = Counter()
+        self._totals: dict[str, Tensor] = {}
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add the scalars of one micro-batch."""
-        for name, value in values.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] += 1
+    def add(self, terms: Mapping[str, Term]) -> None:
+        """Add the terms of one micro-batch."""
+        for name, (sums, counts) in terms.items():
+            count = counts.sum(dtype=torch.float64)
+            total = torch.cat([sums.sum(0, dtype=torch.float64).reshape(-1), count[None]])
+            self._totals[name] = self._totals[name] + total if name in self._totals else total
 
-    def drain(self, gather: Gather) -> dict[str, float]:
-        """The means so far; resets them. `gather` collects a tensor ``[n]`` of every process."""
-        if not self._sums:
+    def drain(self, gather: Gather) -> dict[str, Tensor]:
+        """The means so far, each flat, ``[n]``; 0 where nothing counted. Resets them.
+
+        Args:
+            gather: collects a tensor ``[1, n]`` of every process.
+        """
+        totals, self._totals = self._totals, {}
+        if not totals:
             return {}
-        names = sorted(self._sums)
-        means = torch.stack([self._sums[name] / self._counts[name] for name in names])
-        means = gather(means[None]).reshape(-1, len(names)).mean(0)
-        self._sums.clear()
-        self._counts.clear()
-        return dict(zip(names, means.tolist(), strict=True))
+        gathered = gather(torch.cat(list(totals.values()))[None]).sum(0).cpu()
+        parts = gathered.split([len(total) for total in totals.values()])
+        means = [part[:-1] / part[-1].clamp(min=1) for part in parts]
+        return dict(zip(totals, means, strict=True))
 
 
 class Throughput:

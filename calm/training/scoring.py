@@ -1,74 +1,105 @@
-"""Evaluation during training: sums and counts of each sequence, gathered over all processes.
+"""What is logged and measured during training.
 
-A mean of batch means would overweight short batches, and count the sequences twice that a data
+Evaluation gathers sums and counts of each sequence from all processes and divides once: a mean of
+batch means would overweight batches with few labels, and count the sequences twice that a data
 loader repeats to fill the batches of all processes.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel
-from transformers.utils import ModelOutput
 
-from calm.evaluation.bootstrap import brier_lm, corpus_means, standard_errors
+from calm.evaluation.bootstrap import brier_lm, standard_errors
 from calm.evaluation.brier import brier_sums
 from calm.evaluation.samplers import make_sampler
-from calm.labels import IGNORE_INDEX
+from calm.labels import Term
 from calm.models import Autoencoder
 
-__all__ = ["metrics_of", "score_sequences"]
+__all__ = ["logged_parts", "metrics_of", "score_sequences"]
 
-AUTOENCODER_METRICS = ("accuracy", "kl", "collapsed")
+AUTOENCODER_TERMS = ("reconstruction_loss", "kl", "accuracy", "dimension_kl")
 
 
 def score_sequences(
     model: PreTrainedModel,
     inputs: dict[str, Tensor],
-    outputs: ModelOutput,
+    terms: dict[str, Term],
     *,
+    loss_only: bool,
     seed: Tensor,
     first_sequence: int,
     num_samples: int,
 ) -> tuple[Tensor, Tensor]:
-    """Sums ``[B, C]`` of the metrics of `model`, and their numbers of terms ``[B]``, in float64.
+    """Sums of all that is measured in each sequence, and what divides them, float64 ``[B, C]``.
+
+    The first column is the loss. Then an autoencoder has KL divergence, accuracy and the KL
+    divergence of each latent dimension, a language model Brier-1 to Brier-4.
 
     Args:
-        model: an autoencoder (accuracy, KL divergence, share of collapsed dimensions; one term per
-            token) or a language model (Brier-1 to Brier-4; one term per position).
+        model: an autoencoder or a language model.
         inputs: ``input_ids`` and ``labels`` ``[B, T]``.
-        outputs: of the model's forward in evaluation.
+        terms: of the model's output in evaluation, one row a sequence.
+        loss_only: the first column alone.
         seed: of the draws.
         first_sequence: index of the first sequence in the evaluation set; addresses the draws.
         num_samples: N, draws per position.
     """
     if isinstance(model, Autoencoder):
-        tokens = (inputs["labels"] != IGNORE_INDEX).sum(1).to(torch.float64)
-        columns = [outputs[name].double().expand(len(tokens)) for name in AUTOENCODER_METRICS]
-        return torch.stack(columns, dim=1) * tokens[:, None], tokens
-    sampler = make_sampler(
-        model, num_samples=num_samples, brier_draws=None, noise_scale=1.0, seed=seed
-    )
-    chunks = inputs["input_ids"].shape[1] // sampler.predictor.patch_size
-    return brier_sums(
-        sampler, inputs["input_ids"], inputs["labels"], first_row=first_sequence * chunks
-    )
+        measured = [terms[name] for name in AUTOENCODER_TERMS]
+    else:
+        measured = [terms["loss"]]
+        if not loss_only:
+            sampler = make_sampler(
+                model, num_samples=num_samples, brier_draws=None, noise_scale=1.0, seed=seed
+            )
+            chunks = inputs["input_ids"].shape[1] // sampler.predictor.patch_size
+            first_row = first_sequence * chunks
+            scores = brier_sums(sampler, inputs["input_ids"], inputs["labels"], first_row=first_row)
+            measured.append(Term(*scores))
+    if loss_only:
+        measured = measured[:1]
+    sums = [term.sums.double().reshape(len(term.counts), -1) for term in measured]
+    counts = [
+        term.counts.double()[:, None].expand_as(columns)
+        for term, columns in zip(measured, sums, strict=True)
+    ]
+    return torch.cat(sums, 1), torch.cat(counts, 1)
 
 
 def metrics_of(model: PreTrainedModel, prediction: EvalPrediction) -> dict[str, float]:
     """Metrics of the whole evaluation set from `score_sequences` of all its sequences.
 
-    Autoencoder: ``accuracy``, ``kl``, ``collapsed``. Language models: ``brier1`` to ``brier4``
-    (fractions) with their standard errors ``brier1_se`` to ``brier4_se``, and ``brier_lm`` (0 to
-    100).
+    All models: ``loss``. Autoencoder: ``kl``, ``accuracy``, ``collapsed``. Language models:
+    ``brier1`` to ``brier4`` (fractions) with their standard errors ``brier1_se`` to ``brier4_se``,
+    and ``brier_lm`` (0 to 100). NaN where nothing counts.
     """
     sums = torch.as_tensor(prediction.predictions, dtype=torch.float64)
     counts = torch.as_tensor(prediction.label_ids, dtype=torch.float64)
-    means = corpus_means(sums, counts)
+    means = sums.sum(0) / counts.sum(0)
+    metrics = {"loss": means[0].item()}
+    if len(means) == 1:
+        return metrics
     if isinstance(model, Autoencoder):
-        return dict(zip(AUTOENCODER_METRICS, means.tolist(), strict=True))
-    metrics = {f"brier{order}": value for order, value in enumerate(means.tolist(), 1)}
-    errors = standard_errors(sums, counts).tolist()
+        metrics |= {"kl": means[1].item(), "accuracy": means[2].item()}
+        return {**metrics, "collapsed": model.collapsed(means[3:]).item()}
+    brier = means[1:]
+    metrics |= {f"brier{order}": value for order, value in enumerate(brier.tolist(), 1)}
+    errors = standard_errors(sums[:, 1:], counts[:, 1]).tolist()
     if not math.isnan(errors[0]):
         metrics |= {f"brier{order}_se": value for order, value in enumerate(errors, 1)}
-    return {**metrics, "brier_lm": brier_lm(means).item()}
+    return {**metrics, "brier_lm": brier_lm(brier).item()}
+
+
+def logged_parts(model: Any, means: dict[str, Tensor]) -> dict[str, float]:
+    """What `RunningMeans` measured beside the loss, as numbers to log.
+
+    The KL divergence of each dimension becomes ``collapsed``: the share of dimensions whose mean
+    over all chunks of the interval does not exceed the floor.
+    """
+    parts = {name: mean for name, mean in means.items() if name not in ("loss", "dimension_kl")}
+    if "dimension_kl" in means:
+        parts["collapsed"] = model.collapsed(means["dimension_kl"])
+    return {name: mean.item() for name, mean in parts.items()}

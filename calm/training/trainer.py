@@ -9,7 +9,9 @@ of its own and does not change the generators of training.
 import copy
 import inspect
 import json
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from calm.data.packing import collate
 from calm.integrity import find_non_finite, write_atomically, write_manifest
+from calm.labels import IGNORE_INDEX
 from calm.training.arguments import CALMTrainingArguments
 from calm.training.checkpoints import (
     CheckpointCompletion,
@@ -34,7 +37,7 @@ from calm.training.clock import TimedProgress, TrainingClock, timed_schedule
 from calm.training.metrics import ADVICE, FiniteGuard, NonFiniteLossError, RunningMeans, Throughput
 from calm.training.muon import MuonAdamW
 from calm.training.resume import PROTOCOL, OwnSettings
-from calm.training.scoring import metrics_of, score_sequences
+from calm.training.scoring import logged_parts, metrics_of, score_sequences
 from calm_kernels.noise import as_seed
 
 __all__ = ["CALMTrainer"]
@@ -79,7 +82,11 @@ class CALMTrainer(Trainer):
         self._optimizer_settings: list[dict[str, Any]] = []
         self.add_callback(OwnSettings(self._optimizer_settings))
         self._first_step = 0
+        scored: Any = model
+        self._loss_counts = scored.loss_counts
         self._takes_seed = "seed" in inspect.signature(model.forward).parameters
+        # `compute_loss` gives a share of the step's loss, which must not be divided again.
+        self.model_accepts_loss_kwargs = True
         self._means = RunningMeans()
         self._throughput = Throughput(tokens_per_character)
         self._guard = FiniteGuard()
@@ -149,6 +156,33 @@ class CALMTrainer(Trainer):
             epochs = self._first_step // updates
         return epochs, updates, *others, max_steps
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor | None]:
+        """The micro-batches of one step, and the counts that divide its loss.
+
+        They run over all its micro-batches and processes, see `loss_counts` of the models.
+        """
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        self._uncount_repeats(batches[-1]["labels"])
+        counts = [self._loss_counts(batch["labels"]) for batch in batches]
+        return batches, self.accelerator.reduce(torch.stack(counts).sum(0).to(device))
+
+    def _uncount_repeats(self, labels: Tensor) -> None:
+        """Make the labels not count of sequences that an epoch repeats in its last batches.
+
+        A data loader does so, from the epoch's beginning, to give all processes as many sequences.
+        """
+        is_last = self.accelerator.gradient_state.end_of_dataloader
+        if not is_last or self.args.dataloader_drop_last or not has_length(self.train_dataset):
+            return
+        together = self.args.world_size * self._train_batch_size
+        left = len(self.train_dataset) % together or together
+        own = left - self.args.process_index * self._train_batch_size
+        labels[max(0, own) :] = IGNORE_INDEX
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -156,11 +190,17 @@ class CALMTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The mean loss of one micro-batch, with its draws addressed and its parts recorded."""
+        """What one micro-batch adds to the loss of its step, with its draws addressed.
+
+        Summed over micro-batches and averaged over processes, as gradients are, it is the mean over
+        all that counts in the step.
+        """
         first_row = self._next_first_row()
-        outputs = model(**inputs, **self._draws(self.args.seed, self.state.global_step, first_row))
+        draws = self._draws(self.args.seed, self.state.global_step, first_row)
+        outputs = model(**inputs, **draws, loss_counts=num_items_in_batch)
         self._record(inputs, outputs, first_row)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        loss = outputs.loss * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
 
     def _next_first_row(self) -> int:
         """Index of the first sequence of the next micro-batch within the whole batch of this step.
@@ -190,12 +230,7 @@ class CALMTrainer(Trainer):
             where=f"sequences {first_row} to {last_row} of the batch "
             f"(process {self.args.process_index}, epoch {self.state.epoch or 0:.4f})",
         )
-        parts = {
-            name: value
-            for name, value in outputs.items()
-            if name != "loss" and isinstance(value, Tensor) and value.dim() == 0
-        }
-        self._means.add(parts)
+        self._means.add(outputs.terms)
         self._throughput.add(inputs["input_ids"].numel() * self.args.world_size)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -218,7 +253,9 @@ class CALMTrainer(Trainer):
         """Log the speed and the parts of the loss, averaged since the last log, with the loss."""
         if "loss" in logs:
             self._check_finite()
-            logs |= self._means.drain(self.accelerator.gather) | self._throughput.drain()
+            means = self._means.drain(self.accelerator.gather)
+            logs |= logged_parts(self.accelerator.unwrap_model(self.model), means)
+            logs |= self._throughput.drain()
         if self.clock is not None:
             logs["train_seconds"] = self.clock.elapsed
         super().log(logs, start_time)
@@ -239,25 +276,29 @@ class CALMTrainer(Trainer):
         inputs: dict[str, Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Loss of a batch, and sums and counts of its sequences (`score_sequences`)."""
+    ) -> tuple[None, Tensor, Tensor]:
+        """Sums and counts of each sequence (`score_sequences`), the loss among them.
+
+        No mean of the batch, as transformers would average it over batches.
+        """
         inputs = self._prepare_inputs(inputs)
-        dealt = self._eval_batch * self.args.world_size + self.args.process_index
+        # Processes get equal parts of what is dealt out, also at the end of a stream.
+        first = self._eval_batch * self.args.world_size * self.args.eval_batch_size
+        first += self.args.process_index * len(inputs["labels"])
         self._eval_batch += 1
-        first = dealt * self.args.eval_batch_size
+        draws = self._draws(self.args.eval_seed, 0, first)
         with torch.no_grad(), self.accelerator.autocast():
-            outputs = model(**inputs, **self._draws(self.args.eval_seed, 0, first))
-            if prediction_loss_only:
-                return outputs.loss, None, None
+            outputs = model(**inputs, **draws, loss_counts=self._loss_counts(inputs["labels"]))
             sums, counts = score_sequences(
                 self.accelerator.unwrap_model(model),
                 inputs,
-                outputs,
+                outputs.terms,
+                loss_only=prediction_loss_only,
                 seed=as_seed(self.args.eval_seed, self.args.device),
                 first_sequence=first,
                 num_samples=self.args.eval_num_samples,
             )
-        return outputs.loss, sums, counts
+        return None, sums, counts
 
     # Saving
 

@@ -18,8 +18,8 @@ from calm.training.checkpoints import checkpoint_folders
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launch(module, words):
-    """Run a training module under torchrun with two processes."""
+def launch(words):
+    """Run a script or a module (``-m``, its name) and its words in two processes of torchrun."""
     done = subprocess.run(
         [
             sys.executable,
@@ -27,8 +27,6 @@ def launch(module, words):
             "torch.distributed.run",
             "--standalone",
             "--nproc_per_node=2",
-            "-m",
-            f"calm.training.{module}",
             *words,
         ],
         cwd=ROOT,
@@ -52,7 +50,7 @@ def test_two_processes_are_one_run_with_twice_the_batch(tmp_path, extra):
     single = tmp_path / "autoencoder"
     single.rename(tmp_path / "alone")
     together = flags(tmp_path, "autoencoder", *common, text=text)
-    status, errors = launch("train_autoencoder", together)
+    status, errors = launch(["-m", "calm.training.train_autoencoder", *together])
     assert status == 0, errors
     for name in ("loss", "grad_norm", "kl"):
         expected = logs(tmp_path / "alone", name)
@@ -91,7 +89,7 @@ def test_a_run_of_two_processes_goes_on_in_one(tmp_path):
 @pytest.mark.slow
 def test_an_error_of_ours_ends_what_torchrun_reports(tmp_path):
     words = flags(tmp_path, "autoencoder", "--block_size=30")
-    status, errors = launch("train_autoencoder", words)
+    status, errors = launch(["-m", "calm.training.train_autoencoder", *words])
     *_, last, border = errors.splitlines()
     assert status != 0 and set(border) == {"="}
     assert "error: block_size must be a multiple of patch_size" in last

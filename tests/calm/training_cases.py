@@ -83,6 +83,25 @@ class Sequences(torch.utils.data.Dataset):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
+class UnevenSequences(Sequences):
+    """Random sequences in which very different numbers of labels count.
+
+    Padding begins anywhere, a start chunk stands in the middle, and some hold no label at all.
+    """
+
+    KEPT = (16, 1, 5, 16, 9, 0, 13, 2)
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.labels = self.ids.copy()
+        for row, labels in enumerate(self.labels):
+            labels[self.KEPT[row % len(self.KEPT)] :] = -100
+        self.labels[3::8, 4:8] = -100
+
+    def __getitem__(self, index):
+        return {"input_ids": self.ids[index], "labels": self.labels[index]}
+
+
 def tiny_baseline():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -98,8 +117,8 @@ MODELS = {
 }
 
 
-def make_trainer(model, folder, *, sequences=8, **settings):
-    """A trainer of `model` on random sequences."""
+def make_trainer(model, folder, *, sequences=8, data=None, **settings):
+    """A trainer of `model` on `data`, by default random sequences."""
     defaults = {
         "output_dir": str(folder),
         "max_steps": 2,
@@ -110,7 +129,7 @@ def make_trainer(model, folder, *, sequences=8, **settings):
         "dataloader_pin_memory": False,
         "seed": 5,
     }
-    data = Sequences(sequences)
+    data = data or Sequences(sequences)
     arguments = CALMTrainingArguments(**{**defaults, **settings})
     return CALMTrainer(model, arguments, train_dataset=data, eval_dataset=data)
 
