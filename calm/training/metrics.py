@@ -3,14 +3,17 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from calm.errors import UserError
 from calm.labels import Term
 
-__all__ = ["ADVICE", "FiniteGuard", "NonFiniteLossError", "RunningMeans", "Throughput"]
+__all__ = ["ADVICE", "FiniteGuard", "MeanLoss", "NonFiniteLossError", "RunningMeans", "Throughput"]
 
 # What to do about a loss, gradient or weight that is not finite.
 ADVICE = (
@@ -54,6 +57,58 @@ class RunningMeans:
         parts = gathered.split([len(total) for total in totals.values()])
         means = [part[:-1] / part[-1].clamp(min=1) for part in parts]
         return dict(zip(totals, means, strict=True))
+
+
+class MeanLoss(TrainerCallback, ExportableState):
+    """Mean of the losses of all steps of a run, those before it was resumed included.
+
+    transformers knows the steps since the last start alone. Here every checkpoint holds the sum.
+
+    Args:
+        total: sum of the losses of earlier steps.
+        steps: their number.
+    """
+
+    def __init__(self, total: float = 0.0, steps: int = 0) -> None:
+        self.total = total
+        self.steps = steps
+        self._pending: Tensor | None = None
+
+    def add(self, loss: Tensor) -> None:
+        """Add what a micro-batch contributes to the loss of its step. Does not synchronise."""
+        loss = loss.detach().double()
+        self._pending = loss if self._pending is None else self._pending + loss
+
+    def collect(self, gather: Gather) -> None:
+        """Bring what was added into `total`; a step's loss is the mean over processes."""
+        if self._pending is not None:
+            self.total += gather(self._pending[None]).mean().item()
+            self._pending = None
+
+    @property
+    def mean(self) -> float:
+        """The mean; 0 before the first step."""
+        return self.total / max(1, self.steps)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {"total": self.total, "steps": self.steps}, "attributes": {}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on from what the checkpoint holds, if any."""
+        known: Any = state.stateful_callbacks or {}
+        saved = known.get(type(self).__name__) if state.global_step else None
+        kept: Any = saved["args"] if isinstance(saved, dict) else {"total": 0.0, "steps": 0}
+        self.total, self.steps = kept["total"], kept["steps"]
+        self._pending = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the step."""
+        self.steps += 1
 
 
 class Throughput:

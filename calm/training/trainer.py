@@ -34,7 +34,14 @@ from calm.training.checkpoints import (
     last_good_checkpoint,
 )
 from calm.training.clock import TimedProgress, TrainingClock, timed_schedule
-from calm.training.metrics import ADVICE, FiniteGuard, NonFiniteLossError, RunningMeans, Throughput
+from calm.training.metrics import (
+    ADVICE,
+    FiniteGuard,
+    MeanLoss,
+    NonFiniteLossError,
+    RunningMeans,
+    Throughput,
+)
 from calm.training.muon import MuonAdamW
 from calm.training.resume import PROTOCOL, OwnSettings
 from calm.training.scoring import logged_parts, metrics_of, score_sequences
@@ -87,6 +94,8 @@ class CALMTrainer(Trainer):
         self._takes_seed = "seed" in inspect.signature(model.forward).parameters
         # `compute_loss` gives a share of the step's loss, which must not be divided again.
         self.model_accepts_loss_kwargs = True
+        self._mean_loss = MeanLoss()
+        self.add_callback(self._mean_loss)
         self._means = RunningMeans()
         self._throughput = Throughput(tokens_per_character)
         self._guard = FiniteGuard()
@@ -146,7 +155,8 @@ class CALMTrainer(Trainer):
             if self.clock is not None:
                 self.clock.resume(state)
         self._throughput.start()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output: Any = super().train(resume_from_checkpoint, *args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but a finished run has no epoch left."""
@@ -200,6 +210,7 @@ class CALMTrainer(Trainer):
         outputs = model(**inputs, **draws, loss_counts=num_items_in_batch)
         self._record(inputs, outputs, first_row)
         loss = outputs.loss * self.args.world_size
+        self._mean_loss.add(loss)
         return (loss, outputs) if return_outputs else loss
 
     def _next_first_row(self) -> int:
@@ -248,14 +259,21 @@ class CALMTrainer(Trainer):
         """Stop the run if a loss or gradient norm since the last check was not finite."""
         find = partial(last_good_checkpoint, self.args.folder, set_aside=False)
         self._guard.check(self.accelerator.gather, find)
+        self._mean_loss.collect(self.accelerator.gather)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the speed and the parts of the loss, averaged since the last log, with the loss."""
-        if "loss" in logs:
+        """Log the speed and the parts of the loss, averaged since the last log, with the loss.
+
+        ``train_loss`` is the mean of all steps of the run, those before a resume included.
+        """
+        if "loss" in logs or "train_loss" in logs:
             self._check_finite()
+        if "loss" in logs:
             means = self._means.drain(self.accelerator.gather)
             logs |= logged_parts(self.accelerator.unwrap_model(self.model), means)
             logs |= self._throughput.drain()
+        if "train_loss" in logs:
+            logs["train_loss"] = self._mean_loss.mean
         if self.clock is not None:
             logs["train_seconds"] = self.clock.elapsed
         super().log(logs, start_time)

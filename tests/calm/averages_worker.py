@@ -50,9 +50,10 @@ def run(folder, train_batch, eval_batch):
             prediction_loss_only=name == "diffusion",  # its draws take a hundred steps
             **EXACT,
         )
-        trainer.train()
+        output = trainer.train()
         results[name] = {
             "logs": {measure: history(trainer, measure) for measure in MEASURES},
+            "train_loss": output.training_loss,
             "scores": scores(trainer.evaluate()),
             "stream": scores(trainer.evaluate(Stream(UnevenSequences(10)))),
         }

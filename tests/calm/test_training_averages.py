@@ -152,6 +152,33 @@ def test_a_last_block_of_one_token_trains(tmp_path):
     assert len(losses) == 4 and min(losses) == 0 and math.isfinite(max(losses))
 
 
+class TestTrainLoss:
+    def test_is_the_mean_of_all_steps(self, tmp_path):
+        trainer = make_trainer(MODELS["energy"](), tmp_path, max_steps=5, sequences=40)
+        output = trainer.train()
+        losses = history(trainer, "loss")
+        assert output.training_loss == output.metrics["train_loss"]
+        assert output.training_loss == pytest.approx(sum(losses) / 5)
+        assert make_trainer(MODELS["energy"](), tmp_path).train().training_loss != 0
+
+    def test_after_a_resume(self, tmp_path):
+        """Between two logs, so that the checkpoint holds steps that no log has seen."""
+        settings = {
+            "max_steps": 6,
+            "sequences": 48,
+            "logging_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 3,
+        }
+        whole = make_trainer(MODELS["energy"](), tmp_path, **settings).train()
+        again = make_trainer(MODELS["energy"](), tmp_path, **settings)
+        resumed = again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert resumed.training_loss == pytest.approx(whole.training_loss, rel=1e-12)
+        assert history(again, "train_loss") == [resumed.training_loss]
+        finished = again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+        assert finished.training_loss == resumed.training_loss
+
+
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     """Also where an epoch or an evaluation set ends, and sequences are repeated to fill batches."""
@@ -163,5 +190,5 @@ def test_two_processes_are_one(tmp_path):
         for measure, values in alone[name]["logs"].items():
             found = together[name]["logs"][measure]
             assert found == pytest.approx(values, rel=1e-5), (name, measure)
-        for part in ("scores", "stream"):
+        for part in ("train_loss", "scores", "stream"):
             assert together[name][part] == pytest.approx(alone[name][part], rel=1e-5), (name, part)
