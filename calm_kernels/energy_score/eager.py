@@ -1,9 +1,8 @@
 """The energy score in plain PyTorch: value and closed-form gradients in one pass over the
 positions.
 
-Arrays are ``[R, N, L]`` and worked on in blocks of positions, so that intermediates stay in cache;
-no ``[N, M, R, L]`` array exists. Gradients are computed with the value and stored; backward only
-scales them.
+Arrays are ``[R, N, L]`` and worked on in blocks of positions (`row_blocks`); no ``[N, M, R, L]``
+array exists. Gradients are computed with the value and stored; backward only scales them.
 """
 
 from collections.abc import Callable
@@ -109,7 +108,7 @@ def energy_score_eager(
             return diversity + nearness, dx, dy
 
         score, *gradients = in_row_blocks(
-            compute, samples.shape[0], max(num_samples, num_targets) * width
+            compute, samples.shape[0], max(num_samples, num_targets) * width, samples.device
         )
         return (score,), tuple(gradients)
 
@@ -147,7 +146,8 @@ def gaussian_energy_score_eager(
             fidelity, *rest = terms
             return diversity - fidelity, fidelity, diversity, *rest
 
-        outputs = in_row_blocks(compute, num_rows, max(num_samples, num_targets) * width)
+        elements = max(num_samples, num_targets) * width
+        outputs = in_row_blocks(compute, num_rows, elements, samples.device)
         return outputs[:4], outputs[4:]
 
     return _differentiate(run, samples, mean, log_std)
@@ -243,7 +243,7 @@ def expected_distance_eager(offset: Tensor, std: Tensor, exponent: float, method
             return term.value[:, 0], doffset, dstd
 
         value, *gradients = in_row_blocks(
-            compute, offset.shape[0], num_nodes(dtype) * offset.shape[1]
+            compute, offset.shape[0], num_nodes(dtype) * offset.shape[1], offset.device
         )
         return (value,), tuple(gradients)
 

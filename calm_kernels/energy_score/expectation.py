@@ -101,5 +101,5 @@ def _integrate(
         )
 
     elements = num_nodes(variance.dtype) * width * (1 if can_share else num_samples)
-    outputs = in_row_blocks(shared if can_share else apart, num_rows, elements)
+    outputs = in_row_blocks(shared if can_share else apart, num_rows, elements, variance.device)
     return GaussianTerm._make(outputs)

@@ -10,7 +10,7 @@ v, and 0 where v = 0.
 import torch
 from torch import Tensor
 
-from calm_kernels.energy_score.row_blocks import WORKING_SET, in_row_blocks
+from calm_kernels.energy_score.row_blocks import in_row_blocks, working_set
 
 __all__ = ["between", "within"]
 
@@ -71,15 +71,15 @@ def between(
         return _by_matmul(*part) or _by_differences(*part)
 
     elements = (num_samples + num_targets) * max(num_samples, width)
-    return in_row_blocks(compute, x.shape[0], elements)
+    return in_row_blocks(compute, x.shape[0], elements, x.device)
 
 
 def _by_differences(
     x: Tensor, y: Tensor, exponent: float, scale: Tensor, need_dx: bool, need_dy: bool
 ) -> Terms:
-    """`between` by differences ``[r, N, m, L]``, as many at a time as stay in cache."""
+    """`between` by differences ``[r, N, m, L]``, as many at a time as a block holds."""
     num_samples, num_targets, width = x.shape[1], y.shape[1], x.shape[2]
-    block = max(1, min(num_targets, WORKING_SET // max(1, num_samples * width)))
+    block = max(1, min(num_targets, working_set(x.device) // max(1, num_samples * width)))
     scratch = x.new_empty(0)
 
     def compute(rows: slice) -> Terms:
@@ -105,7 +105,7 @@ def _by_differences(
                 dy[:, part] = -difference.mul_(slope[..., None]).sum(1)
         return total * scale[rows], dx, dy
 
-    return in_row_blocks(compute, x.shape[0], num_samples * block * width)
+    return in_row_blocks(compute, x.shape[0], num_samples * block * width, x.device)
 
 
 def _by_matmul(

@@ -34,12 +34,13 @@ def num_nodes(dtype: torch.dtype) -> int:
 
 
 @lru_cache(maxsize=64)
-def _nodes(order: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _nodes(order: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Times τ_k and weights w_k with Σ_k exp(w_k) f(τ_k) = ∫ τ^-p f(τ) dτ / Γ(1-p), ``[Q]`` each.
 
     Trapezoid rule in u with ln τ = u - exp(-u - 1) + exp(u - 3): linear in the middle, where the
     integrand lives, double exponential at both ends, where its tails are algebraic (τ^(1-p) on the
-    left; on the right as slow as τ^(-1/2-p), where a single dimension carries the variance).
+    left; on the right as slow as τ^(-1/2-p), where a single dimension carries the variance). Kept
+    for each device: a copy from the host would synchronise.
     """
     tolerance, last = (38.0, 6.8) if dtype == torch.float64 else (17.0, 6.0)
     low, first = -16.0, 0.0  # bisect for the u where the left tail is exp(-tolerance)
@@ -53,7 +54,7 @@ def _nodes(order: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     log_time = u - left + right
     log_weight = (1 - order) * log_time + torch.log1p(left + right)
     log_weight += math.log((last - first) / (count - 1)) - math.lgamma(1 - order)
-    return torch.exp(log_time).to(dtype), log_weight.to(dtype)
+    return torch.exp(log_time).to(device, dtype), log_weight.to(device, dtype)
 
 
 def quadrature(
@@ -80,7 +81,7 @@ def quadrature(
         need_dvariance: whether to compute the derivative in σ².
     """
     order = exponent / 2
-    time, log_weight = (node.to(variance.device) for node in _nodes(order, variance.dtype))
+    time, log_weight = _nodes(order, variance.dtype, variance.device)
 
     tiny = torch.finfo(variance.dtype).tiny
     mean_square = offset2.sum(-1) + variance.sum(-1, keepdim=True)  # [R, N]

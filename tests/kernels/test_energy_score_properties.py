@@ -146,7 +146,7 @@ class TestSeeds:
     def test_row_blocks_draw_what_the_whole_draws(self, generator, monkeypatch):
         case = make_case(3, (11,), 8, generator).to(torch.float32)
         whole = scored(case, "torch", targets="sample")
-        monkeypatch.setattr(row_blocks, "WORKING_SET", 3 * 8 * 6)
+        monkeypatch.setattr(row_blocks, "CPU_WORKING_SET", 3 * 8 * 6)
         torch.testing.assert_close(
             scored(case, "torch", targets="sample"), whole, rtol=1e-6, atol=1e-6
         )
@@ -310,7 +310,7 @@ def test_no_array_of_all_distances(targets, generator):
     with LargestTensor() as largest:
         score = gaussian_energy_score(*case, targets=targets, num_targets=m, seed=0)
         score.sum().backward()
-    assert largest.elements <= 2 * row_blocks.WORKING_SET < m * rows * width < n * m * rows * width
+    assert largest.elements <= 2 * row_blocks.CPU_WORKING_SET < m * rows * width < n * m * rows * width
 
 
 @pytest.mark.parametrize("width", [8, 64])
