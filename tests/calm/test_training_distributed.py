@@ -74,7 +74,7 @@ def test_a_run_of_two_processes_goes_on_in_one(tmp_path):
     text = write_corpus(tmp_path)
     common = ("--max_train_samples=16", "--save_steps=4", "--max_steps=24")
     words = flags(tmp_path, "autoencoder", *common, text=text)
-    status, errors = launch("train_autoencoder", words)
+    status, errors = launch(["-m", "calm.training.train_autoencoder", *words])
     assert status == 0, errors
     folder = tmp_path / "autoencoder"
     expected = logs(folder)

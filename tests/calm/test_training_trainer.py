@@ -59,6 +59,21 @@ class TestTransformers:
         expected = {"_get_grad_norm": 2, "set_initial_training_values": 1}[name]
         assert len(calls) == expected, f"Trainer.train no longer calls {name} as it did"
 
+    def test_a_step_gets_its_batches_and_counts_in_one_call(self, tmp_path, monkeypatch):
+        wanted = ["self", "epoch_iterator", "num_batches", "device"]
+        found = list(inspect.signature(Trainer.get_batch_samples).parameters)
+        assert found == wanted, "transformers changed the parameters of get_batch_samples"
+        original, calls = CALMTrainer.get_batch_samples, []
+
+        def spy(*args):
+            calls.append(original(*args))
+            return calls[-1]
+
+        monkeypatch.setattr(CALMTrainer, "get_batch_samples", spy)
+        train(MODELS["baseline"](), tmp_path)
+        told = "Trainer.train no longer calls get_batch_samples once a step"
+        assert [len(batches) for batches, _ in calls] == [1, 1], told
+
     def test_a_gradient_norm_is_what_get_grad_norm_returns(self, tmp_path):
         trainer = train(MODELS["baseline"](), tmp_path)
         norm = trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(3.0))
