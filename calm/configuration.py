@@ -1,6 +1,8 @@
 """Configurations of autoencoder and language models: published field names, checked values."""
 
+import dataclasses
 import logging
+import math
 import os
 import re
 from copy import deepcopy
@@ -11,10 +13,17 @@ from typing import Any, ClassVar, Literal, TypeVar
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from calm.errors import UserError
 
-__all__ = ["HEAD_TYPES", "AutoencoderConfig", "CALMConfig", "locate_autoencoder"]
+__all__ = [
+    "HEAD_TYPES",
+    "AutoencoderConfig",
+    "CALMConfig",
+    "check_backbone",
+    "locate_autoencoder",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +41,8 @@ def checked(config_class: type[Config]) -> type[Config]:
     def __init__(self: Config, **fields: Any) -> None:
         try:
             strict_init(self, **fields)
+        except UserError as error:
+            raise UserError(f"{config_class.__name__}: {error}") from error
         except StrictDataclassError as error:
             raise UserError(f"{config_class.__name__}: {error.__cause__ or error}") from error
 
@@ -42,6 +53,42 @@ def checked(config_class: type[Config]) -> type[Config]:
 def _require(is_valid: bool, message: str) -> None:
     if not is_valid:
         raise UserError(message)
+
+
+def _require_numbers(config: PreTrainedConfig) -> None:
+    """Every number is finite, and the activation exists."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        is_finite = not isinstance(value, float) or math.isfinite(value)
+        _require(is_finite, f"{field.name} must be a finite number, got {value}")
+    _require(
+        config.hidden_act in ACT2FN,
+        f"hidden_act must be an activation of transformers, such as silu, gelu or relu; got "
+        f"{config.hidden_act!r}",
+    )
+    deviation = getattr(config, "embedding_std", None)
+    _require(deviation is None or deviation >= 0, f"embedding_std must be >= 0, got {deviation}")
+
+
+def check_backbone(config: LlamaConfig) -> None:
+    """The sizes of a Llama backbone fit together; raises `UserError`."""
+    _require_numbers(config)
+    _require_positive(
+        config, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+    )  # fmt: skip
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    _require(
+        heads % (shared or 1) == 0,
+        f"num_key_value_heads must divide num_attention_heads, {heads}, got {shared}",
+    )
+    _require(
+        (config.head_dim or 0) % 2 == 0,
+        f"head_dim must be even for rotary positions, got {config.head_dim}: choose another "
+        "hidden_size or num_attention_heads",
+    )
+    dropout = config.attention_dropout or 0
+    _require(0 <= dropout < 1, f"attention_dropout must lie in [0, 1), got {dropout}")
 
 
 def _require_positive(config: PreTrainedConfig, *names: str) -> None:
@@ -104,6 +151,7 @@ class AutoencoderConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Checks across fields; run on construction and on saving."""
+        _require_numbers(self)
         _require_positive(
             self, "vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size"
         )
@@ -118,10 +166,18 @@ class AutoencoderConfig(PreTrainedConfig):
         _require(self.kl_weight >= 0, f"kl_weight must be at least 0, got {self.kl_weight}")
 
 
-def locate_autoencoder(ae_path: str | None, checkpoint: str | os.PathLike[str] = "") -> str | None:
+def locate_autoencoder(
+    ae_path: str | None, checkpoint: str | os.PathLike[str] = "", *, is_named: bool = False
+) -> str | None:
     """The folder or hub name that `ae_path` means; None if there is none.
 
-    It is tried as given, then relative to the folder `checkpoint`, then as a name on the hub.
+    It is tried as given, then relative to the folder `checkpoint`. It may be a name on a hub only
+    where the user's own words name a hub: a file in a local folder never leads to the network.
+
+    Args:
+        ae_path: folder or hub name.
+        checkpoint: folder or hub name of the language model whose file says `ae_path`.
+        is_named: the user has given `ae_path`, not a file.
     """
     if not ae_path:
         return None
@@ -129,7 +185,8 @@ def locate_autoencoder(ae_path: str | None, checkpoint: str | os.PathLike[str] =
         if (folder / "config.json").is_file():
             return str(folder)
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", ae_path) and not Path(ae_path).exists()
-    return ae_path if is_hub_name else None
+    may_ask_hub = is_named or not Path(checkpoint).is_dir()
+    return ae_path if is_hub_name and may_ask_hub else None
 
 
 @checked
@@ -157,7 +214,8 @@ class CALMConfig(LlamaConfig):
         ae_config: configuration of the autoencoder; checkpoints hold it, so that they need no
             other folder.
         ae_path: folder or hub name of the autoencoder, for files that lack `ae_config`; taken as
-            given, then relative to the checkpoint. Never saved once `ae_config` is known.
+            given, then relative to the checkpoint. A file in a local folder may not name a hub.
+            Never saved once `ae_config` is known.
 
     A published file may have ``energy``, ``diffusion`` or ``flow`` as its model type: it moves to
     `head_type` with a warning. Or it has none: then the class that loads it decides.
@@ -196,6 +254,7 @@ class CALMConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs = _with_head_type(kwargs)
         kwargs.pop("model_type", None)  # that of the class
+        _require_positive(self, "num_attention_heads")  # sizes are divided by it
         self.head_type = kwargs.pop("head_type", self.head_type)
         if isinstance(self.ae_config, dict):
             self.ae_config = AutoencoderConfig(**self.ae_config)
@@ -203,9 +262,10 @@ class CALMConfig(LlamaConfig):
 
     def validate_architecture(self) -> None:
         """Checks across fields; run on construction and on saving."""
+        check_backbone(self)
         _require_positive(
-            self, "vocab_size", "hidden_size", "num_attention_heads", "patch_size", "latent_size",
-            "noise_size", "num_mlp_layers", "num_samples", "num_targets",
+            self, "patch_size", "latent_size", "noise_size", "num_mlp_layers", "num_samples",
+            "num_targets",
         )  # fmt: skip
         super().validate_architecture()
         _require(0 < self.beta < 2, f"beta must lie in (0, 2), exclusive, got {self.beta}")
@@ -245,9 +305,14 @@ class CALMConfig(LlamaConfig):
         self._check_pair(ae_config)
         self.ae_config = deepcopy(ae_config)
 
-    def find_autoencoder(self, checkpoint: str | os.PathLike[str] = "") -> None:
-        """Adopt the configuration of the autoencoder at `ae_path`, if it is missing and found."""
-        found = locate_autoencoder(self.ae_path, checkpoint)
+    def find_autoencoder(
+        self, checkpoint: str | os.PathLike[str] = "", *, is_named: bool = False
+    ) -> None:
+        """Adopt the configuration of the autoencoder at `ae_path`, if it is missing and found.
+
+        Arguments as for `locate_autoencoder`.
+        """
+        found = locate_autoencoder(self.ae_path, checkpoint, is_named=is_named)
         if self.ae_config is None and found is not None:
             try:
                 ae_config = AutoencoderConfig.from_pretrained(found)
@@ -269,9 +334,10 @@ class CALMConfig(LlamaConfig):
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> Any:
         """As in transformers; a file without `ae_config` takes that of the model at `ae_path`."""
+        is_named = kwargs.get("ae_path") is not None
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        config.find_autoencoder(pretrained_model_name_or_path)
+        config.find_autoencoder(pretrained_model_name_or_path, is_named=is_named)
         return loaded
 
     def to_diff_dict(self) -> dict[str, Any]:

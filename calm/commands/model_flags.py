@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from calm.commands.text_flags import add_trust_argument
 from calm.errors import UserError
-from calm.integrity import check_finite
 
 __all__ = ["add_model_arguments", "load_model", "load_tokenizer_of", "read_config"]
 
@@ -40,6 +39,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = N
         metavar="NAME",
         help="folder, hub name or 'bytes' (default: the one saved with the model)",
     )
+    add_trust_argument(parser)
     parser.add_argument(
         "--device",
         default="auto",
@@ -63,6 +63,7 @@ def load_model(args: argparse.Namespace) -> PreTrainedModel:
         UserError: no such folder, nothing that can be loaded in it, or the wrong kind of model.
     """
     from calm.models import MODEL_CLASSES, BaselineTransformer
+    from calm.models.loading import load_checked
 
     folder = Path(args.model)
     config = read_config(folder)
@@ -75,30 +76,14 @@ def load_model(args: argparse.Namespace) -> PreTrainedModel:
         raise UserError(f"{folder} holds a {kind!r} model, neither a CALM nor the token baseline")
     model_class: Any = MODEL_CLASSES.get(kind, BaselineTransformer)
     device = _device(args.device)
-    return _load(model_class, folder, args.dtype).to(device).eval()
-
-
-def _load(model_class: Any, folder: Path, dtype: str) -> Any:
-    """The model; an error if weights are missing, which transformers would leave random."""
-    try:
-        with _quiet_transformers():
-            model, info = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"cannot load {folder}: {error}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"{folder} lacks {len(missing)} weights that {model_class.__name__} needs, such as "
-            f"{missing[0]}: it is damaged, or another kind of model"
-        )
-    check_finite(model.named_parameters(), str(folder))
-    return model
+    with _quiet_transformers():
+        model = load_checked(model_class, str(folder), "--model", dtype=args.dtype)
+    return model.to(device).eval()
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bar, and no report on weights: `_load` checks them itself."""
+    """No progress bar, and no report on weights: `load_checked` checks them itself."""
     verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -118,7 +103,8 @@ def load_tokenizer_of(args: argparse.Namespace, model: PreTrainedModel) -> PreTr
     name = args.tokenizer or args.model
     if args.tokenizer is None and not list(Path(name).glob("tokenizer*")):
         raise UserError(f"{name} holds no tokenizer; pass one with --tokenizer")
-    tokenizer = load_tokenizer(name)
+    argument = "--model" if args.tokenizer is None else "--tokenizer"
+    tokenizer = load_tokenizer(name, argument=argument, trust_remote_code=args.trust_remote_code)
     needed = vocabulary_size(tokenizer)
     if needed > model.config.vocab_size:
         raise UserError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from calm.commands.model_flags import model_kind, read_config
 from calm.errors import UserError
+from calm.ranges import at_least, number
 
 __all__ = ["EXAMPLES", "add_arguments", "count_parts", "plan_of", "run"]
 
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--vocab-size",
-        type=int,
+        type=number(int, at_least(1)),
         metavar="V",
         help="entries of the tokenizer (default: what the recipe's tokenizer has, else 128256)",
     )
@@ -106,22 +107,24 @@ def _count_checkpoint(folder: Path, kind: str) -> dict[str, int]:
 
     from calm.configuration import AutoencoderConfig, CALMConfig
     from calm.models import MODEL_CLASSES, Autoencoder, BaselineTransformer
+    from calm.models.loading import load_config
 
-    if kind == "autoencoder":
-        return count_parts(Autoencoder, AutoencoderConfig.from_pretrained(folder))
-    if kind == "baseline":
-        return count_parts(BaselineTransformer, LlamaConfig.from_pretrained(folder))
-    if kind in MODEL_CLASSES:
-        return count_parts(MODEL_CLASSES[kind], CALMConfig.from_pretrained(folder))
-    raise UserError(f"{folder} holds a {kind!r} model, which calm does not have")
+    classes: dict[str, tuple[Any, Any]] = {
+        "autoencoder": (Autoencoder, AutoencoderConfig),
+        "baseline": (BaselineTransformer, LlamaConfig),
+        **{head: (model_class, CALMConfig) for head, model_class in MODEL_CLASSES.items()},
+    }
+    if kind not in classes:
+        raise UserError(f"{folder} holds a {kind!r} model, which calm does not have")
+    model_class, config_class = classes[kind]
+    return count_parts(model_class, load_config(config_class, str(folder), "plan"))
 
 
 def count_parts(model_class: Any, config: Any) -> dict[str, int]:
     """Parameters of a model, part by part, without allocating any."""
-    import torch
+    from calm.models.loading import on_meta
 
-    with torch.device("meta"):
-        model = model_class(config)
+    model = on_meta(model_class, config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     inside = {name: size for name, size in sizes.items() if not name.startswith("ae_model.")}
     counts = {

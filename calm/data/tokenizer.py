@@ -11,6 +11,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -115,6 +116,7 @@ def load_tokenizer(
     argument: str = "tokenizer_name",
     texts: Iterable[str] | None = None,
     add_pad_token: bool = True,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer called `name` (see the module's table), with an end and a pad token.
@@ -125,6 +127,8 @@ def load_tokenizer(
         texts: documents that ``bpe:<n>`` learns from.
         add_pad_token: append ``[PAD]`` to a tokenizer without pad token, as the published scripts
             do. The vocabulary grows by one. False makes a missing pad token an error.
+        trust_remote_code: run code that comes with the tokenizer. Nothing else makes it run: a
+            tokenizer that needs it is an error, and no question on standard input.
         options: passed on to `AutoTokenizer.from_pretrained`.
 
     Raises:
@@ -139,9 +143,21 @@ def load_tokenizer(
                 f"tokenizer_name: {name} is trained on documents, and there are none here"
             )
         return train_bpe_tokenizer(texts, int(match.group(1)))
+    if trust_remote_code:
+        logger.warning("trust_remote_code: code that comes with %s may run here", name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            trust_remote_code=trust_remote_code,
+            local_files_only=Path(name).is_dir(),
+            **options,
+        )
+    except Exception as error:  # libraries raise whatever a broken file happens to cause
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{argument}: the tokenizer {name!r} needs code of its own, which does not run "
+                "unless you pass trust_remote_code; read that code first"
+            ) from error
         raise UserError(
             f"{argument}: cannot load a tokenizer from {name!r} ({error}); pass tokenizer_name: "
             f"a folder with a tokenizer, a hub name, {BYTES_NAME!r} or 'bpe:4096'"

@@ -9,6 +9,7 @@ from transformers import Cache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
+from calm.configuration import check_backbone
 from calm.decoding.engine.predictors import TokenPredictor
 from calm.decoding.mixin import DecodingMixin
 from calm.decoding.sampling.chunk_distribution import Method
@@ -45,6 +46,7 @@ class BaselineTransformer(DecodingMixin, LlamaForCausalLM):  # type: ignore[misc
     accepts_loss_kwargs = False
 
     def __init__(self, config: LlamaConfig) -> None:
+        check_backbone(config)
         LlamaPreTrainedModel.__init__(self, config)
         self.model = Backbone(config)
         self.vocab_size = config.vocab_size

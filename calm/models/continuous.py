@@ -161,16 +161,17 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
         )
         lacking = {key for key in info["missing_keys"] if key.startswith("ae_model.")}
         if lacking:
-            model._load_autoencoder(pretrained_model_name_or_path or "")
+            is_named = kwargs.get("ae_path") is not None
+            model._load_autoencoder(pretrained_model_name_or_path or "", is_named)
             info["missing_keys"] = set(info["missing_keys"]) - lacking
         return (model, info) if output_loading_info else model
 
-    def _load_autoencoder(self, checkpoint: str | os.PathLike[str]) -> None:
-        found = locate_autoencoder(self.config.ae_path, checkpoint)
+    def _load_autoencoder(self, checkpoint: str | os.PathLike[str], is_named: bool) -> None:
+        found = locate_autoencoder(self.config.ae_path, checkpoint, is_named=is_named)
         if found is None:
             raise UserError(
                 f"{checkpoint} lacks weights of its autoencoder, and ae_path "
-                f"({self.config.ae_path!r}) leads to none: pass ae_path=<its folder>"
+                f"({self.config.ae_path!r}) leads to no folder: pass ae_path=<its folder>"
             )
         trained = Autoencoder.from_pretrained(found, dtype=self.dtype)
         self.config.pair_with(trained.config)

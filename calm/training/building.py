@@ -5,16 +5,24 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.data.encoding import vocabulary_size
 from calm.errors import UserError
-from calm.integrity import check_finite
+from calm.memory import check_memory
+from calm.models import Autoencoder
+from calm.models.loading import load_checked, load_config, on_meta
 from calm.training.arguments import ModelArguments
 from calm.training.config_overrides import build_config, parse_overrides
 
-__all__ = ["check_vocabulary", "load_pretrained", "new_config", "weight_dtype"]
+__all__ = [
+    "check_context",
+    "check_vocabulary",
+    "check_weights",
+    "load_pretrained",
+    "new_config",
+    "weight_dtype",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -36,36 +44,17 @@ def weight_dtype(name: str | None) -> torch.dtype | str:
 def load_pretrained(
     model_class: type[Model], name: str, arguments: ModelArguments, argument: str, **options: Any
 ) -> Model:
-    """A `model_class` from the folder or hub name `name`; no weight may be missing.
-
-    Raises:
-        UserError: naming the flag `argument`: nothing there, another kind of model, missing
-            weights.
-    """
-    try:
-        loaded: Any = model_class.from_pretrained(
-            name,
-            output_loading_info=True,
-            dtype=weight_dtype(arguments.torch_dtype),
-            revision=arguments.model_revision,
-            token=arguments.token,
-            cache_dir=arguments.cache_dir,
-            **options,
-        )
-    except UserError:
-        raise
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise UserError(
-            f"{argument}: cannot load {name!r} as {model_class.__name__} ({error})"
-        ) from error
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"{argument}: {name!r} holds no {model_class.__name__}: {len(missing)} weights are "
-            f"missing, among them {', '.join(missing[:3])}"
-        )
-    check_finite(model.named_parameters(), f"{argument} ({name})")
-    return model
+    """`load_checked` with the options that the flags `arguments` give."""
+    return load_checked(
+        model_class,
+        name,
+        argument,
+        dtype=weight_dtype(arguments.torch_dtype),
+        revision=arguments.model_revision,
+        token=arguments.token,
+        cache_dir=arguments.cache_dir,
+        **options,
+    )
 
 
 def new_config(
@@ -86,17 +75,14 @@ def new_config(
     """
     base = None
     if arguments.config_name:
-        try:
-            base = config_class.from_pretrained(
-                arguments.config_name,
-                cache_dir=arguments.cache_dir,
-                revision=arguments.model_revision,
-                token=arguments.token,
-            )
-        except OSError as error:
-            raise UserError(
-                f"config_name: cannot load {arguments.config_name!r} ({error})"
-            ) from error
+        base = load_config(
+            config_class,
+            arguments.config_name,
+            "config_name",
+            cache_dir=arguments.cache_dir,
+            revision=arguments.model_revision,
+            token=arguments.token,
+        )
     overrides = parse_overrides(arguments.config_overrides)
     overrides.pop("model_type", None)  # names the class, see train_calm
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -111,4 +97,25 @@ def check_vocabulary(vocab_size: int, tokenizer: PreTrainedTokenizerBase, owner:
         raise UserError(
             f"the tokenizer needs {needed} entries, {owner} only {vocab_size}; use the "
             "tokenizer that it was trained with (saved with its weights: leave tokenizer_name out)"
+        )
+
+
+def check_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+    """A new model of this configuration fits into the memory of this machine.
+
+    They are made on the CPU, in float32.
+    """
+    count = sum(parameter.numel() for parameter in on_meta(model_class, config).parameters())
+    check_memory(f"a {model_class.__name__} of {count:,} weights", 4 * count, torch.device("cpu"))
+
+
+def check_context(model: PreTrainedModel, block_size: int) -> None:
+    """The positions of a language model reach to the end of a block."""
+    patch_size = getattr(model, "patch_size", 1)
+    context, needed = model.config.max_position_embeddings, block_size // patch_size
+    if not isinstance(model, Autoencoder) and needed > context:
+        raise UserError(
+            f"max_position_embeddings={context} is too small for blocks of {block_size} tokens, "
+            f"{needed} chunks: pass config_overrides max_position_embeddings={needed}, or "
+            f"block_size={context * patch_size}"
         )

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 from calm.data.encoding import vocabulary_size
 from calm.models import BaselineTransformer
 from calm.training.arguments import JobArguments
-from calm.training.building import check_vocabulary, load_pretrained, new_config
+from calm.training.building import check_vocabulary, check_weights, load_pretrained, new_config
 from calm.training.job import run_stage
 from calm.training.recipe import Stage
 
@@ -35,6 +35,7 @@ def build_model(arguments: JobArguments, tokenizer: PreTrainedTokenizerBase) -> 
         LlamaConfig, model, tokenizer, EXTRAS, vocab_size=vocabulary_size(tokenizer)
     )
     check_vocabulary(config.vocab_size, tokenizer, "the baseline")
+    check_weights(BaselineTransformer, config)
     return BaselineTransformer(config)
 
 

@@ -12,7 +12,7 @@ from calm.configuration import AutoencoderConfig
 from calm.data.encoding import vocabulary_size
 from calm.models import Autoencoder
 from calm.training.arguments import JobArguments
-from calm.training.building import check_vocabulary, load_pretrained, new_config
+from calm.training.building import check_vocabulary, check_weights, load_pretrained, new_config
 from calm.training.job import run_stage
 from calm.training.recipe import Stage
 
@@ -28,6 +28,7 @@ def build_model(arguments: JobArguments, tokenizer: PreTrainedTokenizerBase) -> 
         return loaded
     config = new_config(AutoencoderConfig, model, tokenizer, vocab_size=vocabulary_size(tokenizer))
     check_vocabulary(config.vocab_size, tokenizer, "the autoencoder")
+    check_weights(Autoencoder, config)
     return Autoencoder(config)
 
 

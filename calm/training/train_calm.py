@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from calm.configuration import HEAD_TYPES, CALMConfig
 from calm.errors import UserError
 from calm.models import MODEL_CLASSES, Autoencoder, ContinuousTransformer
+from calm.models.loading import load_config
 from calm.training.arguments import NO_AUTOENCODER, JobArguments, ModelArguments
-from calm.training.building import check_vocabulary, load_pretrained, new_config
+from calm.training.building import check_vocabulary, check_weights, load_pretrained, new_config
 from calm.training.config_overrides import parse_overrides
 from calm.training.job import run_stage
 from calm.training.recipe import Stage
@@ -46,10 +47,7 @@ def _head_type(arguments: ModelArguments) -> str | None:
 def _continued(arguments: ModelArguments) -> ContinuousTransformer:
     name = str(arguments.model_name_or_path)
     options = {"ae_path": arguments.ae_name_or_path} if arguments.ae_name_or_path else {}
-    try:
-        saved = CALMConfig.from_pretrained(name, **options).head_type
-    except OSError as error:
-        raise UserError(f"model_name_or_path: cannot load {name!r} ({error})") from error
+    saved = load_config(CALMConfig, name, "model_name_or_path", **options).head_type
     model_class = MODEL_CLASSES[_head_type(arguments) or saved or HEAD_TYPES[0]]
     return load_pretrained(model_class, name, arguments, "model_name_or_path", **options)
 
@@ -68,6 +66,8 @@ def _new(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Conti
     config = new_config(
         CALMConfig, arguments, tokenizer, {"rope_theta": float}, head_type=head_type, **shared
     )
+    config.pair_with(autoencoder.config)
+    check_weights(MODEL_CLASSES[head_type], config)
     return MODEL_CLASSES[head_type].from_autoencoder(autoencoder, config)
 
 

@@ -8,9 +8,17 @@ import pytest
 import tiny
 import torch
 from golden_cases import GOLDENS
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 
-from calm import Autoencoder, AutoencoderConfig, CALMConfig, EnergyTransformer, FlowTransformer
+from calm import (
+    Autoencoder,
+    AutoencoderConfig,
+    BaselineTransformer,
+    CALMConfig,
+    EnergyTransformer,
+    FlowTransformer,
+)
+from calm.configuration import locate_autoencoder
 from calm.errors import UserError
 
 
@@ -28,6 +36,11 @@ from calm.errors import UserError
         ({"targets": "exact"}, "'targets' expected one of .*'analytic'.*got exact"),
         ({"input_type": "text"}, "'input_type' expected one of"),
         ({"head_type": "gan"}, "gan"),
+        ({"hidden_act": "nope"}, "hidden_act must be an activation of transformers.*'nope'"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads must divide num_attention_heads, 16.*3"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
+        ({"embedding_std": float("nan")}, "embedding_std must be a finite number, got nan"),
+        ({"head_dim": 7}, "head_dim must be even"),
     ],
     ids=str,
 )
@@ -46,6 +59,9 @@ def test_bad_language_model_fields(fields, message):
         ({"kl_clamp": -0.5}, "kl_clamp must be at least 0"),
         ({"latent_size": 0}, "latent_size must be at least 1"),
         ({"vocab_size": 12.5}, "vocab_size"),
+        ({"hidden_act": "nope"}, "hidden_act must be"),
+        ({"kl_weight": float("inf")}, "kl_weight must be a finite number, got inf"),
+        ({"embedding_std": -0.1}, "embedding_std must be >= 0"),
     ],
     ids=str,
 )
@@ -69,6 +85,13 @@ def test_the_energy_model_needs_two_draws_even_where_the_file_names_no_head():
     assert FlowTransformer.from_autoencoder(tiny.autoencoder(), config).config.num_samples == 1
     with pytest.raises(UserError, match="num_samples must be at least 2"):
         EnergyTransformer.from_autoencoder(tiny.autoencoder(), config)
+
+
+@pytest.mark.parametrize("fields", [{"hidden_act": "nope"}, {"num_key_value_heads": 3}], ids=str)
+def test_a_baseline_checks_its_backbone(fields):
+    config = LlamaConfig(hidden_size=16, num_attention_heads=4, num_hidden_layers=1, **fields)
+    with pytest.raises(UserError, match=next(iter(fields))):
+        BaselineTransformer(config)
 
 
 def test_published_defaults():
@@ -146,6 +169,26 @@ def test_ae_path_is_taken_as_given_then_relative_to_the_checkpoint(tmp_path, mon
     assert CALMConfig.from_pretrained(checkpoint).ae_config is None
     monkeypatch.chdir(tmp_path)
     assert CALMConfig.from_pretrained(checkpoint).ae_config.hidden_size == 24
+
+
+def test_a_file_in_a_folder_leads_to_no_hub(tmp_path, monkeypatch):
+    """A hub is asked only where the user's own words name it."""
+    asked = []
+
+    def from_pretrained(name, **options):
+        asked.append(name)
+        raise OSError("no such repository")
+
+    checkpoint = write_config(tmp_path, ae_path="someone/autoencoder")
+    shutil.copy(GOLDENS / "energy-k4" / "pytorch_model.bin", checkpoint)
+    monkeypatch.setattr(AutoencoderConfig, "from_pretrained", from_pretrained)
+    assert CALMConfig.from_pretrained(checkpoint).ae_config is None and not asked
+    with pytest.raises(UserError, match=r"no autoencoder.*someone/autoencoder"):
+        EnergyTransformer.from_pretrained(checkpoint)
+    assert not asked
+    CALMConfig.from_pretrained(checkpoint, ae_path="someone/other")
+    assert asked == ["someone/other"]
+    assert locate_autoencoder("someone/ae", "someone/model") == "someone/ae"
 
 
 def test_nothing_leads_to_an_autoencoder(tmp_path):

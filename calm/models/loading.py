@@ -1,0 +1,97 @@
+"""Loading a model that a user has named: whatever is wrong with it is one error."""
+
+import pickle
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from calm.errors import UserError, message_of
+from calm.integrity import check_finite
+
+__all__ = ["load_checked", "load_config", "on_meta"]
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+Config = TypeVar("Config", bound=PreTrainedConfig)
+
+
+def load_checked(model_class: type[Model], name: str, argument: str, **options: Any) -> Model:
+    """A `model_class` from the folder or hub name `name`: each weight is found and has a place.
+
+    transformers would leave missing weights random and drop those without a place.
+
+    Args:
+        model_class: of the model.
+        name: folder or hub name.
+        argument: the flag that `name` comes from, for messages.
+        options: of `from_pretrained`.
+
+    Raises:
+        UserError: nothing there, damaged files, another kind of model, weights that are missing,
+            not finite, or without a place in the configuration.
+    """
+    options["local_files_only"] = Path(name).is_dir()  # a folder leads to no hub
+    try:
+        loaded: Any = model_class.from_pretrained(name, output_loading_info=True, **options)
+    except UserError as error:
+        raise UserError(f"{argument}: {error}") from error
+    except Exception as error:  # libraries raise whatever a broken file happens to cause
+        raise UserError(
+            f"{argument}: cannot load {name!r} as {model_class.__name__}: {_reason(error)}"
+        ) from error
+    model, info = loaded
+    if missing := info["missing_keys"]:
+        raise UserError(
+            f"{argument}: {name} lacks {len(missing)} weights that {model_class.__name__} needs "
+            f"({_some(missing)}): it is damaged, or another kind of model"
+        )
+    if unexpected := info["unexpected_keys"]:
+        raise UserError(
+            f"{argument}: {name} holds {len(unexpected)} weights for which its config.json has no "
+            f"place in a {model_class.__name__} ({_some(unexpected)}): take the config.json that "
+            "was saved with them"
+        )
+    check_finite(model.named_parameters(), f"{argument} ({name})")
+    return model
+
+
+def load_config(config_class: type[Config], name: str, argument: str, **options: Any) -> Config:
+    """The configuration in the folder or hub name `name`, likewise."""
+    try:
+        return config_class.from_pretrained(name, local_files_only=Path(name).is_dir(), **options)
+    except UserError as error:
+        raise UserError(f"{argument}: {error}") from error
+    except Exception as error:  # libraries raise whatever a broken file happens to cause
+        raise UserError(f"{argument}: cannot load {name!r}: {_reason(error)}") from error
+
+
+def on_meta(model_class: type[Model], config: PreTrainedConfig) -> Model:
+    """The model without memory for its weights, to count them.
+
+    Raises:
+        UserError: sizes beyond what any machine can address.
+    """
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch counts bytes in 64 bits
+        raise UserError(
+            f"the sizes of this {model_class.__name__} are out of range: {error}"
+        ) from error
+
+
+def _some(names: Collection[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
+
+
+def _reason(error: BaseException) -> str:
+    """What is wrong with the files, which transformers may hide behind an error of its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, pickle.UnpicklingError):
+        cause = cause.__cause__ or cause.__context__
+    return message_of(cause or error) or type(error).__name__
