@@ -6,16 +6,15 @@ A subcommand's module is imported when it is chosen, so that help is quick.
 import argparse
 import importlib
 import io
-import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple, NoReturn, TextIO
 
 from calm.commands.flag_names import with_flag_names
-from calm.errors import UserError, UserNotice
+from calm.errors import UserError, UserNotice, message_of, run_program, show_tracebacks
+from calm.ranges import name_first
 
 __all__ = ["main"]
 
@@ -56,16 +55,12 @@ TRAINING = {
     "train-ar": Command("calm.training.train_ar", "train the token-by-token baseline"),
 }
 
-# Errors that the user can mend. calm_kernels raises ValueError: it does not import `UserError`.
-USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
-
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see `{self.prog} --help`)")
+        raise UserError(f"{name_first(message)} (see `{self.prog} --help`)")
 
 
 class CommandList(argparse.RawDescriptionHelpFormatter):
@@ -89,21 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = arguments[wants_traceback:]
     if isinstance(sys.stdout, io.TextIOWrapper):  # a Latin-1 terminal shows ? for other characters
         sys.stdout.reconfigure(errors="replace")
+    name = arguments[0] if arguments else ""
+    command = {**COMMANDS, **TRAINING}.get(name)
+    extras = command.extras if command else ""
+    shown = show_tracebacks.set(wants_traceback)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return _run(arguments)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has ended, as in `calm env | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except USER_ERRORS as error:
-        if wants_traceback:
-            traceback.print_exc()
-        print(f"error: {' '.join(_explain(error, arguments).split())}", file=sys.stderr)
-        return EXIT_USER_ERROR
+            return run_program(lambda: _run(arguments), command=f"calm {name}", extras=extras)
+    finally:
+        show_tracebacks.reset(shown)
 
 
 def _show_warning(
@@ -119,17 +109,6 @@ def _show_warning(
     if not issubclass(category, UserNotice):
         text = warnings.formatwarning(message, category, filename, lineno, line)
     (file or sys.stderr).write(text)
-
-
-def _explain(error: Exception, arguments: list[str]) -> str:
-    """The error's message; for a package that is not installed, how to install it."""
-    command = {**COMMANDS, **TRAINING}.get(arguments[0]) if arguments else None
-    if not isinstance(error, ModuleNotFoundError) or command is None or not command.extras:
-        return str(error)
-    return (
-        f"`calm {arguments[0]}` needs {error.name}, which is not installed: "
-        f"pip install 'calm-lm[{command.extras}]'"
-    )
 
 
 def _run(arguments: list[str]) -> int:
@@ -152,7 +131,7 @@ def _run(arguments: list[str]) -> int:
         with use_backend(args.backend):
             return work(args)
     except ValueError as error:
-        raise UserError(with_flag_names(str(error), args)) from error
+        raise UserError(with_flag_names(message_of(error), args)) from error
 
 
 def _parser(chosen: str | None) -> Parser:

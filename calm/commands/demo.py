@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from calm.commands.text_flags import add_text_arguments
-from calm.errors import UserError
+from calm.ranges import POSITIVE, SEED, number
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -29,7 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         about_units="; some are held out",
     )
     parser.add_argument(
-        "--minutes", type=float, default=8.0, metavar="M", help="time for all of it (default: 8)"
+        "--minutes",
+        type=number(float, POSITIVE),
+        default=8.0,
+        metavar="M",
+        help="time for all of it (default: 8)",
     )
     parser.add_argument(
         "--output-dir",
@@ -39,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=number(int, SEED),
         default=1,
         metavar="S",
         help="of weights, batches and draws (default: 1)",
@@ -54,8 +58,6 @@ def run(args: argparse.Namespace) -> int:
     from calm.experiments.demo import DemoOptions, run_demo
     from calm.experiments.demo_report import to_console
 
-    if not args.minutes > 0:
-        raise UserError(f"--minutes must be positive, got {args.minutes}")
     _hide_progress_of_libraries()
     folder = Path(args.output_dir)
     options = DemoOptions(

@@ -4,10 +4,12 @@ import argparse
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from calm.commands.model_flags import add_model_arguments, load_model, load_tokenizer_of
 from calm.commands.text_flags import add_evaluation_text_arguments, load_blocks
 from calm.errors import UserError
+from calm.ranges import NOT_NEGATIVE, SEED, at_least, number
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -30,23 +32,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_evaluation_text_arguments(parser)
     parser.add_argument(
         "--batch-size",
-        type=int,
+        type=number(int, at_least(1)),
         default=4,
         metavar="B",
         help="blocks in one forward pass; no effect on the result (default: 4)",
     )
     parser.add_argument(
-        "--num-samples", type=int, default=8, metavar="N", help="draws of each chunk (default: 8)"
+        "--num-samples",
+        type=number(int, at_least(1)),
+        default=8,
+        metavar="N",
+        help="draws of each chunk (default: 8)",
     )
     parser.add_argument(
         "--brier-draws",
-        type=int,
+        type=number(int, at_least(2)),
         metavar="M",
         help="draws the score uses: 2 is the published estimator (default: all)",
     )
     parser.add_argument(
         "--noise-scale",
-        type=float,
+        type=number(float, NOT_NEGATIVE),
         default=1.0,
         metavar="S",
         help="factor on the head's noise; 0 scores the deterministic model (default: 1)",
@@ -57,7 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="skip n-grams of one repeated token, such as rules and blank runs",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of draws and bootstrap (default: 0)"
+        "--seed",
+        type=number(int, SEED),
+        default=0,
+        metavar="S",
+        help="of draws and bootstrap (default: 0)",
     )
     parser.add_argument("--json", metavar="OUT", help="also write the record to this file")
 
@@ -67,11 +77,13 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from calm.evaluation import evaluate
+    from calm.memory import check_draws
 
     if args.json:
         _check_writable(Path(args.json))
     model = load_model(args)
     blocks = load_blocks(args, model, load_tokenizer_of(args, model))
+    check_draws(model, "--num-samples", args.num_samples, _chunks(model, blocks))
     total = -(-len(blocks) // args.batch_size)
     evaluation = evaluate(
         model,
@@ -89,6 +101,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         Path(args.json).write_text(evaluation.to_json(), encoding="utf-8")
     return 0
+
+
+def _chunks(model: Any, blocks: Any) -> int:
+    """Chunks of a block."""
+    return len(blocks[0]["input_ids"]) // getattr(model, "patch_size", 1)
 
 
 def _check_writable(path: Path) -> None:

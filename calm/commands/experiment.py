@@ -9,6 +9,7 @@ from pathlib import Path
 from calm.commands.model_flags import add_model_arguments, load_model, load_tokenizer_of
 from calm.commands.text_flags import add_evaluation_text_arguments, load_blocks
 from calm.errors import UserError
+from calm.ranges import SEED, at_least, number
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -29,23 +30,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_evaluation_text_arguments(parser, default="embedded:docstrings")
     parser.add_argument(
         "--positions",
-        type=int,
+        type=number(int, at_least(2)),
         default=128,
         metavar="P",
         help="positions in the text (default: 128)",
     )
     parser.add_argument(
-        "--repeats", type=int, metavar="R", help="chunks drawn at each position (default: 6)"
+        "--repeats",
+        type=number(int, at_least(1)),
+        metavar="R",
+        help="chunks drawn at each position (default: 6)",
     )
     parser.add_argument(
         "--max-draws",
-        type=int,
+        type=number(int, at_least(1)),
         metavar="D",
         help="cap of the exact method for a chunk (default: 2000)",
     )
     parser.add_argument("--quick", action="store_true", help="a few settings, to try it out")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of positions and draws (default: 0)"
+        "--seed",
+        type=number(int, SEED),
+        default=0,
+        metavar="S",
+        help="of positions and draws (default: 0)",
     )
     parser.add_argument(
         "--output-dir",
@@ -63,8 +71,6 @@ def run(args: argparse.Namespace) -> int:
     from calm.experiments.temperature_measures import StudyOptions, take_positions
     from calm.models.continuous import ContinuousTransformer
 
-    if args.positions < 2:
-        raise UserError(f"--positions must be at least 2, got {args.positions}")
     given = {"repeats": args.repeats, "max_draws": args.max_draws, "seed": args.seed}
     options = replace(
         QUICK if args.quick else StudyOptions(),

@@ -8,6 +8,7 @@ from typing import Any
 from calm.commands.flag_names import with_flag_names
 from calm.commands.model_flags import add_model_arguments, load_model, load_tokenizer_of
 from calm.commands.prompt_flags import add_prompt_arguments, is_interactive, read_prompts
+from calm.ranges import NOT_NEGATIVE, Range, at_least, number
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -37,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_prompt_arguments(parser)
     parser.add_argument(
-        "--max-new-tokens", type=int, default=128, metavar="T", help="tokens to add (default: 128)"
+        "--max-new-tokens",
+        type=number(int, at_least(1)),
+        default=128,
+        metavar="T",
+        help="tokens to add (default: 128)",
     )
     _add_sampling_arguments(parser)
     parser.add_argument(
@@ -76,27 +81,27 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--num-samples",
-        type=int,
+        type=number(int, at_least(1)),
         default=200,
         metavar="N",
         help="candidates for each chunk below temperature 1 (default: 200)",
     )
     parser.add_argument(
         "--noise-scale",
-        type=float,
+        type=number(float, NOT_NEGATIVE),
         default=1.0,
         metavar="S",
         help="factor on the head's noise; 0 is deterministic (default: 1)",
     )
     parser.add_argument(
         "--max-draws",
-        type=int,
+        type=number(int, at_least(1)),
         metavar="D",
         help="most draws for a chunk, where a method or a prompt's end needs many (default: 25 N)",
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=number(int, Range(0, 2**63 - 1)),
         default=0,
         metavar="S",
         help="of the first prompt's draws; the next one has S + 1 (default: 0)",
@@ -114,7 +119,10 @@ def _number(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Print every prompt and its continuation as it is drawn; speed goes to standard error."""
+    from calm.memory import check_draws
+
     model: Any = load_model(args)
+    check_draws(model, "--num-samples", args.num_samples, 1)
     tokenizer = load_tokenizer_of(args, model)
     for index, prompt in enumerate(read_prompts(args)):
         try:

@@ -7,10 +7,12 @@ from calm.commands.text_flags import (
     DEFAULT_SPLIT,
     add_split_argument,
     add_text_arguments,
+    add_trust_argument,
     corpus_options,
     hide_bars_without_terminal,
 )
 from calm.errors import UserError
+from calm.ranges import at_least, number
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="'bytes', 'bpe:<entries>' (trained on the text), a folder or a hub name",
     )
+    add_trust_argument(parser)
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder to save the tokenizer in"
     )
@@ -46,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder for the tokenized corpus",
     )
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="number of processes that tokenize (default: 1)"
+        "--workers",
+        type=number(int, at_least(1)),
+        metavar="N",
+        help="number of processes that tokenize (default: 1)",
     )
 
 
@@ -60,8 +66,6 @@ def run(args: argparse.Namespace) -> int:
     from calm.data.tokenization import CHARACTERS, TOKENS, tokenize_documents
     from calm.data.tokenizer import load_tokenizer
 
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers must be at least 1, got {args.workers}")
     hide_bars_without_terminal()
     corpus: Any = load_corpus(
         corpus_options(
@@ -76,7 +80,13 @@ def run(args: argparse.Namespace) -> int:
     if corpus.train is None:
         raise UserError(f"--data {args.data} has no training split; pass files, or another dataset")
     texts = (row[TEXT_KEY] for row in corpus.train)
-    tokenizer = load_tokenizer(args.tokenizer, texts=texts, cache_dir=args.cache_dir)
+    tokenizer = load_tokenizer(
+        args.tokenizer,
+        argument="tokenizer",
+        texts=texts,
+        trust_remote_code=args.trust_remote_code,
+        cache_dir=args.cache_dir,
+    )
     tokenizer.save_pretrained(args.output)
     print(f"tokenizer   {args.output}  ({vocabulary_size(tokenizer):,} entries)")
     for name, documents in (("training", corpus.train), ("held out", corpus.validation)):

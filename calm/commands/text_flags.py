@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from calm.errors import UserError
+from calm.ranges import PERCENTAGE, at_least, number
 
 if TYPE_CHECKING:
     from calm.data.corpus import CorpusOptions
@@ -13,6 +14,7 @@ __all__ = [
     "add_evaluation_text_arguments",
     "add_split_argument",
     "add_text_arguments",
+    "add_trust_argument",
     "corpus_options",
     "hide_bars_without_terminal",
     "load_blocks",
@@ -64,12 +66,25 @@ def add_text_arguments(
     )
 
 
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """The only flag that lets code run that comes with a tokenizer."""
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that comes with the tokenizer; only if you have read it",
+    )
+
+
 def add_split_argument(
     parser: argparse.ArgumentParser, about: str, default: float | None = None
 ) -> None:
     """The flag that says how much of the text training holds out; `about` is its help text."""
     parser.add_argument(
-        "--validation-split-percentage", type=float, metavar="P", default=default, help=about
+        "--validation-split-percentage",
+        type=number(float, PERCENTAGE),
+        metavar="P",
+        default=default,
+        help=about,
     )
 
 
@@ -96,11 +111,16 @@ def add_evaluation_text_arguments(
     )
     parser.add_argument(
         "--block-size",
-        type=int,
+        type=number(int, at_least(1)),
         metavar="T",
         help=f"tokens of a sequence (default: {DEFAULT_BLOCK_SIZE}, or the model's context)",
     )
-    parser.add_argument("--max-blocks", type=int, metavar="N", help="use the first N blocks only")
+    parser.add_argument(
+        "--max-blocks",
+        type=number(int, at_least(1)),
+        metavar="N",
+        help="use the first N blocks only",
+    )
 
 
 def corpus_options(data: str, **options: Any) -> "CorpusOptions":

@@ -11,14 +11,17 @@ import dataclasses
 import logging
 import os
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from calm.data.corpus import CorpusOptions
 from calm.errors import UserError
+from calm.ranges import FRACTION, NOT_NEGATIVE, PERCENTAGE, POSITIVE, SEED, at_least
 from calm.training.old_flags import translate_old_flags
 from calm.training.parser import TrainingParser
 from calm.training.precision import has_bfloat16_units
@@ -26,6 +29,7 @@ from calm.training.recipe import Stage, load_recipe, recipe_arguments, recipe_na
 from calm_kernels.backend import Backend
 
 __all__ = [
+    "COMMANDS",
     "NO_AUTOENCODER",
     "CALMTrainingArguments",
     "DataTrainingArguments",
@@ -41,6 +45,32 @@ TEXT_SOURCES = ({"dataset_name", "dataset_config_name"}, {"train_file", "validat
 # Tokens of a block where no flag says otherwise, as in the published scripts.
 DEFAULT_BLOCK_SIZE = {Stage.AUTOENCODER: 2048, Stage.CALM: 8192, Stage.BASELINE: 2048}
 
+# The numbers that flags take, ours and those of transformers; others take any finite number.
+RANGES = {
+    **dict.fromkeys(
+        (
+            "block_size", "dataloader_prefetch_factor", "ddp_timeout", "eval_accumulation_steps",
+            "gradient_accumulation_steps", "max_eval_samples", "max_train_samples",
+            "per_device_eval_batch_size", "per_device_train_batch_size",
+            "preprocessing_num_workers",
+        ),
+        at_least(1),
+    ),
+    **dict.fromkeys(("eval_steps", "logging_steps", "num_train_epochs", "save_steps"), POSITIVE),
+    **dict.fromkeys(
+        (
+            "adam_epsilon", "dataloader_num_workers", "eval_delay", "learning_rate",
+            "max_grad_norm", "max_train_seconds", "muon_learning_rate", "save_total_limit",
+            "warmup_steps", "weight_decay",
+        ),
+        NOT_NEGATIVE,
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), FRACTION),
+    **dict.fromkeys(("data_seed", "eval_seed", "seed"), SEED),
+    "eval_num_samples": at_least(2),
+    "max_steps": at_least(1, also=-1),
+    "validation_split_percentage": PERCENTAGE,
+}  # fmt: skip
 
 # The command of each stage, and what it trains.
 COMMANDS = {
@@ -224,6 +254,7 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
     command, trained = COMMANDS[stage]
     parser = TrainingParser(
         groups,
+        RANGES,
         prog=f"calm {command}",
         description=f"Train the {trained}. Flags given here override those of --config. "
         f"Recipes: {', '.join(recipe_names())}.",
@@ -237,6 +268,8 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
     namespace = parser.parse(words)
     if not any(word.startswith(("--do_", "--do-")) for word in words):
         namespace.do_train = True  # evaluation alone has to be asked for
+    if namespace.deepspeed and find_spec("deepspeed") is None:
+        raise UserError("deepspeed is not installed: pip install deepspeed, or take the flag out")
     arguments = JobArguments(stage, *(_construct(group, namespace) for group in groups))
     _check(arguments)
     return arguments
@@ -256,8 +289,8 @@ def _construct(group: Any, namespace: argparse.Namespace) -> Any:
     names = [option.name for option in dataclasses.fields(group) if option.init]
     try:
         return group(**{name: getattr(namespace, name) for name in names})
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    except Exception as error:  # transformers raises whatever a wrong flag happens to cause
+        raise UserError(str(error) or type(error).__name__) from error
 
 
 def _check(arguments: JobArguments) -> None:
@@ -279,15 +312,15 @@ def _check(arguments: JobArguments) -> None:
         raise UserError(f"text_unit must be line, paragraph or file, got {data.text_unit!r}")
     if training.backend not in list(Backend):
         raise UserError(f"backend must be one of {', '.join(Backend)}, got {training.backend!r}")
-    if training.eval_num_samples < 2:
-        raise UserError(f"eval_num_samples must be at least 2, got {training.eval_num_samples}")
-    if training.max_train_seconds < 0:
-        raise UserError(f"max_train_seconds must not be negative, got {training.max_train_seconds}")
-    if training.muon_learning_rate < 0:
-        raise UserError(
-            f"muon_learning_rate must not be negative, got {training.muon_learning_rate}"
-        )
     if training.muon_learning_rate and training.fsdp:
         raise UserError("muon_learning_rate needs whole matrices; fsdp splits them")
+    if training.label_smoothing_factor:
+        raise UserError("label_smoothing_factor has no effect on these losses: take it out")
+    trackers = get_available_reporting_integrations()
+    if unknown := sorted(set(training.report_to or ()) - set(trackers)):
+        raise UserError(
+            f"report_to: no tracker {unknown[0]!r} is installed here (installed: "
+            f"{', '.join(trackers) or 'none'}); pip install it, or take the flag out"
+        )
     if data.streaming and training.max_steps <= 0 and not training.max_train_seconds:
         raise UserError("a stream has no length: pass max_steps (or max_train_seconds)")

@@ -70,7 +70,14 @@ def build_config(
                 + close_names(name, known)
             )
         typed[name] = _convert(name, value, known[name])
-    return config_class(**{**_base_fields(base, fields.keys() | typed.keys()), **fields, **typed})
+    chosen = {**_base_fields(base, fields.keys() | typed.keys()), **fields, **typed}
+    try:
+        return config_class(**chosen)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises whatever a wrong field happens to cause
+        reason = error.__cause__ or error
+        raise UserError(f"config_overrides: no {config_class.__name__}: {reason}") from error
 
 
 def _field_types(config_class: type[PreTrainedConfig]) -> dict[str, Any]:

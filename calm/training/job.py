@@ -9,11 +9,9 @@ A job writes ``output_dir``: the final weights with configuration, tokenizer and
 """
 
 import atexit
-import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,14 +20,21 @@ from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from calm.errors import UserError
-from calm.training.arguments import CALMTrainingArguments, JobArguments, parse_arguments
-from calm.training.building import weight_dtype
+from calm.errors import UserError, run_program
+from calm.memory import check_draws
+from calm.training.arguments import (
+    COMMANDS,
+    CALMTrainingArguments,
+    JobArguments,
+    parse_arguments,
+)
+from calm.training.building import check_context, weight_dtype
 from calm.training.checkpoints import check_usable, discard_checkpoints, last_good_checkpoint
 from calm.training.clock import UNBOUNDED_STEPS
 from calm.training.lock import locked
 from calm.training.recipe import Stage
 from calm.training.resume import Takeover, check_output_folder
+from calm.training.scoring import check_best_metric
 from calm.training.trainer import CALMTrainer
 from calm.training.training_text import BlockLayout, load_text, pack_text, protocol
 from calm_kernels.backend import set_backend
@@ -43,37 +48,18 @@ LAST = ("true", "last")  # values of the flag that ask for this run's last good 
 
 
 def run_stage(stage: Stage, build_model: BuildModel, argv: list[str] | None) -> int:
-    """`run_job` as a program: exit status 0, or 2 after one line about what to correct."""
+    """`run_job` as a program: its exit status, see `run_program`."""
     is_first = os.environ.get("RANK", "0") == "0"  # the logs of all processes say the same
     level = logging.INFO if is_first else logging.ERROR
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
     disable_progress_bar()  # of weights being written; training has its own
-    try:
+
+    def work() -> int:
         run_job(parse_arguments(sys.argv[1:] if argv is None else argv, stage), build_model)
-    except (UserError, OSError) as error:  # what a user can correct: input, settings, a full disk
-        line = f"error: {' '.join(str(error).split())}"
-        sys.stderr.write(f"{line}\n")
-        _tell_launcher(line)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        _tell_launcher(f"{type(error).__name__}: {error}")
-        raise
-    atexit.register(_leave_process_group)
-    return 0
+        atexit.register(_leave_process_group)
+        return 0
 
-
-def _tell_launcher(message: str) -> None:
-    """Hand `message` to torchrun: its long report of failed processes then ends with it."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not file:
-        return
-    # The report ends with the earliest failure, in whole seconds. Processes that torchrun stops
-    # because of this one fail in the same second; one second less puts this one last.
-    details = {"timestamp": str(int(time.time()) - 1)}
-    report = {"message": {"message": message, "extraInfo": details}}
-    Path(file).write_text(json.dumps(report), encoding="utf-8")
+    return run_program(work, command=f"calm {COMMANDS[stage][0]}", extras="train")
 
 
 def _leave_process_group() -> None:
@@ -131,6 +117,9 @@ def prepare_job(
     model = build_model(arguments, text.tokenizer)
     if arguments.model.torch_dtype not in (None, "auto"):
         model.to(dtype=weight_dtype(arguments.model.torch_dtype))  # type: ignore[call-arg] # torch's signature is hidden
+    check_context(model, arguments.block_size)
+    check_best_metric(args.metric_for_best_model, model)
+    _check_draws(arguments, model)
     with args.main_process_first(desc="packing the text"):
         blocks = pack_text(arguments, text, BlockLayout.of(model))
     record = protocol(arguments, text, blocks, model) if args.should_save or checkpoint else {}
@@ -149,6 +138,17 @@ def prepare_job(
         if takeover.changes:
             logger.warning("from step %d on, %s", takeover.step, takeover)
     return trainer
+
+
+def _check_draws(arguments: JobArguments, model: PreTrainedModel) -> None:
+    """The draws of a step of training and of evaluation fit into memory."""
+    args = arguments.training
+    chunks = arguments.block_size // getattr(model, "patch_size", 1)
+    if args.do_train and hasattr(model.config, "num_samples"):
+        batch = args.per_device_train_batch_size
+        check_draws(model, "num_samples", model.config.num_samples, batch * chunks)
+    if args.do_eval:
+        check_draws(model, "eval_num_samples", args.eval_num_samples, chunks)
 
 
 def _train(trainer: CALMTrainer, checkpoint: Path | None) -> None:

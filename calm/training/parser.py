@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from calm.errors import UserError
+from calm.ranges import ANY, Range, name_first, number
 from calm.training.config_overrides import close_names
 
 __all__ = ["TrainingParser"]
@@ -20,7 +22,7 @@ eval_steps save_strategy save_steps save_total_limit metric_for_best_model load_
 resume_from_checkpoint report_to
 """
 THEIRS = {field.name for field in dataclasses.fields(TrainingArguments)}
-METAVARS: dict[Any, str] = {int: "N", float: "X"}
+METAVARS = {"int": "N", "float": "X"}
 
 
 class _Help(argparse.HelpFormatter):
@@ -33,7 +35,8 @@ class _Help(argparse.HelpFormatter):
         name = action.option_strings[-1 if action.nargs == 0 and action.dest == "help" else 0]
         if action.nargs in (0, "?"):  # switches
             return name
-        return f"{name} {METAVARS.get(action.type, 'VALUE')}"
+        kind = getattr(action.type, "__name__", "")
+        return f"{name} {METAVARS.get(kind, 'VALUE')}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -49,10 +52,11 @@ class TrainingParser(HfArgumentParser):
 
     Args:
         groups: dataclasses whose fields are flags.
+        ranges: of the numbers that flags take, by name; others take any finite number.
         options: of `argparse.ArgumentParser`.
     """
 
-    def __init__(self, groups: Any, **options: Any) -> None:
+    def __init__(self, groups: Any, ranges: Mapping[str, Range], **options: Any) -> None:
         super().__init__(
             groups,
             usage="%(prog)s [--config RECIPE] [--flag value ...]",
@@ -63,13 +67,15 @@ class TrainingParser(HfArgumentParser):
         )
         self.add_argument("--config", help="recipe or YAML file of flags")
         for action in self._actions:
+            if action.type in (int, float):
+                action.type = number(action.type, ranges.get(action.dest, ANY))
             is_opposite = any(option.startswith("--no_") for option in action.option_strings)
             if is_opposite or (action.dest in THEIRS and action.dest not in SHOWN.split()):
                 action.help = argparse.SUPPRESS
 
     def error(self, message: str) -> NoReturn:
         """Raise the error that argparse would print."""
-        raise UserError(message)
+        raise UserError(name_first(message))
 
     def parse(self, words: list[str], source: str = "") -> argparse.Namespace:
         """Values of the flags in `words`; error messages begin with `source`."""

@@ -56,26 +56,61 @@ def _locate(name: str, beside: Path | None = None) -> Path:
     )
 
 
-def _read(path: Path) -> Recipe:
-    """Sections of a file on top of those it extends; flags without a section are ``common``."""
+def _parse(path: Path) -> Recipe:
+    """What a file holds, a mapping with names as keys."""
     try:
-        # BaseLoader keeps scalars as strings: YAML 1.1 would read `no` as False.
+        # BaseLoader keeps scalars as strings: YAML 1.1 would read `no` as False. It makes strings,
+        # lists and mappings, whatever tags a file carries.
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError) as error:
         raise UserError(f"config: {path} is not valid YAML ({error})") from error
+    except RecursionError:
+        raise UserError(f"config: {path} is nested too deeply") from None
     if not isinstance(content, dict):
         raise UserError(
             f"config: {path} must hold `flag: value` lines, got {type(content).__name__}"
         )
+    return content
+
+
+def _read(path: Path, below: tuple[Path, ...] = ()) -> Recipe:
+    """Sections of a file on top of those it extends; flags without a section are ``common``.
+
+    Args:
+        path: of the file.
+        below: the files that extend it.
+    """
+    if path.resolve() in below:
+        raise UserError(f"config: {path} extends itself: take `extends` out of one of the files")
+    content = _parse(path)
     base = content.pop("extends", None)
+    if not isinstance(base, str | None):
+        raise UserError(
+            f"config: {path}: extends must name a recipe or a file, got {type(base).__name__}"
+        )
     flags = {key: value for key, value in content.items() if key not in SECTIONS}
     sections = {key: content[key] or {} for key in SECTIONS if key in content}
     for name, section in sections.items():
         if not isinstance(section, dict):
             raise UserError(f"config: {path}: section {name} must hold `flag: value` lines")
+        _check_values(path, section)
+    _check_values(path, flags)
     if flags:
         sections[COMMON] = _merge(flags, sections.get(COMMON, {}))
-    return _merge(_read(_locate(base, path.parent)), sections) if base else sections
+    if not base:
+        return sections
+    return _merge(_read(_locate(base, path.parent), (*below, path.resolve())), sections)
+
+
+def _check_values(path: Path, flags: Recipe) -> None:
+    """Each flag has one value, a list of values or a mapping to values; nothing deeper."""
+    for name, value in flags.items():
+        inner: Any = value.values() if isinstance(value, dict) else value
+        parts = [inner] if isinstance(inner, str) else inner
+        if not all(isinstance(part, str) for part in (name, *parts)):
+            raise UserError(
+                f"config: {path}: {name} must be a value, a list of values or `name: value` lines"
+            )
 
 
 def _merge(base: Recipe, over: Recipe) -> Recipe:

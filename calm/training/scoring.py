@@ -12,15 +12,30 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel
 
+from calm.errors import UserError
 from calm.evaluation.bootstrap import brier_lm, standard_errors
 from calm.evaluation.brier import brier_sums
 from calm.evaluation.samplers import make_sampler
 from calm.labels import Term
 from calm.models import Autoencoder
 
-__all__ = ["logged_parts", "metrics_of", "score_sequences"]
+__all__ = ["check_best_metric", "logged_parts", "metrics_of", "score_sequences"]
 
 AUTOENCODER_TERMS = ("reconstruction_loss", "kl", "accuracy", "dimension_kl")
+# What `metrics_of` reports whatever the data, without standard errors.
+AUTOENCODER_METRICS = ("loss", "kl", "accuracy", "collapsed")
+LANGUAGE_MODEL_METRICS = ("loss", "brier1", "brier2", "brier3", "brier4", "brier_lm")
+
+
+def check_best_metric(name: str | None, model: PreTrainedModel) -> None:
+    """Raise a `UserError` if evaluation of `model` reports nothing called `name`.
+
+    Without it training would end at the first evaluation.
+    """
+    is_autoencoder = isinstance(model, Autoencoder)
+    known = AUTOENCODER_METRICS if is_autoencoder else LANGUAGE_MODEL_METRICS
+    if name is not None and name.removeprefix("eval_") not in known:
+        raise UserError(f"metric_for_best_model must be one of {', '.join(known)}, got {name!r}")
 
 
 def score_sequences(

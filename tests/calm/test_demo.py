@@ -113,4 +113,4 @@ def test_evaluation_command_of_the_report_repeats_its_score(finished, text_file,
 
 def test_no_time_is_an_error(capsys):
     assert main(["demo", "--minutes", "0"]) == 2
-    assert "--minutes must be positive" in capsys.readouterr().err
+    assert "--minutes must be above 0" in capsys.readouterr().err
