@@ -22,7 +22,6 @@ __all__ = [
     "UserNotice",
     "message_of",
     "one_line",
-    "root_message",
     "run_program",
     "show_tracebacks",
 ]
@@ -70,6 +69,9 @@ def message_of(error: BaseException) -> str:
     """What `error` says, without the wrappings in which the error of a worker arrives."""
     error = _unwrapped(error)
     text = REFUSED_PICKLE if isinstance(error, pickle.UnpicklingError) else str(error)
+    if type(error).__name__.endswith("RemoteTraceback"):  # of a process pool, first error first
+        last_line = text.strip('"\n').split("\n\n")[0].splitlines()[-1]
+        return last_line.partition(": ")[2] or last_line
     wrapped = OF_A_WORKER.match(text)
     if wrapped is None:
         return text
@@ -82,16 +84,6 @@ def _unwrapped(error: BaseException) -> BaseException:
     while type(error).__name__ in WRAPPERS and error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def root_message(error: BaseException) -> str:
-    """The message of the first error behind `error`, in this process or in a worker of datasets."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        if type(cause).__name__ == "RemoteTraceback":  # text of the tracebacks, the first one first
-            first = str(cause).strip('"\n').split("\n\n")[0].strip()
-            return first.splitlines()[-1].partition(": ")[2] or first.splitlines()[-1]
-        error = cause
-    return str(error) or type(error).__name__
 
 
 def one_line(error: BaseException) -> str | None:

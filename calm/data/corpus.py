@@ -23,13 +23,14 @@ from typing import Any, Literal, get_args
 
 import datasets
 import pyarrow.compute
+from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
 
 from calm.data.embedded import PREFIX, embedded_corpus
-from calm.data.files import expand_files, file_stamp
+from calm.data.files import DATA_SUFFIXES, expand_files, file_stamp, file_suffix
 from calm.data.reading import TEXT_KEY, TextUnit
 from calm.data.tables import DAMAGE_KEY, FEATURES, Documents, document_table, rows_in_bounds
-from calm.errors import UserError, root_message
+from calm.errors import UserError, message_of, one_line
 
 __all__ = [
     "Corpus",
@@ -105,7 +106,9 @@ def load_corpus(options: CorpusOptions) -> Corpus:
         if VALIDATION not in splits and percentage > 0:
             splits = _split_by_document(splits[TRAIN], percentage)
     except DatasetGenerationError as error:
-        raise UserError(f"the text cannot be prepared: {root_message(error)}") from error
+        raise UserError(
+            f"the text cannot be prepared: {one_line(error) or message_of(error)}"
+        ) from error
     return Corpus(splits.get(TRAIN), splits.get(VALIDATION), None if options.streaming else skipped)
 
 
@@ -220,6 +223,8 @@ def _hub_splits(options: CorpusOptions, name: str) -> dict[str, Documents]:
         raise UserError(f"dataset_name: {name} is a file; pass it as train_file")
     if (Path(name) / "dataset_dict.json").exists() or (Path(name) / "state.json").exists():
         loaded = datasets.load_from_disk(name)
+    elif files := _files_of_splits(options, name):
+        loaded = {split: _read(options, found, file_stamp(found)) for split, found in files.items()}
     else:
         loaded = _load_hub_dataset(options, name)
     if isinstance(loaded, datasets.Dataset):
@@ -238,6 +243,26 @@ def _hub_splits(options: CorpusOptions, name: str) -> dict[str, Documents]:
     return {key: _text_only(documents, f"{name} ({key})") for key, documents in chosen.items()}
 
 
+def _files_of_splits(options: CorpusOptions, name: str) -> dict[str, list[str]]:
+    """Files of each split of a folder that `calm.data.reading` reads; of another, none.
+
+    Which file belongs to which split is datasets' rule: by the names of files and folders. A
+    ``README.md`` may say otherwise, and other kinds of files have readers in datasets alone.
+    """
+    folder = Path(name)
+    if not folder.is_dir() or options.dataset_config_name or (folder / "README.md").exists():
+        return {}
+    try:
+        patterns = get_data_patterns(name)
+    except (OSError, EmptyDatasetError):
+        return {}
+    files = DataFilesDict.from_patterns(patterns, base_path=name)
+    suffixes = {file_suffix(Path(file)) for found in files.values() for file in found}
+    if not suffixes.issubset(DATA_SUFFIXES):
+        return {}
+    return {str(split): sorted(found) for split, found in files.items()}
+
+
 def _load_hub_dataset(options: CorpusOptions, name: str) -> Any:
     mode = datasets.DownloadMode
     try:
@@ -252,7 +277,7 @@ def _load_hub_dataset(options: CorpusOptions, name: str) -> Any:
         )
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise UserError(
-            f"dataset_name: cannot load {name!r} ({root_message(error)}); a folder of your own "
+            f"dataset_name: cannot load {name!r} ({message_of(error)}); a folder of your own "
             "needs an existing path, a hub dataset its exact name and a connection"
         ) from error
 
@@ -260,6 +285,8 @@ def _load_hub_dataset(options: CorpusOptions, name: str) -> Any:
 def _text_only(documents: Documents, name: str) -> Documents:
     """The text of a dataset and, as for files, what is damaged in it."""
     columns = documents.column_names
+    if columns and DAMAGE_KEY in columns:  # our own reader has checked it
+        return documents
     if columns is None:  # a stream of unknown columns: take those of its first row
         columns = list(next(iter(documents), {}))
     if TEXT_KEY not in columns:

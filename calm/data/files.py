@@ -19,10 +19,12 @@ from calm.errors import UserError, UserNotice
 
 __all__ = [
     "BYTE_ORDER_MARK",
+    "DATA_SUFFIXES",
     "FileKind",
     "expand_files",
     "file_kind",
     "file_stamp",
+    "file_suffix",
     "names_files",
     "without_mark",
 ]
@@ -39,16 +41,17 @@ TABLES = (".arrow", ".feather", ".orc", ".avro", ".sqlite", ".db")
 ARRAYS = (".bin", ".pt", ".pth", ".safetensors", ".npy", ".npz", ".pkl", ".pickle")
 MEDIA = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp3", ".wav", ".mp4")
 BINARY = frozenset(COMPRESSED + DOCUMENTS + TABLES + ARRAYS + MEDIA)
+DATA_SUFFIXES = (*KINDS, ".txt")  # of files that make a folder a dataset
 MAGIC = frozenset("*?[")
 SNIFFED_BYTES = 4096
 
 
 def file_kind(path: str | Path) -> FileKind:
     """The kind of a file, by its name."""
-    return KINDS.get(_suffix(Path(path)), "text")
+    return KINDS.get(file_suffix(Path(path)), "text")
 
 
-def _suffix(path: Path) -> str:
+def file_suffix(path: Path) -> str:
     """Ending that names the format: ``.jsonl`` for ``a.jsonl`` and ``A.JSONL.gz``."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix == ".gz" else suffix
@@ -60,7 +63,7 @@ def names_files(name: str) -> bool:
         return False
     if Path(name).is_file() or not MAGIC.isdisjoint(name) or "," in name:
         return True
-    return _suffix(Path(name)) in (*KINDS, *TEXT_SUFFIXES, *BINARY)
+    return file_suffix(Path(name)) in (*KINDS, *TEXT_SUFFIXES, *BINARY)
 
 
 def expand_files(patterns: str, argument: str = "train_file") -> list[str]:
@@ -120,7 +123,7 @@ def _check_file(path: Path, argument: str) -> None:
         raise UserError(f"{argument}: {path} is not a file; a folder needs a glob such as {path}/*")
     if path.stat().st_size == 0:
         raise UserError(f"{argument}: {path} is empty; remove it from the list or fill it")
-    suffix = _suffix(path)
+    suffix = file_suffix(path)
     if suffix in BINARY:
         what = "compressed; unpack it, or use gzip" if suffix in COMPRESSED else "no text"
         raise UserError(f"{argument}: {path} is {what} (text, .jsonl, .json and .parquet are read)")
