@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         _check_writable(Path(args.json))
     model = load_model(args)
-    blocks = load_blocks(args, model, load_tokenizer_of(args, model))
+    blocks, text = load_blocks(args, model, load_tokenizer_of(args, model))
     check_draws(model, "--num-samples", args.num_samples, _chunks(model, blocks))
     total = -(-len(blocks) // args.batch_size)
     evaluation = evaluate(
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         batch_size=args.batch_size,
         progress=partial(tqdm, total=total, desc="evaluating", disable=None),  # at a terminal
-        describe={"model": args.model, "kind": type(model).__name__, "data": args.data},
+        describe={"model": args.model, "kind": type(model).__name__, **text},
     )
     print(evaluation.to_table())
     if args.json:

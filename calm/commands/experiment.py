@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args)
     if not isinstance(model, ContinuousTransformer):
         raise UserError(f"{args.model} holds a token baseline; this study needs a CALM")
-    blocks = load_blocks(args, model, load_tokenizer_of(args, model))
+    blocks, _ = load_blocks(args, model, load_tokenizer_of(args, model))
     positions = take_positions(model, blocks, args.positions, args.seed)
     progress = partial(tqdm, desc="settings", disable=None)  # at a terminal
     study = run_study(model, positions, options, progress)

@@ -140,8 +140,11 @@ def hide_bars_without_terminal() -> None:
         datasets.disable_progress_bars()
 
 
-def load_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
-    """The text that the flags of `add_evaluation_text_arguments` name, as packed blocks."""
+def load_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+    """The text that the flags of `add_evaluation_text_arguments` name, as packed blocks.
+
+    Returns: the blocks, and what a protocol says of the text.
+    """
     from calm.data.corpus import load_corpus
     from calm.data.embedded import PREFIX
     from calm.data.packing import pack_documents
@@ -160,7 +163,7 @@ def load_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     )
     is_held_out = percentage > 0 or corpus.train is None  # a dataset may have a test split alone
     patch_size = getattr(model, "patch_size", 1)
-    return pack_documents(
+    blocks = pack_documents(
         corpus.validation if is_held_out else corpus.train,
         tokenizer,
         block_size=_block_size(args.block_size, model.config.max_position_embeddings * patch_size),
@@ -168,6 +171,7 @@ def load_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
         start_token_id=getattr(model, "start_token_id", None),
         max_blocks=args.max_blocks,
     )
+    return blocks, {"data": args.data, "skipped_documents": corpus.skipped}
 
 
 def _block_size(wanted: int | None, context: int) -> int:

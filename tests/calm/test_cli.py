@@ -166,6 +166,16 @@ def test_prepare_names_what_it_cannot_read(workers, tmp_path, capsys):
 # eval
 
 
+def test_eval_records_what_it_skipped(folders, tmp_path, caplog):
+    record, text = tmp_path / "brier.json", tmp_path / "text.jsonl"
+    line = json.dumps({"text": TEXT})
+    text.write_text(f"{line}\n{line[:-1]}\n{line}\n", encoding="utf-8")
+    words = ("--model", folders / "calm", "--data", text, "--block-size", 32, "--json", record)
+    assert calm("eval", *words, "--num-samples", 2, "--on-error", "skip") == 0
+    assert json.loads(record.read_text(encoding="utf-8"))["protocol"]["skipped_documents"] == 1
+    assert "skipped 1 of 3 documents, the first: " in caplog.text
+
+
 def test_eval_of_a_dataset_with_a_test_split_alone(folders, tmp_path, capsys):
     (tmp_path / "set").mkdir()
     line = json.dumps({"text": TEXT})
