@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from calm.data.files import without_mark
 from calm.errors import UserError
 
-__all__ = ["Encoder", "document_separator", "vocabulary_size"]
+__all__ = ["Encoder", "cut_at_spaces", "document_separator", "vocabulary_size"]
 
 SAMPLE = "a"  # shows what a tokenizer adds to a text
 # Encoding takes some 250 bytes of memory for a token. Both are in characters.
@@ -112,7 +112,8 @@ class Encoder:
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text without what the tokenizer adds; no call takes much memory."""
-        pieces = [self._pieces(without_mark(text)) for text in texts]
+        length = PIECE_LENGTH if self._is_cut else None
+        pieces = [list(cut_at_spaces(without_mark(text), length)) for text in texts]
         ids = [found for call in _calls(chain(*pieces)) for found in self._call(call)]
         ends = [0, *accumulate(map(len, pieces))]
         return [np.concatenate(ids[first:last]) for first, last in pairwise(ends)]
@@ -128,15 +129,17 @@ class Encoder:
         for ids in encoded["input_ids"]:
             yield np.array(ids, dtype=np.int32)
 
-    def _pieces(self, text: str) -> list[str]:
-        pieces, start = [], 0
-        while self._is_cut and len(text) - start > PIECE_LENGTH:
-            cut = SAFE_CUT.search(text, start + PIECE_LENGTH)
-            if cut is None:
-                break
-            pieces.append(text[start : cut.end()])
-            start = cut.end()
-        return [*pieces, text[start:]]
+
+def cut_at_spaces(text: str, length: int | None) -> Iterator[str]:
+    """`text` in pieces of some `length` characters, in one piece if None; see `_cuts_at_spaces`."""
+    start = 0
+    while length and len(text) - start > length:
+        cut = SAFE_CUT.search(text, start + length)
+        if cut is None:
+            break
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
 
 
 def _calls(pieces: Iterable[str]) -> Iterator[list[str]]:

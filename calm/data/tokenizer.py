@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from calm.data.encoding import vocabulary_size
+from calm.data.encoding import cut_at_spaces, vocabulary_size
 from calm.data.files import without_mark
 from calm.errors import UserError
 
@@ -40,6 +40,7 @@ BYTE_VOCAB_SIZE = 259
 BYTES_NAME = "bytes"
 BPE_NAME = re.compile(r"bpe:(\d+)")
 UNBOUNDED = int(1e30)
+TRAINING_LENGTH = 1 << 12  # characters; tokenizers holds 256 pieces with some 80 bytes a character
 
 
 def _byte_symbols() -> list[str]:
@@ -95,7 +96,8 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedToke
     )
     special = re.compile("|".join(map(re.escape, (BOS, EOS, PAD))))
     parts = (part for text in texts for part in special.split(without_mark(text)))
-    tokenizer.train_from_iterator(parts, trainer)
+    pieces = (piece for part in parts for piece in cut_at_spaces(part, TRAINING_LENGTH))
+    tokenizer.train_from_iterator(pieces, trainer)
     return _as_pretrained(tokenizer)
 
 

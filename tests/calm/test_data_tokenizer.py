@@ -4,6 +4,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from calm.data import tokenizer as tokenizer_module
 from calm.data.tokenizer import (
     BYTE_VOCAB_SIZE,
     byte_tokenizer,
@@ -48,6 +49,13 @@ class TestRoundTrip:
             assert encode(loaded, text) == encode(tokenizer, text)
             assert loaded.decode(encode(loaded, text)) == text
             assert tokenizer_hash(loaded) == tokenizer_hash(tokenizer)
+
+
+def test_a_long_text_is_learned_from_in_pieces(monkeypatch):
+    text = "the cat sat on the mat, with 3 hats.\nIt's there\n\n " * 20
+    whole = train_bpe_tokenizer([text], 300)
+    monkeypatch.setattr(tokenizer_module, "TRAINING_LENGTH", 1)
+    assert tokenizer_hash(train_bpe_tokenizer([text], 300)) == tokenizer_hash(whole)
 
 
 def test_a_trained_vocabulary_has_no_pieces_of_special_tokens():
