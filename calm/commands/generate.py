@@ -139,7 +139,8 @@ def run(args: argparse.Namespace) -> int:
 def _continue(model: Any, tokenizer: Any, prompt: str, seed: int, args: argparse.Namespace) -> None:
     """One prompt continued and printed; after Ctrl-C the text so far stays printed."""
     from calm.data.encoding import Encoder
-    from calm.decoding.text.edges import TextStream, text_after
+    from calm.decoding import TextStream
+    from calm.decoding.text.edges import text_after
 
     ids = Encoder(tokenizer).prompt(prompt)
     options = _options(args) | {"seed": seed, "tokenizer": tokenizer}

@@ -8,7 +8,8 @@ from tokenizers_like import TEXT, gpt2_like, llama2_like
 
 from calm.data.encoding import Encoder
 from calm.data.tokenizer import byte_tokenizer
-from calm.decoding.text.edges import TextStream, text_after
+from calm.decoding import TextStream
+from calm.decoding.text.edges import text_after
 from calm.decoding.text.stopping import StopStrings
 
 KINDS = {"bytes": byte_tokenizer, "gpt2": gpt2_like, "llama2": llama2_like}
