@@ -163,6 +163,15 @@ def test_prepare_names_what_it_cannot_read(workers, tmp_path, capsys):
     assert "4 documents" in captured.out
 
 
+def test_the_demo_advises_flags_that_it_has(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("one line\nanother\n", encoding="utf-8")
+    words = ("--text", tmp_path / "text.txt", "--output-dir", tmp_path / "demo")
+    assert calm("demo", *words) == 2
+    (message,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert "1 documents leave no validation document" in message and "(--text-unit)" in message
+    assert "validation_file" not in message and "--validation" not in message
+
+
 # eval
 
 
