@@ -21,7 +21,7 @@ TESTS = OMP_WAIT_POLICY=PASSIVE $(1)/bin/python -m pytest -q $(PARALLEL)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-oldest test-gpu lint format types check bench bench-gpu \
-  compile-report clean
+  audit compile-report clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,10 @@ bench: $(READY) ## benchmarks on this machine; parity is asserted before anythin
 bench-gpu: $(READY) ## benchmarks of kernels and decoding on this GPU; writes benchmarks/results/<device>*.json
 	$(BIN)/python -m benchmarks.gpu.run $(ARGS)
 	$(BIN)/python -m benchmarks.gpu.decoding
+
+audit: $(READY) ## known vulnerabilities of the tested versions; needs pypi.org
+	@$(BIN)/pip-audit --progress-spinner off --strict --no-deps --disable-pip -r $(CONSTRAINTS) \
+	  || { echo "make audit: a version above is vulnerable, or pypi.org, which knows, could not be reached"; exit 1; }
 
 compile-report: $(READY) ## compile every kernel for all targets; fails on a spill or a broken budget
 	$(BIN)/python -m calm_kernels.compile_report $(ARGS)
