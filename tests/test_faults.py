@@ -10,10 +10,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("part", ["kills", "damage", "contract", "disk"])
-def test_a_few_faults(part):
+@pytest.mark.parametrize(
+    ("part", "count"),
+    [
+        ("kills", 2),
+        ("damage", 2),
+        ("contract", 2),
+        ("disk", 2),
+        ("bad_inputs", 40),
+        ("hostile", 15),
+    ],
+)
+def test_a_few_faults(part, count):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults", part, "--count=2"],
+        [sys.executable, "-m", "tests.faults", part, f"--count={count}"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

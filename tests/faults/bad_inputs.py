@@ -96,7 +96,7 @@ TRAINING = {
     "fsdp": ("full_shard", "x"),
     "optim": ("x", "adamw_bnb_8bit"),
     "lr_scheduler_type": ("x",),
-    "lr_scheduler_kwargs": ("{", "[1]"),
+    "lr_scheduler_kwargs": ("{", "[1]", '{"x": 1}'),
     "optim_args": ("x",),
     "eval_strategy": ("sometimes",),
     "save_strategy": ("x", "best"),

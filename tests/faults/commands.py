@@ -3,10 +3,12 @@
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import signal
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +98,13 @@ def _surroundings(folder: Path, stdin: str, errors: io.StringIO) -> Iterator[Non
     signal.alarm(SECONDS)
     os.chdir(folder)
     sys.stdin = io.StringIO(stdin)
+    named = (logging.getLogger(name) for name in (None, "transformers", "huggingface_hub"))
+    handlers = [handler for logger in named for handler in logger.handlers]
+    streams = [
+        (handler, handler.setStream(errors))
+        for handler in handlers
+        if isinstance(handler, logging.StreamHandler)
+    ]
     try:
         with (
             contextlib.redirect_stderr(errors),
@@ -109,6 +118,8 @@ def _surroundings(folder: Path, stdin: str, errors: io.StringIO) -> Iterator[Non
         signal.signal(signal.SIGALRM, handler)
         os.chdir(here)
         sys.stdin = before
+        for handler, stream in streams:
+            handler.setStream(stream)
         os.environ.clear()
         os.environ.update(environment)
         set_backend(Backend.AUTO)
@@ -128,6 +139,7 @@ def _blocked_sockets(is_offline: bool) -> Iterator[list[str]]:
         (socket.socket, "connect_ex", refuse),
         (socket, "getaddrinfo", refuse),
         (constants, "HF_HUB_OFFLINE", is_offline),
+        (time, "sleep", lambda seconds: None),  # between attempts
     ]
     before = [getattr(owner, name) for owner, name, _ in patches]
     for owner, name, value in patches:
