@@ -2,14 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from calm.commands.text_flags import add_trust_argument
 from calm.errors import UserError
@@ -76,23 +73,8 @@ def load_model(args: argparse.Namespace) -> PreTrainedModel:
         raise UserError(f"{folder} holds a {kind!r} model, neither a CALM nor the token baseline")
     model_class: Any = MODEL_CLASSES.get(kind, BaselineTransformer)
     device = _device(args.device)
-    with _quiet_transformers():
-        model = load_checked(model_class, str(folder), "--model", dtype=args.dtype)
+    model: Any = load_checked(model_class, str(folder), "--model", dtype=args.dtype)
     return model.to(device).eval()
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bar, and no report on weights: `load_checked` checks them itself."""
-    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bar:
-            logging.enable_progress_bar()
 
 
 def load_tokenizer_of(args: argparse.Namespace, model: PreTrainedModel) -> PreTrainedTokenizerBase:

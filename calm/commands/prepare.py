@@ -1,6 +1,7 @@
 """`calm prepare`: train or load a tokenizer, save it, and tokenize a corpus into the cache."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from calm.commands.text_flags import (
@@ -66,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from calm.data.tokenization import CHARACTERS, TOKENS, tokenize_documents
     from calm.data.tokenizer import load_tokenizer
 
+    if Path(args.output).is_file():
+        raise UserError(f"--output {args.output} is a file; pass a folder")
     hide_bars_without_terminal()
     corpus: Any = load_corpus(
         corpus_options(

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 PUBLISHED_PAD = "[PAD]"
 BYTE_VOCAB_SIZE = 259
+MAX_BPE_ENTRIES = 10_000_000
 
 BYTES_NAME = "bytes"
 BPE_NAME = re.compile(r"bpe:(\d+)")
@@ -78,12 +79,12 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedToke
             yield fewer.
 
     Raises:
-        UserError: `vocab_size` leaves no room for the bytes and special tokens.
+        UserError: `vocab_size` leaves no room for the bytes and special tokens, or is absurd.
     """
-    if vocab_size < BYTE_VOCAB_SIZE:
-        raise UserError(
-            f"tokenizer_name: bpe needs at least {BYTE_VOCAB_SIZE} entries, got {vocab_size}"
-        )
+    if not BYTE_VOCAB_SIZE <= vocab_size <= MAX_BPE_ENTRIES:
+        is_small = vocab_size < BYTE_VOCAB_SIZE
+        bound = f"at least {BYTE_VOCAB_SIZE}" if is_small else f"at most {MAX_BPE_ENTRIES}"
+        raise UserError(f"tokenizer_name: bpe takes {bound} entries, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,12 +1,14 @@
 """Loading a model that a user has named: whatever is wrong with it is one error."""
 
 import pickle
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from calm.errors import UserError, message_of
 from calm.integrity import check_finite
@@ -34,7 +36,8 @@ def load_checked(model_class: type[Model], name: str, argument: str, **options: 
     """
     options["local_files_only"] = Path(name).is_dir()  # a folder leads to no hub
     try:
-        loaded: Any = model_class.from_pretrained(name, output_loading_info=True, **options)
+        with _quiet_transformers():
+            loaded: Any = model_class.from_pretrained(name, output_loading_info=True, **options)
     except UserError as error:
         raise UserError(f"{argument}: {error}") from error
     except Exception as error:  # libraries raise whatever a broken file happens to cause
@@ -55,6 +58,20 @@ def load_checked(model_class: type[Model], name: str, argument: str, **options: 
         )
     check_finite(model.named_parameters(), f"{argument} ({name})")
     return model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar, and no report on weights: `load_checked` checks them itself."""
+    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bar:
+            logging.enable_progress_bar()
 
 
 def load_config(config_class: type[Config], name: str, argument: str, **options: Any) -> Config:

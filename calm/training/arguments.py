@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
 from calm.data.corpus import CorpusOptions
@@ -262,7 +262,7 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     before.add_argument("--config")
     chosen, argv = before.parse_known_args(argv)
-    recipe = _recipe_words(chosen.config, stage, argv) if chosen.config else []
+    recipe = [] if chosen.config is None else _recipe_words(chosen.config, stage, argv)
     parser.parse(translate_old_flags(recipe, quiet=True), f"{chosen.config}: ")
     words = translate_old_flags([*recipe, *argv])
     namespace = parser.parse(words)
@@ -314,6 +314,7 @@ def _check(arguments: JobArguments) -> None:
         raise UserError(f"backend must be one of {', '.join(Backend)}, got {training.backend!r}")
     if training.muon_learning_rate and training.fsdp:
         raise UserError("muon_learning_rate needs whole matrices; fsdp splits them")
+    _check_schedule(training)
     if training.label_smoothing_factor:
         raise UserError("label_smoothing_factor has no effect on these losses: take it out")
     trackers = get_available_reporting_integrations()
@@ -324,3 +325,24 @@ def _check(arguments: JobArguments) -> None:
         )
     if data.streaming and training.max_steps <= 0 and not training.max_train_seconds:
         raise UserError("a stream has no length: pass max_steps (or max_train_seconds)")
+
+
+def _check_schedule(training: CALMTrainingArguments) -> None:
+    """The schedule exists and takes the arguments that are given for it."""
+    kwargs = training.lr_scheduler_kwargs
+    if not isinstance(kwargs, dict | None):
+        raise UserError(f'lr_scheduler_kwargs must be JSON such as {{"power": 2}}, got {kwargs!r}')
+    name = SchedulerType(training.lr_scheduler_type)
+    placeholder = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        get_scheduler(
+            name,
+            placeholder,
+            num_warmup_steps=1,
+            num_training_steps=2,
+            scheduler_specific_kwargs=kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"lr_scheduler_kwargs: wrong for lr_scheduler_type={name.value} ({error})"
+        ) from error

@@ -330,6 +330,8 @@ class TestRefused:
             ("--seed -1", r"seed must be in \[0, 4294967295\], got -1"),
             ("--label_smoothing_factor 0.1", "label_smoothing_factor has no effect"),
             ("--report_to nobody", "report_to: no tracker 'nobody' is installed here"),
+            ("--lr_scheduler_kwargs [1]", "lr_scheduler_kwargs must be JSON such as"),
+            ('--lr_scheduler_kwargs {"x":1}', "lr_scheduler_kwargs: wrong for .*=linear"),
             ("--deepspeed x.json", "deepspeed is not installed"),
         ],
     )
