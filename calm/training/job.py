@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import distributed
@@ -37,7 +37,7 @@ from calm.training.resume import Takeover, check_output_folder
 from calm.training.scoring import check_best_metric
 from calm.training.trainer import CALMTrainer
 from calm.training.training_text import BlockLayout, load_text, pack_text, protocol
-from calm_kernels.backend import set_backend
+from calm_kernels.backend import Backend, use_backend
 
 __all__ = ["BuildModel", "prepare_job", "run_job", "run_stage"]
 
@@ -80,8 +80,11 @@ def run_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
     """
     args = arguments.training
     check_output_folder(arguments)
-    is_writer = args.do_train and args.process_index == 0
-    with locked(args.folder) if is_writer else nullcontext():
+    with ExitStack() as stack:
+        if args.backend != Backend.AUTO:
+            stack.enter_context(use_backend(args.backend))
+        if args.do_train and args.process_index == 0:
+            stack.enter_context(locked(args.folder))
         checkpoint = None
         if args.do_train:
             with args.main_process_first(desc="looking for checkpoints"):
@@ -108,7 +111,6 @@ def prepare_job(
         UserError: as for `run_job`; settings that differ from the checkpoint's.
     """
     args = arguments.training
-    set_backend(args.backend)
     if args.max_train_seconds and args.max_steps <= 0:
         args.max_steps = UNBOUNDED_STEPS
     with args.main_process_first(desc="reading the text"):
