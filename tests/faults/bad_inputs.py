@@ -36,6 +36,7 @@ BASES: dict[str, Words] = {
     "prepare": ["prepare", "--data", "text.txt", "--tokenizer", "bytes", "--output", "out",
                 "--cache-dir", "../cache"],
     "plan": ["plan"],
+    "verify": ["verify"],
     "eval": ["eval", "--model", "calm", "--data", "text.txt", "--block-size", "32",
              "--max-blocks", "1"],
     "generate": ["generate", "--model", "calm", "--prompt", "the quick br",
@@ -178,6 +179,7 @@ OTHERS: dict[str, tuple[Words, ...]] = {
            "broken-config", "list-config", "zeros", "bad-heads", ".")),
         ["--jsn"],
     ),
+    "verify": ([], ["nowhere"], ["text.txt"], [""], ["ae", "--x"]),
     "eval": (
         ["--dtype", "int8"], ["--device", "tpu"], ["--device", "cuda:x"], ["--seed", "-1"],
         ["--num-samples", "100000000000"], ["--json", "nowhere/x.json"], ["--json", "."],
