@@ -41,7 +41,7 @@ PROTOCOL = "protocol.json"
 # Entries of a protocol that must be the same.
 FIXED = (
     "stage", "tokenizer_hash", "vocab_size", "patch_size", "start_token_id", "document_separator",
-    "autoencoder", "optimizer",
+    "autoencoder", "optimizer", "training.fp16",
 )  # fmt: skip
 # Entries that may differ: names of what is compared by its content, and how long to train.
 FREE = (

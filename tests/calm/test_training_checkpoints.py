@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import xxhash
@@ -34,8 +35,9 @@ def make_checkpoint(run, step, *, finished=True):
     save_file({"weight": torch.arange(25.0)}, folder / "model.safetensors")
     for name in ("config.json", "protocol.json", "trainer_state.json"):
         (folder / name).write_text("{}")
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+    for name in ("optimizer.pt", "scheduler.pt"):
         torch.save({"state": torch.zeros(9)}, folder / name)
+    torch.save({"numpy": np.random.get_state()}, folder / "rng_state.pth")
     if finished:
         write_manifest(folder)
     return folder
@@ -106,6 +108,10 @@ HARMS = {
     "zeros, listed so": (
         listed_anew(lambda folder: (folder / "optimizer.pt").write_bytes(bytes(100))),
         "optimizer.pt cannot be read",
+    ),
+    "code in the optimizer, listed so": (
+        listed_anew(lambda folder: torch.save(os.getcwd, folder / "optimizer.pt")),
+        "optimizer.pt cannot be read (it is damaged, or would run code)",
     ),
     "empty weights, listed so": (
         listed_anew(lambda folder: (folder / "model.safetensors").write_bytes(b"")),
