@@ -1,7 +1,11 @@
 """The Llama backbone and the MLP that makes its inputs."""
 
-from torch import nn
-from transformers import LlamaConfig, LlamaModel
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, LlamaConfig, LlamaModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from calm.models.initialization import initialize
@@ -10,6 +14,7 @@ from calm.models.norm import RMSNorm
 __all__ = ["Backbone", "compressor"]
 
 NORM_EPS = 1e-6
+CAUSAL_WITHOUT_MASK = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
 class Backbone(LlamaModel):
@@ -24,6 +29,45 @@ class Backbone(LlamaModel):
         for module in self.modules():
             if type(module) is LlamaRMSNorm:
                 module.__class__ = RMSNorm
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As `LlamaModel.forward`, which every option and every mask reaches.
+
+        Whole sequences without a mask, as in training, go straight through the layers with causal
+        attention: `LlamaModel` would read from the device whether positions begin anew within a
+        row, and under `torch.compile` would form a mask ``[B, 1, S, S]``, which flash attention
+        does not take.
+        """
+        others = (attention_mask, position_ids, past_key_values)
+        is_plain = use_cache is False and not kwargs and all(other is None for other in others)
+        if not is_plain or not self._is_causal_without_mask():
+            return super().forward(
+                input_ids, *others, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        rotation = self.rotary_emb(hidden, position_ids=positions[None])
+        for layer in self.layers:
+            hidden = layer(hidden, position_embeddings=rotation)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+    def _is_causal_without_mask(self) -> bool:
+        """Whether layers need no mask to be causal, and nobody asks for what they compute."""
+        config = self.config
+        return (
+            config._attn_implementation in CAUSAL_WITHOUT_MASK and not config.output_hidden_states
+        )
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
