@@ -33,7 +33,7 @@ DISPATCHERS = {
 }
 
 ABOVE_TRAINING = ("calm.experiments", "calm.commands", "calm.cli")
-ABOVE_MODELS = ("calm.evaluation", "calm.training", *ABOVE_TRAINING)
+ABOVE_MODELS = ("calm.flops", "calm.evaluation", "calm.training", *ABOVE_TRAINING)
 # Folder of the importing file -> packages it must never import, from the lowest layer upwards.
 FORBIDDEN = {
     "calm_kernels": ("calm", "transformers", "numpy", "einops"),
@@ -53,6 +53,7 @@ FORBIDDEN = {
     "calm/decoding/sampling": ("calm.decoding.text", "calm.decoding.engine"),
     "calm/decoding/engine": ("calm.decoding.text",),
     "calm/models": ABOVE_MODELS,
+    "calm/flops.py": ("calm.evaluation", "calm.training", *ABOVE_TRAINING),
     "calm/evaluation": ("calm.training", *ABOVE_TRAINING),
     "calm/training": ABOVE_TRAINING,
     "calm/experiments": ("calm.commands", "calm.cli"),

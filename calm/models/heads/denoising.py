@@ -25,6 +25,7 @@ class DenoisingHead(nn.Module):
     A subclass says how times are drawn, what a row of the loss is and how a path is walked.
     """
 
+    num_evaluations: ClassVar[int]  # of the network, to draw a latent
     num_path_draws: ClassVar[int] = 0  # normal draws that sampling takes after its start
 
     def __init__(self, config: CALMConfig, out_channels: int) -> None:

@@ -108,6 +108,7 @@ class DiffusionHead(DenoisingHead):
     1000 training steps, 100 sampling steps. Source: CALM, section 7.4; Nichol and Dhariwal, 2021.
     """
 
+    num_evaluations = SAMPLE_STEPS
     num_path_draws = SAMPLE_STEPS
 
     def __init__(self, config: CALMConfig) -> None:

@@ -23,6 +23,8 @@ class FlowHead(DenoisingHead):
     2023.
     """
 
+    num_evaluations = 2 * NUM_STEPS
+
     def __init__(self, config: CALMConfig) -> None:
         super().__init__(config, out_channels=config.latent_size)
 

@@ -1,0 +1,216 @@
+"""Floating-point operations of a model, part by part, a token.
+
+A weight of a matrix costs two operations a use (a multiplication and an addition). Attention costs
+4 S d a layer and position: each query meets all S keys, each probability all S values, d wide in
+all heads together; the half that a causal kernel skips is counted, as papers do. A backward pass
+costs twice its forward. Not counted: embedding lookups, norms, activations, biases, the optimizer,
+and what checkpointing computes again.
+
+Counted is what this code executes. What a head computes from the hidden state alone is therefore
+counted once a chunk, however many latents are drawn; the published code computes it for every draw.
+
+Source: the convention reproduces table 1 of CALM (arXiv 2510.27688), inference and training, within
+4 %. With the hidden state's part counted for every draw, training of CALM-M, -L and -XL lies 4, 6
+and 11 % above the table, instead of 4 and 3 % below and 2 % above it. The paper does not give its
+formula: what remains is unexplained.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from calm.models import Autoencoder, BaselineTransformer, ContinuousTransformer
+from calm.models.backbone import Backbone
+from calm.models.heads.base import GenerativeHead
+from calm.models.heads.denoising import DenoisingHead
+from calm_kernels.energy_head import EnergyHead
+
+__all__ = ["AutoencoderFlops", "BaselineFlops", "CALMFlops", "Flops", "HeadFlops", "flops_of"]
+
+
+@dataclass(frozen=True)
+class AutoencoderFlops:
+    """Forward of a chunk of K tokens.
+
+    Attributes:
+        patch_size: K.
+        encoder: K tokens to a latent.
+        decoder: a latent to the logits of K tokens.
+    """
+
+    patch_size: int
+    encoder: int
+    decoder: int
+
+    def training(self) -> float:
+        """Operations to learn from a token: 3 (E + D) / K."""
+        return 3 * self.inference()
+
+    def inference(self, num_draws: int = 1) -> float:
+        """Operations to read a token and write it `num_draws` times: (E + N D) / K."""
+        return (self.encoder + num_draws * self.decoder) / self.patch_size
+
+
+@dataclass(frozen=True)
+class BaselineFlops:
+    """Forward of a token.
+
+    Attributes:
+        backbone: its layers, with attention.
+        output: hidden state to logits.
+    """
+
+    backbone: int
+    output: int
+
+    def training(self) -> float:
+        """Operations to learn from a token: 3 (B + O)."""
+        return 3 * self.inference()
+
+    def inference(self, num_draws: int = 1) -> float:
+        """Operations to generate a token: B + O, as its candidates are the vocabulary."""
+        return self.backbone + self.output
+
+
+class HeadFlops(NamedTuple):
+    """Forward of a head: ``once`` for a hidden state, ``draw`` for each of its draws."""
+
+    once: int
+    draw: int
+
+    def of(self, num_draws: int) -> int:
+        """Once + N draw."""
+        return self.once + num_draws * self.draw
+
+
+@dataclass(frozen=True)
+class CALMFlops:
+    """Forward of a chunk of K tokens.
+
+    Attributes:
+        patch_size: K.
+        num_samples: N of training.
+        backbone: its layers, with attention.
+        compressor: what makes the backbone's input of a chunk, without the encoder.
+        reads_latents: whether the encoder is part of that.
+        learning: the head in training; a draw is one evaluation of its network.
+        drawing: the head at generation; a draw is one latent, 1 (energy), 20 (flow) or 100
+            (diffusion) evaluations.
+        encoder: of the autoencoder.
+        decoder: likewise.
+    """
+
+    patch_size: int
+    num_samples: int
+    backbone: int
+    compressor: int
+    reads_latents: bool
+    learning: HeadFlops
+    drawing: HeadFlops
+    encoder: int
+    decoder: int
+
+    def training(self) -> float:
+        """Operations to learn from a token: (3 (B + C + H₁ + N H) + E) / K.
+
+        The autoencoder is frozen: it encodes the targets, and inputs that are latents once more.
+        """
+        learned = self.backbone + self.compressor + self.learning.of(self.num_samples)
+        return (3 * learned + (1 + self.reads_latents) * self.encoder) / self.patch_size
+
+    def inference(self, num_draws: int = 1) -> float:
+        """Operations to generate a token from N candidates: (B + C + H₁ + N (H + D)) / K.
+
+        Every candidate is decoded. Inputs that are latents cost E more.
+        """
+        read = self.compressor + self.reads_latents * self.encoder
+        drawn = self.drawing.of(num_draws) + num_draws * self.decoder
+        return (self.backbone + read + drawn) / self.patch_size
+
+
+Flops = AutoencoderFlops | BaselineFlops | CALMFlops
+
+
+def flops_of(model: PreTrainedModel, context: int = 2048) -> Flops:
+    """Operations of `model`, which may be on the meta device.
+
+    Args:
+        model: an autoencoder, a CALM or the token baseline.
+        context: S, positions that attention reads: chunks of a CALM, tokens of the baseline. The
+            paper's tables fit 2048 of either.
+
+    Raises:
+        ValueError: another kind of model, or a context below 1.
+    """
+    if context < 1:
+        raise ValueError(f"context must be at least 1 position, got {context}")
+    if isinstance(model, Autoencoder):
+        return AutoencoderFlops(model.patch_size, *_autoencoder(model))
+    if isinstance(model, BaselineTransformer):
+        return BaselineFlops(_backbone(model.model, context), _matrices(model.lm_head))
+    if not isinstance(model, ContinuousTransformer):
+        raise ValueError(f"model must be one of calm.models, got {type(model).__name__}")
+    encoder, decoder = _autoencoder(model.ae_model)
+    learning, drawing = _head(model.generative_head)
+    compressors = (getattr(model, name, None) for name in ("embed_proj", "latent_proj"))
+    return CALMFlops(
+        patch_size=model.patch_size,
+        num_samples=model.config.num_samples,
+        backbone=_backbone(model.transformer, context),
+        compressor=sum(_matrices(part) for part in compressors if part is not None),
+        reads_latents=model.config.input_type != "tokens",
+        learning=learning,
+        drawing=drawing,
+        encoder=encoder,
+        decoder=decoder,
+    )
+
+
+def _matrices(*modules: nn.Module) -> int:
+    """Two operations for each weight of the matrices in `modules`."""
+    weights = (weight for module in modules for weight in module.parameters())
+    return 2 * sum(weight.numel() for weight in weights if weight.dim() == 2)
+
+
+def _backbone(backbone: Backbone, context: int) -> int:
+    layers: Any = backbone.layers
+    width = sum(layer.self_attn.o_proj.in_features for layer in layers)
+    return _matrices(layers) + 4 * context * width
+
+
+def _autoencoder(model: Autoencoder) -> tuple[int, int]:
+    """Encoder and decoder; half of the blocks of each run for every token of a chunk."""
+    encoder, decoder = model.encoder, model.decoder
+    middle = len(encoder.encoder_layers) // 2
+    of_tokens, of_chunk = encoder.encoder_layers[:middle], encoder.encoder_layers[middle:]
+    reading = model.patch_size * _matrices(of_tokens)
+    reading += _matrices(encoder.squeeze_layer, of_chunk, encoder.hidden_to_latent)
+    middle = len(decoder.decoder_layers) // 2
+    of_chunk, of_tokens = decoder.decoder_layers[:middle], decoder.decoder_layers[middle:]
+    writing = _matrices(decoder.latent_to_hidden, of_chunk, decoder.expand_layer)
+    writing += model.patch_size * (_matrices(of_tokens) + 2 * decoder.output_weight.numel())
+    return reading, writing
+
+
+def _head(head: GenerativeHead) -> tuple[HeadFlops, HeadFlops]:
+    """The head in training and at generation."""
+    if isinstance(head, EnergyHead):
+        # Every block's first matrix sees [draw; hidden state]: half of it is done once.
+        once = _matrices(head.hidden_embd) + 2 * head.num_blocks * head.hidden_size**2
+        both = HeadFlops(once, _matrices(head) - once)
+        return both, both
+    if not isinstance(head, DenoisingHead):
+        raise ValueError(f"no operations are known of a {type(head).__name__}")
+    net, evaluations = head.net, head.num_evaluations
+    once, time = _matrices(net.cond_embed), _matrices(net.time_embed)
+    layers = (*net.res_blocks, net.final_layer)
+    modulation = _matrices(*(layer.adaLN_modulation for layer in layers))
+    draw = _matrices(net) - once - time - modulation
+    # Each training draw has a time of its own. All that are generated take the same steps, so that
+    # the modulations are computed once for a hidden state and step, and the time once for all.
+    return (
+        HeadFlops(once, time + modulation + draw),
+        HeadFlops(once + evaluations * modulation, evaluations * draw),
+    )
