@@ -63,7 +63,7 @@ class MuonAdamW(Optimizer):
             others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
         )
         matrix_group = {"params": list(matrices), "lr": muon_lr, "weight_decay": weight_decay}
-        super().__init__([matrix_group, *self._adamw.param_groups], {})
+        super().__init__([matrix_group, *self._adamw.param_groups], {"lr": lr})
 
     @classmethod
     def for_model(cls, model: nn.Module, **settings: Any) -> Self:

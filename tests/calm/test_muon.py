@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import get_scheduler
 
 from calm.training.muon import MuonAdamW, orthogonal
 
@@ -43,6 +44,16 @@ def test_orthogonal_evens_out_the_singular_values(shape):
     middle = left.mT @ evened @ right
     off_diagonal = middle - torch.diag_embed(middle.diagonal(dim1=-2, dim2=-1))
     assert off_diagonal.abs().max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("polynomial", {"power": 2}), ("cosine_with_min_lr", {"min_lr": 1e-3})]
+)
+def test_schedules_that_ask_for_the_rate(name, arguments):
+    """They read it from the optimizer's defaults."""
+    optimizer = MuonAdamW.for_model(small_model(), **RATES)
+    schedule = get_scheduler(name, optimizer, 0, 4, scheduler_specific_kwargs=arguments)
+    assert schedule.get_last_lr() == [RATES["muon_lr"], RATES["lr"], RATES["lr"]]
 
 
 def test_updates_equal_those_of_torch():
