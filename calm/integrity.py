@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def write_manifest(folder: Path, is_listed: Callable[[str], bool] | None = None)
         name = path.relative_to(folder).as_posix()
         if not path.is_file() or name == MANIFEST or (is_listed and not is_listed(name)):
             continue
-        path.chmod(0o666 & ~umask)
+        with suppress(OSError):  # not all file systems know modes
+            path.chmod(0o666 & ~umask)
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
         files[name] = {"size": path.stat().st_size, "xxh3_128": _hash(path)}
@@ -99,7 +101,7 @@ def find_damage(folder: Path, required: Iterable[tuple[str, ...]] = MODEL_FILES)
     try:
         files = _read_manifest(folder)
     except FileNotFoundError:
-        return f"it has no {MANIFEST}: it was never finished"
+        return f"it has no {MANIFEST}: it was never finished, or written by another program"
     except (OSError, ValueError) as error:
         return f"its {MANIFEST} is unreadable ({error})"
     for patterns in required:

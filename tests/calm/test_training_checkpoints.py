@@ -144,6 +144,13 @@ class TestManifest:
         write_manifest(folder)
         assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
 
+    def test_a_file_system_without_modes(self, tmp_path, monkeypatch):
+        def refuse(path, mode):
+            raise PermissionError(1, "Operation not permitted", str(path))
+
+        monkeypatch.setattr(Path, "chmod", refuse)
+        assert checkpoint_damage(make_checkpoint(tmp_path, 10)) is None
+
     @pytest.mark.parametrize("name", HARMS)
     def test_damage_is_found_set_aside_and_skipped(self, tmp_path, caplog, name):
         harm, reason = HARMS[name]
@@ -240,6 +247,17 @@ class TestRotation:
         best = type(trainer.model).from_pretrained(tmp_path / "checkpoint-2")
         for name, weight in trainer.model.state_dict().items():
             assert weight.equal(best.state_dict()[name]), name
+
+    def test_a_damaged_best_checkpoint_is_not_loaded(self, tmp_path):
+        settings = {
+            "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
+            "load_best_model_at_end": True,
+        }  # fmt: skip
+        trainer = train(MODELS["energy"](), tmp_path, **settings)
+        best = Path(trainer.state.best_model_checkpoint)
+        flip_a_bit(best / "model.safetensors")
+        with pytest.raises(UserError, match=r"load_best_model_at_end: .* the bytes of model"):
+            trainer._load_best_model()
 
     def test_a_fresh_start_discards_all(self, tmp_path):
         for step in (1, 2):
