@@ -39,7 +39,12 @@ def run(args: argparse.Namespace) -> int:
 def _examine(folder: Path) -> Iterator[tuple[Path, str | None]]:
     """Every set of weights in `folder`, with what is wrong with it."""
     from calm.integrity import MANIFEST, find_damage, find_non_finite, saved_weights
-    from calm.training.checkpoints import FOLDER, checkpoint_damage, checkpoint_folders
+    from calm.training.checkpoints import (
+        FOLDER,
+        checkpoint_damage,
+        checkpoint_folders,
+        holds_weights_alone,
+    )
 
     is_checkpoint = FOLDER.fullmatch(folder.resolve().name)
     checks = dict.fromkeys(checkpoint_folders(folder), checkpoint_damage)
@@ -48,7 +53,7 @@ def _examine(folder: Path) -> Iterator[tuple[Path, str | None]]:
     elif (folder / MANIFEST).is_file() or any(folder.glob("*.safetensors")):
         checks[folder] = find_damage
     for path, check in checks.items():
-        reason = check(path)
+        reason = None if holds_weights_alone(path) else check(path)
         if reason is None and (name := find_non_finite(saved_weights(path))):
             reason = f"weight {name} is not finite"
         yield path, reason

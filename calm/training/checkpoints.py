@@ -5,6 +5,7 @@ and the checkpoint before it is used. Only what a run has written is deleted, an
 followed.
 """
 
+import json
 import logging
 import re
 import shutil
@@ -24,20 +25,23 @@ __all__ = [
     "checkpoint_damage",
     "checkpoint_folders",
     "discard_checkpoints",
+    "holds_weights_alone",
     "is_model_file",
     "last_good_checkpoint",
     "rotate_checkpoints",
+    "set_aside_later",
+    "step_of",
 ]
 
 logger = logging.getLogger(__name__)
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
-SET_ASIDE = "incomplete-"
+INCOMPLETE, LATER = "incomplete-", "later-"  # names of checkpoints that were set aside
 
-# What a run needs to go on: weights, the optimizer's state, the schedule's, the generators'.
+# What every checkpoint holds beside the weights.
+RECORD_FILES = (("protocol.json",), ("trainer_state.json",))
+# What a run needs to go on: the optimizer's state, the schedule's, the generators'.
 STATE_FILES = (
-    ("protocol.json",),
-    ("trainer_state.json",),
     ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
     ("scheduler.pt",),
     ("rng_state*.pth",),
@@ -62,7 +66,7 @@ def is_model_file(name: str) -> bool:
 
 def checkpoint_damage(folder: Path) -> str | None:
     """Why a run cannot go on from the checkpoint in `folder`, or None if it can."""
-    return find_damage(folder, (*MODEL_FILES, *STATE_FILES))
+    return find_damage(folder, (*MODEL_FILES, *RECORD_FILES, *STATE_FILES))
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
@@ -82,23 +86,56 @@ def last_good_checkpoint(output_dir: Path, *, set_aside: bool = True) -> Path | 
         output_dir: folder of the run.
         set_aside: rename newer, damaged ones to ``incomplete-...``, so that nothing mistakes them
             for checkpoints.
+
+    Raises:
+        UserError: with `set_aside`, a newer one holds weights alone.
     """
     for folder in reversed(checkpoint_folders(output_dir)):
         reason = checkpoint_damage(folder)
         if reason is None:
             return folder
+        if set_aside and holds_weights_alone(folder):
+            raise UserError(
+                f"output_dir: {folder} holds weights alone (save_only_model), from which no run "
+                "can go on; pass --overwrite_output_dir to start afresh, or another output_dir "
+                f"with --model_name_or_path {folder} to begin with these weights"
+            )
         logger.warning("skipping checkpoint %s: %s", folder, reason)
         if set_aside:
-            _set_aside(folder)
+            _set_aside(folder, INCOMPLETE)
     return None
 
 
-def _set_aside(folder: Path) -> None:
+def holds_weights_alone(folder: Path) -> bool:
+    """Whether a run with ``save_only_model`` wrote this checkpoint, which is whole."""
+    patterns = [pattern for row in STATE_FILES for pattern in row]
+    has_state = any(fnmatch(path.name, name) for path in folder.iterdir() for name in patterns)
+    return not has_state and find_damage(folder, (*MODEL_FILES, *RECORD_FILES)) is None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a whole checkpoint was written, whatever its folder is called."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return int(state["global_step"])
+
+
+def set_aside_later(output_dir: Path, step: int) -> None:
+    """Set aside the checkpoints after `step`, at which a run begins: they are of another course.
+
+    The run would take them for its own newest ones: keep them, delete its own, and resume there.
+    """
+    for folder in checkpoint_folders(output_dir):
+        if int(folder.name.rpartition("-")[2]) > step:
+            logger.warning("%s comes after step %d, where this run begins", folder, step)
+            _set_aside(folder, LATER)
+
+
+def _set_aside(folder: Path, prefix: str) -> None:
     """Rename `folder`; what was set aside under that name before gets a number."""
-    target, count = folder.with_name(f"{SET_ASIDE}{folder.name}"), 1
+    target, count = folder.with_name(f"{prefix}{folder.name}"), 1
     while target.exists() or target.is_symlink():
         count += 1
-        target = folder.with_name(f"{SET_ASIDE}{folder.name}-{count}")
+        target = folder.with_name(f"{prefix}{folder.name}-{count}")
     folder.rename(target)
     logger.warning("set aside as %s; it can be deleted", target)
 

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from calm.errors import UserError
+from calm.training.metrics import remember
 
 __all__ = ["TimedProgress", "TrainingClock", "timed_schedule"]
 
@@ -61,6 +62,12 @@ class TrainingClock(TrainerCallback, ExportableState):
         saved = known.get(type(self).__name__)
         if isinstance(saved, dict):
             self.elapsed = saved["args"]["elapsed"]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A run that counted steps alone may go on by time."""
+        remember(state, self)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

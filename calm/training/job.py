@@ -29,7 +29,13 @@ from calm.training.arguments import (
     parse_arguments,
 )
 from calm.training.building import check_context, weight_dtype
-from calm.training.checkpoints import check_usable, discard_checkpoints, last_good_checkpoint
+from calm.training.checkpoints import (
+    check_usable,
+    discard_checkpoints,
+    last_good_checkpoint,
+    set_aside_later,
+    step_of,
+)
 from calm.training.clock import UNBOUNDED_STEPS
 from calm.training.lock import locked
 from calm.training.recipe import Stage
@@ -159,6 +165,8 @@ def _train(trainer: CALMTrainer, checkpoint: Path | None) -> None:
         with args.main_process_first(desc="deleting checkpoints"):
             discard_checkpoints(args.folder)
     if checkpoint is not None:
+        with args.main_process_first(desc="setting later checkpoints aside"):
+            set_aside_later(args.folder, step_of(checkpoint))
         logger.info("resuming from %s", checkpoint)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()

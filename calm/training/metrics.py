@@ -13,7 +13,15 @@ from transformers.trainer_callback import ExportableState
 from calm.errors import UserError
 from calm.labels import Term
 
-__all__ = ["ADVICE", "FiniteGuard", "MeanLoss", "NonFiniteLossError", "RunningMeans", "Throughput"]
+__all__ = [
+    "ADVICE",
+    "FiniteGuard",
+    "MeanLoss",
+    "NonFiniteLossError",
+    "RunningMeans",
+    "Throughput",
+    "remember",
+]
 
 # What to do about a loss, gradient or weight that is not finite.
 ADVICE = (
@@ -57,6 +65,13 @@ class RunningMeans:
         parts = gathered.split([len(total) for total in totals.values()])
         means = [part[:-1] / part[-1].clamp(min=1) for part in parts]
         return dict(zip(totals, means, strict=True))
+
+
+def remember(state: TrainerState, callback: ExportableState) -> None:
+    """Give `callback` its place in `state`, whose checkpoint may come from a run without it."""
+    known: Any = state.stateful_callbacks  # a mapping, although transformers declares a list
+    if known is not None:
+        known.setdefault(type(callback).__name__, callback.state())
 
 
 class MeanLoss(TrainerCallback, ExportableState):
@@ -103,6 +118,7 @@ class MeanLoss(TrainerCallback, ExportableState):
         kept: Any = saved["args"] if isinstance(saved, dict) else {"total": 0.0, "steps": 0}
         self.total, self.steps = kept["total"], kept["steps"]
         self._pending = None
+        remember(state, self)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -26,6 +26,7 @@ from transformers import (
 from calm.errors import UserError
 from calm.integrity import saved_shapes
 from calm.training.arguments import JobArguments
+from calm.training.checkpoints import checkpoint_folders, step_of
 
 __all__ = [
     "PROTOCOL",
@@ -79,12 +80,23 @@ def check_output_folder(arguments: JobArguments) -> None:
             f"output_dir: {training.folder} is ae_name_or_path, whose files would be replaced; "
             "choose another folder"
         )
-    stage = read_protocol(training.folder).get("stage", arguments.stage.value)
-    if stage != arguments.stage.value and not training.overwrite_output_dir:
+    stage = _stage_in(training.folder)
+    if stage not in (None, arguments.stage.value) and not training.overwrite_output_dir:
         raise UserError(
             f"output_dir: {training.folder} holds a model of stage {stage!r}, this one is "
             f"{arguments.stage.value!r}; choose another folder, or pass --overwrite_output_dir"
         )
+
+
+def _stage_in(folder: Path) -> str | None:
+    """The stage that was last trained in `folder`, as far as its files can be read."""
+    for place in (*reversed(checkpoint_folders(folder)), folder):
+        try:
+            if stage := read_protocol(place).get("stage"):
+                return str(stage)
+        except UserError:  # a damaged one is set aside, or written again
+            continue
+    return None
 
 
 def read_protocol(folder: Path) -> dict[str, Any]:
@@ -158,7 +170,7 @@ class Takeover:
                 f"output_dir: a run cannot go on from {checkpoint}: {_listed(fixed)}; choose "
                 "another output_dir, or pass --overwrite_output_dir to start afresh"
             )
-        step = int(checkpoint.name.rpartition("-")[2]) if "-" in checkpoint.name else 0
+        step = step_of(checkpoint)
         if changes and not allow_changes:
             raise UserError(
                 f"output_dir: {checkpoint} was written with other settings: {_listed(changes)}; "
@@ -191,8 +203,8 @@ def _listed(changes: Mapping[str, Change]) -> str:
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Entries of nested mappings under dotted names."""
-    if not isinstance(value, dict):
+    """Entries of nested mappings under dotted names; a flag's own mapping is one value."""
+    if not isinstance(value, dict) or name.startswith("training."):
         yield name, value
         return
     for key, entry in value.items():

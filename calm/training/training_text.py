@@ -33,7 +33,8 @@ TOKENIZER_DOCUMENTS = 100_000
 RECORDED = """
 learning_rate muon_learning_rate lr_scheduler_type warmup_steps adam_beta1 adam_beta2 adam_epsilon
 weight_decay max_grad_norm per_device_train_batch_size gradient_accumulation_steps world_size
-max_steps num_train_epochs max_train_seconds bf16 fp16 lr_scheduler_kwargs data_seed
+max_steps num_train_epochs max_train_seconds bf16 fp16 tf32 lr_scheduler_kwargs data_seed
+optim_args neftune_noise_alpha dataloader_drop_last train_sampling_strategy ignore_data_skip
 """
 
 Packed = PackedBlocks | PackedStream
@@ -193,6 +194,7 @@ def _describe(blocks: Packed | None, patterns: str | None, workers: int) -> dict
         sizes = [Path(file).stat().st_size for file in expand_files(patterns)] if patterns else []
         return {"streaming": True, "files": len(sizes), "bytes": sum(sizes), "workers": workers}
     return {
+        "streaming": False,
         "blocks": len(blocks),
         "tokens": blocks.num_tokens,
         "tokens_per_character": round(blocks.tokens_per_character, 4),

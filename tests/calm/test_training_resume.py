@@ -10,8 +10,10 @@ import pytest
 import torch
 from training_cases import MAIN, SIZES, flags, logs, write_corpus
 
+from calm.cli import main as cli
 from calm.errors import UserError
-from calm.training.checkpoints import last_good_checkpoint
+from calm.integrity import write_manifest
+from calm.training.checkpoints import checkpoint_folders, last_good_checkpoint
 from calm.training.lock import LOCK, locked
 from calm.training.resume import Takeover, read_protocol
 
@@ -46,6 +48,11 @@ CHANGES = {
     "--per_device_train_batch_size=3": "sequences_per_step was 2, is 3",
     "--gradient_accumulation_steps=2": "sequences_per_step was 2, is 4",
     "--max_train_samples=5": "train.data_hash was",
+    "--streaming": "train.streaming was False, is True",
+    "--dataloader_drop_last": "dataloader_drop_last was False, is True",
+    "--neftune_noise_alpha=5": "neftune_noise_alpha was None, is 5.0",
+    "--train_sampling_strategy=sequential": "train_sampling_strategy was 'random'",
+    "--ignore_data_skip": "ignore_data_skip was False, is True",
     "--validation_split_percentage=30": "validation_split_percentage was 20.0, is 30.0",
     f"--config_overrides={SIZES['autoencoder']},kl_weight=0.5": "model.kl_weight was 0.001, is 0.5",
     f"--config_overrides={SIZES['autoencoder']},ae_dropout=0": "model.ae_dropout was 0.15, is 0",
@@ -81,6 +88,14 @@ def test_other_settings_are_refused_and_change_nothing(tmp_path, run):
             assert status == 2 and complaint in error, (flag, error)
             assert "--overwrite_output_dir" in error and error.count("error: ") == 1
     assert files(tmp_path / "autoencoder") == before
+
+
+def test_arguments_of_the_schedule_that_are_new(run):
+    """None and a mapping are two values, although one has no entries."""
+    schedule = "--lr_scheduler_type=polynomial"
+    assert run("autoencoder", schedule)[0] == 0
+    status, error = run("autoencoder", schedule, '--lr_scheduler_kwargs={"power": 3}')
+    assert status == 2 and "lr_scheduler_kwargs was None, is {'power': 3}" in error
 
 
 def test_more_steps_and_other_logs_are_no_change(run):
@@ -140,6 +155,71 @@ def test_a_folder_of_another_stage(tmp_path, run):
     assert status == 2 and "holds a model of stage 'autoencoder'" in error
     status, error = run("calm", f"--ae_name_or_path={folder}", f"--output_dir={folder}/.")
     assert status == 2 and "is ae_name_or_path" in error
+    assert files(folder) == before
+
+
+def test_the_stage_is_that_of_the_newest_checkpoint(tmp_path, run):
+    """A run that begins afresh where another stage was finished, and is killed, can go on."""
+    folder = tmp_path / "shared"
+    assert run("autoencoder", f"--output_dir={folder}")[0] == 0
+    finished = (folder / "protocol.json").read_bytes()
+    assert run("baseline", f"--output_dir={folder}", "--overwrite_output_dir")[0] == 0
+    (folder / "protocol.json").write_bytes(finished)
+    assert run("baseline", f"--output_dir={folder}", "--max_steps=6")[0] == 0
+    (folder / "protocol.json").write_bytes(bytes(9))
+    assert run("baseline", f"--output_dir={folder}", "--max_steps=8")[0] == 0
+
+
+def test_a_checkpoint_of_any_name(tmp_path, run):
+    assert run("autoencoder")[0] == 0
+    kept = tmp_path / "best-so-far"
+    (tmp_path / "autoencoder" / "checkpoint-2").rename(kept)
+    words = (f"--resume_from_checkpoint={kept}", f"--output_dir={tmp_path / 'other'}")
+    status, error = run("autoencoder", *words, "--learning_rate=1e-3")
+    assert status == 2 and "from step 2" in error
+    assert run("autoencoder", *words)[0] == 0
+    assert logs(tmp_path / "other") == logs(tmp_path / "autoencoder")
+
+
+def test_checkpoints_of_another_course_are_set_aside(tmp_path, run):
+    """Back to an earlier checkpoint: later ones neither stay the newest nor cost the new ones."""
+    folder = tmp_path / "autoencoder"
+    assert run("autoencoder", "--max_steps=8")[0] == 0
+    slower = ("--learning_rate=1e-3", "--save_total_limit=1")
+    first = f"--resume_from_checkpoint={folder / 'checkpoint-2'}"
+    status, _ = run("autoencoder", *slower, first, "--max_steps=6")
+    assert status == 2 and (folder / "checkpoint-8").is_dir()
+    assert run("autoencoder", *slower, first, "--max_steps=6", "--allow_changes")[0] == 0
+    assert [path.name for path in checkpoint_folders(folder)] == ["checkpoint-6"]
+    assert {path.name for path in folder.glob("later-*")} == {
+        f"later-checkpoint-{step}" for step in (4, 6, 8)
+    }
+    assert run("autoencoder", *slower, "--max_steps=8")[0] == 0
+
+
+@pytest.mark.parametrize("callback", ["MeanLoss", "TrainingClock"])
+def test_a_checkpoint_that_knows_less(tmp_path, run, callback):
+    """As an earlier version wrote it, or a run that counted steps instead of seconds."""
+    folder = tmp_path / "autoencoder"
+    assert run("autoencoder")[0] == 0
+    state = folder / "checkpoint-4" / "trainer_state.json"
+    content = json.loads(state.read_text())
+    content["stateful_callbacks"].pop(callback, None)
+    state.write_text(json.dumps(content))
+    write_manifest(folder / "checkpoint-4")
+    timed = ("--max_train_seconds=60",) if callback == "TrainingClock" else ()
+    assert run("autoencoder", "--max_steps=6", *timed)[0] == 0
+    assert callback in json.loads((folder / "trainer_state.json").read_text())["stateful_callbacks"]
+
+
+def test_weights_alone_are_no_damage(tmp_path, run):
+    """No run can go on from them; neither are they set aside, nor trained over."""
+    assert run("autoencoder", "--save_only_model")[0] == 0
+    folder = tmp_path / "autoencoder"
+    assert cli(["verify", str(folder)]) == 0
+    before = files(folder)
+    status, error = run("autoencoder", "--save_only_model", "--max_steps=6")
+    assert status == 2 and "checkpoint-4 holds weights alone (save_only_model)" in error
     assert files(folder) == before
 
 
