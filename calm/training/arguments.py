@@ -308,6 +308,11 @@ def _check(arguments: JobArguments) -> None:
         raise UserError(
             f"ae_name_or_path belongs to the language model, not to the {arguments.stage}"
         )
+    if training.do_eval and not (training.do_train or model.model_name_or_path):
+        raise UserError(
+            "do_eval without do_train would measure random weights: pass model_name_or_path, the "
+            "folder of a model"
+        )
     if data.text_unit not in ("line", "paragraph", "file"):
         raise UserError(f"text_unit must be line, paragraph or file, got {data.text_unit!r}")
     if training.backend not in list(Backend):

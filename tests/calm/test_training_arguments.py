@@ -74,7 +74,7 @@ class TestPublishedFlags:
     def test_training_is_what_happens_unless_evaluation_is_asked_for(self):
         assert parse().training.do_train
         assert parse("--eval_strategy", "steps", "--eval_steps", "5").training.do_train
-        only = parse("--do_eval").training
+        only = parse("--do_eval", "--model_name_or_path=x").training
         assert only.do_eval and not only.do_train
 
     def test_a_filtered_loss_cannot_hide(self):

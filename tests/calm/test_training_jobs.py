@@ -289,7 +289,12 @@ class TestBadInput:
                 ["tokenizer_name: cannot load a tokenizer from 'nowhere'"],
             ),
             ("baseline", ["--tokenizer_name="], ["tokenizer_name is needed"]),
-            ("baseline", ["--do_eval", "--validation_split_percentage=0"], ["text to evaluate on"]),
+            ("baseline", ["--do_eval"], ["would measure random weights: pass model_name_or_path"]),
+            (
+                "baseline",
+                ["--do_train", "--do_eval", "--validation_split_percentage=0"],
+                ["text to evaluate on"],
+            ),
             ("baseline", ["--config_overrides=vocab_size=100"], ["259 entries", "only 100"]),
         ],
         ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else value,
