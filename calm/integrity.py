@@ -27,6 +27,7 @@ __all__ = [
     "check_finite",
     "find_damage",
     "find_non_finite",
+    "listed_names",
     "saved_shapes",
     "saved_weights",
     "weights_hash",
@@ -111,6 +112,14 @@ def find_damage(folder: Path, required: Iterable[tuple[str, ...]] = MODEL_FILES)
         if reason := _mismatch(folder / name, name, entry) or _unreadable(folder / name, name):
             return reason
     return None
+
+
+def listed_names(folder: Path) -> set[str]:
+    """Files and folders in `folder` that its manifest lists; none where it cannot be read."""
+    try:
+        return {Path(name).parts[0] for name in _read_manifest(folder)}
+    except (OSError, ValueError):
+        return set()
 
 
 def check_files(folder: str | os.PathLike[str] | None) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from calm.errors import UserError
-from calm.integrity import MANIFEST, MODEL_FILES, find_damage, write_manifest
+from calm.integrity import MANIFEST, MODEL_FILES, find_damage, listed_names, write_manifest
 
 __all__ = [
     "CheckpointCompletion",
@@ -188,7 +188,8 @@ def _not_ours(folder: Path) -> str | None:
     """Why `folder` was not written by a run, or None if it was."""
     if folder.is_symlink():
         return "it is a link"
-    names = f"{MODEL_NAMES} {STATE_NAMES}".split()
+    # Tokenizers have files of many names, and of code: all of them are listed once it is complete.
+    names = {*f"{MODEL_NAMES} {STATE_NAMES}".split(), *listed_names(folder)}
     for path in folder.iterdir():
         is_known = any(fnmatch(path.name, pattern) for pattern in names)
         if path.is_symlink() or not is_known:

@@ -282,6 +282,18 @@ class TestRotation:
         assert names(run) == ["checkpoint-1", "checkpoint-2"]
         assert checkpoint_damage(elsewhere / "checkpoint-2") is None
 
+    def test_files_of_any_tokenizer_are_of_the_run(self, tmp_path):
+        """Names that no list of ours knows, but the manifest does; one that came later is kept."""
+        for step in (1, 2, 3):
+            folder = make_checkpoint(tmp_path, step, finished=False)
+            (folder / "additional_chat_templates").mkdir()
+            for name in ("spm.model", "tokenization_own.py", "additional_chat_templates/tools"):
+                (folder / name).write_text("x")
+            write_manifest(folder)
+        (tmp_path / "checkpoint-2" / "notes.py").write_text("mine")
+        rotate_checkpoints(tmp_path, 1, None)
+        assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
+
     def test_rotation_follows_no_link(self, tmp_path, caplog):
         run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
         make_checkpoint(elsewhere, 1)
