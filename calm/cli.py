@@ -42,7 +42,7 @@ COMMANDS = {
         "calm.commands.demo", "train, evaluate and sample a small CALM in minutes", "train,plot"
     ),
     "prepare": Command("calm.commands.prepare", "make a tokenizer, and tokenize a corpus"),
-    "plan": Command("calm.commands.plan", "parameter counts of a recipe or a checkpoint"),
+    "plan": Command("calm.commands.plan", "size and cost of a recipe or a checkpoint"),
     "eval": Command("calm.commands.evaluate", "BrierLM of a model on a text"),
     "generate": Command("calm.commands.generate", "continue a prompt", ""),
     "verify": Command("calm.commands.verify", "whether a run's files are as they were written"),

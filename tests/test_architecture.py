@@ -32,7 +32,8 @@ DISPATCHERS = {
     "calm_kernels.compiling.configurations": "calm_kernels.compiling.cases",
 }
 
-ABOVE_TRAINING = ("calm.experiments", "calm.commands", "calm.cli")
+ABOVE_PLAN = ("calm.experiments", "calm.commands", "calm.cli")
+ABOVE_TRAINING = ("calm.plan", "calm.training_memory", *ABOVE_PLAN)
 ABOVE_MODELS = ("calm.flops", "calm.evaluation", "calm.training", *ABOVE_TRAINING)
 # Folder of the importing file -> packages it must never import, from the lowest layer upwards.
 FORBIDDEN = {
@@ -55,7 +56,9 @@ FORBIDDEN = {
     "calm/models": ABOVE_MODELS,
     "calm/flops.py": ("calm.evaluation", "calm.training", *ABOVE_TRAINING),
     "calm/evaluation": ("calm.training", *ABOVE_TRAINING),
-    "calm/training": ABOVE_TRAINING,
+    "calm/training/": ABOVE_TRAINING,
+    "calm/plan.py": ("calm.training_memory", *ABOVE_PLAN),
+    "calm/training_memory.py": ABOVE_PLAN,
     "calm/experiments": ("calm.commands", "calm.cli"),
     "calm/commands": ("calm.cli",),
 }

@@ -1,33 +1,29 @@
-"""`calm plan`: the number of parameters of a recipe or a checkpoint, part by part."""
+"""`calm plan`: parameters of a recipe or a checkpoint, and what it takes to train and to use."""
 
 import argparse
 import json
-import re
+import math
 from pathlib import Path
 from typing import Any
 
 from calm.commands.model_flags import model_kind, read_config
-from calm.errors import UserError
-from calm.ranges import at_least, number
+from calm.ranges import Range, at_least, number
 
-__all__ = ["EXAMPLES", "add_arguments", "count_parts", "plan_of", "run"]
+__all__ = ["EXAMPLES", "add_arguments", "run"]
 
 EXAMPLES = """\
   calm plan                       every recipe, one line each
-  calm plan calm-m                part by part
+  calm plan calm-m                part by part, and what it costs
+  calm plan calm-m --gpus 8 --tokens 230e9
   calm plan calm-m calm-l --json
   calm plan runs/demo/calm        a checkpoint, or a YAML file of your own
 
-The autoencoder of a language model is counted separately, as in the paper's table 1.
+The autoencoder of a language model is counted separately, as in the paper's table 1. Time is that
+of a GPU of 989 TFLOP/s (H100 or H200, dense bfloat16) of which a share, --mfu, is used: an
+assumption, nothing measured. calm/flops.py and calm/training_memory.py say what is counted.
 """
 
-PARTS = {  # of a language model: the modules that belong to each
-    "embedding": ("transformer.embed_tokens", "model.embed_tokens"),
-    "compressor": ("embed_proj", "latent_proj"),
-    "backbone": ("transformer.layers", "transformer.norm", "model.layers", "model.norm"),
-    "head": ("generative_head", "mlp_generator"),
-    "output": ("lm_head",),
-}
+PEAK = 989e12  # operations a second, dense bfloat16, of an H100 or H200 (SXM)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,122 +37,149 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="V",
         help="entries of the tokenizer (default: what the recipe's tokenizer has, else 128256)",
     )
+    parser.add_argument(
+        "--gpus",
+        type=number(int, at_least(1)),
+        default=8,
+        metavar="G",
+        help="GPUs that share a batch (default: 8, for which the published recipes are meant)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=number(float, at_least(1)),
+        metavar="T",
+        help="tokens of training (default: the recipe's steps x batch x block)",
+    )
+    parser.add_argument(
+        "--mfu",
+        type=number(float, Range(0, 1, is_open=True)),
+        default=0.4,
+        metavar="F",
+        help="share of a GPU's peak that training reaches, in (0, 1] (default: 0.4)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the counts."""
+    """Print the plans."""
     from calm.training.recipe import recipe_names
 
-    plans = {name: plan_of(name, args.vocab_size) for name in args.names or recipe_names()}
+    plans = {name: _plan(name, args) for name in args.names or recipe_names()}
     if args.json:
         print(json.dumps(plans, indent=2))
         return 0
     for name, stages in plans.items():
-        for stage, counts in stages.items():
-            print(_line(name, stage, counts) if not args.names else _detail(name, stage, counts))
+        for stage, plan in stages.items():
+            print(_detail(name, stage, plan) if args.names else _line(name, stage, plan))
     return 0
 
 
-def plan_of(name: str, vocab_size: int | None = None) -> dict[str, dict[str, int]]:
-    """Counts of each stage of the recipe, YAML file or model folder `name`.
+def _plan(name: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """For each stage its parameters, part by part, and ``cost``."""
+    from calm.plan import count_parts, saved_model, stages_of
 
-    Returns: for each stage the count of each part, and ``total``. The total of a language model
-        excludes its autoencoder, which is counted in ``its_autoencoder``.
-    """
     if Path(name).is_dir():
-        config = read_config(Path(name))
-        return {model_kind(config): _count_checkpoint(Path(name), model_kind(config))}
-    from calm.training.recipe import Stage, load_recipe, recipe_stages
-
-    recipes = {stage: load_recipe(name, stage) for stage in recipe_stages(name)}
-    vocab_size = vocab_size or _vocab_size(next(iter(recipes.values())))
-    autoencoder = recipes.get(Stage.AUTOENCODER)
+        kind = model_kind(read_config(Path(name)))
+        model = saved_model(Path(name), kind)
+        return {kind: {**count_parts(model), "cost": _cost(model, None, args)}}
     return {
-        stage.value: _count_recipe(stage, recipe, autoencoder, vocab_size)
-        for stage, recipe in recipes.items()
+        stage.value: {**count_parts(model), "cost": _cost(model, run, args)}
+        for stage, (model, run) in stages_of(name, args.vocab_size).items()
     }
 
 
-def _count_recipe(stage: Any, recipe: Any, autoencoder: Any, vocab_size: int) -> dict[str, int]:
-    """Counts of one stage; a language model takes K and latent size from its autoencoder."""
-    from transformers import LlamaConfig
+def _cost(model: Any, run: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Operations, steps, time and memory; what a checkpoint does not know is missing.
 
-    from calm.configuration import AutoencoderConfig, CALMConfig
-    from calm.models import MODEL_CLASSES, Autoencoder, BaselineTransformer
-    from calm.training.config_overrides import build_config
-    from calm.training.recipe import Stage
+    Args:
+        model: on any device.
+        run: how the recipe trains; None for a checkpoint.
+        args: of the command.
+    """
+    from calm.flops import CALMFlops, flops_of
+    from calm.training_memory import memory_of
 
-    overrides = dict(recipe.get("config_overrides", {}))
-    head = overrides.pop("model_type", None) or recipe.get("model_type", "energy")
-    if stage is Stage.BASELINE:
-        extras = {"initializer": str, "embedding_std": float}
-        config = build_config(LlamaConfig, overrides, extras=extras, vocab_size=vocab_size)
-        return count_parts(BaselineTransformer, config)
-    ae_overrides = (autoencoder or {}).get("config_overrides", {})
-    ae_config = build_config(AutoencoderConfig, ae_overrides, vocab_size=vocab_size)
-    if stage is Stage.AUTOENCODER:
-        return count_parts(Autoencoder, ae_config)
-    shared = {key: getattr(ae_config, key) for key in ("vocab_size", "patch_size", "latent_size")}
-    config = build_config(CALMConfig, overrides, ae_config=ae_config, head_type=head, **shared)
-    return count_parts(MODEL_CLASSES[head], config)
-
-
-def _count_checkpoint(folder: Path, kind: str) -> dict[str, int]:
-    from transformers import LlamaConfig
-
-    from calm.configuration import AutoencoderConfig, CALMConfig
-    from calm.models import MODEL_CLASSES, Autoencoder, BaselineTransformer
-    from calm.models.loading import load_config
-
-    classes: dict[str, tuple[Any, Any]] = {
-        "autoencoder": (Autoencoder, AutoencoderConfig),
-        "baseline": (BaselineTransformer, LlamaConfig),
-        **{head: (model_class, CALMConfig) for head, model_class in MODEL_CLASSES.items()},
+    chunk = getattr(model.config, "patch_size", 1)
+    context = run.block_size // chunk if run else model.config.max_position_embeddings
+    flops = flops_of(model, max(context, 1))
+    cost: dict[str, Any] = {
+        "context_positions": context,
+        "training_flop_per_token": flops.training(),
+        "inference_flop_per_token": flops.inference(),
     }
-    if kind not in classes:
-        raise UserError(f"{folder} holds a {kind!r} model, which calm does not have")
-    model_class, config_class = classes[kind]
-    return count_parts(model_class, load_config(config_class, str(folder), "plan"))
+    if isinstance(flops, CALMFlops):
+        cost["inference_flop_per_token_of_200_candidates"] = flops.inference(200)
+    tokens = args.tokens
+    cost["gpus"] = args.gpus
+    if run is not None:
+        batch = args.gpus * run.micro_batch * run.accumulation * run.block_size
+        cost["tokens_per_step"] = batch
+        if tokens is None and run.steps is not None:
+            tokens = run.steps * batch
+        if tokens is not None:
+            cost["optimizer_steps"] = math.ceil(tokens / batch)
+        memory = memory_of(model, run)
+        cost["micro_batch_sequences"] = run.micro_batch
+        cost["memory_bytes_per_gpu"] = {**vars(memory), "total": memory.total()}
+    if tokens is not None:
+        total = tokens * flops.training()
+        cost |= {
+            "training_tokens": tokens,
+            "training_flop": total,
+            "assumed_mfu": args.mfu,
+            "assumed_peak_flop_per_second_per_gpu": PEAK,
+            "training_seconds": total / (args.gpus * PEAK * args.mfu),
+        }
+    return cost
 
 
-def count_parts(model_class: Any, config: Any) -> dict[str, int]:
-    """Parameters of a model, part by part, without allocating any."""
-    from calm.models.loading import on_meta
-
-    model = on_meta(model_class, config)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    inside = {name: size for name, size in sizes.items() if not name.startswith("ae_model.")}
-    counts = {
-        part: sum(size for name, size in inside.items() if name.startswith(prefixes))
-        for part, prefixes in PARTS.items()
-    }
-    counts = {part: size for part, size in counts.items() if size}
-    counts["total"] = sum(inside.values())
-    if len(inside) < len(sizes):
-        counts["its_autoencoder"] = sum(sizes.values()) - counts["total"]
-    return counts
+def _line(name: str, stage: str, plan: dict[str, Any]) -> str:
+    return f"{name:18} {stage:12} {plan['total']:>16,}  {plan['total'] / 1e6:>9.1f}M"
 
 
-def _vocab_size(recipe: Any) -> int:
-    """Vocabulary size of the tokenizer that the recipe names; else the published size."""
-    from calm.configuration import AutoencoderConfig
-    from calm.data.tokenizer import BYTE_VOCAB_SIZE
-
-    name = recipe.get("tokenizer_name", "")
-    if name == "bytes":
-        return BYTE_VOCAB_SIZE
-    trained = re.fullmatch(r"bpe:(\d+)", name)
-    return int(trained.group(1)) if trained else AutoencoderConfig.vocab_size
-
-
-def _line(name: str, stage: str, counts: dict[str, int]) -> str:
-    return f"{name:18} {stage:12} {counts['total']:>16,}  {counts['total'] / 1e6:>9.1f}M"
-
-
-def _detail(name: str, stage: str, counts: dict[str, int]) -> str:
+def _detail(name: str, stage: str, plan: dict[str, Any]) -> str:
     rows = [f"{name} ({stage})"]
-    for part, size in counts.items():
-        label = part.replace("_", " ")
-        rows.append(f"  {label:16} {size:>16,}  {size / 1e6:>9.1f}M")
-    return "\n".join(rows)
+    for part, size in plan.items():
+        if part != "cost":
+            label = part.replace("_", " ")
+            rows.append(f"  {label:16} {size:>16,}  {size / 1e6:>9.1f}M")
+    return "\n".join(rows + [f"  {row}" for row in _cost_rows(plan["cost"])])
+
+
+def _cost_rows(cost: dict[str, Any]) -> list[str]:
+    many = cost.get("inference_flop_per_token_of_200_candidates")
+    rows = [
+        f"training         {cost['training_flop_per_token'] / 1e9:>16.4g} GFLOP a token",
+        f"inference        {cost['inference_flop_per_token'] / 1e9:>16.4g} GFLOP a token"
+        + (f", {many / 1e9:.4g} with 200 candidates" if many else ""),
+    ]
+    if "training_flop" in cost:
+        rows.append(
+            f"whole training   {cost['training_flop'] / 1e18:>16.4g} EFLOP for "
+            f"{cost['training_tokens']:,.0f} tokens"
+        )
+    if "optimizer_steps" in cost:
+        rows.append(
+            f"optimizer steps  {cost['optimizer_steps']:>16,} of {cost['tokens_per_step']:,} tokens"
+        )
+    if "training_flop" in cost:
+        rows.append(
+            f"time             {_duration(cost['training_seconds']):>16} on {cost['gpus']} GPUs at "
+            f"{cost['assumed_mfu']:.0%} of {PEAK / 1e12:.0f} TFLOP/s (dense bf16; assumed)"
+        )
+    if "memory_bytes_per_gpu" in cost:
+        sizes = cost["memory_bytes_per_gpu"]
+        parts = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in sizes.items() if v and k != "total")
+        rows.append(f"memory a GPU     {sizes['total'] / 2**30:>16,.2f} GiB: {parts}")
+        rows.append(
+            f"{'':17}{cost['micro_batch_sequences']:>16,} sequences at once, data parallel, "
+            "float32 weights, AdamW (by formula)"
+        )
+    return rows
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.1f} seconds"

@@ -1,0 +1,119 @@
+"""Memory of a training step on one GPU, by formula.
+
+Assumed: data parallel training, so that every GPU holds the whole model; float32 weights under
+autocast; AdamW; attention and operations on a GPU, so that neither attention's probabilities nor
+logits are stored; eager PyTorch. Not counted: buffers of libraries and of communication, gradients
+on their way through a layer, fragmentation. Plan for some 20 % more.
+
+Activations of a layer and position, for width d, heads h and shared heads k wide in all, inner
+width f, and a bytes an element of a matmul (2 in bfloat16, else 4):
+
+    8 d                         residual stream before each norm, float32
+    10 d (bfloat16), else 8 d   normalised, cast anew for each of five matmuls
+    2 a (h + k) + 4 heads       queries, keys, values, output, log-sum-exp
+    4 a f                       gate, SiLU(gate), up, their product
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from calm.models import Autoencoder, BaselineTransformer
+from calm.plan import Run
+from calm_kernels.energy_head import EnergyHead
+
+__all__ = ["TrainingMemory", "memory_of"]
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes a GPU.
+
+    Attributes:
+        weights: float32, a frozen autoencoder included.
+        gradients: float32, of what is trained.
+        optimizer: two float32 moments of AdamW.
+        copies: trained linear layers in bfloat16, which autocast keeps until the step ends.
+        activations: of one micro-batch, saved for the backward pass.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    copies: int
+    activations: int
+
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.copies + self.activations
+
+
+def memory_of(model: PreTrainedModel, run: Run) -> TrainingMemory:
+    """Memory to train `model`, which may be on the meta device, as `run` says."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    size = sum(weight.numel() for weight in trained)
+    linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    matrices = sum(weight.numel() for weight in linears if weight.requires_grad)
+    return TrainingMemory(
+        weights=FLOAT32 * sum(weight.numel() for weight in model.parameters()),
+        gradients=FLOAT32 * size,
+        optimizer=2 * FLOAT32 * size,
+        copies=2 * matrices if run.is_bf16 else 0,
+        activations=_activations(model, run),
+    )
+
+
+def _activations(model: Any, run: Run) -> int:
+    """Of one micro-batch."""
+    element, tokens = 2 if run.is_bf16 else FLOAT32, run.micro_batch * run.block_size
+    if isinstance(model, Autoencoder):
+        return _of_autoencoder(model.config, tokens, element)
+    if isinstance(model, BaselineTransformer):
+        width, weight = model.config.hidden_size, model.lm_head.weight
+        logits = tokens * (element + FLOAT32) * width + FLOAT32 * weight.numel()
+        return _of_layers(model.config, tokens, element, run) + logits
+    config, chunks = model.config, tokens // model.patch_size
+    compressor = chunks * config.hidden_size * (element * (config.patch_size + 4) + FLOAT32)
+    return (
+        _of_layers(config, chunks, element, run)
+        + compressor
+        + chunks * _of_head(model.generative_head, config, element)
+    )
+
+
+def _of_layers(config: Any, positions: int, element: int, run: Run) -> int:
+    """Layers of the backbone; see above."""
+    width, heads = config.hidden_size, config.num_attention_heads
+    rows = config.head_dim * (heads + config.num_key_value_heads)
+    normed = 5 * element if run.is_bf16 else 2 * FLOAT32
+    layer = (2 * FLOAT32 + normed) * width + 2 * element * rows + FLOAT32 * heads
+    layer += 4 * element * config.intermediate_size
+    if run.is_checkpointed:  # inputs of all, and what one of them computes again
+        return positions * (config.num_hidden_layers * FLOAT32 * width + layer)
+    return positions * config.num_hidden_layers * layer
+
+
+def _of_head(head: Any, config: Any, element: int) -> int:
+    """A chunk of the head: N draws of residual streams, matmuls, latents and their gradients."""
+    width, blocks = config.hidden_size, config.num_mlp_layers
+    latents = 2 * FLOAT32 * config.latent_size
+    if isinstance(head, EnergyHead):  # as its kernels save them
+        streams, matmuls = FLOAT32 * (blocks + 1), element * (4 * blocks + 1)
+        draw = (streams + matmuls) * width + latents
+        return config.num_samples * draw + element * (blocks + 1) * width
+    # Autograd saves 11 arrays a block of the denoiser, and 10 besides.
+    return config.num_samples * (element * (11 * blocks + 10) * width + latents)
+
+
+def _of_autoencoder(config: Any, tokens: int, element: int) -> int:
+    """Residual blocks of tokens and of chunks, K slots between them, and the logits' gradients."""
+    width, chunks = config.hidden_size, tokens // config.patch_size
+    block = (FLOAT32 + 2 * element) * width + 4 * element * config.intermediate_size
+    blocks = (config.num_encoder_layers + config.num_decoder_layers) // 2
+    slots = 2 * element * config.patch_size * width
+    logits = tokens * (element + FLOAT32) * width + FLOAT32 * config.vocab_size * width
+    return blocks * block * (tokens + chunks) + chunks * slots + logits
