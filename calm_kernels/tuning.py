@@ -6,6 +6,7 @@ quadrature where both are accurate.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,164 +52,180 @@ class Launch:
     programs_per_processor: int = 1
 
 
-# (operation, architecture, largest width it is for). Suffixes name forms that take more registers:
-# ".heavy" also differentiates the target, ".blocks" loops over blocks of samples. Without a row of
-# its own a form takes that of its name without the last suffix.
-TABLE: dict[tuple[str, str, int], Launch] = {
-    ("energy_score.analytic", DEFAULT, 512): Launch(block_n=16),
-    ("energy_score.analytic", DEFAULT, 1024): Launch(),
-    ("energy_score.analytic", "gfx942", 1024): Launch(features_per_lane=16),
-    ("energy_score.analytic.blocks", DEFAULT, 512): Launch(features_per_lane=16),
-    ("energy_score.analytic.blocks", DEFAULT, 1024): Launch(features_per_lane=16, block_n=4),
-    ("energy_score.analytic.heavy", DEFAULT, 512): Launch(features_per_lane=16),
-    ("energy_score.analytic.heavy", DEFAULT, 1024): Launch(features_per_lane=16, block_n=4),
-    ("energy_score.analytic.heavy", "sm_80", 256): Launch(features_per_lane=8),
-    ("energy_score.analytic.heavy", "sm_80", 512): Launch(features_per_lane=8, block_n=4),
-    ("energy_score.analytic.heavy", "sm_80", 1024): Launch(features_per_lane=8, block_n=2),
-    ("energy_score.direct", DEFAULT, 1024): Launch(),
-    ("energy_score.direct", "gfx942", 1024): Launch(features_per_lane=16),
-    ("energy_score.direct.heavy", DEFAULT, 1024): Launch(features_per_lane=16),
-    ("energy_score.gram", DEFAULT, 128): Launch(num_warps=1),
-    ("energy_score.gram", DEFAULT, 256): Launch(num_warps=2),
-    ("energy_score.gram", "gfx942", 128): Launch(num_warps=1, block_n=16),
-    ("energy_score.gram", "gfx942", 256): Launch(num_warps=4, block_n=16),
-    ("energy_score.gram.heavy", DEFAULT, 128): Launch(num_warps=2),
-    ("energy_score.gram.heavy.blocks", "sm_80", 128): Launch(num_warps=4),
-    ("energy_score.gram.heavy", DEFAULT, 256): Launch(num_warps=4),
-    ("energy_score.gram.heavy", "gfx942", 128): Launch(num_warps=2, block_n=16),
-    ("energy_score.gram.heavy", "gfx942", 256): Launch(num_warps=4, block_n=16),
+# (operation, architecture): settings by the largest width that each is for. Suffixes name forms
+# that take more registers: ".heavy" also differentiates the target, ".blocks" loops over blocks of
+# samples. Without a row of its own a form takes that of its name without the last suffix.
+TABLE: dict[tuple[str, str], dict[int, Launch]] = {
+    ("energy_score.analytic", DEFAULT): {
+        512: Launch(block_n=16),
+        1024: Launch(),
+    },
+    ("energy_score.analytic", "gfx942"): {1024: Launch(features_per_lane=16)},
+    ("energy_score.analytic.blocks", DEFAULT): {
+        512: Launch(features_per_lane=16),
+        1024: Launch(features_per_lane=16, block_n=4),
+    },
+    ("energy_score.analytic.heavy", DEFAULT): {
+        512: Launch(features_per_lane=16),
+        1024: Launch(features_per_lane=16, block_n=4),
+    },
+    ("energy_score.analytic.heavy", "sm_80"): {
+        256: Launch(features_per_lane=8),
+        512: Launch(features_per_lane=8, block_n=4),
+        1024: Launch(features_per_lane=8, block_n=2),
+    },
+    ("energy_score.direct", DEFAULT): {1024: Launch()},
+    ("energy_score.direct", "gfx942"): {1024: Launch(features_per_lane=16)},
+    ("energy_score.direct.heavy", DEFAULT): {1024: Launch(features_per_lane=16)},
+    ("energy_score.gram", DEFAULT): {
+        128: Launch(num_warps=1),
+        256: Launch(num_warps=2),
+    },
+    ("energy_score.gram", "gfx942"): {
+        128: Launch(num_warps=1, block_n=16),
+        256: Launch(num_warps=4, block_n=16),
+    },
+    ("energy_score.gram.heavy", DEFAULT): {
+        128: Launch(num_warps=2),
+        256: Launch(num_warps=4),
+    },
+    ("energy_score.gram.heavy.blocks", "sm_80"): {128: Launch(num_warps=4)},
+    ("energy_score.gram.heavy", "gfx942"): {
+        128: Launch(num_warps=2, block_n=16),
+        256: Launch(num_warps=4, block_n=16),
+    },
     # More than 256 features of 16 bits: where registers and shared memory are known to suffice.
-    ("energy_score.gram.wide", "sm_80", 512): Launch(num_warps=4),
-    ("energy_score.gram.wide", "sm_80", 1024): Launch(num_warps=8),
-    ("energy_score.gram.wide", "sm_90", 512): Launch(num_warps=4),
-    ("energy_score.gram.wide", "sm_90", 1024): Launch(num_warps=8),
-    ("energy_score.gram.wide", "sm_100", 512): Launch(num_warps=8),
-    ("energy_score.gram.wide", "gfx942", 512): Launch(num_warps=4, block_n=16),
-    ("agreeing_patch.count", DEFAULT, MANY): Launch(num_warps=8, block_n=32, block_rows=64),
-    ("agreeing_patch.choose", DEFAULT, 1024): Launch(num_warps=4),
-    ("agreeing_patch.choose", DEFAULT, 4096): Launch(num_warps=8),
-    ("reparameterize", DEFAULT, 4096): Launch(num_warps=4, block_rows=8),
+    ("energy_score.gram.wide", "sm_80"): {
+        512: Launch(num_warps=4),
+        1024: Launch(num_warps=8),
+    },
+    ("energy_score.gram.wide", "sm_90"): {
+        512: Launch(num_warps=4),
+        1024: Launch(num_warps=8),
+    },
+    ("energy_score.gram.wide", "sm_100"): {512: Launch(num_warps=8)},
+    ("energy_score.gram.wide", "gfx942"): {512: Launch(num_warps=4, block_n=16)},
+    ("agreeing_patch.count", DEFAULT): {MANY: Launch(num_warps=8, block_n=32, block_rows=64)},
+    ("agreeing_patch.choose", DEFAULT): {
+        1024: Launch(num_warps=4),
+        4096: Launch(num_warps=8),
+    },
+    ("reparameterize", DEFAULT): {4096: Launch(num_warps=4, block_rows=8)},
     # Rows a program; of ".groups", into how many groups of rows the sums over rows are split.
-    ("energy_head.groups", DEFAULT, 4096): Launch(block_rows=264),
-    ("energy_head.activation", DEFAULT, 4096): Launch(num_warps=4, block_rows=8),
-    ("energy_head.norm", DEFAULT, 1024): Launch(num_warps=4, block_rows=4),
-    ("energy_head.norm", DEFAULT, 4096): Launch(num_warps=8, block_rows=2),
-    ("energy_head.norm.backward", DEFAULT, 1024): Launch(num_warps=8, block_rows=2),
-    ("energy_head.norm.backward", DEFAULT, 4096): Launch(num_warps=8, block_rows=1),
-    ("energy_head.embed", DEFAULT, 4096): Launch(num_warps=8, block_rows=32),
-    ("energy_head.embed", "gfx942", 4096): Launch(num_warps=4, block_rows=16, block_features=128),
-    ("energy_head.embed.backward", DEFAULT, 4096): Launch(num_warps=8, block_rows=32),
-    ("energy_head.embed.backward", "gfx942", 4096): Launch(num_warps=4, block_rows=16),
-    ("energy_head.embed.small", DEFAULT, 4096): Launch(
-        num_warps=8, block_rows=16, block_features=256
-    ),
+    ("energy_head.groups", DEFAULT): {4096: Launch(block_rows=264)},
+    ("energy_head.activation", DEFAULT): {4096: Launch(num_warps=4, block_rows=8)},
+    ("energy_head.norm", DEFAULT): {
+        1024: Launch(num_warps=4, block_rows=4),
+        4096: Launch(num_warps=8, block_rows=2),
+    },
+    ("energy_head.norm.backward", DEFAULT): {
+        1024: Launch(num_warps=8, block_rows=2),
+        4096: Launch(num_warps=8, block_rows=1),
+    },
+    ("energy_head.embed", DEFAULT): {4096: Launch(num_warps=8, block_rows=32)},
+    ("energy_head.embed", "gfx942"): {4096: Launch(num_warps=4, block_rows=16, block_features=128)},
+    ("energy_head.embed.backward", DEFAULT): {4096: Launch(num_warps=8, block_rows=32)},
+    ("energy_head.embed.backward", "gfx942"): {4096: Launch(num_warps=4, block_rows=16)},
+    ("energy_head.embed.small", DEFAULT): {
+        4096: Launch(num_warps=8, block_rows=16, block_features=256)
+    },
     # The width of a fused layer is its number of rows. ".norm" normalises them as they are loaded,
     # in every program again: its programs take few rows and many outputs.
-    ("energy_head.layer", DEFAULT, 16): Launch(
-        num_warps=4, num_stages=4, block_rows=16, block_outputs=16, block_features=256
-    ),
-    ("energy_head.layer", DEFAULT, 256): Launch(
-        num_warps=4, num_stages=5, block_rows=64, block_outputs=32
-    ),
-    ("energy_head.layer", DEFAULT, MANY): Launch(
-        num_warps=4, num_stages=4, block_rows=64, block_outputs=64
-    ),
-    ("energy_head.layer", "gfx942", 16): Launch(
-        num_warps=4, num_stages=2, block_rows=16, block_outputs=16, block_features=256
-    ),
-    ("energy_head.layer", "gfx942", 256): Launch(
-        num_warps=4, num_stages=2, block_rows=64, block_outputs=32
-    ),
-    ("energy_head.layer", "gfx942", MANY): Launch(
-        num_warps=4, num_stages=2, block_rows=64, block_outputs=64
-    ),
-    ("energy_head.layer.norm", DEFAULT, 16): Launch(
-        num_warps=4, num_stages=3, block_rows=16, block_outputs=16, block_features=256
-    ),
-    ("energy_head.layer.norm", DEFAULT, 256): Launch(
-        num_warps=4, num_stages=3, block_rows=32, block_outputs=64, block_features=128
-    ),
-    ("energy_head.layer.norm", DEFAULT, MANY): Launch(
-        num_warps=8, num_stages=3, block_rows=64, block_outputs=128
-    ),
-    ("energy_head.layer.norm", "gfx942", 16): Launch(
-        num_warps=4, num_stages=2, block_rows=16, block_outputs=16, block_features=256
-    ),
-    ("energy_head.layer.norm", "gfx942", 256): Launch(
-        num_warps=4, num_stages=2, block_rows=32, block_outputs=64, block_features=128
-    ),
-    ("energy_head.layer.norm", "gfx942", MANY): Launch(
-        num_warps=8, num_stages=2, block_rows=64, block_outputs=128
-    ),
-    ("energy_head.layer.fp32", DEFAULT, MANY): Launch(
-        num_warps=4, num_stages=4, block_rows=64, block_outputs=32
-    ),
-    ("energy_head.layer.fp32", "sm_80", MANY): Launch(
-        num_warps=4, num_stages=3, block_rows=32, block_outputs=32
-    ),
-    ("energy_head.layer.fp32", "gfx942", MANY): Launch(
-        num_warps=4, num_stages=2, block_rows=64, block_outputs=32
-    ),
+    ("energy_head.layer", DEFAULT): {
+        16: Launch(num_warps=4, num_stages=4, block_rows=16, block_outputs=16, block_features=256),
+        256: Launch(num_warps=4, num_stages=5, block_rows=64, block_outputs=32),
+        MANY: Launch(num_warps=4, num_stages=4, block_rows=64, block_outputs=64),
+    },
+    ("energy_head.layer", "gfx942"): {
+        16: Launch(num_warps=4, num_stages=2, block_rows=16, block_outputs=16, block_features=256),
+        256: Launch(num_warps=4, num_stages=2, block_rows=64, block_outputs=32),
+        MANY: Launch(num_warps=4, num_stages=2, block_rows=64, block_outputs=64),
+    },
+    ("energy_head.layer.norm", DEFAULT): {
+        16: Launch(num_warps=4, num_stages=3, block_rows=16, block_outputs=16, block_features=256),
+        256: Launch(num_warps=4, num_stages=3, block_rows=32, block_outputs=64, block_features=128),
+        MANY: Launch(num_warps=8, num_stages=3, block_rows=64, block_outputs=128),
+    },
+    ("energy_head.layer.norm", "gfx942"): {
+        16: Launch(num_warps=4, num_stages=2, block_rows=16, block_outputs=16, block_features=256),
+        256: Launch(num_warps=4, num_stages=2, block_rows=32, block_outputs=64, block_features=128),
+        MANY: Launch(num_warps=8, num_stages=2, block_rows=64, block_outputs=128),
+    },
+    ("energy_head.layer.fp32", DEFAULT): {
+        MANY: Launch(num_warps=4, num_stages=4, block_rows=64, block_outputs=32)
+    },
+    ("energy_head.layer.fp32", "sm_80"): {
+        MANY: Launch(num_warps=4, num_stages=3, block_rows=32, block_outputs=32)
+    },
+    ("energy_head.layer.fp32", "gfx942"): {
+        MANY: Launch(num_warps=4, num_stages=2, block_rows=64, block_outputs=32)
+    },
     # The width of linear_argmax is its number of rows: few rows are limited by reading the weight,
     # many by the matmuls, and then a block of 256 tokens reads least from the cache.
-    ("linear_argmax", DEFAULT, 16): Launch(
-        num_warps=4, num_stages=3, block_rows=16, block_features=128, programs_per_processor=3
-    ),
-    ("linear_argmax", "gfx942", 16): Launch(
-        num_warps=4, num_stages=2, block_rows=16, programs_per_processor=3
-    ),
-    ("linear_argmax", DEFAULT, 64): Launch(
-        num_warps=4, num_stages=4, block_rows=64, programs_per_processor=2
-    ),
-    ("linear_argmax", "gfx942", 64): Launch(
-        num_warps=4, num_stages=2, block_rows=64, programs_per_processor=2
-    ),
-    ("linear_argmax", DEFAULT, MANY): Launch(num_warps=8, num_stages=3, block_rows=128),
-    ("linear_argmax", "sm_90", 16): Launch(
-        num_warps=4, num_stages=3, block_rows=16, block_features=128, programs_per_processor=3
-    ),
-    ("linear_argmax", "sm_90", 64): Launch(
-        num_warps=4, num_stages=4, block_rows=64, programs_per_processor=2
-    ),
-    ("linear_argmax", "sm_90", MANY): Launch(
-        num_warps=8, num_stages=3, block_rows=128, block_vocab=256
-    ),
-    ("linear_argmax", "gfx942", MANY): Launch(num_warps=8, num_stages=2, block_rows=128),
-    ("linear_argmax.fp32", DEFAULT, 16): Launch(
-        num_warps=4, num_stages=3, block_rows=16, block_vocab=64, programs_per_processor=2
-    ),
-    ("linear_argmax.fp32", DEFAULT, MANY): Launch(
-        num_warps=8, num_stages=2, block_rows=64, block_features=32
-    ),
+    ("linear_argmax", DEFAULT): {
+        16: Launch(
+            num_warps=4, num_stages=3, block_rows=16, block_features=128, programs_per_processor=3
+        ),
+        64: Launch(num_warps=4, num_stages=4, block_rows=64, programs_per_processor=2),
+        MANY: Launch(num_warps=8, num_stages=3, block_rows=128),
+    },
+    ("linear_argmax", "gfx942"): {
+        16: Launch(num_warps=4, num_stages=2, block_rows=16, programs_per_processor=3),
+        64: Launch(num_warps=4, num_stages=2, block_rows=64, programs_per_processor=2),
+        MANY: Launch(num_warps=8, num_stages=2, block_rows=128),
+    },
+    ("linear_argmax", "sm_90"): {
+        16: Launch(
+            num_warps=4, num_stages=3, block_rows=16, block_features=128, programs_per_processor=3
+        ),
+        64: Launch(num_warps=4, num_stages=4, block_rows=64, programs_per_processor=2),
+        MANY: Launch(num_warps=8, num_stages=3, block_rows=128, block_vocab=256),
+    },
+    ("linear_argmax.fp32", DEFAULT): {
+        16: Launch(
+            num_warps=4, num_stages=3, block_rows=16, block_vocab=64, programs_per_processor=2
+        ),
+        MANY: Launch(num_warps=8, num_stages=2, block_rows=64, block_features=32),
+    },
     # The width of linear_cross_entropy is the vocabulary. With many warps to a row fewer rows are
     # in work at a time, and the second read of a row comes from the cache.
-    ("linear_cross_entropy", DEFAULT, 4096): Launch(num_warps=4, features_per_lane=16),
-    ("linear_cross_entropy", DEFAULT, 32768): Launch(num_warps=16, features_per_lane=16),
-    ("linear_cross_entropy", DEFAULT, MANY): Launch(num_warps=32, features_per_lane=32),
-    ("linear_cross_entropy", "gfx942", MANY): Launch(num_warps=16, features_per_lane=16),
+    ("linear_cross_entropy", DEFAULT): {
+        4096: Launch(num_warps=4, features_per_lane=16),
+        32768: Launch(num_warps=16, features_per_lane=16),
+        MANY: Launch(num_warps=32, features_per_lane=32),
+    },
+    ("linear_cross_entropy", "gfx942"): {MANY: Launch(num_warps=16, features_per_lane=16)},
 }
 
 
 def architecture(device: torch.device) -> str:
     """Name of a device in the table: ``sm_90``, ``gfx942``, or ``default`` off the GPU."""
-    if device.type != "cuda":
-        return DEFAULT
-    if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return DEFAULT if device.type != "cuda" else _gpu(_index(device))[0]
 
 
 def num_processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; off the GPU a few, so that work is split there as well."""
-    if device.type != "cuda":
-        return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return 4 if device.type != "cuda" else _gpu(_index(device))[1]
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@cache  # torch takes some microseconds to say what never changes
+def _gpu(index: int) -> tuple[str, int]:
+    """Architecture and multiprocessors."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        name = properties.gcnArchName.split(":")[0]
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
+    return name, int(properties.multi_processor_count)
 
 
 def widest(operation: str, arch: str) -> int:
     """Largest width that this architecture has a row of its own for; 0 without one."""
-    return max((key[2] for key in TABLE if key[:2] == (operation, arch)), default=0)
+    return max(TABLE.get((operation, arch), {}), default=0)
 
 
 def warp_size(arch: str) -> int:
@@ -221,9 +238,10 @@ def setting(operation: str, arch: str, width: int) -> Launch:
     name = operation
     while name:
         for owner in (arch, DEFAULT):
-            widths = [key[2] for key in TABLE if key[:2] == (name, owner) and key[2] >= width]
+            row = TABLE.get((name, owner), {})
+            widths = [most for most in row if most >= width]
             if widths:
-                return TABLE[name, owner, min(widths)]
+                return row[min(widths)]
         name = name.rpartition(".")[0]
     raise ValueError(f"{operation} has no launch setting for width {width}")
 
@@ -272,6 +290,7 @@ class SampleTile:
         return {"OUTER": outer, "BLOCK_N": self.block_n, "LANES": lanes, "INNER": self.inner}
 
 
+@cache
 def sample_tile(
     launch: Launch, num_samples: int, width: int, itemsize: int, warp_size: int
 ) -> SampleTile:

@@ -64,7 +64,7 @@ def missing_parts(operation: str) -> Iterator[str]:
         texts = [path.read_text(encoding="utf-8") for path in ROOT.glob(place)]
         if not any(re.search(sought, text) for text in texts):
             yield f"step {step}: no {place} {shows}"
-    if is_fused and not any(is_inside(name, folder) for name, _, _ in tuning.TABLE):
+    if is_fused and not any(is_inside(name, folder) for name, _ in tuning.TABLE):
         yield f"step 6: calm_kernels/tuning.py has no row of {folder}"
     warmup = (ROOT / "calm_kernels" / "warmup.py").read_text(encoding="utf-8")
     family = [name for name in OPERATIONS if folder_of(name) == folder]

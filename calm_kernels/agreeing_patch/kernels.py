@@ -157,7 +157,7 @@ def write_counts(candidates: Tensor, counts: Tensor) -> None:
     """Launch: signed counts ``[B, N]`` of candidates ``[B, N, K]``."""
     batch, num_candidates, patch_size = candidates.shape
     chosen, options = count_constants(patch_size, architecture(candidates.device))
-    grid = (batch, triton.cdiv(num_candidates, chosen["BLOCK_N"]))
+    grid = (batch, -(-num_candidates // chosen["BLOCK_N"]))
     with torch.cuda.device_of(candidates):
         count_kernel[grid](
             candidates, counts, num_candidates, *candidates.stride(), **chosen, **options

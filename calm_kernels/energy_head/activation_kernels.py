@@ -201,7 +201,7 @@ def _constants(width: int, tensor: Tensor) -> Constants:
 
 def _grid(num_rows: int, width: int, constants: dict[str, Any]) -> tuple[int, int]:
     rows, columns = constants["BLOCK_ROWS"], constants["BLOCK_COLUMNS"]
-    return triton.cdiv(num_rows, rows), triton.cdiv(width, columns)
+    return -(-num_rows // rows), -(-width // columns)
 
 
 def silu(matmul: Tensor, bias: Tensor, context: Tensor | None = None) -> Tensor:
@@ -229,7 +229,7 @@ def silu_backward(
     """
     width, out = matmul.shape[1], torch.empty_like(matmul)
     constants, options = _constants(width, matmul)
-    silu_backward_kernel[(len(sums), triton.cdiv(width, constants["BLOCK_COLUMNS"]))](
+    silu_backward_kernel[(len(sums), -(-width // constants["BLOCK_COLUMNS"]))](
         matmul, bias, matmul if context is None else context, dout, out, dout,
         matmul if dcontext is None else dcontext, sums,
         len(matmul if context is None else context), _draws(matmul, context), len(sums),
@@ -261,7 +261,7 @@ def swiglu_backward(
     width = matmul.shape[1] // 2
     out, dmatmul = torch.empty_like(dout), torch.empty_like(matmul)
     constants, options = _constants(width, matmul)
-    swiglu_backward_kernel[(len(sums), triton.cdiv(width, constants["BLOCK_COLUMNS"]))](
+    swiglu_backward_kernel[(len(sums), -(-width // constants["BLOCK_COLUMNS"]))](
         matmul, bias, dout, out, dmatmul, sums, len(matmul), len(sums), sums.stride(0),
         **constants, **options,
     )  # fmt: skip

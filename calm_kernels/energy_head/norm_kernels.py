@@ -241,7 +241,7 @@ def layer_norm(
     assert source is not None
     normed = torch.empty_like(source, dtype=dtype)
     constants, options = _constants(source, is_backward=False)
-    norm_kernel[(triton.cdiv(len(source), constants["BLOCK_ROWS"]),)](
+    norm_kernel[(-(-len(source) // constants["BLOCK_ROWS"]),)](
         source, norm.bias if bias is None else bias, source if stream is None else stream,
         source if out is None else out, *norm, normed, len(source), HAS_STEP=step is not None,
         HAS_STREAM=stream is not None, **constants, **options,

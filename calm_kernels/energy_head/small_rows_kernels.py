@@ -224,7 +224,7 @@ def _constants(
         form, num_rows, width, weight.dtype, architecture(rows.device),
         has_fast_math=use_fast_math(), can_round=not is_interpreted(), **flags,
     )  # fmt: skip
-    grid = (triton.cdiv(num_rows, constants["BLOCK_R"]), triton.cdiv(width, constants["BLOCK_C"]))
+    grid = (-(-num_rows // constants["BLOCK_R"]), -(-width // constants["BLOCK_C"]))
     return grid, (constants, options)
 
 

@@ -1,7 +1,6 @@
 """What a launch of an energy score kernel depends on: sizes, dtypes, gradients and the machine."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +21,7 @@ from calm_kernels.tuning import (
 __all__ = ["Problem", "pointer_and_stride"]
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """The sizes, dtypes, gradients and machine that the constants of a launch depend on."""
 
     num_samples: int
@@ -43,9 +41,10 @@ class Problem:
         need_posterior: bool,
     ) -> "Problem":  # fmt: skip
         """Of samples ``[N, R, L]`` on this machine."""
+        num_samples, _, width = samples.shape
         return cls(
-            num_samples=samples.shape[0],
-            width=samples.shape[2],
+            num_samples=num_samples,
+            width=width,
             exponent=exponent,
             dtype=samples.dtype,
             need_samples=need_samples,

@@ -258,7 +258,7 @@ def find_maxima(
     slots = at_once * num_processors(rows.device)
     splits, tokens = num_splits(num_rows, vocab_size, chosen, slots)
     high, token, total = _partials(rows, splits, with_logsumexp)
-    grid = (triton.cdiv(num_rows, chosen["BLOCK_R"]), splits)
+    grid = (-(-num_rows // chosen["BLOCK_R"]), splits)
     with torch.cuda.device_of(rows):
         partial_kernel[grid](
             rows, weight, high, token, total, num_rows, vocab_size, tokens, width, *rows.stride(),
@@ -267,7 +267,7 @@ def find_maxima(
         chosen, options = reduce_constants(
             slots, with_total=with_logsumexp, has_fast_math=has_fast_math
         )
-        reduce_kernel[(triton.cdiv(num_rows, chosen["BLOCK_R"]),)](
+        reduce_kernel[(-(-num_rows // chosen["BLOCK_R"]),)](
             high, token, total, index, largest, logsumexp, num_rows, splits, **chosen, **options
         )
 

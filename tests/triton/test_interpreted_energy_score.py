@@ -48,7 +48,7 @@ def test_matmuls_of_more_dimensions(monkeypatch, generator):
     case = make_case(3, (2,), 300, generator).to(torch.bfloat16)
     options = {"targets": "sample", "num_targets": 18, "seed": 7, "backend": "triton"}
     direct = gaussian_energy_score(*case, **options)
-    monkeypatch.setitem(TABLE, ("energy_score.gram.wide", "default", 512), Launch())
+    monkeypatch.setitem(TABLE, ("energy_score.gram.wide", "default"), {512: Launch()})
     monkeypatch.setattr(direct_kernels, "direct_kernel", None)
     compare(case, torch.bfloat16, BF16, targets="sample", num_targets=18, seed=7)
     by_matmuls = gaussian_energy_score(*case, **options)

@@ -16,11 +16,12 @@ SHAPES = [(1, 1, 1), (5, 7, 97), (16, 64, 257), (33, 16, 66), (70, 40, 129)]
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of 16 tokens, so that small vocabularies have many of them."""
-    for key, launch in list(tuning.TABLE.items()):
-        if key[0].startswith("linear_argmax"):
-            rows = min(launch.block_rows, 32)
-            small = replace(launch, block_rows=rows, block_vocab=16, block_features=32)
-            monkeypatch.setitem(tuning.TABLE, key, small)
+    for (name, _), settings in tuning.TABLE.items():
+        if name.startswith("linear_argmax"):
+            for width, launch in settings.items():
+                rows = min(launch.block_rows, 32)
+                small = replace(launch, block_rows=rows, block_vocab=16, block_features=32)
+                monkeypatch.setitem(settings, width, small)
 
 
 def shape_id(shape):
