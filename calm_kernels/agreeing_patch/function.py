@@ -6,6 +6,7 @@ from torch import Tensor
 from calm_kernels.agreeing_patch.eager import choose
 from calm_kernels.agreeing_patch.kernels import write_choices, write_counts
 from calm_kernels.agreeing_patch.votes import draw_votes, split_power
+from calm_kernels.operators import operator
 
 __all__ = ["agreeing_patch_triton"]
 
@@ -38,7 +39,7 @@ def agreeing_patch_triton(
     return tokens, level, counts
 
 
-@torch.library.custom_op("calm_kernels::count_chunks", mutates_args=())
+@operator("count_chunks")
 def _count_op(candidates: Tensor) -> Tensor:
     """Signed counts ``[B, N]`` of ``[B, N, K]``."""
     counts = _counts(candidates)
@@ -47,7 +48,7 @@ def _count_op(candidates: Tensor) -> Tensor:
     return counts
 
 
-@torch.library.custom_op("calm_kernels::choose_chunk", mutates_args=())
+@operator("choose_chunk")
 def _choose_op(
     candidates: Tensor,
     counts: Tensor,

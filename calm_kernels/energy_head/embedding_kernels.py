@@ -284,8 +284,8 @@ class Noise:
     """Noise of every row: given ``[N, R, Z]``, or drawn, N draws for each of R positions."""
 
     given: Tensor | None
-    seed: Tensor
-    first_row: Tensor
+    seed: Tensor | None  # None, like the first row, where noise is given
+    first_row: Tensor | None
     num_draws: int
     num_positions: int
     scale: float
@@ -296,11 +296,12 @@ class Noise:
         return self.num_draws * self.num_positions
 
     def arguments(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """Pointers and strides, as the kernels take them."""
-        given = self.seed if self.given is None else self.given
-        strides = (0, 0, 0) if self.given is None else self.given.stride()
+        """Pointers and strides, as the kernels take them; a pointer stands where none is read."""
+        if self.given is not None:
+            return (self.given, self.given, self.given), (*self.given.stride(), 0)
+        assert self.seed is not None and self.first_row is not None
         stride_seed = 0 if self.seed.dim() == 1 else 2
-        return (given, self.seed, self.first_row), (*strides, stride_seed)
+        return (self.seed, self.seed, self.first_row), (0, 0, 0, stride_seed)
 
 
 def embedding_constants(
@@ -349,9 +350,9 @@ def embed_noise(
     stream = weight.new_empty(shape, dtype=torch.float32)
     normed = weight.new_empty(shape)
     constants, options = _constants(noise, weight, is_backward=False)
-    num_segments = triton.cdiv(len(weight), constants["SEGMENT"])
+    num_segments = -(-len(weight) // constants["SEGMENT"])
     pointers, strides = noise.arguments()
-    embed_kernel[(triton.cdiv(noise.num_rows, constants["BLOCK_ROWS"]),)](
+    embed_kernel[(-(-noise.num_rows // constants["BLOCK_ROWS"]),)](
         *pointers, weight, bias, *norm, *next_norm, stream, normed, noise.num_rows,
         max(1, noise.num_draws), num_segments, *strides, noise.scale, **constants, **options,
     )  # fmt: skip
@@ -366,7 +367,7 @@ def embed_noise_backward(
     dmatmul = weight.new_empty(dstream.shape)
     drawn = weight.new_empty(noise.num_rows, weight.shape[1])
     constants, options = _constants(noise, weight, is_backward=True)
-    num_segments = triton.cdiv(len(weight), constants["SEGMENT"])
+    num_segments = -(-len(weight) // constants["SEGMENT"])
     pointers, strides = noise.arguments()
     embed_backward_kernel[(len(sums),)](
         *pointers, weight, bias, norm_weight, dstream, dmatmul, drawn, sums, noise.num_rows,

@@ -20,6 +20,7 @@ from calm_kernels.energy_head.passes import (
     small_rows_pass,
 )
 from calm_kernels.noise import Seed, as_seed
+from calm_kernels.operators import operator
 from calm_kernels.tuning import fuses_head
 
 __all__ = ["energy_head_triton"]
@@ -51,23 +52,23 @@ def energy_head_triton(
         first_row: global index of the first row.
         noise_scale: factor on drawn noise.
     """
-    # Zeros are made on the device: an int would be copied there, which a graph cannot capture.
-    unused = torch.zeros(2, dtype=torch.int64, device=hidden.device)
-    seeds = as_seed(seed, hidden.device) if noise is None else unused
-    if seeds.dim() == 2 and len(seeds) != len(hidden):
-        raise ValueError(f"seed has {len(seeds)} rows for {len(hidden)} rows of noise")
-    if not isinstance(first_row, Tensor):
-        first_row = torch.full((), first_row, dtype=torch.int64, device=hidden.device)
-    first_row = first_row.to(hidden.device)
+    seeds, start = None, None
+    if noise is None:
+        seeds = as_seed(seed, hidden.device).contiguous()
+        if seeds.dim() == 2 and len(seeds) != len(hidden):
+            raise ValueError(f"seed has {len(seeds)} rows for {len(hidden)} rows of noise")
+        if isinstance(first_row, Tensor):
+            start = first_row.to(hidden.device)
+        else:
+            start = torch.full((), first_row, dtype=torch.int64, device=hidden.device)
     parameters = flatten_parameters(head)
     needed = [hidden, *parameters] if noise is None else [hidden, noise, *parameters]
     save = _SAVE_NOTHING
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed):
         save = _SAVE_STREAMS if recompute else _SAVE_ALL
     latent, _ = _forward_op(
-        hidden, noise, parameters, seeds.contiguous(), first_row, num_draws, noise_scale, dtype,
-        save,
-    )  # fmt: skip
+        hidden, noise, parameters, seeds, start, num_draws, noise_scale, dtype, save
+    )
     return latent.unflatten(0, (hidden.shape[0], num_draws)).transpose(0, 1)
 
 
@@ -79,8 +80,8 @@ def _cast(parameters: list[Tensor], dtype: torch.dtype) -> HeadParameters:
 
 
 def _noise(
-    hidden: Tensor, noise: Tensor | None, seed: Tensor, first_row: Tensor, num_draws: int,
-    noise_scale: float,
+    hidden: Tensor, noise: Tensor | None, seed: Tensor | None, first_row: Tensor | None,
+    num_draws: int, noise_scale: float,
 ) -> Noise:  # fmt: skip
     return Noise(noise, seed, first_row, num_draws, hidden.shape[0], noise_scale)
 
@@ -90,8 +91,8 @@ def _forward_op(
     hidden: Tensor,
     noise: Tensor | None,
     parameters: list[Tensor],
-    seed: Tensor,
-    first_row: Tensor,
+    seed: Tensor | None,
+    first_row: Tensor | None,
     num_draws: int,
     noise_scale: float,
     dtype: torch.dtype,
@@ -114,14 +115,14 @@ def _forward_op(
     return latent, saved.tensors() if save else []
 
 
-@torch.library.custom_op("calm_kernels::energy_head_backward", mutates_args=())
+@operator("energy_head_backward")
 def _backward_op(
     dlatent: Tensor,
     hidden: Tensor,
     noise: Tensor | None,
     parameters: list[Tensor],
-    seed: Tensor,
-    first_row: Tensor,
+    seed: Tensor | None,
+    first_row: Tensor | None,
     saved: list[Tensor],
     num_draws: int,
     noise_scale: float,
@@ -149,8 +150,9 @@ def _backward_op(
 
 @_forward_op.register_fake
 def _(
-    hidden: Tensor, noise: Tensor | None, parameters: list[Tensor], seed: Tensor,
-    first_row: Tensor, num_draws: int, noise_scale: float, dtype: torch.dtype, save: int,
+    hidden: Tensor, noise: Tensor | None, parameters: list[Tensor],
+    seed: Tensor | None, first_row: Tensor | None, num_draws: int, noise_scale: float,
+    dtype: torch.dtype, save: int,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     head = unflatten_parameters(parameters)
     num_positions, width = hidden.shape
@@ -171,8 +173,9 @@ def _(
 
 @_backward_op.register_fake
 def _(
-    dlatent: Tensor, hidden: Tensor, noise: Tensor | None, parameters: list[Tensor], seed: Tensor,
-    first_row: Tensor, saved: list[Tensor], num_draws: int, noise_scale: float, need_noise: bool,
+    dlatent: Tensor, hidden: Tensor, noise: Tensor | None, parameters: list[Tensor],
+    seed: Tensor | None, first_row: Tensor | None, saved: list[Tensor], num_draws: int,
+    noise_scale: float, need_noise: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:  # fmt: skip
     head = unflatten_parameters(parameters)
     noise_size = head.noise_embd.weight.shape[1]

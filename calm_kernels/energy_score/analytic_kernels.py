@@ -83,7 +83,7 @@ def _expectation(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def analytic_kernel(
-    samples_ptr, mean_ptr, log_std_ptr, weight_ptr, terms_ptr, dsamples_ptr, dmean_ptr,
+    samples_ptr, mean_ptr, log_std_ptr, weight_ptr, score_ptr, terms_ptr, dsamples_ptr, dmean_ptr,
     dlog_std_ptr, num_rows, stride_n, stride_r, stride_l, stride_mean_r, stride_mean_l,
     stride_std_r, stride_std_l, stride_weight, first, step, log_scale, NUM_SAMPLES: tl.constexpr,
     WIDTH: tl.constexpr, EXPONENT: tl.constexpr, NUM_NODES: tl.constexpr, MAX_R2: tl.constexpr,
@@ -140,8 +140,9 @@ def analytic_kernel(
 
     max_r2 = tl.where(fidelity == fidelity, max_r2, fidelity)  # a maximum skips NaN
     store_terms(
-        terms_ptr, row, num_rows, target_scale * fidelity, pair_scale / 2 * diversity, max_r2
-    )
+        score_ptr, terms_ptr, row, num_rows, target_scale * fidelity, pair_scale / 2 * diversity,
+        max_r2,
+    )  # fmt: skip
     if NEED_POSTERIOR:
         dlog_std = -2 * target_scale * dvariance * variance
         store_features(dmean_ptr + row * WIDTH, dmean, feature, WIDTH)
@@ -162,16 +163,16 @@ def analytic_constants(problem: Problem) -> Constants:
 
 def analytic_score(
     problem: Problem, samples: Tensor, mean: Tensor, log_std: Tensor, weight: Tensor | None,
-    terms: Tensor, dsamples: Tensor, dmean: Tensor, dlog_std: Tensor,
+    score: Tensor, terms: Tensor, dsamples: Tensor, dmean: Tensor, dlog_std: Tensor,
 ) -> None:  # fmt: skip
-    """Launch: terms ``[4, R]`` and gradients, written to the last four tensors."""
+    """Launch: score ``[R]``, terms ``[3, R]`` and gradients, written to the last five tensors."""
     num_rows = samples.shape[1]
     constants, options = analytic_constants(problem)
     rule = nodes(problem.exponent, problem.width)
     pointer, stride = pointer_and_stride(weight, samples)
     with torch.cuda.device_of(samples):
         analytic_kernel[(num_rows,)](
-            samples, mean, log_std, pointer, terms, dsamples, dmean, dlog_std, num_rows,
+            samples, mean, log_std, pointer, score, terms, dsamples, dmean, dlog_std, num_rows,
             *samples.stride(), *mean.stride(), *log_std.stride(), stride, rule.first, rule.step,
             rule.log_scale, **constants, **options,
         )  # fmt: skip

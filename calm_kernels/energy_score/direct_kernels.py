@@ -49,7 +49,7 @@ def _add_target(
 @triton.jit
 def _sum_targets(
     offset, mask, targets_ptr, dtargets_ptr, std, feature, mask_feature, num_targets,
-    stride_target_m, stride_target_l, dtarget_scale, k0, k1, c1, c2, c3,
+    stride_target_m, stride_target_l, dtarget_scale, is_first, k0, k1, c1, c2, c3,
     WIDTH: tl.constexpr, EXPONENT: tl.constexpr, IS_GIVEN: tl.constexpr, IS_DRAWN: tl.constexpr,
     IS_ANTITHETIC: tl.constexpr, IS_SPLIT: tl.constexpr, NEED_TARGETS: tl.constexpr,
     NEED_POSTERIOR: tl.constexpr, FAST: tl.constexpr,
@@ -75,8 +75,9 @@ def _sum_targets(
             )
         if NEED_TARGETS:
             dtarget = dtarget_scale * tl.sum(tl.where(mask, term, 0.0), axis=1)
-            if IS_SPLIT:  # blocks of samples add to one another's; the memory starts as zeros
-                dtarget += load_features(dtargets_ptr, feature, 1, feature < WIDTH, 0.0)
+            if IS_SPLIT:  # blocks of samples add to one another's
+                mask_before = (feature < WIDTH) & (is_first == 0)
+                dtarget += load_features(dtargets_ptr, feature, 1, mask_before, 0.0)
             store_features(dtargets_ptr, dtarget, feature, WIDTH)
             dtargets_ptr += WIDTH
     return total, pull, stretch
@@ -84,9 +85,9 @@ def _sum_targets(
 
 @triton.jit(do_not_specialize=["num_rows", "num_targets", "num_draws"])
 def direct_kernel(
-    samples_ptr, targets_ptr, mean_ptr, log_std_ptr, weight_ptr, seed_ptr, first_row_ptr, terms_ptr,
-    dsamples_ptr, dtargets_ptr, dmean_ptr, dlog_std_ptr, num_rows, num_targets, num_draws,
-    stride_n, stride_r, stride_l, stride_target_m, stride_target_r, stride_target_l,
+    samples_ptr, targets_ptr, mean_ptr, log_std_ptr, weight_ptr, seed_ptr, first_row_ptr, score_ptr,
+    terms_ptr, dsamples_ptr, dtargets_ptr, dmean_ptr, dlog_std_ptr, num_rows, num_targets,
+    num_draws, stride_n, stride_r, stride_l, stride_target_m, stride_target_r, stride_target_l,
     stride_mean_r, stride_mean_l, stride_std_r, stride_std_l, stride_weight, stride_seed,
     NUM_SAMPLES: tl.constexpr, WIDTH: tl.constexpr, EXPONENT: tl.constexpr, IS_GIVEN: tl.constexpr,
     IS_DRAWN: tl.constexpr, IS_ANTITHETIC: tl.constexpr, NEED_SAMPLES: tl.constexpr,
@@ -132,8 +133,8 @@ def direct_kernel(
         total, slope, stretch = _sum_targets(
             x - center[:, None], mask, targets_ptr + row * stride_target_r,
             dtargets_ptr + row * num_targets * WIDTH, std, feature, mask_feature, num_draws,
-            stride_target_m, stride_target_l, target_scale, k0, k1, c1, c2, c3, WIDTH, EXPONENT,
-            IS_GIVEN, IS_DRAWN, IS_ANTITHETIC, NUM_SAMPLES > BLOCK_N, NEED_TARGETS,
+            stride_target_m, stride_target_l, target_scale, start == 0, k0, k1, c1, c2, c3, WIDTH,
+            EXPONENT, IS_GIVEN, IS_DRAWN, IS_ANTITHETIC, NUM_SAMPLES > BLOCK_N, NEED_TARGETS,
             NEED_POSTERIOR, FAST,
         )  # fmt: skip
         fidelity += tl.sum(tl.where(mask_n, total, 0.0))
@@ -147,7 +148,10 @@ def direct_kernel(
             dmean += tl.sum(tl.where(mask, slope, 0.0), axis=1)
             dlog_std += tl.sum(tl.where(mask, stretch, 0.0), axis=1)
 
-    store_terms(terms_ptr, row, num_rows, target_scale * fidelity, pair_scale / 2 * diversity, 0.0)
+    store_terms(
+        score_ptr, terms_ptr, row, num_rows, target_scale * fidelity, pair_scale / 2 * diversity,
+        0.0,
+    )  # fmt: skip
     if NEED_POSTERIOR:
         store_features(dmean_ptr + row * WIDTH, target_scale * dmean, feature, WIDTH)
         store_features(dlog_std_ptr + row * WIDTH, target_scale * dlog_std, feature, WIDTH)
@@ -168,10 +172,10 @@ def direct_constants(
 
 
 def direct_given_score(
-    problem: Problem, samples: Tensor, targets: Tensor, weight: Tensor | None, terms: Tensor,
-    dsamples: Tensor, dtargets: Tensor, *, need_targets: bool,
+    problem: Problem, samples: Tensor, targets: Tensor, weight: Tensor | None, score: Tensor,
+    terms: Tensor, dsamples: Tensor, dtargets: Tensor, *, need_targets: bool,
 ) -> None:  # fmt: skip
-    """Launch for given targets ``[M, R, L]``: terms ``[4, R]`` and gradients, written."""
+    """Launch for given targets ``[M, R, L]``: writes score ``[R]``, terms ``[3, R]``, gradients."""
     num_targets, num_rows, _ = targets.shape
     constants, options = direct_constants(
         problem, is_given=True, is_drawn=False, is_antithetic=False, need_targets=need_targets
@@ -179,7 +183,7 @@ def direct_given_score(
     pointer, stride = pointer_and_stride(weight, samples)
     with torch.cuda.device_of(samples):
         direct_kernel[(num_rows,)](
-            samples, targets, samples, samples, pointer, samples, samples, terms, dsamples,
+            samples, targets, samples, samples, pointer, samples, samples, score, terms, dsamples,
             dtargets, samples, samples, num_rows, num_targets, num_targets, *samples.stride(),
             *targets.stride(), 0, 0, 0, 0, stride, 0, **constants, **options,
         )  # fmt: skip
@@ -187,9 +191,10 @@ def direct_given_score(
 
 def direct_drawn_score(
     problem: Problem, samples: Tensor, mean: Tensor, log_std: Tensor, weight: Tensor | None,
-    draws: TargetDraws, terms: Tensor, dsamples: Tensor, dmean: Tensor, dlog_std: Tensor,
+    draws: TargetDraws, score: Tensor, terms: Tensor, dsamples: Tensor, dmean: Tensor,
+    dlog_std: Tensor,
 ) -> None:  # fmt: skip
-    """Launch for drawn targets, or targets of given noise: terms ``[4, R]`` and gradients."""
+    """Launch for drawn targets, or targets of given noise; written as by `direct_given_score`."""
     num_rows, noise = samples.shape[1], draws.noise
     constants, options = direct_constants(
         problem, is_given=False, is_drawn=noise is None, is_antithetic=draws.is_antithetic,
@@ -200,7 +205,7 @@ def direct_drawn_score(
     with torch.cuda.device_of(samples):
         direct_kernel[(num_rows,)](
             samples, samples if noise is None else noise, mean, log_std, pointer,
-            samples if draws.seed is None else draws.seed, draws.first_row, terms, dsamples,
+            samples if draws.seed is None else draws.seed, draws.first_row, score, terms, dsamples,
             samples, dmean, dlog_std, num_rows, draws.num_targets, draws.num_drawn,
             *samples.stride(), *noise_strides, *mean.stride(), *log_std.stride(), stride,
             draws.stride_seed, **constants, **options,

@@ -1,8 +1,8 @@
 """The score as custom ops, for autograd and torch.compile.
 
 One launch computes the score together with every gradient that is needed. The gradients are outputs
-of the op, and backward multiplies them by the upstream gradient of each position. Only row 0 of the
-terms, the score, is differentiated.
+of the op, and backward multiplies them by the upstream gradient of each position. Of the outputs
+only the score is differentiated.
 """
 
 from typing import Any
@@ -16,6 +16,7 @@ from calm_kernels.energy_score.direct_kernels import direct_drawn_score, direct_
 from calm_kernels.energy_score.gram_kernels import gram_score, takes_gram
 from calm_kernels.energy_score.problem import Problem
 from calm_kernels.energy_score.targets import TargetDraws
+from calm_kernels.operators import operator
 
 __all__ = ["energy_score_triton", "gaussian_energy_score_triton"]
 
@@ -26,8 +27,8 @@ def energy_score_triton(
     samples: Tensor, targets: Tensor, exponent: float, weight: Tensor | None
 ) -> Tensor:
     """Score ``[R]`` of samples ``[N, R, L]`` against given targets ``[M, R, L]``."""
-    terms, *_ = _given_op(samples, targets, weight, exponent, *_needs(samples, targets))
-    return terms[0]
+    score, *_ = _given_op(samples, targets, weight, exponent, *_needs(samples, targets))
+    return score
 
 
 def gaussian_energy_score_triton(
@@ -46,33 +47,36 @@ def gaussian_energy_score_triton(
     needs = _needs(samples, mean, log_std)
     options = (exponent, needs[0], needs[1] or needs[2])
     if draws is None:
-        terms, *_ = _analytic_op(samples, mean, log_std, weight, *options)
-        return terms[0], terms[1], terms[2], terms[3]
+        score, terms, *_ = _analytic_op(samples, mean, log_std, weight, *options)
+        fidelity, diversity, max_r2 = terms.unbind()
+        return score, fidelity, diversity, max_r2
     first_row = draws.first_row
     if not isinstance(first_row, Tensor):
         first_row = torch.full((), first_row, dtype=torch.int64, device=samples.device)
     seed = None if draws.seed is None else draws.seed.contiguous()
-    terms, *_ = _drawn_op(
+    score, terms, *_ = _drawn_op(
         samples, mean, log_std, weight, draws.noise, seed, first_row, draws.num_targets,
         draws.is_antithetic, *options,
     )  # fmt: skip
-    return terms[0], terms[1], terms[2], None
+    fidelity, diversity, _ = terms.unbind()
+    return score, fidelity, diversity, None
 
 
 def _needs(*inputs: Tensor) -> tuple[bool, ...]:
     return tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs)
 
 
-def _outputs(samples: Tensor, need_samples: bool) -> tuple[Tensor, Tensor]:
-    """Terms ``[4, R]`` and the gradient of the samples ``[R, N, L]``, empty if not needed.
+def _outputs(samples: Tensor, need_samples: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Score ``[R]``, terms ``[3, R]`` and the samples' gradient ``[R, N, L]``, empty if not needed.
 
     For float16 it is float32: float16 would lose small values before a loss scale multiplies them.
     """
     num_samples, num_rows, width = samples.shape
-    terms = samples.new_empty(4, num_rows, dtype=torch.float32)
+    score = samples.new_empty(num_rows, dtype=torch.float32)
+    terms = samples.new_empty(3, num_rows, dtype=torch.float32)
     dtype = torch.float32 if samples.dtype == torch.float16 else samples.dtype
     shape = (num_rows, num_samples, width) if need_samples else (0,)
-    return terms, samples.new_empty(shape, dtype=dtype)
+    return score, terms, samples.new_empty(shape, dtype=dtype)
 
 
 def _posterior_outputs(mean: Tensor, log_std: Tensor, is_needed: bool) -> tuple[Tensor, Tensor]:
@@ -82,15 +86,13 @@ def _posterior_outputs(mean: Tensor, log_std: Tensor, is_needed: bool) -> tuple[
 
 
 def _target_output(samples: Tensor, targets: Tensor, is_needed: bool) -> Tensor:
-    """Gradient of given targets ``[R, M, L]`` in float32; zeros, because blocks of samples add to
-    it.
-    """
+    """Gradient of given targets ``[R, M, L]`` in float32, empty if not needed."""
     num_targets, num_rows, width = targets.shape
     shape = (num_rows, num_targets, width) if is_needed else (0,)
-    return targets.new_zeros(shape, dtype=torch.float32)
+    return targets.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("calm_kernels::energy_score", mutates_args=())
+@operator("energy_score")
 def _given_op(
     samples: Tensor,
     targets: Tensor,
@@ -98,21 +100,22 @@ def _given_op(
     exponent: float,
     need_samples: bool,
     need_targets: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Terms, gradients of the samples ``[R, N, L]`` and of the targets ``[R, M, L]``, float32."""
-    terms, dsamples = _outputs(samples, need_samples)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Score, terms, gradients of samples ``[R, N, L]`` and of targets ``[R, M, L]`` in float32."""
+    score, terms, dsamples = _outputs(samples, need_samples)
     dtargets = _target_output(samples, targets, need_targets)
     if samples.shape[1]:
         problem = Problem.of(
             samples, weight, exponent, need_samples=need_samples, need_posterior=False
         )
         direct_given_score(
-            problem, samples, targets, weight, terms, dsamples, dtargets, need_targets=need_targets
-        )
-    return terms, dsamples, dtargets
+            problem, samples, targets, weight, score, terms, dsamples, dtargets,
+            need_targets=need_targets,
+        )  # fmt: skip
+    return score, terms, dsamples, dtargets
 
 
-@torch.library.custom_op("calm_kernels::analytic_energy_score", mutates_args=())
+@operator("analytic_energy_score")
 def _analytic_op(
     samples: Tensor,
     mean: Tensor,
@@ -121,19 +124,21 @@ def _analytic_op(
     exponent: float,
     need_samples: bool,
     need_posterior: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Terms and the gradients of samples ``[R, N, L]``, mean and log_std ``[R, L]``."""
-    terms, dsamples = _outputs(samples, need_samples)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Score, terms and the gradients of samples ``[R, N, L]``, mean and log_std ``[R, L]``."""
+    score, terms, dsamples = _outputs(samples, need_samples)
     dmean, dlog_std = _posterior_outputs(mean, log_std, need_posterior)
     if samples.shape[1]:
         problem = Problem.of(
             samples, weight, exponent, need_samples=need_samples, need_posterior=need_posterior
         )
-        analytic_score(problem, samples, mean, log_std, weight, terms, dsamples, dmean, dlog_std)
-    return terms, dsamples, dmean, dlog_std
+        analytic_score(
+            problem, samples, mean, log_std, weight, score, terms, dsamples, dmean, dlog_std
+        )
+    return score, terms, dsamples, dmean, dlog_std
 
 
-@torch.library.custom_op("calm_kernels::drawn_energy_score", mutates_args=())
+@operator("drawn_energy_score")
 def _drawn_op(
     samples: Tensor,
     mean: Tensor,
@@ -147,9 +152,9 @@ def _drawn_op(
     exponent: float,
     need_samples: bool,
     need_posterior: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `_analytic_op` for targets drawn from a seed, or from given noise ``[M, R, L]``."""
-    terms, dsamples = _outputs(samples, need_samples)
+    score, terms, dsamples = _outputs(samples, need_samples)
     dmean, dlog_std = _posterior_outputs(mean, log_std, need_posterior)
     if samples.shape[1]:
         problem = Problem.of(
@@ -157,9 +162,11 @@ def _drawn_op(
         )
         draws = TargetDraws(noise, num_targets, seed, first_row, is_antithetic)
         has_gram = noise is None and takes_gram(problem)
-        score = gram_score if has_gram else direct_drawn_score
-        score(problem, samples, mean, log_std, weight, draws, terms, dsamples, dmean, dlog_std)
-    return terms, dsamples, dmean, dlog_std
+        launch = gram_score if has_gram else direct_drawn_score
+        launch(
+            problem, samples, mean, log_std, weight, draws, score, terms, dsamples, dmean, dlog_std
+        )
+    return score, terms, dsamples, dmean, dlog_std
 
 
 @_given_op.register_fake
@@ -170,7 +177,7 @@ def _(
     exponent: float,
     need_samples: bool,
     need_targets: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *_outputs(samples, need_samples), _target_output(samples, targets, need_targets)
 
 
@@ -184,12 +191,13 @@ def _(samples: Tensor, mean: Tensor, log_std: Tensor, *options: Any) -> tuple[Te
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep the gradients that the launch stored."""
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)  # of the other outputs: zeros that nobody reads
+    ctx.save_for_backward(*output[2:])
     ctx.num_inputs = len(inputs)
-    ctx.dtypes = [value.dtype for value in inputs[: len(output) - 1]]
+    ctx.dtypes = [value.dtype for value in inputs[: len(output) - 2]]
 
 
-def _scale_gradients(ctx: Any, dterms: Tensor, *_: Tensor) -> Gradients:
+def _scale_gradients(ctx: Any, dscore: Tensor, *_: None) -> Gradients:
     """Stored gradients ``[R, ...]`` times upstream ``[R]``, with draws as the first axis; None
     where no gradient was stored.
     """
@@ -199,7 +207,7 @@ def _scale_gradients(ctx: Any, dterms: Tensor, *_: Tensor) -> Gradients:
         if gradient.dim() == 1:
             scaled.append(None)
             continue
-        upstream = dterms[0].view(-1, *[1] * (gradient.dim() - 1))
+        upstream = dscore.view(-1, *[1] * (gradient.dim() - 1))
         total = torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
         scaled.append(total.transpose(0, 1) if gradient.dim() == 3 else total)
     return *scaled, *[None] * (ctx.num_inputs - len(scaled))

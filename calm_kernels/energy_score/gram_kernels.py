@@ -265,7 +265,7 @@ def _add_row(pointer, slices, q, is_first, IS_ONLY: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit(do_not_specialize=["num_rows", "num_targets", "num_draws"])
 def gram_kernel(
-    samples_ptr, mean_ptr, log_std_ptr, weight_ptr, seed_ptr, first_row_ptr, terms_ptr,
+    samples_ptr, mean_ptr, log_std_ptr, weight_ptr, seed_ptr, first_row_ptr, score_ptr, terms_ptr,
     dsamples_ptr, dmean_ptr, dlog_std_ptr, num_rows, num_targets, num_draws, stride_n, stride_r,
     stride_l, stride_mean_r, stride_mean_l, stride_std_r, stride_std_l, stride_weight, stride_seed,
     NUM_SAMPLES: tl.constexpr, WIDTH: tl.constexpr, EXPONENT: tl.constexpr,
@@ -322,7 +322,10 @@ def gram_kernel(
                 values = (pair_scale * pair_pull[k] - slopes[k]).to(dsamples_ptr.dtype.element_ty)
                 tl.store(dsamples_ptr + offs_n + (k * WORDS + q)[None, :], values, mask=mask)
 
-    store_terms(terms_ptr, row, num_rows, target_scale * fidelity, pair_scale / 2 * diversity, 0.0)
+    store_terms(
+        score_ptr, terms_ptr, row, num_rows, target_scale * fidelity, pair_scale / 2 * diversity,
+        0.0,
+    )  # fmt: skip
 
 
 def takes_gram(problem: Problem) -> bool:
@@ -354,15 +357,16 @@ def gram_constants(problem: Problem, *, is_antithetic: bool) -> Constants:
 
 def gram_score(
     problem: Problem, samples: Tensor, mean: Tensor, log_std: Tensor, weight: Tensor | None,
-    draws: TargetDraws, terms: Tensor, dsamples: Tensor, dmean: Tensor, dlog_std: Tensor,
+    draws: TargetDraws, score: Tensor, terms: Tensor, dsamples: Tensor, dmean: Tensor,
+    dlog_std: Tensor,
 ) -> None:  # fmt: skip
-    """Launch: terms ``[4, R]`` and gradients, written to the last four tensors."""
+    """Launch: score ``[R]``, terms ``[3, R]`` and gradients, written to the last five tensors."""
     num_rows = samples.shape[1]
     constants, options = gram_constants(problem, is_antithetic=draws.is_antithetic)
     pointer, stride = pointer_and_stride(weight, samples)
     with torch.cuda.device_of(samples):
         gram_kernel[(num_rows,)](
-            samples, mean, log_std, pointer, draws.seed, draws.first_row, terms, dsamples, dmean,
-            dlog_std, num_rows, draws.num_targets, draws.num_drawn, *samples.stride(),
+            samples, mean, log_std, pointer, draws.seed, draws.first_row, score, terms, dsamples,
+            dmean, dlog_std, num_rows, draws.num_targets, draws.num_drawn, *samples.stride(),
             *mean.stride(), *log_std.stride(), stride, draws.stride_seed, **constants, **options,
         )  # fmt: skip

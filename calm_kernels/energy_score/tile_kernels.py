@@ -100,13 +100,12 @@ def store_features(pointer, values, feature, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def store_terms(terms_ptr, row, num_rows, fidelity, diversity, max_r2):
-    """Score, fidelity, diversity and largest r2 of a position into ``[4, R]``."""
+def store_terms(score_ptr, terms_ptr, row, num_rows, fidelity, diversity, max_r2):
+    """A position's score; its fidelity, diversity and largest r2 into ``[3, R]``."""
+    tl.store(score_ptr + row, diversity - fidelity)
     pointer = terms_ptr + row
-    tl.store(pointer, diversity - fidelity)
-    pointer += num_rows  # step by step: 3 * num_rows may not fit into 32 bits
     tl.store(pointer, fidelity)
-    pointer += num_rows
+    pointer += num_rows  # step by step: 2 * num_rows may not fit into 32 bits
     tl.store(pointer, diversity)
     pointer += num_rows
     tl.store(pointer, max_r2)

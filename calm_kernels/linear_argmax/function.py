@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from calm_kernels.linear_argmax.kernels import find_maxima
+from calm_kernels.operators import operator
 
 __all__ = ["linear_argmax_triton"]
 
@@ -18,7 +19,7 @@ def linear_argmax_triton(
     return index, largest, logsumexp if with_logsumexp else None
 
 
-@torch.library.custom_op("calm_kernels::linear_argmax", mutates_args=())
+@operator("linear_argmax")
 def _argmax_op(rows: Tensor, weight: Tensor, with_logsumexp: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Index, largest entry and log-sum-exp (empty if not asked for)."""
     index, largest, logsumexp = _outputs(rows, with_logsumexp)

@@ -13,6 +13,7 @@ from torch import Tensor
 from calm_kernels.autograd import refuse_second_derivative
 from calm_kernels.linear_cross_entropy.kernels import GRADIENT_SCALES, write_losses
 from calm_kernels.matmul import add_matmul_fp32, matmul_fp32
+from calm_kernels.operators import operator
 
 __all__ = ["block_rows", "linear_cross_entropy_triton", "row_stride"]
 
@@ -41,7 +42,7 @@ def block_rows(num_rows: int, vocab_size: int, itemsize: int) -> int:
     return min(num_rows, most, -(-num_rows // (128 * num_blocks)) * 128)
 
 
-@torch.library.custom_op("calm_kernels::linear_cross_entropy", mutates_args=())
+@operator("linear_cross_entropy")
 def _loss_op(
     rows: Tensor,
     weight: Tensor,

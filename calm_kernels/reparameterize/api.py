@@ -80,12 +80,9 @@ def reparameterize(
         check_dtype("latent_keep", latent_keep, (torch.bool,))
         latent_keep = _reshaped("latent_keep", latent_keep, latent_states, shape)
     is_drawn = latent_noise is None or (latent_keep is None and dropout > 0)
-    device = latent_states.device
-    # Zeros are made on the device: an int would be copied there, which a graph cannot capture.
-    unused = torch.zeros(2, dtype=torch.int64, device=device)
-    seed = as_seed(seed, device) if is_drawn else unused
+    seed = as_seed(seed, latent_states.device) if is_drawn else None
     rows = math.prod(shape[:-1])
-    if seed.dim() == 2 and seed.shape[0] != rows:
+    if seed is not None and seed.dim() == 2 and seed.shape[0] != rows:
         raise ValueError(f"seed must have one row per row of latents, {rows}; got {seed.shape[0]}")
     given = (latent_noise, latent_keep)
     match chosen:
@@ -112,7 +109,7 @@ def _obstacle(latent_states: Tensor, latent_size: int) -> str | None:
 
 def _draws(
     epsilon: Tensor | None, keep: Tensor | None, like: Tensor, shape: tuple[int, ...],
-    dropout: float, seed: Tensor, first_row: int | Tensor,
+    dropout: float, seed: Tensor | None, first_row: int | Tensor,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """ε in the dtype of the sums and kept elements, of `shape`; what is not given is drawn.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from calm_kernels.autograd import refuse_second_derivative
+from calm_kernels.operators import operator
 from calm_kernels.reparameterize.kernels import write_gradient, write_latents
 
 __all__ = ["reparameterize_triton"]
@@ -17,7 +18,7 @@ def reparameterize_triton(
     keep: Tensor | None,
     kl_floor: float,
     dropout: float,
-    seed: Tensor,
+    seed: Tensor | None,
     first_row: int | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Latent ``[..., L]`` and KL divergence ``[...]``; what is not given is drawn in the kernel.
@@ -28,29 +29,31 @@ def reparameterize_triton(
         keep: bool, ``[..., L]`` or None.
         kl_floor: λ_KL.
         dropout: chance that an element is dropped.
-        seed: of `noise.as_seed`; unused where all is given.
+        seed: of `noise.as_seed`; None where all is given.
         first_row: global index of the first row.
     """
     *batch, width = latent_states.shape
     width //= 2
-    if not isinstance(first_row, Tensor):
-        first_row = torch.full((), first_row, dtype=torch.int64, device=latent_states.device)
+    if seed is not None:
+        seed = seed.contiguous()
+        if not isinstance(first_row, Tensor):
+            first_row = torch.full((), first_row, dtype=torch.int64, device=seed.device)
     latent, kl = _forward_op(
         latent_states.reshape(-1, 2 * width),
         None if noise is None else noise.reshape(-1, width),
         None if keep is None else keep.reshape(-1, width),
-        seed.contiguous(), first_row, kl_floor, dropout,
+        seed, None if seed is None else first_row, kl_floor, dropout,
     )  # fmt: skip
     return latent.view(*batch, width), kl.view(batch)
 
 
-@torch.library.custom_op("calm_kernels::reparameterize", mutates_args=())
+@operator("reparameterize")
 def _forward_op(
     states: Tensor,
     noise: Tensor | None,
     keep: Tensor | None,
-    seed: Tensor,
-    first_row: Tensor,
+    seed: Tensor | None,
+    first_row: Tensor | None,
     kl_floor: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
@@ -63,13 +66,13 @@ def _forward_op(
     return latent, kl
 
 
-@torch.library.custom_op("calm_kernels::reparameterize_backward", mutates_args=())
+@operator("reparameterize_backward")
 def _backward_op(
     states: Tensor,
     noise: Tensor | None,
     keep: Tensor | None,
-    seed: Tensor,
-    first_row: Tensor,
+    seed: Tensor | None,
+    first_row: Tensor | None,
     dlatent: Tensor,
     dkl: Tensor,
     kl_floor: float,

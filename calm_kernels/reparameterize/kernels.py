@@ -198,46 +198,55 @@ def constants(
 
 
 def _arguments(
-    states: Tensor, noise: Tensor | None, keep: Tensor | None, seed: Tensor, dropout: float
-) -> tuple[tuple[Tensor, Tensor], tuple[int, ...], dict[str, Any], dict[str, Any], int]:
-    """What both launches share: pointers and strides of the draws, constants, options, grid."""
+    states: Tensor, noise: Tensor | None, keep: Tensor | None, seed: Tensor | None,
+    first_row: Tensor | None, dropout: float,
+) -> tuple[list[Tensor], tuple[int, ...], dict[str, Any], dict[str, Any], int]:  # fmt: skip
+    """What both launches share: pointers and strides of the draws, constants, options, grid.
+
+    For what is not given the states stand, which the kernel then does not read in its place.
+    """
     mode = _GIVEN if keep is not None else _DRAWN if dropout > 0 else _ALL
     width = states.shape[1] // 2
     chosen, options = constants(
         width, architecture(states.device), is_given=noise is not None, keep=mode,
         has_fast_math=use_fast_math(),
     )  # fmt: skip
-    pointers = (states if noise is None else noise, states if keep is None else keep)
+    pointers = [states if given is None else given for given in (noise, keep, seed, first_row)]
     strides = (
         *((0, 0) if noise is None else noise.stride()),
         *((0, 0) if keep is None else keep.stride()),
-        0 if seed.dim() == 1 else 2,
+        0 if seed is None or seed.dim() == 1 else 2,
     )
     return pointers, strides, chosen, options, -(-states.shape[0] // chosen["BLOCK_ROWS"])
 
 
 def write_latents(
-    states: Tensor, noise: Tensor | None, keep: Tensor | None, seed: Tensor, first_row: Tensor,
-    latent: Tensor, kl: Tensor, *, kl_floor: float, dropout: float,
+    states: Tensor, noise: Tensor | None, keep: Tensor | None, seed: Tensor | None,
+    first_row: Tensor | None, latent: Tensor, kl: Tensor, *, kl_floor: float, dropout: float,
 ) -> None:  # fmt: skip
     """Launch: latent ``[R, L]`` and KL ``[R]`` of states ``[R, 2L]``."""
-    pointers, strides, chosen, options, grid = _arguments(states, noise, keep, seed, dropout)
+    pointers, strides, chosen, options, grid = _arguments(
+        states, noise, keep, seed, first_row, dropout
+    )
     with torch.cuda.device_of(states):
         forward_kernel[(grid,)](
-            states, *pointers, seed, first_row, latent, kl, len(states), *states.stride(),
+            states, *pointers, latent, kl, len(states), *states.stride(),
             *strides, kl_floor, dropout, **chosen, **options,
         )  # fmt: skip
 
 
 def write_gradient(
-    states: Tensor, noise: Tensor | None, keep: Tensor | None, seed: Tensor, first_row: Tensor,
-    dlatent: Tensor, dkl: Tensor, dstates: Tensor, *, kl_floor: float, dropout: float,
+    states: Tensor, noise: Tensor | None, keep: Tensor | None, seed: Tensor | None,
+    first_row: Tensor | None, dlatent: Tensor, dkl: Tensor, dstates: Tensor, *, kl_floor: float,
+    dropout: float,
 ) -> None:  # fmt: skip
     """Launch: gradient ``[R, 2L]`` of the states."""
-    pointers, strides, chosen, options, grid = _arguments(states, noise, keep, seed, dropout)
+    pointers, strides, chosen, options, grid = _arguments(
+        states, noise, keep, seed, first_row, dropout
+    )
     with torch.cuda.device_of(states):
         backward_kernel[(grid,)](
-            states, *pointers, seed, first_row, dlatent, dkl, dstates, len(states),
+            states, *pointers, dlatent, dkl, dstates, len(states),
             *states.stride(), *strides, *dlatent.stride(), dkl.stride(0), kl_floor, dropout,
             **chosen, **options,
         )  # fmt: skip

@@ -19,7 +19,9 @@ from calm_kernels.energy_score.problem import Problem
 __all__ = ["cases"]
 
 NUM_SAMPLES, NUM_TARGETS, WIDTH = 8, 100, 128
-_FLOAT32 = ("weight_ptr", "terms_ptr", "dmean_ptr", "dlog_std_ptr", "dtargets_ptr")
+_FLOAT32 = (
+    "weight_ptr", "score_ptr", "terms_ptr", "dmean_ptr", "dlog_std_ptr", "dtargets_ptr",
+)  # fmt: skip
 _TYPES = (
     dict.fromkeys(_FLOAT32, "*fp32")
     | dict.fromkeys(("seed_ptr", "first_row_ptr"), "*i64")
