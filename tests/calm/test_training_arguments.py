@@ -76,6 +76,8 @@ class TestPublishedFlags:
         assert parse("--eval_strategy", "steps", "--eval_steps", "5").training.do_train
         only = parse("--do_eval", "--model_name_or_path=x").training
         assert only.do_eval and not only.do_train
+        with pytest.raises(UserError, match="would measure random weights"):
+            parse("--do_eval")
 
     def test_a_filtered_loss_cannot_hide(self):
         assert parse("--logging_nan_inf_filter", "True").training.logging_nan_inf_filter is False

@@ -289,11 +289,10 @@ class TestBadInput:
                 ["tokenizer_name: cannot load a tokenizer from 'nowhere'"],
             ),
             ("baseline", ["--tokenizer_name="], ["tokenizer_name is needed"]),
-            ("baseline", ["--do_eval"], ["would measure random weights: pass model_name_or_path"]),
             (
                 "baseline",
-                ["--do_train", "--do_eval", "--validation_split_percentage=0"],
-                ["text to evaluate on"],
+                ["--eval_strategy=epoch", "--validation_split_percentage=0"],
+                ["evaluate"],
             ),
             ("baseline", ["--config_overrides=vocab_size=100"], ["259 entries", "only 100"]),
         ],
