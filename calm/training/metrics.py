@@ -25,8 +25,9 @@ __all__ = [
 
 # What to do about a loss, gradient or weight that is not finite.
 ADVICE = (
-    "check that data, and go on with a smaller learning rate (--learning_rate X --allow_changes) "
-    "or start afresh with a longer warm-up"
+    "check that data, and go on with a smaller learning rate (--learning_rate X --allow_changes), "
+    "if need be from an earlier checkpoint (--resume_from_checkpoint FOLDER), or start afresh with "
+    "a longer warm-up"
 )
 
 Gather = Callable[[Tensor], Tensor]

@@ -44,6 +44,10 @@ FIXED = (
     "stage", "tokenizer_hash", "vocab_size", "patch_size", "start_token_id", "document_separator",
     "autoencoder", "optimizer", "training.fp16",
 )  # fmt: skip
+# Schedules that follow the losses, and what must be the same with them: nobody can tell which rate
+# another base would have led to.
+FOLLOWING = ("reduce_lr_on_plateau", "greedy")
+RATES = ("training.learning_rate", "training.muon_learning_rate", "training.lr_scheduler")
 # Entries that may differ: names of what is compared by its content, and how long to train.
 FREE = (
     "tokenizer", "dataset", "train_files", "validation_files", "versions", "changes",
@@ -163,6 +167,8 @@ class Takeover:
         saved = read_protocol(checkpoint)
         changes = dict(_changes(saved, protocol))
         fixed = _named(changes, FIXED)
+        if any(_schedule(settings) in FOLLOWING for settings in (saved, protocol)):
+            fixed |= _named(changes, RATES)
         if not fixed and (shapes := _shape_changes(checkpoint, model)):
             fixed = _named(changes, "model.") or shapes
         if fixed:
@@ -193,6 +199,11 @@ class Takeover:
 
 def _named(changes: Mapping[str, Change], starts: str | tuple[str, ...]) -> dict[str, Change]:
     return {name: change for name, change in changes.items() if name.startswith(starts)}
+
+
+def _schedule(protocol: dict[str, Any]) -> str | None:
+    name: str | None = protocol.get("training", {}).get("lr_scheduler_type")
+    return name
 
 
 def _listed(changes: Mapping[str, Change]) -> str:
@@ -275,7 +286,11 @@ class OwnSettings(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Runs after the checkpoint is loaded; the schedule goes on from where it is."""
-        if optimizer is None or not isinstance(lr_scheduler, LambdaLR):
+        if optimizer is None or not self.groups:
+            return
+        if not isinstance(lr_scheduler, LambdaLR):  # the rate is what the losses have made it
+            for group, settings in zip(optimizer.param_groups, self.groups, strict=True):
+                group.update({**settings, "lr": group["lr"]})
             return
         step = lr_scheduler.last_epoch
         lr_scheduler.base_lrs = [settings["lr"] for settings in self.groups]

@@ -98,6 +98,22 @@ def test_arguments_of_the_schedule_that_are_new(run):
     assert status == 2 and "lr_scheduler_kwargs was None, is {'power': 3}" in error
 
 
+def test_a_rate_that_follows_the_losses_is_kept(tmp_path, run):
+    """Another one cannot be worked out; other settings of the optimizer can change."""
+    evaluates = ("--do_train", "--do_eval", "--eval_strategy=steps", "--eval_steps=2")
+    follows = ("--lr_scheduler_type=reduce_lr_on_plateau", "--metric_for_best_model=loss")
+    follows += evaluates
+    assert run("autoencoder", *follows)[0] == 0
+    longer = (*follows, "--max_steps=6", "--allow_changes")
+    for flag in ("--learning_rate=1e-5", "--lr_scheduler_type=linear"):
+        status, error = run("autoencoder", *longer, flag)
+        assert status == 2 and flag.partition("=")[0][2:] + " was" in error, error
+    assert run("autoencoder", *longer, "--weight_decay=0.5")[0] == 0
+    path = tmp_path / "autoencoder" / "checkpoint-6" / "optimizer.pt"
+    groups = torch.load(path, weights_only=True)["param_groups"]
+    assert (groups[0]["weight_decay"], groups[0]["lr"]) == (0.5, 0.01)
+
+
 def test_more_steps_and_other_logs_are_no_change(run):
     assert run("autoencoder")[0] == 0
     more = ("--max_steps=6", "--logging_steps=3", "--save_steps=3", "--save_total_limit=1")
