@@ -5,6 +5,7 @@ CONSTRAINTS ?= constraints.txt
 # The CPU build of torch is fetched from here when the machine has no NVIDIA or AMD GPU.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
+BUDGET ?= 540
 # OpenMP threads that wait spin. With two cores or fewer another program would then slow training many
 # times over, so they sleep there.
 ifndef OMP_WAIT_POLICY
@@ -81,6 +82,9 @@ bench-gpu: $(READY) ## benchmarks of kernels and decoding on this GPU; writes be
 audit: $(READY) ## known vulnerabilities of the tested versions; needs pypi.org
 	@$(BIN)/pip-audit --progress-spinner off --strict --no-deps --disable-pip -r $(CONSTRAINTS) \
 	  || { echo "make audit: a version above is vulnerable, or pypi.org, which knows, could not be reached"; exit 1; }
+
+campaign: $(READY) ## everything above on this GPU within BUDGET seconds; writes runs/campaign/report.json
+	$(BIN)/python -m benchmarks.gpu.campaign --budget $(BUDGET) --output runs/campaign $(ARGS)
 
 compile-report: $(READY) ## compile every kernel for all targets; fails on a spill or a broken budget
 	$(BIN)/python -m calm_kernels.compile_report $(ARGS)

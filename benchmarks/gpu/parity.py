@@ -1,0 +1,53 @@
+"""``python -m benchmarks.gpu.parity --op NAME``: one operation against its baselines, untimed.
+
+The first thing to run on a new GPU, a process an operation: a kernel that faults takes its process
+with it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.run import operations
+
+__all__ = ["main", "rows"]
+
+
+def rows(name: str, shapes: Sequence[Any], device: str) -> Iterator[dict[str, Any]]:
+    """A row for everything that the operation's benchmark would time, which was run once.
+
+    Parity is asserted by the benchmark's `works`.
+    """
+    for work in operations()[name].works(shapes, device=device):
+        result = work.run(0)
+        values = result if isinstance(result, (tuple, list)) else [result]
+        if not all(bool(torch.isfinite(value).all()) for value in values):
+            raise AssertionError(f"{work.operation}: {work.label}, {work.name}: not finite")
+        yield {"operation": work.operation, "work": work.label, "name": work.name, "equal": True}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--op", required=True, choices=operations())
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("error: benchmarks.gpu needs a GPU; `make test` runs on the CPU", file=sys.stderr)
+        return 2
+    found = []
+    for row in rows(arguments.op, operations()[arguments.op].QUICK[:1], "cuda"):
+        found.append(row)
+        print(row, flush=True)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "parity.json").write_text(json.dumps({"rows": found}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""``python -m benchmarks.gpu.races``: every operation under compute-sanitizer's race detector."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.run import operations
+
+__all__ = ["check", "main"]
+
+COMMAND = ("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9")
+RACES = 9
+SECONDS = 120
+
+
+def check(operation: str, output: Path) -> dict[str, Any]:
+    """The row of one operation: no race, or the detector's last lines."""
+    program = [sys.executable, "-m", "benchmarks.gpu.parity", "--op", operation]
+    command = [*COMMAND, *program, "--output", str(output / operation)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"operation": operation, "races": None, "error": f"not done after {SECONDS} s"}
+    lines = (done.stdout + done.stderr).splitlines()
+    found = {0: False, RACES: True}.get(done.returncode)
+    row: dict[str, Any] = {"operation": operation, "races": found}
+    return row if found is False else {**row, "error": "\n".join(lines[-12:])}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check all operations, write a row after each; 1 if one has a race or could not be checked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args(argv)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for operation in operations():
+        rows.append(check(operation, arguments.output))
+        print(rows[-1], flush=True)
+        path = arguments.output / "races.json"
+        path.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return int(any(row["races"] is not False for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""``python -m benchmarks.gpu.training_step``: a training step of CALM-M on synthetic tokens.
+
+Forward, backward and fused AdamW under bfloat16 autocast: ours, ours compiled, the published
+algorithm. A row has time, model FLOPs utilisation, peak memory, kernels launched and waits for the
+device; one that fails has its error instead, and the others follow. Written after every row.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu.decoding import QUICK as TINY
+from benchmarks.gpu.decoding import REFERENCE as CALM_M
+from benchmarks.gpu.decoding import Shape as Sizes
+from benchmarks.gpu.run import environment
+from benchmarks.models import as_published, autoencoder_config, calm_config
+from calm import EnergyTransformer
+from calm.flops import flops_of
+from calm_kernels import use_backend
+
+__all__ = ["QUICK", "REFERENCE", "Shape", "main", "rows"]
+
+PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 or H200, by its data sheet
+WARMUP, REPEATS = 3, 7
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A micro-batch: B sequences of T tokens, N draws of the head."""
+
+    batch_size: int = 4
+    block_size: int = 8192
+    num_samples: int = 8
+    sizes: Sizes = CALM_M
+
+
+REFERENCE = Shape()
+QUICK = Shape(batch_size=2, block_size=32, num_samples=2, sizes=TINY)
+
+
+class Step:
+    """One optimizer step of a model on fixed token ids.
+
+    Args:
+        model: in training mode, on its device.
+        input_ids: ``[B, T]``.
+        backend: of the operations.
+    """
+
+    def __init__(
+        self, model: EnergyTransformer, input_ids: torch.Tensor, backend: str, *, compiled: bool
+    ) -> None:
+        self.model, self.input_ids, self.backend = model, input_ids, backend
+        self.call: Callable[..., Any] = torch.compile(model) if compiled else model
+        learned = [weight for weight in model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(learned, lr=1e-4, fused=True)
+        self.number = 0
+
+    def __call__(self) -> torch.Tensor:
+        """Take the step; the loss."""
+        device = self.input_ids.device
+        self.number += 1
+        seed = torch.stack([torch.full((), n, device=device) for n in (0, self.number)])
+        with use_backend(self.backend), _autocast(device):
+            loss = self.call(input_ids=self.input_ids, labels=self.input_ids, seed=seed).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def _autocast(device: torch.device) -> AbstractContextManager[Any]:
+    is_gpu = device.type == "cuda"
+    return torch.autocast("cuda", torch.bfloat16) if is_gpu else nullcontext()
+
+
+def make_model(shape: Shape, device: str, **options: Any) -> EnergyTransformer:
+    """CALM-M with random weights in float32."""
+    torch.manual_seed(0)
+    autoencoder = autoencoder_config(shape.sizes)
+    config = calm_config(
+        shape.sizes, ae_config=autoencoder, num_samples=shape.num_samples,
+        max_position_embeddings=shape.block_size // shape.sizes.patch_size, **options,
+    )  # fmt: skip
+    return EnergyTransformer(config).train().to(device)
+
+
+def _variants(shape: Shape, device: str) -> dict[str, Callable[[], Step]]:
+    generator = torch.Generator().manual_seed(1)
+    size = (shape.batch_size, shape.block_size)
+    ids = torch.randint(shape.sizes.vocab_size, size, generator=generator).to(device)
+
+    def ours(compiled: bool) -> Step:
+        return Step(make_model(shape, device), ids, "auto", compiled=compiled)
+
+    def published() -> Step:
+        model = as_published(make_model(shape, device, targets="sample"))
+        return Step(model, ids, "reference", compiled=False)
+
+    return {"ours": lambda: ours(False), "ours, compiled": lambda: ours(True),
+            "published": published}  # fmt: skip
+
+
+def rows(shape: Shape, device: str) -> Iterator[dict[str, Any]]:
+    """A row of each variant."""
+    for name, make in _variants(shape, device).items():
+        try:
+            yield {"name": name, **_measured(make(), shape)}
+        except Exception as error:  # of a compiler or of the card: the other rows still count
+            yield {"name": name, "error": f"{type(error).__name__}: {error}"[:2000]}
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measured(step: Step, shape: Shape) -> dict[str, Any]:
+    device = step.input_ids.device
+    losses = [float(step()) for _ in range(WARMUP)]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = [_timed(step, device) for _ in range(REPEATS)]
+    seconds = statistics.median(times)
+    chunks = shape.block_size // shape.sizes.patch_size
+    each = flops_of(step.model, chunks).training()
+    flops = each * shape.batch_size * shape.block_size
+    return {
+        "losses": losses,
+        "median_ms": 1e3 * seconds,
+        "least_ms": 1e3 * min(times),
+        "tokens_per_second": shape.batch_size * shape.block_size / seconds,
+        "model_flops": flops,
+        "mfu": flops / seconds / PEAK_FLOPS,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        **_counted(step, device),
+    }
+
+
+def _timed(step: Step, device: torch.device) -> float:
+    began = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _counted(step: Step, device: torch.device) -> dict[str, Any]:
+    """Kernels launched by a step, the longest of them, and waits for the device."""
+    if device.type != "cuda":
+        return {"launches": None, "waits": None, "longest_kernels": []}
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        step()
+    torch.cuda.set_sync_debug_mode("default")
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    kernels = [
+        entry
+        for entry in profiler.key_averages()
+        if entry.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    kernels.sort(key=lambda entry: -entry.self_device_time_total)
+    longest = [
+        {"name": entry.key[:80], "count": entry.count, "ms": entry.self_device_time_total / 1e3}
+        for entry in kernels[:25]
+    ]
+    return {
+        "launches": sum(entry.count for entry in kernels),
+        "waits": sum("synchroniz" in str(wait.message) for wait in waits),
+        "longest_kernels": longest,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write; 1 if a row failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("error: this benchmark needs a GPU; `make bench` runs on the CPU", file=sys.stderr)
+        return 2
+    results: dict[str, Any] = {"environment": environment(), "shape": asdict(REFERENCE)}
+    results["rows"] = []
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for row in rows(REFERENCE, "cuda"):
+        results["rows"].append(row)
+        print(json.dumps({**row, "longest_kernels": None}), flush=True)
+        path = arguments.output / "training-step.json"
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return int(any("error" in row for row in results["rows"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
