@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokens",
-        type=number(float, at_least(1)),
+        type=number(float, Range(1, 1e18)),
         metavar="T",
         help="tokens of training (default: the recipe's steps x batch x block)",
     )

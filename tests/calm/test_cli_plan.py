@@ -83,7 +83,8 @@ def test_a_checkpoint_has_costs_but_no_batch(kind, folders, capsys):
     [
         (("--gpus", 0), "--gpus must be at least 1, got 0"),
         (("--gpus", "two"), "--gpus: invalid int value: 'two'"),
-        (("--tokens", "nan"), "--tokens must be at least 1, got nan"),
+        (("--tokens", "nan"), "--tokens must be in [1, 1e+18], got nan"),
+        (("--tokens", "1e308"), "--tokens must be in [1, 1e+18], got 1e308"),
         (("--tokens", "many"), "--tokens: invalid float value: 'many'"),
         (("--mfu", 0), "--mfu must be in (0, 1], got 0"),
         (("--mfu", 1.5), "--mfu must be in (0, 1], got 1.5"),
