@@ -278,11 +278,7 @@ class TestBadInput:
             ("autoencoder", ["--max_train_samples=0"], ["max_train_samples must be at least 1"]),
             ("autoencoder", ["--torch_dtype=float8"], ["torch_dtype must be auto, float32"]),
             ("autoencoder", ["--config_name=nowhere"], ["config_name: cannot load 'nowhere'"]),
-            (
-                "baseline",
-                ["--train_file=nowhere.txt"],
-                ["train_file: no file matches 'nowhere.txt'"],
-            ),
+            ("baseline", ["--train_file=nowhere.txt"], ["train_file: no file matches 'nowhere."]),
             (
                 "baseline",
                 ["--tokenizer_name=nowhere"],
@@ -291,8 +287,8 @@ class TestBadInput:
             ("baseline", ["--tokenizer_name="], ["tokenizer_name is needed"]),
             (
                 "baseline",
-                ["--eval_strategy=epoch", "--validation_split_percentage=0"],
-                ["evaluate"],
+                ["--do_train", "--do_eval", "--validation_split_percentage=0"],
+                ["text to evaluate on"],
             ),
             ("baseline", ["--config_overrides=vocab_size=100"], ["259 entries", "only 100"]),
         ],
