@@ -119,13 +119,14 @@ def step_of(checkpoint: Path) -> int:
     return int(state["global_step"])
 
 
-def set_aside_later(output_dir: Path, step: int) -> None:
-    """Set aside the checkpoints after `step`, at which a run begins: they are of another course.
+def set_aside_later(output_dir: Path, checkpoint: Path) -> None:
+    """Set aside what comes after `checkpoint`, from which a run goes on: it is of another course.
 
-    The run would take them for its own newest ones: keep them, delete its own, and resume there.
+    The run would take it for its own newest: keep it, delete its own, and resume there.
     """
+    step = step_of(checkpoint)
     for folder in checkpoint_folders(output_dir):
-        if int(folder.name.rpartition("-")[2]) > step:
+        if int(folder.name.rpartition("-")[2]) > step and not folder.samefile(checkpoint):
             logger.warning("%s comes after step %d, where this run begins", folder, step)
             _set_aside(folder, LATER)
 

@@ -34,7 +34,6 @@ from calm.training.checkpoints import (
     discard_checkpoints,
     last_good_checkpoint,
     set_aside_later,
-    step_of,
 )
 from calm.training.clock import UNBOUNDED_STEPS
 from calm.training.lock import locked
@@ -166,7 +165,7 @@ def _train(trainer: CALMTrainer, checkpoint: Path | None) -> None:
             discard_checkpoints(args.folder)
     if checkpoint is not None:
         with args.main_process_first(desc="setting later checkpoints aside"):
-            set_aside_later(args.folder, step_of(checkpoint))
+            set_aside_later(args.folder, checkpoint)
         logger.info("resuming from %s", checkpoint)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()

@@ -24,6 +24,7 @@ from calm.training.checkpoints import (
     discard_checkpoints,
     last_good_checkpoint,
     rotate_checkpoints,
+    set_aside_later,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -281,6 +282,15 @@ class TestRotation:
             discard_checkpoints(run)
         assert names(run) == ["checkpoint-1", "checkpoint-2"]
         assert checkpoint_damage(elsewhere / "checkpoint-2") is None
+
+    def test_a_checkpoint_under_a_later_name_is_not_set_aside(self, tmp_path):
+        for step in (6, 8):
+            (make_checkpoint(tmp_path, step) / "trainer_state.json").write_text(
+                '{"global_step": 6}'
+            )
+        (tmp_path / "checkpoint-99").symlink_to(tmp_path / "checkpoint-6")
+        set_aside_later(tmp_path, tmp_path / "checkpoint-99")
+        assert names(tmp_path) == ["checkpoint-6", "checkpoint-99", "later-checkpoint-8"]
 
     def test_files_of_any_tokenizer_are_of_the_run(self, tmp_path):
         """Names that no list of ours knows, but the manifest does; one that came later is kept."""
