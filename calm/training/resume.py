@@ -74,7 +74,8 @@ def check_output_folder(arguments: JobArguments) -> None:
     """Refuse an output folder whose files the job would replace by those of another kind.
 
     Raises:
-        UserError: it is the autoencoder's folder, or another stage was trained in it.
+        UserError: it is the autoencoder's folder, another stage was trained in it, or the job reads
+            what ``overwrite_output_dir`` would delete.
     """
     training, model = arguments.training, arguments.model
     if not training.do_train:
@@ -84,6 +85,14 @@ def check_output_folder(arguments: JobArguments) -> None:
             f"output_dir: {training.folder} is ae_name_or_path, whose files would be replaced; "
             "choose another folder"
         )
+    for name in ("ae_name_or_path", "model_name_or_path"):
+        source = Path(str(getattr(model, name) or ""))
+        is_inside = training.folder.resolve() in source.resolve().parents
+        if training.overwrite_output_dir and is_inside and source.exists():
+            raise UserError(
+                f"overwrite_output_dir would delete checkpoints of {training.folder}, and {name} "
+                f"is in it ({source}); choose another output_dir"
+            )
     stage = _stage_in(training.folder)
     if stage not in (None, arguments.stage.value) and not training.overwrite_output_dir:
         raise UserError(

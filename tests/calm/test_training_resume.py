@@ -239,6 +239,18 @@ def test_weights_alone_are_no_damage(tmp_path, run):
     assert files(folder) == before
 
 
+def test_what_a_job_reads_is_not_deleted(tmp_path, run):
+    assert run("autoencoder")[0] == 0
+    folder = tmp_path / "autoencoder"
+    before = files(folder)
+    first = folder / "checkpoint-2"
+    words = (f"--output_dir={folder}", "--overwrite_output_dir")
+    for stage, flag in (("autoencoder", "model_name_or_path"), ("calm", "ae_name_or_path")):
+        status, error = run(stage, *words, f"--{flag}={first}")
+        assert status == 2 and f"{flag} is in it" in error
+    assert files(folder) == before
+
+
 def test_another_autoencoder_of_the_same_shape(tmp_path, run):
     for name, seed in (("first", 1), ("second", 2)):
         assert run("autoencoder", f"--output_dir={tmp_path / name}", f"--seed={seed}")[0] == 0
