@@ -40,6 +40,7 @@ BLOCK = 1 << 22  # bytes hashed at a time
 
 # Any one of the patterns in a row will do: weights whole or in shards, by transformers or FSDP.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model_fsdp*")
+LARGE = (".safetensors", ".bin", ".pt", ".pth")
 MODEL_FILES = (("config.json",), WEIGHTS)
 
 
@@ -122,11 +123,15 @@ def listed_names(folder: Path) -> set[str]:
         return set()
 
 
-def check_files(folder: str | os.PathLike[str] | None) -> None:
+def check_files(folder: str | os.PathLike[str] | None, *, only_small: bool = False) -> None:
     """Raise `UserError` if files in `folder` are not those that its manifest lists.
 
     A folder without a manifest passes: other programs write none. So does a listed file that is
     gone, since a model can be loaded without the optimizer of its checkpoint.
+
+    Args:
+        folder: of a checkpoint or a model, or a hub name.
+        only_small: skip weights and states of a run, which take long and make no tokenizer.
     """
     path = Path(str(folder))
     if folder is None or not (path / MANIFEST).is_file():
@@ -136,6 +141,8 @@ def check_files(folder: str | os.PathLike[str] | None) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path / MANIFEST} is unreadable ({error}): {_advice(path)}") from error
     for name, entry in files.items():
+        if only_small and name.endswith(LARGE):
+            continue
         if (path / name).exists() and (reason := _mismatch(path / name, name, entry)):
             raise UserError(f"{path} is damaged: {reason}: {_advice(path)}")
 

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from calm.data.encoding import cut_at_spaces, vocabulary_size
 from calm.data.files import without_mark
 from calm.errors import UserError
+from calm.integrity import check_files
 
 __all__ = [
     "BPE_NAME",
@@ -135,8 +136,8 @@ def load_tokenizer(
         options: passed on to `AutoTokenizer.from_pretrained`.
 
     Raises:
-        UserError: no such tokenizer, nothing to train on, no end token, or no pad token where none
-            may be appended.
+        UserError: no such tokenizer, files that are not those that were saved, nothing to train
+            on, no end token, or no pad token where none may be appended.
     """
     if name == BYTES_NAME:
         return byte_tokenizer()
@@ -146,6 +147,10 @@ def load_tokenizer(
                 f"tokenizer_name: {name} is trained on documents, and there are none here"
             )
         return train_bpe_tokenizer(texts, int(match.group(1)))
+    try:
+        check_files(name, only_small=True)
+    except UserError as error:
+        raise UserError(f"{argument}: {error}") from error
     if trust_remote_code:
         logger.warning("trust_remote_code: code that comes with %s may run here", name)
     try:

@@ -13,6 +13,7 @@ from calm.data.tokenizer import (
     train_bpe_tokenizer,
 )
 from calm.errors import UserError
+from calm.integrity import write_manifest
 
 TEXTS = [
     "plain words, and more words",
@@ -137,3 +138,13 @@ class TestSpecialTokens:
         with caplog.at_level("INFO", logger="calm"):
             assert load_tokenizer(folder).pad_token_id == 2
         assert not caplog.records
+
+
+def test_a_letter_of_the_vocabulary_is_another(tmp_path):
+    """The file is as readable as before, and would give other ids."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    write_manifest(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text().replace('"a": 97', '"b": 97').replace('"b": 98', '"a": 98'))
+    with pytest.raises(UserError, match=r"tokenizer_name: .* the bytes of tokenizer\.json are not"):
+        load_tokenizer(str(tmp_path))
