@@ -49,7 +49,7 @@ def _add_target(
 @triton.jit
 def _sum_targets(
     offset, mask, targets_ptr, dtargets_ptr, std, feature, mask_feature, num_targets,
-    stride_target_m, stride_target_l, dtarget_scale, is_first, k0, k1, c1, c2, c3,
+    stride_target_m, stride_target_l, dtarget_scale, k0, k1, c1, c2, c3,
     WIDTH: tl.constexpr, EXPONENT: tl.constexpr, IS_GIVEN: tl.constexpr, IS_DRAWN: tl.constexpr,
     IS_ANTITHETIC: tl.constexpr, IS_SPLIT: tl.constexpr, NEED_TARGETS: tl.constexpr,
     NEED_POSTERIOR: tl.constexpr, FAST: tl.constexpr,
@@ -75,9 +75,8 @@ def _sum_targets(
             )
         if NEED_TARGETS:
             dtarget = dtarget_scale * tl.sum(tl.where(mask, term, 0.0), axis=1)
-            if IS_SPLIT:  # blocks of samples add to one another's
-                mask_before = (feature < WIDTH) & (is_first == 0)
-                dtarget += load_features(dtargets_ptr, feature, 1, mask_before, 0.0)
+            if IS_SPLIT:  # blocks of samples add to one another's; the memory starts as zeros
+                dtarget += load_features(dtargets_ptr, feature, 1, feature < WIDTH, 0.0)
             store_features(dtargets_ptr, dtarget, feature, WIDTH)
             dtargets_ptr += WIDTH
     return total, pull, stretch
@@ -133,8 +132,8 @@ def direct_kernel(
         total, slope, stretch = _sum_targets(
             x - center[:, None], mask, targets_ptr + row * stride_target_r,
             dtargets_ptr + row * num_targets * WIDTH, std, feature, mask_feature, num_draws,
-            stride_target_m, stride_target_l, target_scale, start == 0, k0, k1, c1, c2, c3, WIDTH,
-            EXPONENT, IS_GIVEN, IS_DRAWN, IS_ANTITHETIC, NUM_SAMPLES > BLOCK_N, NEED_TARGETS,
+            stride_target_m, stride_target_l, target_scale, k0, k1, c1, c2, c3, WIDTH, EXPONENT,
+            IS_GIVEN, IS_DRAWN, IS_ANTITHETIC, NUM_SAMPLES > BLOCK_N, NEED_TARGETS,
             NEED_POSTERIOR, FAST,
         )  # fmt: skip
         fidelity += tl.sum(tl.where(mask_n, total, 0.0))
@@ -181,6 +180,8 @@ def direct_given_score(
         problem, is_given=True, is_drawn=False, is_antithetic=False, need_targets=need_targets
     )
     pointer, stride = pointer_and_stride(weight, samples)
+    if problem.num_samples > constants["BLOCK_N"]:
+        dtargets.zero_()  # the kernel adds to them
     with torch.cuda.device_of(samples):
         direct_kernel[(num_rows,)](
             samples, targets, samples, samples, pointer, samples, samples, score, terms, dsamples,
