@@ -23,9 +23,12 @@ def machine_info(threads: int) -> dict[str, Any]:
 
 
 def current_commit(folder: str | os.PathLike[str] | None = None) -> str:
-    """The commit that is checked out in `folder`; empty where git knows none."""
+    """The commit that is checked out in `folder`; empty where git knows none, or is missing."""
     command = ["git", "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    except OSError:
+        return ""
     return found.stdout.strip()
 
 

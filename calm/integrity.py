@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -54,9 +53,18 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def _new_digest(start: bytes = b"") -> Any:
+    """XXH3 of 128 bits. Imported here: a machine without it can still train and time models."""
+    try:
+        import xxhash
+    except ImportError:
+        raise UserError("files are saved and checked with hashes: pip install xxhash") from None
+    return xxhash.xxh3_128(start)
+
+
 def _hash(path: Path) -> str:
     """XXH3 of a file, 128 bits in hexadecimal: fast, and no defence against an attacker."""
-    digest = xxhash.xxh3_128()
+    digest = _new_digest()
     with path.open("rb") as handle:
         while block := handle.read(BLOCK):
             digest.update(block)
@@ -65,7 +73,7 @@ def _hash(path: Path) -> str:
 
 def _digest(files: dict[str, Any]) -> str:
     """Of a manifest's own entries, so that a changed bit in it shows too."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())
+    return _new_digest(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(folder: Path, is_listed: Callable[[str], bool] | None = None) -> None:
@@ -224,7 +232,7 @@ def check_finite(weights: Iterable[tuple[str, Tensor]], owner: str) -> None:
 
 def weights_hash(model: nn.Module) -> str:
     """XXH3 of the weights of `model`, 128 bits in hexadecimal, by their names in order."""
-    digest = xxhash.xxh3_128()
+    digest = _new_digest()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())

@@ -1,10 +1,18 @@
 """Fixtures shared by all tests."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 
 # The tensors here are small: a second thread costs more than it brings, above all on a busy CPU.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    """Plain pytest, as on a GPU machine where nothing can be installed, takes our settings too."""
+    with suppress(ValueError):  # pytest-timeout is installed and has said so
+        parser.addini("timeout", "seconds a test may take; needs pytest-timeout")
 
 
 @pytest.fixture(params=["reference", "torch"])

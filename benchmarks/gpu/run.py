@@ -19,7 +19,6 @@ import torch
 import triton
 
 from benchmarks.gpu.device_time import measure
-from benchmarks.gpu.plots import draw
 from benchmarks.gpu.work import Measurement, Work, row_of
 from benchmarks.machine import current_commit
 from calm_kernels.backend import OPERATIONS
@@ -70,6 +69,16 @@ def line(row: dict[str, Any]) -> str:
     return f"{left:<80} {row['median_ms']:9.4f} ms {share:>14} {note:<12} {sizes}".rstrip()
 
 
+def plot(results: dict[str, Any], path: Path) -> None:
+    """The figure, where matplotlib is installed."""
+    try:
+        from benchmarks.gpu.plots import draw
+    except ImportError as error:
+        print(f"no figure: {error}", file=sys.stderr)
+    else:
+        draw(results, path)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure, write, draw."""
     modules = operations()
@@ -94,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         # written after each operation, so that a run that is cut short keeps its results
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if not arguments.quick and "energy_score" in (arguments.op or modules):
-        draw(results, path.with_suffix(".png"))
+        plot(results, path.with_suffix(".png"))
     print(path)
     return 0
 

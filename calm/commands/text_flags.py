@@ -8,7 +8,7 @@ from calm.errors import UserError
 from calm.ranges import PERCENTAGE, at_least, number
 
 if TYPE_CHECKING:
-    from calm.data.corpus import CorpusOptions
+    from calm.data.options import CorpusOptions
 
 __all__ = [
     "add_evaluation_text_arguments",
@@ -125,8 +125,8 @@ def add_evaluation_text_arguments(
 
 def corpus_options(data: str, **options: Any) -> "CorpusOptions":
     """`CorpusOptions` for ``--data``: files if it looks like files, else a corpus of that name."""
-    from calm.data.corpus import CorpusOptions
     from calm.data.files import names_files
+    from calm.data.options import CorpusOptions
 
     source: dict[str, Any] = {"train_file" if names_files(data) else "dataset_name": data}
     return CorpusOptions(**source, **options)

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import datasets
 import pyarrow.compute
@@ -28,14 +28,13 @@ from datasets.exceptions import DatasetGenerationError
 
 from calm.data.embedded import PREFIX, embedded_corpus
 from calm.data.files import DATA_SUFFIXES, expand_files, file_stamp, file_suffix
-from calm.data.reading import TEXT_KEY, TextUnit
+from calm.data.options import CorpusOptions, OnError
+from calm.data.reading import TEXT_KEY
 from calm.data.tables import DAMAGE_KEY, FEATURES, Documents, document_table, rows_in_bounds
 from calm.errors import UserError, message_of, one_line
 
 __all__ = [
     "Corpus",
-    "CorpusOptions",
-    "OnError",
     "code_stamp",
     "is_held_out",
     "load_corpus",
@@ -44,27 +43,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
-OnError = Literal["stop", "skip"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusOptions:
-    """What to read. Names and meanings are those of the training flags."""
-
-    train_file: str | None = None
-    validation_file: str | None = None
-    dataset_name: str | None = None
-    dataset_config_name: str | None = None
-    streaming: bool = False
-    validation_split_percentage: float = 5
-    keep_linebreaks: bool = True
-    text_unit: TextUnit = "line"
-    on_error: OnError = "stop"
-    cache_dir: str | None = None
-    overwrite_cache: bool = False
-    preprocessing_num_workers: int | None = None
-    token: str | None = None
-    revision: str | None = None
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from calm.data.blocks import Block
 from calm.data.tables import Documents
 from calm.data.tokenization import (
     CHARACTERS,
@@ -33,17 +32,12 @@ from calm.errors import UserError
 from calm.labels import IGNORE_INDEX
 
 __all__ = [
-    "Block",
     "PackedBlocks",
     "PackedStream",
     "check_block_size",
-    "collate",
     "pack",
     "pack_documents",
 ]
-
-
-Block = dict[str, np.ndarray]
 
 
 def check_block_size(block_size: int, patch_size: int) -> None:
@@ -258,11 +252,3 @@ def pack_documents(
             **preparation,
         )
     return PackedBlocks(tokenized, block_size, tokenizer.pad_token_id, max_blocks)
-
-
-def collate(blocks: Sequence[Block]) -> dict[str, Tensor]:
-    """Blocks as one batch: ``input_ids`` and ``labels``, both ``[B, block_size]`` int64."""
-    return {
-        key: torch.from_numpy(np.stack([block[key] for block in blocks]))
-        for key in ("input_ids", "labels")
-    }

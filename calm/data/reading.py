@@ -18,17 +18,17 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
 import pyarrow
 import pyarrow.parquet
 
 from calm.data.embedded import PREFIX, embedded_corpus
 from calm.data.files import BYTE_ORDER_MARK, file_kind, without_mark
+from calm.data.options import TextUnit
 
-__all__ = ["TEXT_KEY", "Damage", "TextUnit", "read_documents"]
+__all__ = ["TEXT_KEY", "Damage", "read_documents"]
 
-TextUnit = Literal["line", "paragraph", "file"]
 TEXT_KEY = "text"
 UTF8_MARK = BYTE_ORDER_MARK.encode()
 PARQUET_ROWS = 64  # that are held at once

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
-from calm.data.reading import TEXT_KEY, Damage, TextUnit, read_documents
+from calm.data.options import TextUnit
+from calm.data.reading import TEXT_KEY, Damage, read_documents
 
 __all__ = ["DAMAGE_KEY", "FEATURES", "Documents", "document_table", "rows_in_bounds"]
 

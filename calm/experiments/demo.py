@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from calm.data.corpus import OnError
+from calm.data.blocks import Block
 from calm.data.encoding import Encoder
-from calm.data.packing import Block
-from calm.data.reading import TextUnit
+from calm.data.options import OnError, TextUnit
 from calm.decoding import generate
 from calm.decoding.text.edges import text_after
 from calm.evaluation import Evaluation, evaluate

@@ -19,7 +19,7 @@ import torch
 from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
-from calm.data.corpus import CorpusOptions
+from calm.data.options import CorpusOptions
 from calm.errors import UserError
 from calm.ranges import FRACTION, NOT_NEGATIVE, PERCENTAGE, POSITIVE, SEED, at_least
 from calm.training.old_flags import translate_old_flags

@@ -41,7 +41,6 @@ from calm.training.recipe import Stage
 from calm.training.resume import Takeover, check_output_folder
 from calm.training.scoring import check_best_metric
 from calm.training.trainer import CALMTrainer
-from calm.training.training_text import BlockLayout, load_text, pack_text, protocol
 from calm_kernels.backend import Backend, use_backend
 
 __all__ = ["BuildModel", "prepare_job", "run_job", "run_stage"]
@@ -115,6 +114,9 @@ def prepare_job(
     Raises:
         UserError: as for `run_job`; settings that differ from the checkpoint's.
     """
+    # Here, so that a trainer of given blocks needs no `datasets`.
+    from calm.training.training_text import BlockLayout, load_text, pack_text, protocol
+
     args = arguments.training
     if args.max_train_seconds and args.max_steps <= 0:
         args.max_steps = UNBOUNDED_STEPS

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerStat
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
-from calm.data.packing import collate
+from calm.data.blocks import collate
 from calm.errors import UserError
 from calm.integrity import find_damage, find_non_finite, write_atomically, write_manifest
 from calm.labels import IGNORE_INDEX

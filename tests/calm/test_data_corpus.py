@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from calm.data.corpus import CorpusOptions, is_held_out, load_corpus
+from calm.data.blocks import collate
+from calm.data.corpus import is_held_out, load_corpus
 from calm.data.embedded import flatten, language_topics, standard_library_docstrings
 from calm.data.files import expand_files
-from calm.data.packing import collate, pack_documents
+from calm.data.options import CorpusOptions
+from calm.data.packing import pack_documents
 from calm.data.reading import Damage, read_documents
 from calm.data.tokenizer import byte_tokenizer
 from calm.errors import UserError, UserNotice, message_of

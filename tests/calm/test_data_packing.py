@@ -7,12 +7,12 @@ import torch
 from tokenizers import processors
 from torch.utils.data import DataLoader
 
+from calm.data.blocks import collate
 from calm.data.encoding import document_separator
 from calm.data.packing import (
     PackedBlocks,
     PackedStream,
     check_block_size,
-    collate,
     pack,
     pack_documents,
 )

@@ -16,9 +16,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "tests/gpu/" in item.path.as_posix():
             item.add_marker(pytest.mark.gpu)
-            item.add_marker(pytest.mark.filterwarnings("ignore:TensorFloat32"))
-            # said once, by whichever test first asks for errors where the host would wait
-            item.add_marker(pytest.mark.filterwarnings("ignore:Synchronization debug mode"))
+            # A GPU machine has packages that nobody chose: what they warn of is shown.
+            item.add_marker(pytest.mark.filterwarnings("default"))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
 
