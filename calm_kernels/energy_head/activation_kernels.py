@@ -93,7 +93,7 @@ def silu_backward_kernel(
     WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """dmatmul = dout · SiLU'(x) with x as in `silu_kernel`, and out again; dmatmul may be dout.
+    """dmatmul = dout · SiLU'(x) with x as in `silu_kernel`, and out again.
 
     dcontext is the sum of dmatmul over the draws of a position. Without context every row is a
     position.
@@ -222,21 +222,22 @@ def silu_backward(
     dout: Tensor, matmul: Tensor, bias: Tensor, sums: Tensor, context: Tensor | None = None,
     dcontext: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradient of the matmul, in place of `dout`, and the activation again; fills one vector of
-    `sums`.
+    """Gradient of the matmul, and the activation again; fills one vector of `sums`.
 
     The context's gradient goes to `dcontext`, which has its strides.
     """
-    width, out = matmul.shape[1], torch.empty_like(matmul)
+    width = matmul.shape[1]
+    # Not in place: of few features several threads hold the same one, and add it to the sums.
+    dmatmul, out = torch.empty_like(dout), torch.empty_like(matmul)
     constants, options = _constants(width, matmul)
     silu_backward_kernel[(len(sums), -(-width // constants["BLOCK_COLUMNS"]))](
-        matmul, bias, matmul if context is None else context, dout, out, dout,
+        matmul, bias, matmul if context is None else context, dout, out, dmatmul,
         matmul if dcontext is None else dcontext, sums,
         len(matmul if context is None else context), _draws(matmul, context), len(sums),
         0 if context is None else context.stride(0), sums.stride(0),
         HAS_CONTEXT=context is not None, **constants, **options,
     )  # fmt: skip
-    return dout, out
+    return dmatmul, out
 
 
 def _draws(matmul: Tensor, context: Tensor | None) -> int:

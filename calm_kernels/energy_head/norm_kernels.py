@@ -139,7 +139,7 @@ def norm_backward_kernel(
     NUM_SEGMENTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, NORM_EPS: tl.constexpr,
 ):  # fmt: skip
     """dx = dLN(dnormed) + upstream; and LN(x) again, for the gradient of the weight it is
-    multiplied with. dx may be dnormed.
+    multiplied with.
 
     x is the stream, or step + bias without one. Each group of rows writes three sums over rows to
     `sums`: of dnormed · x̂, of dnormed and of dx.
@@ -253,17 +253,18 @@ def layer_norm_backward(
     dnormed: Tensor, source: Tensor, bias: Tensor | None, norm: Pair, sums: Tensor,
     upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradient of the source, in place of `dnormed`, and its LayerNorm again.
+    """Gradient of the source and its LayerNorm again, in the dtype of `dnormed`.
 
     Fills three vectors of `sums`. The source is a matmul with a bias, or a
     float32 stream without one; `upstream` is added.
     """
-    normed = torch.empty_like(dnormed)
+    # Not in place: of few features several threads hold the same one, and add it to the sums.
+    dsource, normed = torch.empty_like(dnormed), torch.empty_like(dnormed)
     constants, options = _constants(source, is_backward=True)
     norm_backward_kernel[(len(sums),)](
         source, norm.bias if bias is None else bias, source, *norm, dnormed,
-        dnormed if upstream is None else upstream, dnormed, normed, sums, len(source), len(sums),
+        dnormed if upstream is None else upstream, dsource, normed, sums, len(source), len(sums),
         sums.stride(0), HAS_STREAM=bias is None, HAS_UPSTREAM=upstream is not None, **constants,
         **options,
     )  # fmt: skip
-    return dnormed, normed
+    return dsource, normed

@@ -7,7 +7,7 @@ from helpers import assert_no_worse_than_plain, leaf, relative_error, saved_byte
 
 from calm_kernels import EnergyHead, energy_head, noise
 from calm_kernels.energy_head import activation_kernels, embedding_kernels, norm_kernels
-from calm_kernels.energy_head.parameters import flatten_parameters, gather_parameters
+from calm_kernels.energy_head.parameters import Pair, flatten_parameters, gather_parameters
 from calm_kernels.noise import Stream
 
 # width, latent, noise, blocks, draws, rows: powers of two and not, tiles with rows missing
@@ -291,3 +291,19 @@ def test_launches(num_blocks, generator, monkeypatch):
         latent.sum().backward()
     assert launches.kernels == backward_launches(num_blocks)
     assert launches.matmuls == 9 * num_blocks + 8
+
+
+@pytest.mark.parametrize("width", [4, 64])
+def test_backward_kernels_leave_their_inputs(width, generator):
+    """Where threads outnumber features, one may load again what another has stored."""
+    rows = torch.randn(3, 3, width, generator=generator)
+    dout, matmul, stream = rows
+    vector = torch.ones(width)
+    before = rows.clone()
+    activation_kernels.silu_backward(dout, matmul, vector, torch.empty(1, 1, width))
+    norm_kernels.layer_norm_backward(
+        dout, stream, None, Pair(vector, vector), torch.empty(1, 3, width), upstream=matmul
+    )
+    both = torch.randn(3, 2 * width, generator=generator)
+    activation_kernels.swiglu_backward(dout, both, torch.ones(2 * width), torch.empty(1, 2, width))
+    assert torch.equal(rows, before)
