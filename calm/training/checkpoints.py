@@ -220,12 +220,20 @@ def check_space(folder: Path, needed: int) -> None:
 class CheckpointCompletion(TrainerCallback):
     """Gives every checkpoint its manifest, and deletes old checkpoints once the new one is whole.
 
+    The best one is checked before a run begins and before it ends by loading that.
+
     Args:
         limit: how many checkpoints stay, see `rotate_checkpoints`; None for all.
     """
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the best checkpoint of a run that goes on."""
+        _check_best(args, state)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -238,3 +246,15 @@ class CheckpointCompletion(TrainerCallback):
             write_manifest(output_dir / f"checkpoint-{state.global_step}")
             rotate_checkpoints(output_dir, self.limit, state.best_model_checkpoint)
         processes.wait_for_everyone()
+        if control.should_training_stop:
+            _check_best(args, state)
+
+
+def _check_best(args: TrainingArguments, state: TrainerState) -> None:
+    """Raise `UserError` if the best checkpoint, which the run will end with, is damaged."""
+    best = state.best_model_checkpoint
+    if args.load_best_model_at_end and best and (reason := find_damage(Path(best))):
+        raise UserError(
+            f"load_best_model_at_end: {best} cannot be loaded: {reason}; start again without this "
+            "flag to end with the last weights"
+        )

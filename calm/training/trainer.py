@@ -24,8 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from calm.data.blocks import collate
-from calm.errors import UserError
-from calm.integrity import find_damage, find_non_finite, write_atomically, write_manifest
+from calm.integrity import find_non_finite, write_atomically, write_manifest
 from calm.labels import IGNORE_INDEX
 from calm.training.arguments import CALMTrainingArguments
 from calm.training.checkpoints import (
@@ -320,16 +319,6 @@ class CALMTrainer(Trainer):
         return None, sums, counts
 
     # Saving
-
-    def _load_best_model(self) -> None:
-        """As in transformers, from files that are those that were saved."""
-        best = Path(str(self.state.best_model_checkpoint))
-        if reason := find_damage(best):
-            raise UserError(
-                f"load_best_model_at_end: {best} cannot be loaded: {reason}; start again without "
-                "this flag to end with the last weights"
-            )
-        super()._load_best_model()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights, configuration, tokenizer and protocol, all that other commands need."""

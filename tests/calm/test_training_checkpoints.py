@@ -14,6 +14,7 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 from training_cases import MAIN, MODELS, flags, history, logs, make_trainer, train, write_corpus
+from transformers import TrainerCallback
 
 from calm.errors import UserError
 from calm.integrity import MANIFEST, write_manifest
@@ -255,10 +256,28 @@ class TestRotation:
             "load_best_model_at_end": True,
         }  # fmt: skip
         trainer = train(MODELS["energy"](), tmp_path, **settings)
-        best = Path(trainer.state.best_model_checkpoint)
-        flip_a_bit(best / "model.safetensors")
-        with pytest.raises(UserError, match=r"load_best_model_at_end: .* the bytes of model"):
-            trainer._load_best_model()
+        last = str(tmp_path / "checkpoint-2")
+        flip_a_bit(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
+        for steps in (2, 3):
+            trainer = make_trainer(MODELS["energy"](), tmp_path, **settings, max_steps=steps)
+            with pytest.raises(UserError, match=r"load_best_model_at_end: .* the bytes of model"):
+                trainer.train(resume_from_checkpoint=last)
+
+    def test_a_best_checkpoint_that_was_damaged_meanwhile(self, tmp_path):
+        class Damages(TrainerCallback):
+            def on_save(self, args, state, control, **kwargs):
+                if state.global_step == 1:
+                    flip_a_bit(tmp_path / "checkpoint-1" / "model.safetensors")
+
+        settings = {
+            "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
+            "load_best_model_at_end": True, "greater_is_better": True, "learning_rate": 1e-2,
+            "metric_for_best_model": "loss",
+        }  # fmt: skip
+        trainer = make_trainer(MODELS["baseline"](), tmp_path, **settings)
+        trainer.add_callback(Damages())
+        with pytest.raises(UserError, match=r"checkpoint-1 cannot be loaded"):
+            trainer.train()
 
     def test_a_fresh_start_discards_all(self, tmp_path):
         for step in (1, 2):
