@@ -113,3 +113,18 @@ def test_the_published_algorithm_holds_them():
 def test_without_a_gpu(capsys):
     assert decoding.main([]) == 2
     assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_a_failure_is_a_row_and_the_others_go_on(monkeypatch):
+    def fails(*arguments, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(decoding, "published_row", fails)
+    rows = list(decoding.rows(decoding.QUICK, "cpu", None))
+    assert [row["name"] for row in rows if "error" not in row] == ["ours"] * 3 + ["token by token"]
+    assert [row for row in rows if "error" in row] == [
+        {"name": "published", "error": "RuntimeError: out of memory"}
+    ] * 2
+    monkeypatch.setattr(decoding, "assert_parity", fails)
+    (row,) = decoding.rows(decoding.QUICK, "cpu", None)
+    assert row["name"] == "parity" and "error" in row

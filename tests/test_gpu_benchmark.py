@@ -4,6 +4,7 @@ GPU. Its works run once in tests/triton/test_interpreted_benchmark.py.
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,7 @@ def test_buffers_leave_the_cache_and_are_used_alike():
         launches = device_time.num_launches(count)
         assert launches >= 20 and launches % count == 0
         assert device_time.num_launches(count, 1e4) == count
+        assert device_time.num_warmups(count) >= count
 
 
 def test_works_are_timed_one_by_one():
@@ -78,6 +80,38 @@ def test_works_are_timed_one_by_one():
     rows = list(run.measured(iter([work(), work(name="rival")]), "sm_90", timer))
     assert [row["name"] for row in rows] == ["triton", "rival"]
     assert all(row["median_ms"] == 2 for row in rows)
+
+
+def test_what_fails_is_a_row_and_the_others_go_on(monkeypatch, tmp_path):
+    """A work that cannot be timed, inputs that cannot be made, and what was written before."""
+    written = []
+
+    def works(shapes):
+        yield work(name="first")
+        yield work(name="broken", run=None)
+        yield work(name="last")
+        raise AssertionError("no parity")
+
+    module = SimpleNamespace(works=works, QUICK=[energy_score.REFERENCE] * 2)
+    monkeypatch.setattr(run, "operations", lambda: {"energy_score": module})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(run, "environment", lambda: {"device": "A GPU", "architecture": "sm_90"})
+    monkeypatch.setattr(run, "measure", lambda work: measurement(work.run(2)))
+    write = run.write
+    monkeypatch.setattr(
+        run,
+        "write",
+        lambda path, results: written.append(write(path, results) or len(results["rows"])),
+    )
+    assert run.main(["--quick", "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "a-gpu.json").read_text())["rows"]
+    assert written == list(range(1, 9)) and len(rows) == 8
+    assert [row["name"] for row in rows] == ["first", "broken", "last", ""] * 2
+    assert [("error" in row) for row in rows] == [False, True, False, True] * 2
+    assert "TypeError" in rows[1]["error"] and rows[3]["error"] == "AssertionError: no parity"
+    assert all(row["shape"] == asdict(energy_score.REFERENCE) for row in rows)
+    assert len(plots.series({"rows": rows}, "rows", "median_ms")) == 2
 
 
 def test_series_follow_one_axis():

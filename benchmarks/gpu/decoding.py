@@ -14,13 +14,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
-from benchmarks.gpu.run import RESULTS, environment
+from benchmarks.gpu.run import RESULTS, environment, write
+from benchmarks.gpu.work import failure
 from benchmarks.models import as_published, autoencoder_config, calm_config
 from benchmarks.reference_decoding import reference_generate
 from calm import BaselineTransformer, EnergyTransformer
@@ -176,20 +178,47 @@ def _row(
 
 
 def rows(shape: Shape, device: str, target: Target | None) -> Iterator[dict[str, Any]]:
-    """One prompt at T = 1 and 1/2 beside the published algorithm; a batch beside the baseline."""
-    assert_parity(shape, device)
+    """One prompt at T = 1 and 1/2 beside the published algorithm; a batch beside the baseline.
+
+    A row that failed holds its error; without parity it is the only one.
+    """
+    try:
+        assert_parity(shape, device)
+    except Exception as error:
+        yield {"name": "parity", **failure(error)}
+        return
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = make_calm(shape, device, dtype)
+    for name, make in _measurements(shape, device, make_calm(shape, device, dtype), target):
+        try:
+            row = make()
+        except Exception as error:
+            row = {"name": name, **failure(error)}
+        yield row
+
+
+def _measurements(
+    shape: Shape, device: str, model: EnergyTransformer, target: Target | None
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Names of the rows, and what makes them."""
+
+    def ours(count: int, options: dict[str, Any]) -> dict[str, Any]:
+        row = row_of(model, "ours", shape, 1, device, **options)
+        return (
+            row if target is None else row | {"floor_ms": chunk_floor_ms(model, count, 1, target)}
+        )
+
     for temperature, count in ((1.0, 1), (0.5, shape.num_samples)):
         options = {"temperature": temperature, "num_samples": shape.num_samples}
-        row = row_of(model, "ours", shape, 1, device, **options)
-        if target is not None:
-            row["floor_ms"] = chunk_floor_ms(model, count, 1, target)
-        yield row
-        yield published_row(as_published(model), shape, device, **options)
-    yield row_of(model, "ours", shape, shape.batch_size, device, temperature=1.0)
-    baseline = make_baseline(shape, device, dtype)
-    yield row_of(baseline, "token by token", shape, shape.batch_size, device, temperature=1.0)
+        yield "ours", partial(ours, count, options)
+        yield "published", partial(published_row, as_published(model), shape, device, **options)
+    batch = (shape, shape.batch_size, device)
+    yield "ours", partial(row_of, model, "ours", *batch, temperature=1.0)
+
+    def by_tokens() -> dict[str, Any]:
+        baseline = make_baseline(shape, device, model.dtype)
+        return row_of(baseline, "token by token", *batch, temperature=1.0)
+
+    yield "token by token", by_tokens
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -201,14 +230,13 @@ def main(argv: list[str] | None = None) -> int:
         print("error: this benchmark needs a GPU; `make bench` runs on the CPU", file=sys.stderr)
         return 2
     found = environment()
-    measured = []
-    for row in rows(REFERENCE, "cuda", TARGETS.get(found["architecture"])):
-        measured.append(row)
-        print(json.dumps(row), flush=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"{found['device'].lower().replace(' ', '-')}-decoding.json"
-    results = {"environment": found, "shape": asdict(REFERENCE), "rows": measured}
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results = {"environment": found, "shape": asdict(REFERENCE), "rows": []}
+    for row in rows(REFERENCE, "cuda", TARGETS.get(found["architecture"])):
+        results["rows"].append(row)
+        print(json.dumps(row), flush=True)
+        write(path, results)
     print(path)
     return 0
 

@@ -20,6 +20,13 @@ def num_buffers(bytes_each: int, cache_bytes: int) -> int:
     return max(2, math.ceil(CACHE_MULTIPLE * cache_bytes / max(1, bytes_each)))
 
 
+def num_warmups(buffers: int) -> int:
+    """Calls before the first that counts: torch.compile may compile again for any buffer, which a
+    capture would not survive.
+    """
+    return max(WARMUP, buffers)
+
+
 def num_launches(buffers: int, call_ms: float = 0.0) -> int:
     """About `LAUNCHES`, fewer of long calls; every buffer is used equally often."""
     wanted = min(LAUNCHES, ENOUGH_MS / max(call_ms, 1e-3))
@@ -72,7 +79,7 @@ def measure(work: Work) -> Measurement:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())  # which fills the buffers
     with torch.cuda.stream(side):
-        _call(work, WARMUP)
+        _call(work, num_warmups(work.buffers))
     torch.cuda.current_stream().wait_stream(side)
     peak = _peak_memory_bytes(work)
     launches = num_launches(work.buffers, min(_timed(lambda: _call(work, 1), 1, repeats=2)))

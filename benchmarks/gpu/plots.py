@@ -24,7 +24,7 @@ def series(results: dict, axis: str, quantity: str) -> dict[str, list[tuple[int,
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in results["rows"]:
         shape = row["shape"]
-        if (row["operation"], row["work"]) != ("energy_score", WORK):
+        if "error" in row or (row["operation"], row["work"]) != ("energy_score", WORK):
             continue
         others = {name: size for name, size in REFERENCE.items() if name != axis}
         if axis in shape and all(shape.get(name) == size for name, size in others.items()):

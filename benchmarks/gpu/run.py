@@ -1,7 +1,8 @@
 """``python -m benchmarks.gpu.run``: kernels against their baselines on this GPU.
 
 Parity is asserted before anything is timed. Results go to benchmarks/results/<device>.json with
-versions and commit, and are drawn as plots beside it.
+versions and commit, after every row, and are drawn as plots beside it. What fails is a row that
+says why; the others go on.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 import triton
 
 from benchmarks.gpu.device_time import measure
-from benchmarks.gpu.work import Measurement, Work, row_of
+from benchmarks.gpu.work import Measurement, Work, failure, named, row_of
 from benchmarks.machine import current_commit
 from calm_kernels.backend import OPERATIONS
 from calm_kernels.compiling.targets import TARGETS
@@ -53,15 +55,35 @@ def environment() -> dict[str, Any]:
 
 
 def measured(
-    works: Iterator[Work], arch: str, timer: Callable[[Work], Measurement] = measure
+    works: Iterator[Work], arch: str, timer: Callable[[Work], Measurement]
 ) -> Iterator[dict[str, Any]]:
-    """The rows of these works, timed one after the other."""
-    for work in works:
-        yield row_of(work, timer(work), TARGETS.get(arch))
+    """The rows of these works, timed one after the other. A row that failed holds its error; where
+    the inputs or their parity failed, it is the last.
+    """
+    while True:
+        work = None
+        try:
+            work = next(works, None)
+            if work is None:
+                return
+            row = row_of(work, timer(work), TARGETS.get(arch))
+        except Exception as error:
+            row = (named(work) if work else {}) | failure(error)
+            torch.cuda.empty_cache()  # perhaps there was too little memory
+        yield row
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """The results so far, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def line(row: dict[str, Any]) -> str:
     """One row on the terminal."""
+    if "error" in row:
+        return f"{row['operation']}: {row['work']}, {row['name']}: FAILED, {row['error']}"
     share = "" if row["share_of_floor"] is None else f"{row['share_of_floor']:.0%} of floor"
     note = "" if row["is_captured"] else "not captured"
     sizes = " ".join(f"{name}={size}" for name, size in row["shape"].items())
@@ -96,12 +118,12 @@ def main(argv: list[str] | None = None) -> int:
     path = arguments.output / f"{found['device'].lower().replace(' ', '-')}.json"
     for name in arguments.op or modules:
         module = modules[name]
-        works = module.works(module.QUICK if arguments.quick else module.SHAPES)
-        for row in measured(works, found["architecture"]):
-            results["rows"].append(row)
-            print(line(row), flush=True)
-        # written after each operation, so that a run that is cut short keeps its results
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        for shape in module.QUICK if arguments.quick else module.SHAPES:
+            unknown = {"operation": name, "work": "", "name": "", "shape": asdict(shape)}
+            for row in measured(module.works([shape]), found["architecture"], measure):
+                results["rows"].append(unknown | row)
+                print(line(results["rows"][-1]), flush=True)
+                write(path, results)
     if not arguments.quick and "energy_score" in (arguments.op or modules):
         plot(results, path.with_suffix(".png"))
     print(path)

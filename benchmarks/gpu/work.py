@@ -8,7 +8,18 @@ import torch
 
 from calm_kernels.compiling.targets import Target
 
-__all__ = ["Measurement", "Work", "assert_close", "cache_bytes", "relative_error", "row_of"]
+__all__ = [
+    "Measurement",
+    "Work",
+    "assert_close",
+    "cache_bytes",
+    "failure",
+    "named",
+    "relative_error",
+    "row_of",
+]
+
+MAX_ERROR = 2000  # characters; a compiler's message may be longer than all results
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,16 @@ class Measurement:
     launches: int
 
 
+def named(work: Work) -> dict[str, Any]:
+    """What a row is about."""
+    return {
+        "operation": work.operation,
+        "work": work.label,
+        "name": work.name,
+        "shape": work.shape,
+    }
+
+
 def row_of(work: Work, found: Measurement, target: Target | None) -> dict[str, Any]:
     """A row of the results; its floor is the least time on `target`, None if that is unknown."""
     floor_ms = None
@@ -47,10 +68,7 @@ def row_of(work: Work, found: Measurement, target: Target | None) -> dict[str, A
         seconds = max(work.traffic / target.bandwidth, work.flops / target.tensor_rate)
         floor_ms = seconds * 1e3
     return {
-        "operation": work.operation,
-        "work": work.label,
-        "name": work.name,
-        "shape": work.shape,
+        **named(work),
         **asdict(found),
         "buffers": work.buffers,
         "gigabytes_per_second": work.traffic / found.median_ms / 1e6,
@@ -58,6 +76,11 @@ def row_of(work: Work, found: Measurement, target: Target | None) -> dict[str, A
         "floor_ms": floor_ms,
         "share_of_floor": None if floor_ms is None else floor_ms / found.median_ms,
     }
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """What a row holds in place of a measurement that failed."""
+    return {"error": f"{type(error).__name__}: {error}"[:MAX_ERROR]}
 
 
 def cache_bytes(device: str) -> int:
