@@ -10,18 +10,19 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 pytest.importorskip("triton")
 
 from benchmarks.gpu import decoding
+from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.models import as_published
 from benchmarks.reference_decoding import eligible_chunks, reference_generate, reference_vote
 from calm.decoding.generation import generate
 from calm.models.norm import RMSNorm
-from calm_kernels.compiling.targets import TARGETS
 from calm_kernels.linear_argmax import eager
 
 A, B, C = (1, 2), (3, 4), (5, 6)
+H200 = Ceilings(4.3e12, 0.79e15)
 
 
 def test_rows_on_a_cpu():
-    rows = list(decoding.rows(decoding.QUICK, "cpu", TARGETS["sm_90"]))
+    rows = list(decoding.rows(decoding.QUICK, "cpu", H200))
     assert [row["name"] for row in rows] == [
         "ours", "published", "ours", "published", "ours", "token by token"
     ]  # fmt: skip
@@ -29,6 +30,8 @@ def test_rows_on_a_cpu():
         tokens = row["batch_size"] * decoding.QUICK.new_tokens
         assert row["tokens_per_second"] == pytest.approx(1e3 * tokens / row["call_ms"])
         assert row["chunk_ms"] == pytest.approx(row["call_ms"] / 4)
+    shares = [row["share_of_floor"] for row in rows if "floor_ms" in row]
+    assert len(shares) == 2 and all(0 < share < 1 for share in shares)
 
 
 def test_the_rival_has_the_layers_of_the_published_code():
@@ -45,9 +48,9 @@ def test_the_rival_has_the_layers_of_the_published_code():
 def test_floors_of_the_published_size():
     with torch.device("meta"):
         model = decoding.make_calm(decoding.REFERENCE, "meta", torch.bfloat16)
-    one = decoding.chunk_floor_ms(model, 1, 1, TARGETS["sm_90"])
+    one = decoding.chunk_floor_ms(model, 1, 1, H200)
     assert 0.1 < one < 0.25  # the weights, read once
-    many = decoding.chunk_floor_ms(model, 200, 1, TARGETS["sm_90"])
+    many = decoding.chunk_floor_ms(model, 200, 1, H200)
     assert 0.1 < many < 0.5
 
 

@@ -11,11 +11,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import device_time, energy_score, plots, run
+from benchmarks.gpu import ceilings, device_time, energy_score, plots, run
+from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
 from benchmarks.gpu.work import Measurement, Work, relative_error, row_of
-from calm_kernels.compiling.targets import TARGETS
 
 MEGABYTE = 1 << 20
+H200 = Ceilings(bandwidth=4.3e12, tensor_rate=0.79e15)
 
 
 def work(**changes):
@@ -37,27 +38,40 @@ def results():
     for name, factor in (("triton, analytic", 1), ("torch, analytic", 5)):
         for shape in energy_score.SHAPES:
             made = work(name=name, shape=asdict(shape))
-            rows.append(row_of(made, measurement(0.1 * factor), TARGETS["sm_90"]))
+            rows.append(row_of(made, measurement(0.1 * factor), H200))
     rows.append(row_of(work(label=energy_score.GIVEN), measurement(), None))
     rows.append(row_of(work(operation="other", shape={"rows": 8192}), measurement(), None))
     return {"environment": {"device": "a device"}, "rows": rows}
 
 
 def test_a_row():
-    row = row_of(work(flops=10**9), measurement(), TARGETS["sm_90"])  # 4.3e12 B/s, 0.79e15 1/s
+    row = row_of(work(flops=10**9), measurement(), H200)
     assert row["floor_ms"] == pytest.approx(0.01)
     assert row["share_of_floor"] == pytest.approx(0.1)
     assert row["gigabytes_per_second"] == pytest.approx(430)
     assert row["teraflops"] == pytest.approx(10)
-    bound = row_of(work(flops=79 * 10**9), measurement(), TARGETS["sm_90"])
+    bound = row_of(work(flops=79 * 10**9), measurement(), H200)
     assert bound["floor_ms"] == pytest.approx(0.1)  # products take longer than traffic
     unknown = row_of(work(), measurement(), None)
     assert unknown["floor_ms"] is None and unknown["share_of_floor"] is None
     assert json.loads(json.dumps(row)) == row
 
 
+def test_ceilings_are_measured():
+    """The copy's are bytes read and written, the GEMM's additions and multiplications."""
+    seconds = {"copy": 1e-3, "gemm": 2e-3}
+    found = measure_ceilings("cpu", copy_bytes=1 << 16, size=32)
+    assert found.bandwidth > 0 and found.tensor_rate > 0
+    with pytest.MonkeyPatch.context() as patch:
+        times = iter(seconds.values())
+        patch.setattr(ceilings, "_seconds", lambda run, device: (run(), next(times))[1])
+        found = measure_ceilings("cpu", copy_bytes=1000, size=10)
+    assert found == Ceilings(bandwidth=2e6, tensor_rate=1e6)
+    assert found.floor_ms(traffic=2e6, flops=0) == 1e3 and found.floor_ms(0, 3e6) == 3e3
+
+
 def test_the_line_of_a_row():
-    row = row_of(work(), measurement(), TARGETS["sm_90"])
+    row = row_of(work(), measurement(), H200)
     assert "0.1000 ms" in run.line(row) and "10% of floor" in run.line(row)
     assert "not captured" not in run.line(row)
     assert "not captured" in run.line(row | {"is_captured": False, "share_of_floor": None})
@@ -77,7 +91,7 @@ def test_works_are_timed_one_by_one():
     def timer(work):
         return measurement(work.run(2))
 
-    rows = list(run.measured(iter([work(), work(name="rival")]), "sm_90", timer))
+    rows = list(run.measured(iter([work(), work(name="rival")]), H200, timer))
     assert [row["name"] for row in rows] == ["triton", "rival"]
     assert all(row["median_ms"] == 2 for row in rows)
 
@@ -98,6 +112,7 @@ def test_what_fails_is_a_row_and_the_others_go_on(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(run, "environment", lambda: {"device": "A GPU", "architecture": "sm_90"})
     monkeypatch.setattr(run, "measure", lambda work: measurement(work.run(2)))
+    monkeypatch.setattr(run, "measure_ceilings", lambda: H200)
     write = run.write
     monkeypatch.setattr(
         run,
@@ -105,7 +120,9 @@ def test_what_fails_is_a_row_and_the_others_go_on(monkeypatch, tmp_path):
         lambda path, results: written.append(write(path, results) or len(results["rows"])),
     )
     assert run.main(["--quick", "--output", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "a-gpu.json").read_text())["rows"]
+    results = json.loads((tmp_path / "a-gpu.json").read_text())
+    rows = results["rows"]
+    assert results["ceilings"] == asdict(H200) and rows[0]["share_of_floor"] == pytest.approx(0.005)
     assert written == list(range(1, 9)) and len(rows) == 8
     assert [row["name"] for row in rows] == ["first", "broken", "last", ""] * 2
     assert [("error" in row) for row in rows] == [False, True, False, True] * 2

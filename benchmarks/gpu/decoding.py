@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
+from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
 from benchmarks.gpu.run import RESULTS, environment, write
 from benchmarks.gpu.work import failure
 from benchmarks.models import as_published, autoencoder_config, calm_config
 from benchmarks.reference_decoding import reference_generate
 from calm import BaselineTransformer, EnergyTransformer
 from calm.decoding.generation import generate, warmup
-from calm_kernels.compiling.targets import TARGETS, Target
 
 __all__ = ["QUICK", "REFERENCE", "Shape", "chunk_floor_ms", "main", "rows"]
 
@@ -97,7 +97,7 @@ def prompts(shape: Shape, batch_size: int, device: str) -> torch.Tensor:
 
 
 def chunk_floor_ms(
-    model: EnergyTransformer, num_samples: int, batch_size: int, target: Target
+    model: EnergyTransformer, num_samples: int, batch_size: int, ceilings: Ceilings
 ) -> float:
     """Time of a chunk if every weight is read once and GEMMs run at full rate."""
     backbone = sum(
@@ -112,7 +112,7 @@ def chunk_floor_ms(
     traffic = 2 * (backbone + head + decoder + projection)  # bytes, bf16
     by_draw = head + decoder + model.patch_size * projection
     flops = 2 * batch_size * (backbone + num_samples * by_draw)
-    return 1e3 * max(traffic / target.bandwidth, flops / target.tensor_rate)
+    return ceilings.floor_ms(traffic, flops)
 
 
 def assert_parity(shape: Shape, device: str) -> None:
@@ -177,7 +177,7 @@ def _row(
     }  # fmt: skip
 
 
-def rows(shape: Shape, device: str, target: Target | None) -> Iterator[dict[str, Any]]:
+def rows(shape: Shape, device: str, ceilings: Ceilings | None) -> Iterator[dict[str, Any]]:
     """One prompt at T = 1 and 1/2 beside the published algorithm; a batch beside the baseline.
 
     A row that failed holds its error; without parity it is the only one.
@@ -188,7 +188,7 @@ def rows(shape: Shape, device: str, target: Target | None) -> Iterator[dict[str,
         yield {"name": "parity", **failure(error)}
         return
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    for name, make in _measurements(shape, device, make_calm(shape, device, dtype), target):
+    for name, make in _measurements(shape, device, make_calm(shape, device, dtype), ceilings):
         try:
             row = make()
         except Exception as error:
@@ -197,15 +197,16 @@ def rows(shape: Shape, device: str, target: Target | None) -> Iterator[dict[str,
 
 
 def _measurements(
-    shape: Shape, device: str, model: EnergyTransformer, target: Target | None
+    shape: Shape, device: str, model: EnergyTransformer, ceilings: Ceilings | None
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Names of the rows, and what makes them."""
 
     def ours(count: int, options: dict[str, Any]) -> dict[str, Any]:
         row = row_of(model, "ours", shape, 1, device, **options)
-        return (
-            row if target is None else row | {"floor_ms": chunk_floor_ms(model, count, 1, target)}
-        )
+        if ceilings is not None:
+            floor_ms = chunk_floor_ms(model, count, 1, ceilings)
+            row |= {"floor_ms": floor_ms, "share_of_floor": floor_ms / row["chunk_ms"]}
+        return row
 
     for temperature, count in ((1.0, 1), (0.5, shape.num_samples)):
         options = {"temperature": temperature, "num_samples": shape.num_samples}
@@ -229,11 +230,13 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("error: this benchmark needs a GPU; `make bench` runs on the CPU", file=sys.stderr)
         return 2
-    found = environment()
+    found, ceilings = environment(), measure_ceilings()
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"{found['device'].lower().replace(' ', '-')}-decoding.json"
-    results = {"environment": found, "shape": asdict(REFERENCE), "rows": []}
-    for row in rows(REFERENCE, "cuda", TARGETS.get(found["architecture"])):
+    results = {
+        "environment": found, "ceilings": asdict(ceilings), "shape": asdict(REFERENCE), "rows": [],
+    }  # fmt: skip
+    for row in rows(REFERENCE, "cuda", ceilings):
         results["rows"].append(row)
         print(json.dumps(row), flush=True)
         write(path, results)

@@ -1,6 +1,7 @@
 """``python -m benchmarks.gpu.run``: kernels against their baselines on this GPU.
 
-Parity is asserted before anything is timed. Results go to benchmarks/results/<device>.json with
+Parity is asserted before anything is timed. Floors are for the copy and the GEMM that this device
+was measured at when the run began. Results go to benchmarks/results/<device>.json with
 versions and commit, after every row, and are drawn as plots beside it. What fails is a row that
 says why; the others go on.
 """
@@ -20,11 +21,11 @@ from typing import Any
 import torch
 import triton
 
+from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
 from benchmarks.gpu.device_time import measure
 from benchmarks.gpu.work import Measurement, Work, failure, named, row_of
 from benchmarks.machine import current_commit
 from calm_kernels.backend import OPERATIONS
-from calm_kernels.compiling.targets import TARGETS
 from calm_kernels.tuning import architecture
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -55,7 +56,7 @@ def environment() -> dict[str, Any]:
 
 
 def measured(
-    works: Iterator[Work], arch: str, timer: Callable[[Work], Measurement]
+    works: Iterator[Work], ceilings: Ceilings | None, timer: Callable[[Work], Measurement]
 ) -> Iterator[dict[str, Any]]:
     """The rows of these works, timed one after the other. A row that failed holds its error; where
     the inputs or their parity failed, it is the last.
@@ -66,7 +67,7 @@ def measured(
             work = next(works, None)
             if work is None:
                 return
-            row = row_of(work, timer(work), TARGETS.get(arch))
+            row = row_of(work, timer(work), ceilings)
         except Exception as error:
             row = (named(work) if work else {}) | failure(error)
             torch.cuda.empty_cache()  # perhaps there was too little memory
@@ -112,15 +113,15 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("error: benchmarks.gpu needs a GPU; `make bench` runs on the CPU", file=sys.stderr)
         return 2
-    found = environment()
-    results: dict[str, Any] = {"environment": found, "rows": []}
+    found, ceilings = environment(), measure_ceilings()
+    results: dict[str, Any] = {"environment": found, "ceilings": asdict(ceilings), "rows": []}
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"{found['device'].lower().replace(' ', '-')}.json"
     for name in arguments.op or modules:
         module = modules[name]
         for shape in module.QUICK if arguments.quick else module.SHAPES:
             unknown = {"operation": name, "work": "", "name": "", "shape": asdict(shape)}
-            for row in measured(module.works([shape]), found["architecture"], measure):
+            for row in measured(module.works([shape]), ceilings, measure):
                 results["rows"].append(unknown | row)
                 print(line(results["rows"][-1]), flush=True)
                 write(path, results)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from calm_kernels.compiling.targets import Target
+from benchmarks.gpu.ceilings import Ceilings
 
 __all__ = [
     "Measurement",
@@ -61,12 +61,9 @@ def named(work: Work) -> dict[str, Any]:
     }
 
 
-def row_of(work: Work, found: Measurement, target: Target | None) -> dict[str, Any]:
-    """A row of the results; its floor is the least time on `target`, None if that is unknown."""
-    floor_ms = None
-    if target is not None:
-        seconds = max(work.traffic / target.bandwidth, work.flops / target.tensor_rate)
-        floor_ms = seconds * 1e3
+def row_of(work: Work, found: Measurement, ceilings: Ceilings | None) -> dict[str, Any]:
+    """A row of the results; its floor is the least time at `ceilings`, None if they are unknown."""
+    floor_ms = None if ceilings is None else ceilings.floor_ms(work.traffic, work.flops)
     return {
         **named(work),
         **asdict(found),
