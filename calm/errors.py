@@ -95,6 +95,8 @@ def one_line(error: BaseException) -> str | None:
     for pattern, meaning in OF_THE_MACHINE.items():
         if pattern.search(message):
             return f"{meaning} ({message})"
+    if type(error).__module__.partition(".")[0] == "httpx":  # of the hub's client
+        return f"no connection to the hub: {message or type(error).__name__}"
     return (message or type(error).__name__) if isinstance(error, MENDABLE) else None
 
 

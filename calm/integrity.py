@@ -146,6 +146,8 @@ def check_files(folder: str | os.PathLike[str] | None, *, only_small: bool = Fal
         return
     try:
         files = _read_manifest(path)
+    except ForeignManifestError:
+        return
     except (OSError, ValueError) as error:
         raise UserError(f"{path / MANIFEST} is unreadable ({error}): {_advice(path)}") from error
     for name, entry in files.items():
@@ -159,10 +161,16 @@ def _advice(folder: Path) -> str:
     return f"take another copy, or delete {folder / MANIFEST} if you changed the files yourself"
 
 
+class ForeignManifestError(ValueError):
+    """A file of this name that is no list of files."""
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """Names and entries; an older version wrote sizes alone, and no digest."""
     content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     files = content.get("files") if isinstance(content, dict) else None
+    if isinstance(content, dict) and not {"files", "digest"} & content.keys():
+        raise ForeignManifestError("another program wrote it")
     if not isinstance(files, dict):
         raise ValueError('no mapping "files" in it')
     for name in files:
@@ -211,7 +219,7 @@ def find_non_finite(weights: Iterable[tuple[str, Tensor]]) -> str | None:
     by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, weight in weights:
         weight = getattr(weight, "to_local", lambda weight=weight: weight)()
-        if weight.numel() and (weight.is_floating_point() or weight.is_complex()):
+        if weight.numel() and weight.is_floating_point():
             by_device.setdefault(weight.device, []).append((name, weight.detach()))
     for named in by_device.values():
         extremes = torch.stack([torch.stack(weight.aminmax()).float() for _, weight in named])

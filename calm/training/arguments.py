@@ -313,6 +313,8 @@ def _check(arguments: JobArguments) -> None:
             "do_eval without do_train would measure random weights: pass model_name_or_path, the "
             "folder of a model"
         )
+    if training.eval_on_start and not training.do_eval:
+        raise UserError("eval_on_start needs text to evaluate on: pass --do_train --do_eval too")
     if data.text_unit not in ("line", "paragraph", "file"):
         raise UserError(f"text_unit must be line, paragraph or file, got {data.text_unit!r}")
     if training.backend not in list(Backend):

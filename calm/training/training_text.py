@@ -174,7 +174,10 @@ def protocol(
         "autoencoder": None if autoencoder is None else weights_hash(autoencoder),
         "model": model_settings(model),
         "weight_dtype": str(model.dtype).removeprefix("torch."),
-        "optimizer": "muon" if training.muon_learning_rate else str(training.optim),
+        # torch's version decides whether transformers takes the fused form of AdamW.
+        "optimizer": "muon"
+        if training.muon_learning_rate
+        else str(getattr(training.optim, "value", training.optim)).removesuffix("_fused"),
         "seed": training.seed,
         "eval_seed": training.eval_seed,
         "eval_num_samples": training.eval_num_samples,

@@ -135,3 +135,9 @@ def test_a_package_that_is_not_installed(capsys):
     assert run_program(work, command="calm train", extras="train") == 2
     line = "`calm train` needs datasets, which is not installed: pip install 'calm-lm[train]'"
     assert capsys.readouterr().err == f"error: {line}\n"
+
+
+def test_newer_clients_of_the_hub_have_errors_of_their_own():
+    """httpx's are no OSError."""
+    error = type("ConnectError", (Exception,), {"__module__": "httpx._exceptions"})("no route")
+    assert one_line(error) == "no connection to the hub: no route"

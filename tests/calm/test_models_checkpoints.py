@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from calm import Autoencoder, BaselineTransformer, EnergyTransformer
+from calm.errors import UserError
 from calm.models import MODEL_CLASSES
 
 HEADS = tuple(MODEL_CLASSES)
@@ -167,3 +168,12 @@ def test_autoencoder_configuration_of_a_language_model_builds_its_autoencoder():
     assert Autoencoder(model.config.ae_config).state_dict().keys() == (
         model.ae_model.state_dict().keys()
     )
+
+
+def test_a_manifest_of_another_program_is_none_of_ours(tmp_path):
+    tiny.autoencoder().save_pretrained(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"name": "an app", "version": 3}')
+    assert Autoencoder.from_pretrained(tmp_path).config.vocab_size == tiny.VOCAB
+    (tmp_path / "manifest.json").write_text('{"files": 3}')
+    with pytest.raises(UserError, match=r"manifest\.json is unreadable"):
+        Autoencoder.from_pretrained(tmp_path)

@@ -331,6 +331,7 @@ class TestRefused:
             ("--adam_beta1 1", r"adam_beta1 must be in \[0, 1\), got 1"),
             ("--seed -1", r"seed must be in \[0, 4294967295\], got -1"),
             ("--label_smoothing_factor 0.1", "label_smoothing_factor has no effect"),
+            ("--eval_on_start", "eval_on_start needs text to evaluate on"),
             ("--report_to nobody", "report_to: no tracker 'nobody' is installed here"),
             ("--lr_scheduler_kwargs [1]", "lr_scheduler_kwargs must be JSON such as"),
             ('--lr_scheduler_kwargs {"x":1}', "lr_scheduler_kwargs: wrong for .*=linear"),

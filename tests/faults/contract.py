@@ -17,6 +17,7 @@ ALLOWED = (
     "--adam_epsilon=1e-3", "--lr_scheduler_type=constant", "--warmup_steps=3", "--max_grad_norm=3",
     "--seed=7", "--data_seed=7", "--block_size=64", "--per_device_train_batch_size=3",
     "--gradient_accumulation_steps=2", "--max_train_samples=5", "--validation_split_percentage=30",
+    "--dataloader_drop_last", "--train_sampling_strategy=sequential", "--neftune_noise_alpha=5",
     "--eval_seed=3", f"--config_overrides={SIZES},kl_weight=0.5",
     f"--config_overrides={SIZES},kl_clamp=0.1", f"--config_overrides={SIZES},ae_dropout=0",
 )  # fmt: skip
