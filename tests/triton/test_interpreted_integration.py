@@ -1,13 +1,14 @@
 """The kernels inside torch: operator checks, compilation, autocast, a training run."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
 from model_cases import Launches, tiny_autoencoder, tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import calm_kernels.energy_score.function
-import calm_kernels.reparameterize.function  # noqa: F401 - these two register the operators
 from calm_kernels import (
     energy_score,
     gaussian_energy_score,
@@ -16,6 +17,7 @@ from calm_kernels import (
     warmup,
 )
 from calm_kernels.energy_score import analytic_kernels, direct_kernels, gram_kernels
+from calm_kernels.energy_score.function import _analytic_op
 from calm_kernels.reparameterize import kernels as latent_kernels
 
 OPERATORS = torch.ops.calm_kernels
@@ -165,3 +167,28 @@ def test_warmup_launches_what_the_model_will(monkeypatch):
     assert launches.names[1:] == ["forward_kernel", "backward_kernel"]
     with use_backend("torch"):
         assert warmup(tiny_model().config, "cpu") == []
+
+
+def test_modes_see_one_operator_and_plain_calls_none(monkeypatch):
+    """Fake tensors know its result; torch's dispatch of it costs more than the launch."""
+    samples, mean, log_std = inputs()
+    operator = OPERATORS.analytic_energy_score.default
+
+    class Seen(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    score = gaussian_energy_score(samples, mean, log_std, backend="triton")
+    with Seen():
+        traced = gaussian_energy_score(samples, mean, log_std, backend="triton")
+    assert torch.equal(traced, score)
+    assert Seen.names.count(operator._schema.name) == 1 and "aten::new_empty" not in Seen.names
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = gaussian_energy_score(samples, mean, log_std, backend="triton")
+    assert fake.shape == score.shape and fake.requires_grad
+    monkeypatch.setattr(_analytic_op, "_operator", None)
+    again = gaussian_energy_score(samples, mean, log_std, backend="triton")
+    assert torch.equal(again, score) and again.requires_grad
