@@ -9,6 +9,7 @@ from model_cases import Launches, tiny_autoencoder, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import calm_kernels.reparameterize.function  # noqa: F401 - registers its operators
 from calm_kernels import (
     energy_score,
     gaussian_energy_score,
