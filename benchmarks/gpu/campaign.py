@@ -76,6 +76,7 @@ def stages() -> list[Stage]:
     junit = "--junitxml={folder}/junit.xml"
     sanitize = ("-m", "benchmarks.gpu.races", "--output", "{folder}")
     return [
+        module("environment", 45),
         *(module("parity", 60, "--op", op, label=f"parity {op}") for op in OPERATIONS),
         *(module("run", 60, "--quick", "--op", op, label=f"kernels {op}") for op in OPERATIONS),
         module("decoding", 150),

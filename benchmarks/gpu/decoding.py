@@ -22,7 +22,8 @@ import torch
 from transformers import LlamaConfig, PreTrainedModel
 
 from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
-from benchmarks.gpu.run import RESULTS, environment, write
+from benchmarks.gpu.environment import environment
+from benchmarks.gpu.run import RESULTS, write
 from benchmarks.gpu.work import failure
 from benchmarks.models import as_published, autoencoder_config, calm_config
 from benchmarks.reference_decoding import reference_generate

@@ -10,7 +10,6 @@ import argparse
 import importlib
 import importlib.util
 import json
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -19,14 +18,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import triton
 
 from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
 from benchmarks.gpu.device_time import measure
+from benchmarks.gpu.environment import environment
 from benchmarks.gpu.work import Measurement, Work, failure, named, row_of
-from benchmarks.machine import current_commit
 from calm_kernels.backend import OPERATIONS
-from calm_kernels.tuning import architecture
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -38,20 +35,6 @@ def operations() -> dict[str, ModuleType]:
         name: importlib.import_module(path)
         for name, path in names.items()
         if importlib.util.find_spec(path) is not None
-    }
-
-
-def environment() -> dict[str, Any]:
-    """Device and versions, which a reader needs to repeat the run."""
-    return {
-        "device": torch.cuda.get_device_name(),
-        "architecture": architecture(torch.device("cuda")),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-        "python": platform.python_version(),
-        "commit": current_commit(),
     }
 
 

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu.decoding import QUICK as TINY
 from benchmarks.gpu.decoding import REFERENCE as CALM_M
 from benchmarks.gpu.decoding import Shape as Sizes
-from benchmarks.gpu.run import environment
+from benchmarks.gpu.environment import environment
 from benchmarks.models import as_published, autoencoder_config, calm_config
 from calm import EnergyTransformer
 from calm.flops import flops_of
