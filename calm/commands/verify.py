@@ -11,6 +11,7 @@ __all__ = ["EXAMPLES", "add_arguments", "run"]
 EXAMPLES = """\
   calm verify runs/calm                  the model and every checkpoint of a run
   calm verify runs/calm/checkpoint-500   one checkpoint
+  calm verify runs/demo                  all models of the demo
 
 Compares sizes and hashes with manifest.json, which is written with the weights, and looks for
 weights that are not finite. The exit status is 1 if anything is damaged. Nothing is changed.
@@ -19,7 +20,9 @@ weights that are not finite. The exit status is 1 if anything is damaged. Nothin
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the subcommand."""
-    parser.add_argument("folder", metavar="FOLDER", help="of a run, a checkpoint or a model")
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="of a run, a checkpoint, a model, or of several of them"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,7 +30,12 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; FOLDER takes that of a run, a checkpoint or a model")
-    found = dict(_examine(folder))
+    found = dict(_examine(folder)) or {
+        path: reason
+        for inside in sorted(folder.iterdir())
+        if inside.is_dir()
+        for path, reason in _examine(inside)
+    }
     if not found:
         raise UserError(f"{folder} holds neither a model nor a checkpoint of a training run")
     width = max(len(str(path)) for path in found)

@@ -228,6 +228,21 @@ def test_a_checkpoint_that_knows_less(tmp_path, run, callback):
     assert callback in json.loads((folder / "trainer_state.json").read_text())["stateful_callbacks"]
 
 
+def test_verify_names_what_is_damaged(tmp_path, run, capsys):
+    """In a run's folder, in the one above it, and nowhere else."""
+    assert run("autoencoder")[0] == 0
+    folder = tmp_path / "autoencoder"
+    for place in (folder, tmp_path):
+        assert cli(["verify", str(place)]) == 0
+        assert capsys.readouterr().out.count("  whole") == 3  # two checkpoints and the model
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert cli(["verify", str(tmp_path)]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
+    assert line.startswith(f"{folder} ") and "the bytes of model.safetensors are not" in line
+    assert cli(["verify", str(tmp_path / "cache")]) == 2
+
+
 def test_weights_alone_are_no_damage(tmp_path, run):
     """No run can go on from them; neither are they set aside, nor trained over."""
     assert run("autoencoder", "--save_only_model")[0] == 0
