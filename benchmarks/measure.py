@@ -65,7 +65,9 @@ def assert_parity(ours: Run, baselines: Mapping[str, Baseline]) -> None:
 
 def peak_memory_bytes(run: Run) -> int:
     """Largest sum of live CPU allocations that `run` makes, beyond what was live before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")

@@ -162,7 +162,8 @@ def _counted(step: Step, device: torch.device) -> dict[str, Any]:
         warnings.simplefilter("always")
         step()
     torch.cuda.set_sync_debug_mode("default")
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+    activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU]
+    with profile(activities=activities, acc_events=True) as profiler:
         step()
         torch.cuda.synchronize()
     kernels = [
