@@ -105,7 +105,7 @@ def energy_score_eager(
             nearness, pull, dy = between(x, y, exponent, scale, need_dx=need_dx, need_dy=need_dy)
             if dx is not None and pull is not None:
                 dx += pull
-            return diversity + nearness, dx, dy
+            return (diversity + nearness).to(dtype), dx, dy
 
         score, *gradients = in_row_blocks(
             compute, samples.shape[0], max(num_samples, num_targets) * width, samples.device
@@ -144,7 +144,8 @@ def gaussian_energy_score_eager(
                 noise = draws.of(rows, width, dtype, None if weight is None else scale == 0)
                 terms = _sampled(offset, log_scale, noise, exponent, scale, needs, dx)
             fidelity, *rest = terms
-            return diversity - fidelity, fidelity, diversity, *rest
+            sums = (diversity - fidelity, fidelity, diversity)  # in float64: large terms cancel
+            return *(value.to(dtype) for value in sums), *rest
 
         elements = max(num_samples, num_targets) * width
         outputs = in_row_blocks(compute, num_rows, elements, samples.device)

@@ -4,7 +4,7 @@ Distances come from differences: at the first training step all samples may coin
 large squares in |x|² + |y|² - 2xy would cancel to rounding noise. Samples and targets of many
 dimensions are rarely near. For those a CPU computes xy as a matmul of centred points, keeps the
 pairs that are far apart, and takes differences for the others. The gradient of |v|^α is α |v|^(α-2)
-v, and 0 where v = 0.
+v, and 0 where v = 0. Sums are float64: the terms of a score are large and nearly cancel.
 """
 
 import torch
@@ -35,12 +35,12 @@ def within(
         need_dx: whether to compute the gradient.
     """
     num_samples = x.shape[1]
-    total = torch.zeros_like(scale)
+    total = torch.zeros_like(scale, dtype=torch.float64)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_dx else None
     for lag in range(1, num_samples):  # pairs (i, i + lag)
         difference = x[:, lag:] - x[:, :-lag]  # [R, N - lag, L]
         powered, slope = _power(difference, exponent, need_slope=need_dx)
-        total += powered.sum(1)
+        total += powered.sum(1, dtype=torch.float64)
         if dx is not None and slope is not None:
             pull = difference.mul_((slope * scale[:, None])[..., None])
             dx[:, lag:] += pull
@@ -84,7 +84,7 @@ def _by_differences(
 
     def compute(rows: slice) -> Terms:
         nonlocal scratch
-        total = torch.zeros_like(scale[rows])
+        total = torch.zeros_like(scale[rows], dtype=torch.float64)
         dx = torch.zeros_like(x[rows]) if need_dx else None
         dy = torch.empty_like(y[rows]) if need_dy else None
         for start in range(0, num_targets, block):
@@ -95,7 +95,7 @@ def _by_differences(
                 scratch = x.new_empty(shape.numel())
             difference = torch.sub(near, far, out=scratch[: shape.numel()].view(shape))
             powered, slope = _power(difference, exponent, need_slope=need_dx or need_dy)
-            total += powered.sum(dim=(1, 2))
+            total += powered.sum(dim=(1, 2), dtype=torch.float64)
             if slope is None:
                 continue
             slope *= scale[rows, None, None]
@@ -127,11 +127,11 @@ def _by_matmul(
     need_slope = need_dx or need_dy
     length = square.masked_fill_(~is_far, 1.0).sqrt_()
     powered, slope = _powers(length, exponent, need_slope=need_slope)
-    total = powered.masked_fill(~is_far, 0.0).sum((1, 2))
+    total = powered.masked_fill(~is_far, 0.0).sum((1, 2), dtype=torch.float64)
     row, n, m = near
     difference = near_x[row, n] - near_y[row, m]
     powered, near_slope = _power(difference, exponent, need_slope=need_slope)
-    total.index_add_(0, row, powered)
+    total.index_add_(0, row, powered.double())
     if slope is None or near_slope is None:
         return total * scale, None, None
     slope = slope.masked_fill_(~is_far, 0.0).mul_(scale[:, None, None])
