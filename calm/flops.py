@@ -27,7 +27,18 @@ from calm.models.heads.base import GenerativeHead
 from calm.models.heads.denoising import DenoisingHead
 from calm_kernels.energy_head import EnergyHead
 
-__all__ = ["AutoencoderFlops", "BaselineFlops", "CALMFlops", "Flops", "HeadFlops", "flops_of"]
+__all__ = [
+    "PEAK",
+    "AutoencoderFlops",
+    "BaselineFlops",
+    "CALMFlops",
+    "Flops",
+    "HeadFlops",
+    "flops_of",
+]
+
+
+PEAK = 989e12  # operations a second, dense bfloat16, of an H100 or H200 (SXM)
 
 
 @dataclass(frozen=True)

@@ -249,17 +249,17 @@ def weights_hash(model: nn.Module) -> str:
 
 def saved_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of all safetensors files in `folder`, one in memory at a time."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 # not a mapping
-                yield name, weights.get_tensor(name)
+    return ((name, file.get_tensor(name)) for name, file in _saved(folder))
 
 
 def saved_shapes(folder: Path) -> dict[str, list[int]]:
     """Shapes of all weights in `folder`, from the files' headers."""
-    shapes = {}
+    return {name: list(file.get_slice(name).get_shape()) for name, file in _saved(folder)}
+
+
+def _saved(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Names of all weights in `folder`, each with its open file."""
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 # not a mapping
-                shapes[name] = list(weights.get_slice(name).get_shape())
-    return shapes
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 # not a mapping
+                yield name, file

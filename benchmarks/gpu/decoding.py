@@ -23,8 +23,8 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
 from benchmarks.gpu.environment import environment
-from benchmarks.gpu.run import RESULTS, write
-from benchmarks.gpu.work import failure
+from benchmarks.gpu.run import RESULTS
+from benchmarks.gpu.work import failure, write
 from benchmarks.models import as_published, autoencoder_config, calm_config
 from benchmarks.reference_decoding import reference_generate
 from calm import BaselineTransformer, EnergyTransformer
@@ -232,7 +232,6 @@ def main(argv: list[str] | None = None) -> int:
         print("error: this benchmark needs a GPU; `make bench` runs on the CPU", file=sys.stderr)
         return 2
     found, ceilings = environment(), measure_ceilings()
-    arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"{found['device'].lower().replace(' ', '-')}-decoding.json"
     results = {
         "environment": found, "ceilings": asdict(ceilings), "shape": asdict(REFERENCE), "rows": [],

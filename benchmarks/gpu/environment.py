@@ -12,6 +12,7 @@ import torch
 import triton
 
 from benchmarks.gpu.ceilings import measure_ceilings
+from benchmarks.gpu.work import write
 from benchmarks.machine import current_commit
 from calm_kernels.tuning import architecture
 
@@ -42,9 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     row = {**environment(), **asdict(measure_ceilings())}
     print(json.dumps(row, indent=1))
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / "environment.json"
-    path.write_text(json.dumps({"rows": [row]}, indent=1) + "\n", encoding="utf-8")
+    write(arguments.output / "environment.json", {"rows": [row]})
     return 0
 
 

@@ -5,7 +5,6 @@ with it.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.run import operations
+from benchmarks.gpu.work import write
 
 __all__ = ["main", "rows"]
 
@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows(arguments.op, operations()[arguments.op].QUICK[:1], "cuda"):
         found.append(row)
         print(row, flush=True)
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "parity.json").write_text(json.dumps({"rows": found}, indent=1) + "\n")
+        write(arguments.output / "parity.json", {"rows": found})
     return 0
 
 

@@ -1,13 +1,13 @@
 """``python -m benchmarks.gpu.races``: every operation under compute-sanitizer's race detector."""
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.run import operations
+from benchmarks.gpu.work import write
 
 __all__ = ["check", "main"]
 
@@ -35,13 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args(argv)
-    arguments.output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for operation in operations():
         rows.append(check(operation, arguments.output))
         print(rows[-1], flush=True)
-        path = arguments.output / "races.json"
-        path.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        write(arguments.output / "races.json", {"rows": rows})
     return int(any(row["races"] is not False for row in rows))
 
 

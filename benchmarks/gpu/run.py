@@ -9,7 +9,6 @@ says why; the others go on.
 import argparse
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -22,7 +21,7 @@ import torch
 from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
 from benchmarks.gpu.device_time import measure
 from benchmarks.gpu.environment import environment
-from benchmarks.gpu.work import Measurement, Work, failure, named, row_of
+from benchmarks.gpu.work import Measurement, Work, failure, named, row_of, write
 from calm_kernels.backend import OPERATIONS
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -55,13 +54,6 @@ def measured(
             row = (named(work) if work else {}) | failure(error)
             torch.cuda.empty_cache()  # perhaps there was too little memory
         yield row
-
-
-def write(path: Path, results: dict[str, Any]) -> None:
-    """The results so far, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -98,7 +90,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     found, ceilings = environment(), measure_ceilings()
     results: dict[str, Any] = {"environment": found, "ceilings": asdict(ceilings), "rows": []}
-    arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"{found['device'].lower().replace(' ', '-')}.json"
     for name in arguments.op or modules:
         module = modules[name]

@@ -24,14 +24,14 @@ from benchmarks.gpu.decoding import QUICK as TINY
 from benchmarks.gpu.decoding import REFERENCE as CALM_M
 from benchmarks.gpu.decoding import Shape as Sizes
 from benchmarks.gpu.environment import environment
+from benchmarks.gpu.work import write
 from benchmarks.models import as_published, autoencoder_config, calm_config
 from calm import EnergyTransformer
-from calm.flops import flops_of
+from calm.flops import PEAK, flops_of
 from calm_kernels import use_backend
 
 __all__ = ["QUICK", "REFERENCE", "Shape", "main", "rows"]
 
-PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 or H200, by its data sheet
 WARMUP, REPEATS = 3, 7
 
 
@@ -139,7 +139,7 @@ def _measured(step: Step, shape: Shape) -> dict[str, Any]:
         "least_ms": 1e3 * min(times),
         "tokens_per_second": shape.batch_size * shape.block_size / seconds,
         "model_flops": flops,
-        "mfu": flops / seconds / PEAK_FLOPS,
+        "mfu": flops / seconds / PEAK,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         **_counted(step, device),
     }
@@ -193,12 +193,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     results: dict[str, Any] = {"environment": environment(), "shape": asdict(REFERENCE)}
     results["rows"] = []
-    arguments.output.mkdir(parents=True, exist_ok=True)
     for row in rows(REFERENCE, "cuda"):
         results["rows"].append(row)
         print(json.dumps({**row, "longest_kernels": None}), flush=True)
-        path = arguments.output / "training-step.json"
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write(arguments.output / "training-step.json", results)
     return int(any("error" in row for row in results["rows"]))
 
 

@@ -1,7 +1,9 @@
 """One thing to time, and the row that its measurement becomes."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ __all__ = [
     "named",
     "relative_error",
     "row_of",
+    "write",
 ]
 
 MAX_ERROR = 2000  # characters; a compiler's message may be longer than all results
@@ -100,3 +103,11 @@ def assert_close(
     for ours, theirs in zip(actual, expected, strict=True):
         error = relative_error(ours, theirs)
         assert error < tolerance, f"{label}: relative error {error:.1e}; nothing is timed"
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Write the results so far, whole or not at all; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -23,8 +23,6 @@ of a GPU of 989 TFLOP/s (H100 or H200, dense bfloat16) of which a share, --mfu, 
 assumption, nothing measured. calm/flops.py and calm/training_memory.py say what is counted.
 """
 
-PEAK = 989e12  # operations a second, dense bfloat16, of an H100 or H200 (SXM)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the subcommand."""
@@ -96,7 +94,7 @@ def _cost(model: Any, run: Any, args: argparse.Namespace) -> dict[str, Any]:
         run: how the recipe trains; None for a checkpoint.
         args: of the command.
     """
-    from calm.flops import CALMFlops, flops_of
+    from calm.flops import PEAK, CALMFlops, flops_of
     from calm.training_memory import memory_of
 
     chunk = getattr(model.config, "patch_size", 1)
@@ -163,9 +161,10 @@ def _cost_rows(cost: dict[str, Any]) -> list[str]:
             f"optimizer steps  {cost['optimizer_steps']:>16,} of {cost['tokens_per_step']:,} tokens"
         )
     if "training_flop" in cost:
+        peak = cost["assumed_peak_flop_per_second_per_gpu"]
         rows.append(
             f"time             {_duration(cost['training_seconds']):>16} on {cost['gpus']} GPUs at "
-            f"{cost['assumed_mfu']:.0%} of {PEAK / 1e12:.0f} TFLOP/s (dense bf16; assumed)"
+            f"{cost['assumed_mfu']:.0%} of {peak / 1e12:.0f} TFLOP/s (dense bf16; assumed)"
         )
     if "memory_bytes_per_gpu" in cost:
         sizes = cost["memory_bytes_per_gpu"]

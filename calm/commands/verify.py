@@ -61,7 +61,9 @@ def _examine(folder: Path) -> Iterator[tuple[Path, str | None]]:
     elif (folder / MANIFEST).is_file() or any(folder.glob("*.safetensors")):
         checks[folder] = find_damage
     for path, check in checks.items():
-        reason = None if holds_weights_alone(path) else check(path)
+        reason = check(path)
+        if reason and check is checkpoint_damage and holds_weights_alone(path):
+            reason = None
         if reason is None and (name := find_non_finite(saved_weights(path))):
             reason = f"weight {name} is not finite"
         yield path, reason

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -33,12 +33,10 @@ class Backbone(LlamaModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        *,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> BaseModelOutputWithPast:
         """As `LlamaModel.forward`, which every option and every mask reaches.
 
@@ -47,11 +45,10 @@ class Backbone(LlamaModel):
         row, and under `torch.compile` would form a mask ``[B, 1, S, S]``, which flash attention
         does not take.
         """
-        others = (attention_mask, position_ids, past_key_values)
-        is_plain = use_cache is False and not kwargs and all(other is None for other in others)
+        is_plain = use_cache is False and all(option is None for option in options.values())
         if not is_plain or not self._is_causal_without_mask():
             return super().forward(
-                input_ids, *others, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs
+                input_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **options
             )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")

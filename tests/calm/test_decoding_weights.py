@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from calm.decoding import generate
 
-OPTIONS = {"max_new_tokens": 12, "temperature": 1.0, "seed": 0}
+OPTIONS = {"max_new_tokens": 24, "temperature": 1.0, "seed": 0}
 
 
 def flipped(weight):
@@ -101,7 +101,7 @@ def test_a_write_of_any_kind_to_any_weight_is_seen(head, write):
         before, text = text, model.generate(ids, **OPTIONS)
         assert torch.equal(text, fresh.generate(ids, **OPTIONS)), name
         changes += not torch.equal(text, before)
-    assert changes > len(names_read(model)) / 8  # the writes do change texts
+    assert changes > len(names_read(model)) / 4  # the writes do change texts
 
 
 def test_a_streamer_may_write_to_its_tokens():
