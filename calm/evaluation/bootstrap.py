@@ -7,8 +7,16 @@ per-block BrierLM would be biased, and undefined where a block's Brier-n is not 
 import torch
 from torch import Tensor
 
-__all__ = ["bootstrap_interval", "brier_lm", "corpus_means", "standard_errors"]
+__all__ = [
+    "ORDERS",
+    "bootstrap_interval",
+    "brier_lm",
+    "corpus_means",
+    "resampled_sums",
+    "standard_errors",
+]
 
+ORDERS = ("brier1", "brier2", "brier3", "brier4")
 RESAMPLE_CHUNK = 256  # bootstrap resamples held at a time
 
 
@@ -65,14 +73,23 @@ def bootstrap_interval(
     blocks = len(counts)
     if blocks < 2:
         return torch.full((2, 5), torch.nan, dtype=sums.dtype)
-    generator = torch.Generator().manual_seed(seed)
-    table = torch.cat([sums, counts[:, None]], dim=1).cpu()
-    means = []
-    for begin in range(0, resamples, RESAMPLE_CHUNK):
-        size = (min(RESAMPLE_CHUNK, resamples - begin), blocks)
-        drawn = table[torch.randint(blocks, size, generator=generator)].sum(1)  # [size, 5]
-        means.append(drawn[:, :4] / drawn[:, 4:])
-    brier = torch.cat(means)
+    drawn = resampled_sums(
+        torch.cat([sums, counts[:, None]], dim=1).cpu(), resamples=resamples, seed=seed
+    )
+    brier = drawn[:, :4] / drawn[:, 4:]
     values = torch.cat([brier, brier_lm(brier)[:, None]], dim=1)
     tail = (1.0 - confidence) / 2.0
     return values.quantile(torch.tensor([tail, 1.0 - tail], dtype=values.dtype), dim=0)
+
+
+def resampled_sums(table: Tensor, *, resamples: int, seed: int) -> Tensor:
+    """Column sums ``[resamples, C]`` of as many rows of `table` ``[n, C]``, drawn with replacement.
+
+    All columns of a resample share its rows: differences of columns are paired.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sums = []
+    for begin in range(0, resamples, RESAMPLE_CHUNK):
+        size = (min(RESAMPLE_CHUNK, resamples - begin), len(table))
+        sums.append(table[torch.randint(len(table), size, generator=generator)].sum(1))
+    return torch.cat(sums)

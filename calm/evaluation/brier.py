@@ -9,6 +9,7 @@ spans several chunks (K < 4, and the baseline, where K is 1) is rolled out, see
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,21 @@ from calm.evaluation.samplers import ChunkSampler, make_sampler
 from calm.models.agreement import MAX_ORDER
 from calm_kernels.noise import Seed, as_seed
 
-__all__ = ["brier_scores", "brier_sums"]
+__all__ = ["PositionScores", "brier_scores", "brier_sums", "position_scores"]
+
+
+class PositionScores(NamedTuple):
+    """Brier-1 to Brier-4 of every n-gram of a batch of sequences.
+
+    Attributes:
+        terms: ``[B, starts, 4]``, float64; 0 where an n-gram does not count.
+        is_counted: bool ``[B, starts]``.
+        token: place in the sequence of the first token of each n-gram, int64 ``[starts]``.
+    """
+
+    terms: Tensor
+    is_counted: Tensor
+    token: Tensor
 
 
 def brier_scores(
@@ -82,14 +97,30 @@ def brier_sums(
 ) -> tuple[Tensor, Tensor]:
     """Sums of Brier-1 to Brier-4 over the positions of each sequence, and how many there are.
 
+    Arguments as `position_scores`. Returns: sums ``[B, 4]`` and counts ``[B]``, both float64.
+    """
+    scores = position_scores(
+        sampler, input_ids, labels, skip_repeats=skip_repeats, first_row=first_row
+    )
+    return scores.terms.sum(1), scores.is_counted.sum(1).to(torch.float64)
+
+
+def position_scores(
+    sampler: ChunkSampler,
+    input_ids: Tensor,
+    labels: Tensor | None,
+    *,
+    skip_repeats: bool = False,
+    first_row: int = 0,
+) -> PositionScores:
+    """Brier-1 to Brier-4 of the n-grams that start at each scored position.
+
     Args:
         sampler: of the model, see `calm.evaluation.samplers`.
         input_ids: ``[B, T]``.
         labels: as `brier_scores`.
         skip_repeats: as `brier_scores`.
         first_row: number of chunks in all earlier sequences; addresses the draws.
-
-    Returns: sums ``[B, 4]`` and counts ``[B]``, both float64.
     """
     labels = input_ids if labels is None else labels
     predictor = sampler.predictor
@@ -122,7 +153,8 @@ def brier_sums(
     if skip_repeats:
         counted &= (windows != windows[..., :1]).any(-1)
     terms = (2.0 * hits - collisions).to(torch.float64) * counted[..., None]
-    return terms.sum(1), counted.sum(1).to(torch.float64)
+    first_token = input_ids.shape[1] - predicted * size
+    return PositionScores(terms, counted, first_token + size * torch.arange(starts, device=device))
 
 
 @contextmanager

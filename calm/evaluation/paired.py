@@ -1,0 +1,138 @@
+"""Two models on one text: differences at the same positions, with errors that the text cancels.
+
+Scores of two models rise and fall together with the text. Resampling the same groups of positions
+for both measures their difference far more sharply than two intervals do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calm.errors import UserError
+from calm.evaluation.bootstrap import ORDERS, brier_lm, resampled_sums
+from calm.evaluation.scores import TextScores
+
+__all__ = ["METRICS", "PairedDifference", "common_positions", "paired_difference"]
+
+METRICS = (*ORDERS, "brier_lm")
+# Entries of the protocol in which evaluations that are compared must agree.
+SHARED = ("tokenizer_hash", "block_size", "skip_repeats", "dtype")
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Score of model a minus score of model b, for Brier-1 to Brier-4 and BrierLM.
+
+    Attributes:
+        difference: Brier-n as fractions, BrierLM on its scale of 0 to 100.
+        interval: bootstrap interval of each; NaN with fewer than two groups.
+        standard_error: standard deviation of the resampled differences; NaN likewise.
+        share_beyond_zero: share of the resampled differences that are 0 or have the other sign;
+            small where the sign is certain. 1 where the difference is 0.
+    """
+
+    difference: dict[str, float]
+    interval: dict[str, tuple[float, float]]
+    standard_error: dict[str, float]
+    share_beyond_zero: dict[str, float]
+
+    def is_tied(self, metric: str) -> bool:
+        """Whether the interval of `metric` holds 0, or there is none."""
+        low, high = self.interval[metric]
+        return not (low > 0 or high < 0)
+
+
+def common_positions(scores: Sequence[TextScores]) -> list[TextScores]:
+    """The scores at the positions that all models share, in the same order.
+
+    Texts may end at different places, as blocks with start chunks hold less text: the shorter one
+    must then be a beginning of the longer one.
+
+    Raises:
+        UserError: the texts or what `SHARED` names differ, or no position is shared.
+    """
+    first = scores[0]
+    for other in scores[1:]:
+        _check_comparable(first, other)
+    shared = first.offsets
+    for other in scores[1:]:
+        shared = shared[torch.isin(shared, other.offsets, assume_unique=True)]
+    if not len(shared):
+        raise UserError(
+            "the models share no position: their n-grams start at different places of the text "
+            "(start chunks, K and block size decide where); compare fewer models, or on more text"
+        )
+    common = [one.select(torch.isin(one.offsets, shared, assume_unique=True)) for one in scores]
+    for one in common:
+        one.protocol["positions_are"] += f"; those that {len(scores)} models share"
+    return common
+
+
+def paired_difference(
+    sums_a: Tensor,
+    counts: Tensor,
+    sums_b: Tensor,
+    *,
+    seed: int,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+) -> PairedDifference:
+    """Scores of model a minus those of model b, resampling the same groups for both.
+
+    Args:
+        sums_a: sums of Brier-1 to Brier-4 of model a in each group of positions, ``[G, 4]``, as
+            `TextScores.grouped` of `common_positions` gives them.
+        counts: positions of each group, ``[G]``, each > 0.
+        sums_b: of model b, at the same positions.
+        seed: of the resampled groups.
+        resamples: how many resampled texts.
+        confidence: share of them inside the interval.
+    """
+    if sums_a.shape != sums_b.shape or len(sums_a) != len(counts):
+        raise UserError(
+            f"sums_a, sums_b and counts must have the same groups, got {len(sums_a)}, "
+            f"{len(sums_b)} and {len(counts)}; take them of common_positions"
+        )
+    table = torch.cat([sums_a, sums_b, counts[:, None]], dim=1).double()
+    values = _differences(table.sum(0, keepdim=True))[0]  # [5]
+    drawn = _differences(resampled_sums(table, resamples=resamples, seed=seed))  # [resamples, 5]
+    beyond = (drawn * values.sign() <= 0).double().mean(0)
+    if len(counts) < 2:
+        drawn, beyond = drawn * torch.nan, beyond * torch.nan
+    tail = (1.0 - confidence) / 2.0
+    low, high = drawn.quantile(torch.tensor([tail, 1.0 - tail], dtype=drawn.dtype), dim=0).tolist()
+    ends = zip(low, high, strict=True)
+    return PairedDifference(
+        difference=dict(zip(METRICS, values.tolist(), strict=True)),
+        interval=dict(zip(METRICS, ends, strict=True)),
+        standard_error=dict(zip(METRICS, drawn.std(0).tolist(), strict=True)),
+        share_beyond_zero=dict(zip(METRICS, beyond.tolist(), strict=True)),
+    )
+
+
+def _differences(sums: Tensor) -> Tensor:
+    """Differences ``[..., 5]`` of Brier-1 to Brier-4 and BrierLM from sums ``[..., 9]``."""
+    brier_a, brier_b = sums[..., :4] / sums[..., 8:], sums[..., 4:8] / sums[..., 8:]
+    difference = brier_lm(brier_a) - brier_lm(brier_b)
+    return torch.cat([brier_a - brier_b, difference[..., None]], dim=-1)
+
+
+def _check_comparable(one: TextScores, other: TextScores) -> None:
+    """Raise if `one` and `other` do not score one text in one way; says what differs."""
+    names = [str(scores.protocol.get("model", "one model")) for scores in (one, other)]
+    for key in SHARED:
+        values = [scores.protocol.get(key) for scores in (one, other)]
+        if None not in values and values[0] != values[1]:
+            raise UserError(
+                f"{names[0]} and {names[1]} cannot be compared: {key} is {values[0]} and "
+                f"{values[1]}; evaluate both alike"
+            )
+    length = min(len(one.text), len(other.text))
+    differs = (one.text[:length] != other.text[:length]).nonzero()
+    if len(differs):
+        raise UserError(
+            f"{names[0]} and {names[1]} were evaluated on different texts: their tokens differ "
+            f"from token {int(differs[0])} on; evaluate both on one text"
+        )
