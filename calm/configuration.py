@@ -206,6 +206,8 @@ class CALMConfig(LlamaConfig):
         head_type: ``energy``, ``diffusion`` or ``flow``; None leaves it to the model class.
         head_init: last layer of the head: ``zero`` (published) or ``scaled``, N(0, 1 / width),
             which learns much faster at small scale.
+        head_recompute: training saves one array a block of the head and computes the others again
+            in the backward pass: less memory, the same numbers. Gradient checkpointing does so too.
         input_type: what a chunk enters the backbone as: its ``tokens`` (published), its ``latent``
             (the autoencoder's mean) or ``both``, summed (section 7.4).
         has_start_patch: a chunk of K begin tokens (bos_token_id) stands before each document, in
@@ -244,6 +246,7 @@ class CALMConfig(LlamaConfig):
     num_targets: int = 100
     head_type: Literal["energy", "diffusion", "flow"] | None = None
     head_init: Literal["zero", "scaled"] = "zero"
+    head_recompute: bool = False
     input_type: Literal["tokens", "latent", "both"] = "tokens"
     has_start_patch: bool = False
     initializer: Initializer = "normal"

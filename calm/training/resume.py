@@ -61,10 +61,10 @@ SPLIT = tuple(
     f"training.{name}"
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 )
-# Fields of a configuration that say nothing about the model, or that the tokenizer decides.
+# Fields of a configuration that change no number, or that the tokenizer decides.
 UNCOMPARED = (
     "transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures", "use_cache",
-    "ae_path", "bos_token_id", "eos_token_id", "pad_token_id",
+    "ae_path", "bos_token_id", "eos_token_id", "pad_token_id", "head_recompute",
 )  # fmt: skip
 
 Change = tuple[Any, Any]

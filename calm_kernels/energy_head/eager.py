@@ -24,7 +24,9 @@ def energy_head_eager(
     sample = _norm(F.linear(noise, *head.noise_embd), head.norm_noise)  # [R, N, C]
     for block, context in zip(head.blocks, _contexts(hidden, head), strict=True):
         if recompute:
-            sample = checkpoint(_block, sample, context, block, use_reentrant=False)
+            sample = checkpoint(
+                _block, sample, context, block, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             sample = _block(sample, context, block)
     features = F.silu(F.linear(_norm(sample, head.final_norm), *head.final_first))

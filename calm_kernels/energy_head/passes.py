@@ -192,7 +192,7 @@ def _block_backward(
         normed = layer_norm(None, None, stream, block.norm, dtype=dstream.dtype)
         matmuls = [*_block_matmuls(normed, context[0], block)]
         del normed
-    dmatmul, down_weight = _linear_backward(  # each matmul is freed after its use
+    dmatmul, down_weight = _linear_backward(  # a matmul computed again is freed after its use
         dstream, block.down.weight, swiglu_backward,
         matmuls.pop(), block.gate_up.bias, sums[:, slots.gate_up(index)],
     )  # fmt: skip

@@ -26,7 +26,7 @@ def energy_head_reference(
     while f"mlp_blocks.{block}.in_ln.weight" in named:
         arguments = (sample, context, named, f"mlp_blocks.{block}")
         if recompute:
-            sample = checkpoint(_block, *arguments, use_reentrant=False)
+            sample = checkpoint(_block, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             sample = _block(*arguments)
         block += 1

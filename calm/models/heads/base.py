@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["GenerativeHead", "HeadLoss", "Posterior", "expand_rows"]
+__all__ = ["GenerativeHead", "HeadLoss", "Posterior", "expand_rows", "is_recomputed"]
 
 
 class Posterior(NamedTuple):
@@ -68,6 +68,16 @@ class GenerativeHead(Protocol):
     def initialize(self, module: nn.Module) -> None:
         """Give `module`, if it belongs to the head, its initial weights."""
         ...
+
+
+def is_recomputed(module: nn.Module, is_asked: bool) -> bool:
+    """Whether a head computes its blocks again for the backward pass: in training alone.
+
+    Args:
+        module: of the head, with the attribute ``gradient_checkpointing``, which transformers sets.
+        is_asked: `head_recompute` of its configuration.
+    """
+    return module.training and (is_asked or bool(module.gradient_checkpointing))
 
 
 def expand_rows(name: str, draw: Tensor, weight: Tensor, num_draws: int, width: int) -> Tensor:

@@ -5,7 +5,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
+
+from calm.models.heads.base import is_recomputed
 
 __all__ = ["Denoiser"]
 
@@ -28,10 +31,13 @@ class Denoiser(nn.Module):
         out_channels: width of the prediction.
         num_blocks: residual blocks.
         output_init: ``zero`` (published) or ``scaled``, N(0, 1 / d), for the last linear.
+        recompute: keep the input of each block for the backward pass, and compute the rest again.
 
     Source: CALM, section 7.4 (heads compared); the design is that of masked autoregressive image
     models.
     """
+
+    gradient_checkpointing = False  # which transformers sets; as `recompute`
 
     def __init__(
         self,
@@ -40,8 +46,11 @@ class Denoiser(nn.Module):
         out_channels: int,
         num_blocks: int,
         output_init: Literal["zero", "scaled"] = "zero",
+        *,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.output_init = output_init
         self.time_embed = _TimeEmbedding(hidden_size)
         self.cond_embed = nn.Linear(hidden_size, hidden_size)
@@ -76,8 +85,14 @@ class Denoiser(nn.Module):
         """
         condition = nn.functional.silu(self.time_embed(time) + condition)
         state = self.input_proj(latent)
+        recompute = is_recomputed(self, self.recompute) and torch.is_grad_enabled()
         for block in self.res_blocks:
-            state = block(state, condition)
+            if recompute:
+                state = checkpoint(
+                    block, state, condition, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                state = block(state, condition)
         return self.final_layer(state, condition)
 
 

@@ -37,6 +37,7 @@ class DenoisingHead(nn.Module):
             out_channels,
             config.num_mlp_layers,
             config.head_init,
+            recompute=config.head_recompute,
         )
 
     def initialize(self, module: nn.Module) -> None:

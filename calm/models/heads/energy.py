@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from calm.configuration import CALMConfig
-from calm.models.heads.base import HeadLoss, Posterior, expand_rows
+from calm.models.heads.base import HeadLoss, Posterior, expand_rows, is_recomputed
 from calm_kernels.energy_head import EnergyHead
 from calm_kernels.energy_score import gaussian_energy_score
 from calm_kernels.noise import Seed
@@ -19,6 +19,8 @@ class EnergyGenerativeHead(EnergyHead):
 
     Source: CALM, sections 3.2 and 3.3.
     """
+
+    gradient_checkpointing = False  # which transformers sets
 
     def __init__(self, config: CALMConfig) -> None:
         super().__init__(
@@ -60,13 +62,14 @@ class EnergyGenerativeHead(EnergyHead):
             first_row: global index of the first chunk.
         """
         config, weight = self.config, posterior.weight
-        if head_noise is None:
-            samples = self.sample(
-                hidden, num_samples=config.num_samples, seed=seed, first_row=first_row
-            )
-        else:
-            noise = _expand("head_noise", head_noise, weight, config.noise_size)
-            samples = self.sample(hidden, noise.to(hidden.dtype))
+        noise, num_samples = None, config.num_samples
+        if head_noise is not None:
+            noise = _expand("head_noise", head_noise, weight, config.noise_size).to(hidden.dtype)
+            num_samples = len(noise)
+        samples = self.sample(
+            hidden, noise, num_samples, seed, first_row,
+            recompute=is_recomputed(self, config.head_recompute),
+        )  # fmt: skip
         if target_noise is not None:
             target_noise = _expand("target_noise", target_noise, weight, config.latent_size)
         score, terms = gaussian_energy_score(
