@@ -2,8 +2,8 @@
 
 Assumed: data parallel training, so that every GPU holds the whole model; float32 weights under
 autocast; AdamW; attention and operations on a GPU, so that neither attention's probabilities nor
-logits are stored; eager PyTorch. Not counted: buffers of libraries and of communication, gradients
-on their way through a layer, fragmentation. Plan for some 20 % more.
+logits are stored; eager PyTorch. Not counted: buffers of libraries, gradients on their way through
+a layer, fragmentation. `TrainingMemory.fits` leaves 20 % of the sum for them.
 
 Activations of a layer and position, for width d, heads h and shared heads k wide in all, inner
 width f, and a bytes an element of a matmul (2 in bfloat16, else 4):
@@ -12,6 +12,10 @@ width f, and a bytes an element of a matmul (2 in bfloat16, else 4):
     10 d (bfloat16), else 8 d   normalised, cast anew for each of five matmuls
     2 a (h + k) + 4 heads       queries, keys, values, output, log-sum-exp
     4 a f                       gate, SiLU(gate), up, their product
+
+With gradient checkpointing, a layer keeps its input (4 d) alone, as does a block of the head;
+`head_recompute` is that for the head alone. One layer and one block are then whole in memory, while
+their backward pass runs.
 """
 
 from dataclasses import dataclass
@@ -27,6 +31,8 @@ from calm_kernels.energy_head import EnergyHead
 __all__ = ["TrainingMemory", "memory_of"]
 
 FLOAT32 = 4
+GPU_BYTES = 80e9  # of an A100 or H100
+MARGIN = 1.2
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class TrainingMemory:
         weights: float32, a frozen autoencoder included.
         gradients: float32, of what is trained.
         optimizer: two float32 moments of AdamW.
+        buckets: gradients once more, as DistributedDataParallel exchanges them among GPUs.
         copies: trained linear layers in bfloat16, which autocast keeps until the step ends.
         activations: of one micro-batch, saved for the backward pass.
     """
@@ -44,16 +51,21 @@ class TrainingMemory:
     weights: int
     gradients: int
     optimizer: int
+    buckets: int
     copies: int
     activations: int
 
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.gradients + self.optimizer + self.copies + self.activations
+        return sum(vars(self).values())
+
+    def fits(self) -> bool:
+        """Whether a GPU of 80 GB holds it, with `MARGIN` for what is not counted."""
+        return self.total() * MARGIN <= GPU_BYTES
 
 
-def memory_of(model: PreTrainedModel, run: Run) -> TrainingMemory:
-    """Memory to train `model`, which may be on the meta device, as `run` says."""
+def memory_of(model: PreTrainedModel, run: Run, gpus: int) -> TrainingMemory:
+    """Memory to train `model`, which may be on the meta device, as `run` says on so many GPUs."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     size = sum(weight.numel() for weight in trained)
     linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
@@ -62,6 +74,7 @@ def memory_of(model: PreTrainedModel, run: Run) -> TrainingMemory:
         weights=FLOAT32 * sum(weight.numel() for weight in model.parameters()),
         gradients=FLOAT32 * size,
         optimizer=2 * FLOAT32 * size,
+        buckets=FLOAT32 * size if gpus > 1 else 0,
         copies=2 * matrices if run.is_bf16 else 0,
         activations=_activations(model, run),
     )
@@ -81,7 +94,7 @@ def _activations(model: Any, run: Run) -> int:
     return (
         _of_layers(config, chunks, element, run)
         + compressor
-        + chunks * _of_head(model.generative_head, config, element)
+        + chunks * _of_head(model.generative_head, config, element, run)
     )
 
 
@@ -97,16 +110,18 @@ def _of_layers(config: Any, positions: int, element: int, run: Run) -> int:
     return positions * config.num_hidden_layers * layer
 
 
-def _of_head(head: Any, config: Any, element: int) -> int:
+def _of_head(head: Any, config: Any, element: int, run: Run) -> int:
     """A chunk of the head: N draws of residual streams, matmuls, latents and their gradients."""
     width, blocks = config.hidden_size, config.num_mlp_layers
+    whole = 1 if run.is_checkpointed or config.head_recompute else blocks  # blocks at a time
     latents = 2 * FLOAT32 * config.latent_size
     if isinstance(head, EnergyHead):  # as its kernels save them
-        streams, matmuls = FLOAT32 * (blocks + 1), element * (4 * blocks + 1)
+        streams, matmuls = FLOAT32 * (blocks + 1), element * (4 * whole + 1)
         draw = (streams + matmuls) * width + latents
         return config.num_samples * draw + element * (blocks + 1) * width
-    # Autograd saves 11 arrays a block of the denoiser, and 10 besides.
-    return config.num_samples * (element * (11 * blocks + 10) * width + latents)
+    # Autograd saves 11 arrays a block of the denoiser, its input among them, and 12 besides.
+    arrays = 10 * whole + blocks + 12
+    return config.num_samples * (element * arrays * width + latents)
 
 
 def _of_autoencoder(config: Any, tokens: int, element: int) -> int:

@@ -116,9 +116,10 @@ def _cost(model: Any, run: Any, args: argparse.Namespace) -> dict[str, Any]:
             tokens = run.steps * batch
         if tokens is not None:
             cost["optimizer_steps"] = math.ceil(tokens / batch)
-        memory = memory_of(model, run)
+        memory = memory_of(model, run, args.gpus)
         cost["micro_batch_sequences"] = run.micro_batch
         cost["memory_bytes_per_gpu"] = {**vars(memory), "total": memory.total()}
+        cost["fits_80_gb"] = memory.fits()
     if tokens is not None:
         total = tokens * flops.training()
         cost |= {
@@ -174,6 +175,8 @@ def _cost_rows(cost: dict[str, Any]) -> list[str]:
             f"{'':17}{cost['micro_batch_sequences']:>16,} sequences at once, data parallel, "
             "float32 weights, AdamW (by formula)"
         )
+        fits = "it fits" if cost["fits_80_gb"] else "it does not fit (shard it: --fsdp)"
+        rows.append(f"{'':17}{fits} a GPU of 80 GB, with 20 % for what is not counted")
     return rows
 
 
