@@ -185,6 +185,10 @@ class CALMTrainingArguments(TrainingArguments):
         "Update weight matrices by Muon at this rate, everything else by AdamW at learning_rate. "
         "0: AdamW for all.",
     )
+    torch_compile: bool = _flag(
+        False,
+        "Train with compiled decoder layers. Of transformers' flags for compilation the only one.",
+    )
     overwrite_output_dir: bool = _flag(
         False, "Start afresh instead of resuming from the last good checkpoint in output_dir."
     )
@@ -204,7 +208,10 @@ class CALMTrainingArguments(TrainingArguments):
             self.ddp_find_unused_parameters = False  # every trained parameter is used in every step
         if (self.bf16 or self.bf16_full_eval) and not self.use_cpu:
             self._choose_cpu_without_gpu()
+        # transformers would compile whole models, and take TF32 for every matmul.
+        compiles, self.torch_compile = self.torch_compile, False
         super().__post_init__()
+        self.torch_compile = compiles
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # speeds up copies to a GPU only, warns without one
 
@@ -321,6 +328,7 @@ def _check(arguments: JobArguments) -> None:
         raise UserError(f"backend must be one of {', '.join(Backend)}, got {training.backend!r}")
     if training.muon_learning_rate and training.fsdp:
         raise UserError("muon_learning_rate needs whole matrices; fsdp splits them")
+    _check_compilation(training)
     _check_schedule(training)
     if training.label_smoothing_factor:
         raise UserError("label_smoothing_factor has no effect on these losses: take it out")
@@ -332,6 +340,17 @@ def _check(arguments: JobArguments) -> None:
         )
     if data.streaming and training.max_steps <= 0 and not training.max_train_seconds:
         raise UserError("a stream has no length: pass max_steps (or max_train_seconds)")
+
+
+def _check_compilation(training: CALMTrainingArguments) -> None:
+    """What is compiled, and how, is ours to say."""
+    for name in ("torch_compile_backend", "torch_compile_mode"):
+        if value := getattr(training, name):
+            raise UserError(f"{name}={value!r} has no effect here: pass --torch_compile alone")
+    if training.torch_compile and (training.fsdp or training.deepspeed):
+        raise UserError(
+            "torch_compile compiles layers whose weights are whole; fsdp and deepspeed split them"
+        )
 
 
 def _check_schedule(training: CALMTrainingArguments) -> None:

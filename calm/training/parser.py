@@ -17,9 +17,9 @@ __all__ = ["TrainingParser"]
 SHOWN = """
 output_dir do_train do_eval num_train_epochs max_steps per_device_train_batch_size
 per_device_eval_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps
-weight_decay adam_beta1 adam_beta2 max_grad_norm bf16 seed use_cpu logging_steps eval_strategy
-eval_steps save_strategy save_steps save_total_limit metric_for_best_model load_best_model_at_end
-resume_from_checkpoint report_to
+weight_decay adam_beta1 adam_beta2 max_grad_norm bf16 torch_compile seed use_cpu logging_steps
+eval_strategy eval_steps save_strategy save_steps save_total_limit metric_for_best_model
+load_best_model_at_end resume_from_checkpoint report_to
 """
 THEIRS = {field.name for field in dataclasses.fields(TrainingArguments)}
 METAVARS = {"int": "N", "float": "X"}

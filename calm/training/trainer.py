@@ -26,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint, has_length
 from calm.data.blocks import collate
 from calm.integrity import find_non_finite, write_atomically, write_manifest
 from calm.labels import IGNORE_INDEX
+from calm.models.backbone import compile_layers
 from calm.training.arguments import CALMTrainingArguments
 from calm.training.checkpoints import (
     CheckpointCompletion,
@@ -83,6 +84,8 @@ class CALMTrainer(Trainer):
         # transformers would delete old checkpoints before the new one has its manifest.
         args, limit = copy.copy(args), args.save_total_limit
         args.save_total_limit = None
+        if args.torch_compile:
+            compile_layers(model)
         super().__init__(model, args, compute_metrics=partial(metrics_of, model), **options)
         self.add_callback(CheckpointCompletion(limit))
         self.protocol = protocol or {}
