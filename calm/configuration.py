@@ -208,6 +208,8 @@ class CALMConfig(LlamaConfig):
             which learns much faster at small scale.
         head_recompute: training saves one array a block of the head and computes the others again
             in the backward pass: less memory, the same numbers. Gradient checkpointing does so too.
+        sampling_steps: of the flow head's midpoint rule (published: 10) or of the diffusion head's
+            sampler (published: 100, at least 2); None for the published. Training does not use it.
         input_type: what a chunk enters the backbone as: its ``tokens`` (published), its ``latent``
             (the autoencoder's mean) or ``both``, summed (section 7.4).
         has_start_patch: a chunk of K begin tokens (bos_token_id) stands before each document, in
@@ -247,6 +249,7 @@ class CALMConfig(LlamaConfig):
     head_type: Literal["energy", "diffusion", "flow"] | None = None
     head_init: Literal["zero", "scaled"] = "zero"
     head_recompute: bool = False
+    sampling_steps: int | None = None
     input_type: Literal["tokens", "latent", "both"] = "tokens"
     has_start_patch: bool = False
     initializer: Initializer = "normal"
@@ -280,9 +283,22 @@ class CALMConfig(LlamaConfig):
             self.targets != "antithetic" or self.num_targets % 2 == 0,
             f'num_targets must be even for targets="antithetic", got {self.num_targets}',
         )
+        self._check_sampling_steps()
         self._check_start_patch()
         if isinstance(self.ae_config, PreTrainedConfig):
             self._check_pair(self.ae_config)
+
+    def _check_sampling_steps(self) -> None:
+        steps, head = self.sampling_steps, self.head_type
+        least = 2 if head == "diffusion" else 1
+        _require(
+            steps is None or least <= steps <= 1000,
+            f"sampling_steps must lie between {least} and 1000, got {steps}",
+        )
+        _require(
+            steps is None or head != "energy",
+            f"sampling_steps must be None for the energy head, whose draw is one step; got {steps}",
+        )
 
     def _check_start_patch(self) -> None:
         token = self.bos_token_id

@@ -8,6 +8,7 @@ import tiny
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from calm.errors import UserError
 from calm.models import MODEL_CLASSES
 from calm.models.heads import diffusion
 from calm.models.heads.base import Posterior
@@ -226,3 +227,31 @@ def test_flow_loss_of_the_exact_velocity_is_zero(monkeypatch):
         constant.expand(2, 3, -1), torch.full((2, 3, tiny.LATENT), -40.0), torch.ones(2, 3)
     )
     assert head.loss(torch.zeros(2, 3, 16), posterior, seed=0).loss.max() < 1e-6
+
+
+@pytest.mark.parametrize(("head", "published", "a_step"), [("diffusion", 100, 1), ("flow", 10, 2)])
+def test_sampling_steps(head, published, a_step):
+    model = tiny.model(head)
+    generative = model.generative_head
+    hidden = torch.randn(2, model.config.hidden_size)
+    before = generative.sample(hidden, seed=1)
+    assert generative.num_evaluations == published * a_step
+    calls = []
+    generative.net.register_forward_hook(lambda *_: calls.append(1))
+    model.config.sampling_steps = published
+    assert torch.equal(generative.sample(hidden, seed=1), before)
+    model.config.sampling_steps = 3
+    assert not torch.allclose(generative.sample(hidden, seed=1), before)
+    assert len(calls) == (published + 3) * a_step
+
+
+@pytest.mark.parametrize(
+    ("head", "steps", "message"),
+    [("energy", 3, "None for the energy head"), ("diffusion", 1, "between 2 and 1000"),
+     ("flow", 0, "between 1 and 1000")],
+)  # fmt: skip
+def test_sampling_steps_out_of_range(head, steps, message):
+    config = tiny.model(head).config
+    config.sampling_steps = steps
+    with pytest.raises(UserError, match=message):
+        config.validate_architecture()

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +24,6 @@ class DenoisingHead(nn.Module):
     A subclass says how times are drawn, what a row of the loss is and how a path is walked.
     """
 
-    num_evaluations: ClassVar[int]  # of the network, to draw a latent
-    num_path_draws: ClassVar[int] = 0  # normal draws that sampling takes after its start
-
     def __init__(self, config: CALMConfig, out_channels: int) -> None:
         super().__init__()
         self.config = config
@@ -39,6 +35,16 @@ class DenoisingHead(nn.Module):
             config.head_init,
             recompute=config.head_recompute,
         )
+
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations of the network, to draw a latent."""
+        raise NotImplementedError
+
+    @property
+    def num_path_draws(self) -> int:
+        """Normal draws that sampling takes after its start."""
+        return 0
 
     def initialize(self, module: nn.Module) -> None:
         """See `Denoiser.initialize`."""
@@ -143,8 +149,8 @@ class DenoisingHead(nn.Module):
         Args:
             hidden: ``[..., H]``.
             noise: draws to use instead of fresh ones, N(0, 1), sample-major: the start ``[rows,
-                L]`` (flow) or start and one draw a step ``[101, rows, L]`` (diffusion), with rows =
-                num_samples * rows of `hidden`.
+                L]`` (flow) or start and one draw a step ``[1 + steps, rows, L]`` (diffusion), with
+                rows = num_samples * rows of `hidden`.
             num_samples: N draws a row; None for one, without the leading axis.
             seed: of fresh draws, see `noise.as_seed`; row r of `hidden` is row ``first_row + r``.
             first_row: global index of the first row.

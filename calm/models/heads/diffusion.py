@@ -89,10 +89,10 @@ def _train_schedule(device: torch.device) -> Schedule:
 
 
 @cache
-def _sample_schedule(device: torch.device) -> tuple[list[int], Schedule]:
-    """Training steps that the sampler visits, and the schedule whose steps are those strides."""
-    stride = (TRAIN_STEPS - 1) / (SAMPLE_STEPS - 1)
-    steps = [round(index * stride) for index in range(SAMPLE_STEPS)]
+def _sample_schedule(device: torch.device, count: int) -> tuple[list[int], Schedule]:
+    """The `count` training steps that the sampler visits, and the schedule with those strides."""
+    stride = (TRAIN_STEPS - 1) / (count - 1)
+    steps = [round(index * stride) for index in range(count)]
     product = torch.cumprod(1 - cosine_betas(TRAIN_STEPS), dim=0)[steps]
     before = torch.cat([torch.ones_like(product[:1]), product[:-1]])
     return steps, Schedule(*(c.float().to(device) for c in schedule(1 - product / before)))
@@ -105,14 +105,22 @@ class DiffusionHead(DenoisingHead):
     dimensions, in which ε̂ is detached: KL(q(x_{t-1} | x_t, z) || p), at step 0 the discretised
     negative log-likelihood.
 
-    1000 training steps, 100 sampling steps. Source: CALM, section 7.4; Nichol and Dhariwal, 2021.
+    1000 training steps, 100 sampling steps, or ``sampling_steps``. Source: CALM, section 7.4;
+    Nichol and Dhariwal, 2021.
     """
-
-    num_evaluations = SAMPLE_STEPS
-    num_path_draws = SAMPLE_STEPS
 
     def __init__(self, config: CALMConfig) -> None:
         super().__init__(config, out_channels=2 * config.latent_size)
+
+    @property
+    def num_evaluations(self) -> int:
+        """One a step."""
+        return self.config.sampling_steps or SAMPLE_STEPS
+
+    @property
+    def num_path_draws(self) -> int:
+        """One a step."""
+        return self.num_evaluations
 
     def _predict(self, noisy: Tensor, step: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Noise and variance interpolation, ``[..., L]`` each."""
@@ -137,16 +145,17 @@ class DiffusionHead(DenoisingHead):
         return ((noise - epsilon).square() + bound / math.log(2.0)).mean(-1)
 
     def _walk(self, condition: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
-        steps, table = _sample_schedule(condition.device)
+        count = self.num_evaluations
+        steps, table = _sample_schedule(condition.device, count)
         noisy = draw(0)
-        for index in reversed(range(SAMPLE_STEPS)):
+        for index in reversed(range(count)):
             at = table.at(index)
             step = torch.full((), steps[index], device=noisy.device)
             epsilon, interpolation = self._predict(noisy, step, condition)
             noisy = at.previous_mean(at.latent(noisy, epsilon), noisy)
             if index > 0:
                 std = (0.5 * at.log_variance(interpolation)).exp()
-                noisy = noisy + std * draw(SAMPLE_STEPS - index)
+                noisy = noisy + std * draw(count - index)
         return noisy
 
 

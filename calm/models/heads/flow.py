@@ -19,14 +19,22 @@ class FlowHead(DenoisingHead):
 
     loss = mean_i (v_i(x_t, t, h) - (z - x₀)_i)²,    t ~ U[0, 1)
 
-    Sampling takes 10 midpoint steps (20 evaluations). Source: CALM, section 7.4; Lipman et al.,
-    2023.
+    Sampling takes 10 midpoint steps (20 evaluations), or ``sampling_steps``. Source: CALM, section
+    7.4; Lipman et al., 2023.
     """
-
-    num_evaluations = 2 * NUM_STEPS
 
     def __init__(self, config: CALMConfig) -> None:
         super().__init__(config, out_channels=config.latent_size)
+
+    @property
+    def num_steps(self) -> int:
+        """Midpoint steps of sampling."""
+        return self.config.sampling_steps or NUM_STEPS
+
+    @property
+    def num_evaluations(self) -> int:
+        """Two a step."""
+        return 2 * self.num_steps
 
     def _velocity(self, latent: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         """Velocity ``[..., L]`` at latents ``[..., L]`` and times ``[...]``."""
@@ -43,8 +51,8 @@ class FlowHead(DenoisingHead):
 
     def _walk(self, condition: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
         latent = draw(0)
-        step = 1.0 / NUM_STEPS
-        for index in range(NUM_STEPS):
+        step = 1.0 / self.num_steps
+        for index in range(self.num_steps):
             start = torch.full((), index * step, device=latent.device)
             middle = latent + 0.5 * step * self._velocity(latent, start, condition)
             latent = latent + step * self._velocity(middle, start + 0.5 * step, condition)
