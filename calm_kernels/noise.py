@@ -16,14 +16,16 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
 import math
 from enum import IntEnum
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from calm_kernels.checks import check_integer
+from calm_kernels.operators import is_traced
 
-__all__ = ["Seed", "Stream", "as_seed", "normal", "philox", "uniform"]
+__all__ = ["Seed", "Stream", "as_first_row", "as_seed", "normal", "philox", "uniform"]
 
 Seed = int | Tensor | None
 
@@ -76,6 +78,33 @@ def as_seed(seed: Seed, device: torch.device | str) -> Tensor:
     if seed.shape[-1:] != (2,) or seed.dim() > 2:
         raise ValueError(f"seed must have shape [2], [rows] or [rows, 2], got {tuple(seed.shape)}")
     return seed.to(device)
+
+
+def as_first_row(first_row: int | Tensor, device: torch.device) -> Tensor:
+    """`first_row` as an int64 tensor, as kernels read it; that of an integer is made once.
+
+    Every micro-batch of a step has its own first row, the same in every step: its memory is filled
+    the first time alone. Not inside a CUDA graph, which would outlive what is kept here, nor for
+    torch.compile or a mode, whose tensors must not be kept.
+    """
+    if isinstance(first_row, Tensor):
+        return first_row.to(device)
+    is_cuda = device.type == "cuda"
+    if is_traced() or (is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _filled(first_row, device)
+    stream = torch.cuda.current_stream(device).cuda_stream if is_cuda else 0
+    return _kept(first_row, device, stream)
+
+
+def _filled(number: int, device: torch.device) -> Tensor:
+    return torch.full((), number, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=256)
+def _kept(number: int, device: torch.device, stream: int) -> Tensor:
+    """`_filled` on this stream, whose work alone is sure to come after the fill."""
+    with torch.inference_mode(False):  # a tensor of inference mode cannot be saved for a gradient
+        return _filled(number, device)
 
 
 def philox(

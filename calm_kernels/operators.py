@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-__all__ = ["Operator", "operator"]
+__all__ = ["Operator", "is_traced", "operator"]
 
 
 class Operator:
@@ -47,7 +47,7 @@ class Operator:
 
     def __call__(self, *inputs: Any) -> Any:
         """The function's results."""
-        if _is_traced():
+        if is_traced():
             return self._operator(*inputs)
         return self._plain(*inputs) if torch.is_grad_enabled() else self._function(*inputs)
 
@@ -57,6 +57,6 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     return lambda function: Operator(name, function)
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether torch.compile or a mode wants to see the operator instead of what is inside."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0

@@ -103,6 +103,8 @@ class CALMTrainer(Trainer):
         self._throughput = Throughput(tokens_per_character)
         self._guard = FiniteGuard()
         self._drawn_step = -1
+        self._address: tuple[int, int] | None = None
+        self._seed: Tensor | None = None
         self._micro_batch = 0
         self._eval_batch = 0
         self.clock: TrainingClock | None = None
@@ -231,9 +233,11 @@ class CALMTrainer(Trainer):
         """Arguments that address the draws of a forward; none for a model that draws nothing."""
         if not self._takes_seed:
             return {}
-        # Filled on the device, since a copy from the host would synchronise.
-        address = [torch.full((), value, device=self.args.device) for value in (seed, offset)]
-        return {"seed": torch.stack(address), "first_row": first_row}
+        if self._address != (seed, offset):  # once a step, for all its micro-batches
+            # Filled on the device, since a copy from the host would synchronise.
+            filled = [torch.full((), value, device=self.args.device) for value in (seed, offset)]
+            self._address, self._seed = (seed, offset), torch.stack(filled)
+        return {"seed": self._seed, "first_row": first_row}
 
     def _record(self, inputs: dict[str, Tensor], outputs: Any, first_row: int) -> None:
         last_row = first_row + len(inputs["input_ids"]) - 1

@@ -6,6 +6,7 @@ from torch import Tensor
 from calm_kernels.agreeing_patch.eager import choose
 from calm_kernels.agreeing_patch.kernels import write_choices, write_counts
 from calm_kernels.agreeing_patch.votes import draw_votes, split_power
+from calm_kernels.noise import as_first_row
 from calm_kernels.operators import operator
 
 __all__ = ["agreeing_patch_triton"]
@@ -33,8 +34,7 @@ def agreeing_patch_triton(
         )
         rows = torch.arange(len(power), device=candidates.device)
         return candidates[rows, index], level, counts
-    if not isinstance(first_row, Tensor):
-        first_row = torch.full((), first_row, dtype=torch.int64, device=candidates.device)
+    first_row = as_first_row(first_row, candidates.device)
     tokens, level = _choose_op(candidates, counts, power, seed.contiguous(), first_row, is_factory)
     return tokens, level, counts
 

@@ -19,7 +19,7 @@ from calm_kernels.energy_head.passes import (
     forward_pass,
     small_rows_pass,
 )
-from calm_kernels.noise import Seed, as_seed
+from calm_kernels.noise import Seed, as_first_row, as_seed
 from calm_kernels.operators import operator
 from calm_kernels.tuning import fuses_head
 
@@ -57,10 +57,7 @@ def energy_head_triton(
         seeds = as_seed(seed, hidden.device).contiguous()
         if seeds.dim() == 2 and len(seeds) != len(hidden):
             raise ValueError(f"seed has {len(seeds)} rows for {len(hidden)} rows of noise")
-        if isinstance(first_row, Tensor):
-            start = first_row.to(hidden.device)
-        else:
-            start = torch.full((), first_row, dtype=torch.int64, device=hidden.device)
+        start = as_first_row(first_row, hidden.device)
     parameters = flatten_parameters(head)
     needed = [hidden, *parameters] if noise is None else [hidden, noise, *parameters]
     save = _SAVE_NOTHING

@@ -16,6 +16,7 @@ from calm_kernels.energy_score.direct_kernels import direct_drawn_score, direct_
 from calm_kernels.energy_score.gram_kernels import gram_score, takes_gram
 from calm_kernels.energy_score.problem import Problem
 from calm_kernels.energy_score.targets import TargetDraws
+from calm_kernels.noise import as_first_row
 from calm_kernels.operators import operator
 
 __all__ = ["energy_score_triton", "gaussian_energy_score_triton"]
@@ -50,9 +51,7 @@ def gaussian_energy_score_triton(
         score, terms, *_ = _analytic_op(samples, mean, log_std, weight, *options)
         fidelity, diversity, max_r2 = terms.unbind()
         return score, fidelity, diversity, max_r2
-    first_row = draws.first_row
-    if not isinstance(first_row, Tensor):
-        first_row = torch.full((), first_row, dtype=torch.int64, device=samples.device)
+    first_row = as_first_row(draws.first_row, samples.device)
     seed = None if draws.seed is None else draws.seed.contiguous()
     score, terms, *_ = _drawn_op(
         samples, mean, log_std, weight, draws.noise, seed, first_row, draws.num_targets,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from calm_kernels.autograd import refuse_second_derivative
+from calm_kernels.noise import as_first_row
 from calm_kernels.operators import operator
 from calm_kernels.reparameterize.kernels import write_gradient, write_latents
 
@@ -36,8 +37,7 @@ def reparameterize_triton(
     width //= 2
     if seed is not None:
         seed = seed.contiguous()
-        if not isinstance(first_row, Tensor):
-            first_row = torch.full((), first_row, dtype=torch.int64, device=seed.device)
+        first_row = as_first_row(first_row, seed.device)
     latent, kl = _forward_op(
         latent_states.reshape(-1, 2 * width),
         None if noise is None else noise.reshape(-1, width),

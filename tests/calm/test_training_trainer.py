@@ -144,6 +144,15 @@ class TestDraws:
             rows += [trainer._next_first_row() for _ in range(2)]
         assert rows == [0, 6, 3, 9]
 
+    def test_micro_batches_of_a_step_share_its_seed(self, tmp_path):
+        trainer = make_trainer(MODELS["energy"](), tmp_path)
+        one, two, next_step, evaluation = (
+            trainer._draws(*address)["seed"]
+            for address in ((5, 3, 0), (5, 3, 8), (5, 4, 0), (0, 4, 0))
+        )
+        assert one is two and one.tolist() == [5, 3]
+        assert next_step.tolist() == [5, 4] and evaluation.tolist() == [0, 4]
+
 
 class TestOptimizer:
     def test_frozen_parameters_stay_out_and_gains_do_not_decay(self, tmp_path):

@@ -7,7 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from calm_kernels.noise import Stream, as_seed, normal, philox, uniform
+from calm_kernels import noise
+from calm_kernels.noise import Stream, as_first_row, as_seed, normal, philox, uniform
 
 MASK = 0xFFFFFFFF
 draws = pytest.mark.parametrize("draw", [uniform, normal])
@@ -248,3 +249,31 @@ class TestAsSeed:
     def test_bad_input(self, seed, error, message):
         with pytest.raises(error, match=message):
             as_seed(seed, "cpu")
+
+
+class TestFirstRow:
+    @pytest.fixture
+    def fills(self, monkeypatch):
+        """Numbers that were filled into memory, from an empty cache."""
+        found, full = [], torch.full
+        monkeypatch.setattr(torch, "full", lambda *a, **k: found.append(a[1]) or full(*a, **k))
+        noise._kept.cache_clear()
+        return found
+
+    def test_an_integer_is_filled_once(self, fills):
+        device = torch.device("cpu")
+        rows = [as_first_row(number, device) for number in (7, 2**40, 7, 7, 2**40)]
+        assert [row.item() for row in rows] == [7, 2**40, 7, 7, 2**40] and fills == [7, 2**40]
+        assert all(row.dtype == torch.int64 and row.dim() == 0 for row in rows)
+        given = torch.tensor(3)
+        assert as_first_row(given, device) is given
+
+    def test_nothing_is_kept_of_a_mode(self, fills):
+        with FakeTensorMode():
+            assert type(as_first_row(7, torch.device("cpu"))).__name__ == "FakeTensor"
+        assert as_first_row(7, torch.device("cpu")).item() == 7 and fills == [7, 7]
+
+    def test_what_inference_has_made_serves_a_gradient(self, fills):
+        with torch.inference_mode():
+            row = as_first_row(7, torch.device("cpu"))
+        assert not row.is_inference()

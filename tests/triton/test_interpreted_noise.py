@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from calm_kernels import noise
+from calm_kernels import EnergyHead, gaussian_energy_score, noise, reparameterize
 from calm_kernels.noise import Stream
 from calm_kernels.noise_kernels import load_key, normal_at, normal_slices, philox, uniform_at
 
@@ -98,3 +98,18 @@ def test_slices_of_one_call():
         rows, width, stream=Stream.LATENT, seed=torch.tensor([11, 2]), first_row=4
     )
     torch.testing.assert_close(out, expected, rtol=0, atol=NORMAL_TOLERANCE)
+
+
+def test_operations_share_the_memory_of_a_first_row(monkeypatch):
+    """Energy head, energy score and autoencoder of a micro-batch; the next step fills nothing."""
+    fills, full = [], torch.full
+    monkeypatch.setattr(torch, "full", lambda *a, **k: fills.append(a[1]) or full(*a, **k))
+    noise._kept.cache_clear()
+    head = EnergyHead(16, 8, 4, 1, init="scaled")
+    hidden, states = torch.randn(3, 16), torch.randn(3, 16)
+    address = {"seed": torch.tensor([1, 2]), "first_row": 12, "backend": "triton"}
+    for _ in range(2):
+        samples = head.sample(hidden, num_samples=2, **address)
+        gaussian_energy_score(samples, *states.split(8, 1), targets="sample", **address)
+        reparameterize(states, kl_floor=0.5, **address)
+    assert fills.count(12) == 1
