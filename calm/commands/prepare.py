@@ -28,7 +28,7 @@ Training tokenizes what is not in the cache. Prepare the corpus first to start s
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the subcommand."""
-    add_text_arguments(parser, ", embedded:docstrings, embedded:topics, or a hub dataset")
+    add_text_arguments(parser, ", embedded:docstrings (or :packages, :topics), or a hub dataset")
     parser.add_argument(
         "--tokenizer",
         required=True,

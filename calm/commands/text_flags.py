@@ -99,7 +99,7 @@ def add_evaluation_text_arguments(
     """
     add_text_arguments(
         parser,
-        ", or embedded:docstrings, embedded:topics"
+        ", or embedded:docstrings, embedded:packages, embedded:topics"
         + ("" if default is None else f" (default: {default})"),
         is_required=default is None,
         default=default,

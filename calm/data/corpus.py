@@ -13,7 +13,6 @@ language model hold out the same ones, and equal documents are always on the sam
 
 import hashlib
 import logging
-import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import pyarrow.compute
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
 
-from calm.data.embedded import PREFIX, embedded_corpus
+from calm.data.embedded import PREFIX, check_embedded, embedded_stamp
 from calm.data.files import DATA_SUFFIXES, expand_files, file_stamp, file_suffix
 from calm.data.options import CorpusOptions, OnError
 from calm.data.reading import TEXT_KEY
@@ -94,8 +93,8 @@ def _named_splits(options: CorpusOptions) -> dict[str, Documents]:
     """Documents by split, with what is damaged in them."""
     name = options.dataset_name
     if name and name.startswith(PREFIX):
-        embedded_corpus(name)  # an unknown one is an error here, not in another process
-        return {TRAIN: _read(options, [name], platform.python_version())}
+        check_embedded(name)  # an unknown one is an error here, not in another process
+        return {TRAIN: _read(options, [name], embedded_stamp(name))}
     if name:
         return _hub_splits(options, name)
     splits = {}

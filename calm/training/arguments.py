@@ -138,7 +138,8 @@ class DataTrainingArguments:
     _argument_group_name = "text"
 
     dataset_name: str | None = _flag(
-        None, "Hub dataset, local dataset folder, embedded:docstrings or embedded:topics."
+        None,
+        "Hub dataset, local dataset folder, or embedded:docstrings (or :packages, :topics).",
     )
     dataset_config_name: str | None = _flag(None, "Configuration of the hub dataset.")
     train_file: str | None = _flag(

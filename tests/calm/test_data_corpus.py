@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 
 from calm.data.blocks import collate
 from calm.data.corpus import is_held_out, load_corpus
-from calm.data.embedded import flatten, language_topics, standard_library_docstrings
 from calm.data.files import expand_files
 from calm.data.options import CorpusOptions
 from calm.data.packing import pack_documents
@@ -192,43 +191,6 @@ class TestFiles:
         write("folder/a.txt", "x")
         with pytest.raises(UserError, match=f"validation_file: .*{complaint}"):
             expand_files(name, "validation_file")
-
-
-class TestEmbedded:
-    def test_topics_are_the_language_reference(self):
-        topics = language_topics()
-        assert len(topics) > 50 and any("assignment" in topic.lower() for topic in topics)
-
-    def test_docstrings_are_long_flat_and_distinct(self, write, tmp_path, monkeypatch):
-        monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
-        long = "A sentence that goes on and on.\n\n    " + "More of it. " * 8
-        write("b.py", f'class B:\n    """{long}"""\n    def f(self):\n        """short"""\n')
-        write("a/__init__.py", f'"""First: {long}"""\nraise ImportError("must not be imported")\n')
-        write("c.py", f'async def f():\n    """{long}"""\n')
-        write("site-packages/d.py", f'"""Not ours: {long}"""\n')
-        write("broken.py", "def (:\n")
-        flat = "A sentence that goes on and on. " + " ".join(["More of it."] * 8)
-        assert standard_library_docstrings() == [f"First: {flat}", flat]
-
-    def test_an_interpreter_without_sources_says_so(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
-        with pytest.raises(UserError, match="no sources of the standard library"):
-            standard_library_docstrings()
-
-    @pytest.mark.slow
-    def test_the_standard_library_has_a_million_characters_of_them(self):
-        found = standard_library_docstrings()
-        assert sum(map(len, found)) > 10**6 and len(set(found)) == len(found)
-
-    def test_flattening_leaves_sentences(self):
-        docstring = (
-            "Sum of two.\n\n    >>> add(1, 2)\n    3\n\n    ------\n    Both are  numbers...\n"
-        )
-        assert flatten(docstring) == "Sum of two. 3 Both are numbers..."
-
-    def test_unknown_corpus_lists_the_known_ones(self, tmp_path):
-        with pytest.raises(UserError, match=r"no corpus 'embedded:poems'.*embedded:topics"):
-            load(tmp_path, dataset_name="embedded:poems")
 
 
 class TestSplit:
