@@ -112,6 +112,8 @@ class AutoencoderConfig(PreTrainedConfig):
         num_decoder_layers: likewise for the decoder.
         ae_dropout: probability of dropping a token of the input, and an element of the latent, in
             training.
+        token_dropout: the first of these two; None for ae_dropout, as published.
+        latent_dropout: the second; likewise.
         kl_clamp: λ_KL, floor of the KL divergence per dimension.
         kl_weight: weight of the KL term in the loss.
         initializer: ``normal`` (published: N(0, initializer_range²)) or ``fan_in`` (N(0, 0.49 /
@@ -135,6 +137,8 @@ class AutoencoderConfig(PreTrainedConfig):
     num_encoder_layers: int = 2
     num_decoder_layers: int = 2
     ae_dropout: int | float = 0.15
+    token_dropout: int | float | None = None
+    latent_dropout: int | float | None = None
     kl_clamp: int | float = 0.5
     kl_weight: int | float = 1e-3
     hidden_act: str = "silu"
@@ -161,7 +165,10 @@ class AutoencoderConfig(PreTrainedConfig):
                 layers >= 2 and layers % 2 == 0,
                 f"{name} must be even and at least 2 (half read tokens, half chunks), got {layers}",
             )
-        _require(0 <= self.ae_dropout < 1, f"ae_dropout must lie in [0, 1), got {self.ae_dropout}")
+        for name in ("ae_dropout", "token_dropout", "latent_dropout"):
+            chance = getattr(self, name)
+            is_valid = chance is None or 0 <= chance < 1
+            _require(is_valid, f"{name} must lie in [0, 1), got {chance}")
         _require(self.kl_clamp >= 0, f"kl_clamp must be at least 0, got {self.kl_clamp}")
         _require(self.kl_weight >= 0, f"kl_weight must be at least 0, got {self.kl_weight}")
 

@@ -224,14 +224,14 @@ class Autoencoder(CALMPreTrainedModel):
         """
         chunks = num_chunks(input_ids, self.patch_size)
         seed, first_chunk = as_seed(seed, input_ids.device), first_row * chunks
-        dropout = float(self.config.ae_dropout) if self.training else 0.0
-        if token_keep is not None or dropout > 0.0:
-            input_ids = self._drop_tokens(input_ids, token_keep, dropout, seed, first_chunk)
+        token_dropout, latent_dropout = self._dropouts() if self.training else (0.0, 0.0)
+        if token_keep is not None or token_dropout > 0.0:
+            input_ids = self._drop_tokens(input_ids, token_keep, token_dropout, seed, first_chunk)
         latent_states = self.encoder(input_ids=input_ids)
         latent, kl = reparameterize(
             latent_states,
             kl_floor=float(self.config.kl_clamp),
-            dropout=dropout,
+            dropout=latent_dropout,
             latent_noise=latent_noise,
             latent_keep=latent_keep,
             seed=seed,
@@ -240,6 +240,15 @@ class Autoencoder(CALMPreTrainedModel):
         if labels is None:
             return AutoencoderOutput(logits=self.decoder(latent_states=latent))
         return self._losses(latent_states, latent, kl, labels, loss_counts)
+
+    def _dropouts(self) -> tuple[float, float]:
+        """Probabilities of dropping a token, and an element of the latent, in training."""
+        config = self.config
+        token, latent = (
+            config.ae_dropout if chance is None else chance
+            for chance in (config.token_dropout, config.latent_dropout)
+        )
+        return float(token), float(latent)
 
     def _drop_tokens(
         self,

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import tiny
 import torch
 from torch.nn.functional import cross_entropy
@@ -45,6 +46,32 @@ def test_token_dropout_hits_its_rate_and_only_in_training():
     kept = trained != 0
     assert torch.equal(trained[kept], ids[kept])
     assert abs((~kept).float().mean().item() - 0.25) < 4 * (0.25 * 0.75 / ids.numel()) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, (0.25, 0.25)),
+        ({"token_dropout": 0.0}, (0.0, 0.25)),
+        ({"latent_dropout": 0}, (0.25, 0.0)),
+        ({"ae_dropout": 0.0, "latent_dropout": 0.25}, (0.0, 0.25)),
+        ({"token_dropout": 0.5, "latent_dropout": 0.1}, (0.5, 0.1)),
+    ],
+    ids=str,
+)
+def test_each_dropout_can_be_set_alone(own, expected):
+    model = tiny.autoencoder(**{"ae_dropout": 0.25, **own}).train()
+    seen, latents = [], []
+    model.encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    model.decoder.latent_to_hidden.register_forward_pre_hook(
+        lambda _, args: latents.append(args[0])
+    )
+    ids = tiny.tokens(batch=50, chunks=20)  # no token is 0
+    model(ids, ids, seed=0)
+    for values, chance in zip((seen[0], latents[0]), expected, strict=True):
+        assert (values == 0).float().mean().item() == pytest.approx(chance, abs=0.03)
 
 
 def test_a_copy_is_independent():

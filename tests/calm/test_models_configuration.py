@@ -55,6 +55,8 @@ def test_bad_language_model_fields(fields, message):
         ({"num_encoder_layers": 3}, "num_encoder_layers must be even.*got 3"),
         ({"num_decoder_layers": 0}, "num_decoder_layers must be even"),
         ({"ae_dropout": 1.0}, r"ae_dropout must lie in \[0, 1\)"),
+        ({"token_dropout": -0.1}, r"token_dropout must lie in \[0, 1\), got -0.1"),
+        ({"latent_dropout": 1}, r"latent_dropout must lie in \[0, 1\), got 1"),
         ({"kl_weight": -1}, "kl_weight must be at least 0"),
         ({"kl_clamp": -0.5}, "kl_clamp must be at least 0"),
         ({"latent_size": 0}, "latent_size must be at least 1"),
