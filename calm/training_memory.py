@@ -9,7 +9,7 @@ Activations of a layer and position, for width d, heads h and shared heads k wid
 width f, and a bytes an element of a matmul (2 in bfloat16, else 4):
 
     8 d                         residual stream before each norm, float32
-    10 d (bfloat16), else 8 d   normalised, cast anew for each of five matmuls
+    2 a d                       normalised, before attention and before the MLP
     2 a (h + k) + 4 heads       queries, keys, values, output, log-sum-exp
     4 a f                       gate, SiLU(gate), up, their product
 
@@ -102,8 +102,7 @@ def _of_layers(config: Any, positions: int, element: int, run: Run) -> int:
     """Layers of the backbone; see above."""
     width, heads = config.hidden_size, config.num_attention_heads
     rows = config.head_dim * (heads + config.num_key_value_heads)
-    normed = 5 * element if run.is_bf16 else 2 * FLOAT32
-    layer = (2 * FLOAT32 + normed) * width + 2 * element * rows + FLOAT32 * heads
+    layer = (2 * FLOAT32 + 2 * element) * width + 2 * element * rows + FLOAT32 * heads
     layer += 4 * element * config.intermediate_size
     if run.is_checkpointed:  # inputs of all, and what one of them computes again
         return positions * (config.num_hidden_layers * FLOAT32 * width + layer)

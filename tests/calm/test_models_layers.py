@@ -25,6 +25,22 @@ def test_norm_is_that_of_transformers(dtype, weight_dtype):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norm_under_autocast(dtype):
+    """Sums in float32, rounded once to the dtype that the layers behind it multiply in."""
+    norm = RMSNorm(48, eps=1e-6)
+    nn.init.normal_(norm.weight)
+    hidden = torch.randn(5, 48).to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = norm(hidden)
+    assert actual.dtype == torch.bfloat16
+    assert torch.equal(actual, norm(hidden.float()).bfloat16())
+    actual.sum().backward()
+    assert hidden.grad.dtype == dtype and norm.weight.grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm.double()(hidden.double()).dtype == torch.float64
+
+
 class Adapter(nn.Module):
     """A linear layer with a switch, as adapters have one."""
 
