@@ -3,6 +3,7 @@ GPU. Its works run once in tests/triton/test_interpreted_benchmark.py.
 """
 
 import json
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -11,7 +12,18 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import ceilings, device_time, energy_score, plots, run
+from benchmarks.gpu import (
+    ceilings,
+    counters,
+    decoding,
+    device_time,
+    energy_score,
+    parity,
+    plots,
+    races,
+    run,
+    training_step,
+)
 from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
 from benchmarks.gpu.work import Measurement, Work, relative_error, row_of
 
@@ -60,12 +72,13 @@ def test_a_row():
 def test_ceilings_are_measured():
     """The copy's are bytes read and written, the GEMM's additions and multiplications."""
     seconds = {"copy": 1e-3, "gemm": 2e-3}
-    found = measure_ceilings("cpu", copy_bytes=1 << 16, size=32)
+    found = measure_ceilings("cpu")
     assert found.bandwidth > 0 and found.tensor_rate > 0
     with pytest.MonkeyPatch.context() as patch:
         times = iter(seconds.values())
         patch.setattr(ceilings, "_seconds", lambda run, device: (run(), next(times))[1])
-        found = measure_ceilings("cpu", copy_bytes=1000, size=10)
+        patch.setattr(ceilings, "TINY", (1000, 10))
+        found = measure_ceilings("cpu")
     assert found == Ceilings(bandwidth=2e6, tensor_rate=1e6)
     assert found.floor_ms(traffic=2e6, flops=0) == 1e3 and found.floor_ms(0, 3e6) == 3e3
 
@@ -100,19 +113,21 @@ def test_what_fails_is_a_row_and_the_others_go_on(monkeypatch, tmp_path):
     """A work that cannot be timed, inputs that cannot be made, and what was written before."""
     written = []
 
-    def works(shapes):
+    def works(shapes, device, compiled):
         yield work(name="first")
         yield work(name="broken", run=None)
         yield work(name="last")
         raise AssertionError("no parity")
 
-    module = SimpleNamespace(works=works, QUICK=[energy_score.REFERENCE] * 2)
+    module = SimpleNamespace(works=works, SHAPES=[], QUICK=[energy_score.REFERENCE] * 2)
     monkeypatch.setattr(run, "operations", lambda: {"energy_score": module})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(run, "environment", lambda: {"device": "A GPU", "architecture": "sm_90"})
+    monkeypatch.setattr(
+        run, "environment", lambda device: {"device": "A GPU", "architecture": "sm_90"}
+    )
     monkeypatch.setattr(run, "measure", lambda work: measurement(work.run(2)))
-    monkeypatch.setattr(run, "measure_ceilings", lambda: H200)
+    monkeypatch.setattr(run, "measure_ceilings", lambda device: H200)
     write = run.write
     monkeypatch.setattr(
         run,
@@ -158,10 +173,87 @@ def test_every_operation_has_shapes_and_works():
     assert {"energy_score", "reparameterize"} <= set(modules)
     for module in modules.values():
         assert set(module.QUICK) <= set(module.SHAPES) and callable(module.works)
-        assert all(isinstance(shape, module.Shape) for shape in module.SHAPES)
+        assert all(isinstance(shape, module.Shape) for shape in module.SHAPES + module.TINY)
+        assert len(module.TINY) >= 2  # one of them for the sweep
+
+
+def test_the_flags_choose_shapes():
+    module = SimpleNamespace(SHAPES=[1, 2, 3], QUICK=[1], TINY=[8, 9])
+    flags = [(tiny, word) for tiny in (False, True) for word in ("", "quick", "sweep")]
+    found = [
+        run.chosen(module, SimpleNamespace(tiny=tiny, quick=word == "quick", sweep=word == "sweep"))
+        for tiny, word in flags
+    ]
+    assert found == [[1, 2, 3], [1], [2, 3], [8, 9], [8], [9]]
+
+
+def test_what_is_not_installed_is_a_row():
+    (row,) = run.measured(iter([work(name="Liger", missing="not installed")]), H200, measurement)
+    assert row["missing"] == "not installed" and "median_ms" not in row
+    assert "Liger: not installed" in run.line(row)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu(capsys):
-    assert run.main([]) == 2
-    assert "needs a GPU" in capsys.readouterr().err
+@pytest.mark.parametrize("program", [run, decoding, training_step, parity, races, counters])
+def test_without_a_gpu(program, capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    flags = ["--output", str(tmp_path), *(["--op", "energy_score"] * (program is parity))]
+    for tiny, reason in (([], "needs a GPU"), (["--tiny"], "needs TRITON_INTERPRET=1")):
+        with pytest.raises(SystemExit, match="2"):
+            program.main(flags + tiny)
+        assert reason in capsys.readouterr().err
+
+
+# Captures, on a device that only takes note
+
+
+class FakeDevice:
+    """Stands for torch.cuda: what is called, and whether a graph records it."""
+
+    def __init__(self, monkeypatch):
+        self.is_recording, self.replays, self.seen = False, 0, []
+        for name in ("synchronize", "reset_peak_memory_stats", "stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda *args: nullcontext())
+        for name in ("memory_allocated", "max_memory_allocated"):
+            monkeypatch.setattr(torch.cuda, name, lambda: MEGABYTE)
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+        event = SimpleNamespace(record=lambda: None, elapsed_time=lambda end: 42.0)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=self.replay))
+        monkeypatch.setattr(torch.cuda, "graph", self.record)
+
+    @contextmanager
+    def record(self, graph):
+        self.is_recording = True
+        yield
+        self.is_recording = False
+
+    def replay(self):
+        self.replays += 1
+
+    def call(self, buffer):
+        self.seen.append((self.is_recording, buffer))
+
+
+def test_a_capture_meets_only_buffers_that_were_warmed(monkeypatch):
+    """torch.compile may compile anew for any buffer, which no capture survives."""
+    device = FakeDevice(monkeypatch)
+    for buffers in (2, 7, 40):
+        device.seen.clear()
+        found = device_time.measure(work(buffers=buffers, run=device.call))
+        first = device.seen.index((True, 0))
+        warmed, recorded = device.seen[:first], device.seen[first:]
+        assert {buffer for _, buffer in warmed} == set(range(buffers))
+        assert [recording for recording, _ in recorded] == [True] * found.launches
+        assert {buffer for _, buffer in recorded} == set(range(buffers))
+        assert found.is_captured and found.median_ms == 42.0 / found.launches
+    assert device.replays == 3 * (1 + device_time.REPLAYS)
+
+
+def test_what_waits_for_the_device_is_timed_as_it_is_called(monkeypatch):
+    device = FakeDevice(monkeypatch)
+    found = device_time.measure(work(buffers=3, run=device.call, can_capture=False))
+    assert not found.is_captured and device.replays == 0
+    assert not any(recording for recording, _ in device.seen)

@@ -14,6 +14,7 @@ import torch
 
 __all__ = ["Ceilings", "measure_ceilings"]
 
+SIZES, TINY = (1 << 30, 8192), (1 << 16, 32)  # bytes of the copy, width of the matrices
 CALLS, BATCHES = 10, 5  # calls that are timed together, and how often
 
 
@@ -29,10 +30,9 @@ class Ceilings:
         return 1e3 * max(traffic / self.bandwidth, flops / self.tensor_rate)
 
 
-def measure_ceilings(
-    device: str = "cuda", *, copy_bytes: int = 1 << 30, size: int = 8192
-) -> Ceilings:
-    """Copy `copy_bytes`, multiply two bf16 matrices ``[size, size]`` of random numbers."""
+def measure_ceilings(device: str = "cuda") -> Ceilings:
+    """Copy so many bytes, multiply two square bf16 matrices of random numbers."""
+    copy_bytes, size = TINY if device == "cpu" else SIZES
     source = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
     copy = torch.empty_like(source)
     copy_seconds = _seconds(partial(copy.copy_, source), device)

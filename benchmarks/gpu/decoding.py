@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu.decoding``: prompts continued on this GPU.
+"""``python -m benchmarks.gpu.decoding``: prompts continued on this GPU, one and a batch of them.
 
 Ours stands beside the published algorithm on our reference backend, beside the baseline that writes
 single tokens, and beside the time that reading the weights takes. Weights are random, at published
@@ -7,7 +7,6 @@ of `generate` with a graph captured beforehand; a row's ``warmup_seconds`` is th
 go to benchmarks/results/<device>-decoding.json.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -15,20 +14,24 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
 from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
+from benchmarks.gpu.command import make_parser, read_device
 from benchmarks.gpu.environment import environment
+from benchmarks.gpu.profiling import kernels_of
 from benchmarks.gpu.run import RESULTS
 from benchmarks.gpu.work import failure, write
 from benchmarks.models import as_published, autoencoder_config, calm_config
 from benchmarks.reference_decoding import reference_generate
 from calm import BaselineTransformer, EnergyTransformer
-from calm.decoding.generation import generate, warmup
+from calm.decoding.engine.cuda_graph import captured_step
+from calm.decoding.engine.decode_step import DecodeState, decode_step, prefill
+from calm.decoding.engine.predictors import Predictor
+from calm.decoding.generation import generate, make_predictor, warmup
 
 __all__ = ["QUICK", "REFERENCE", "Shape", "chunk_floor_ms", "main", "rows"]
 
@@ -156,15 +159,15 @@ def row_of(
 
 
 def published_row(
-    model: EnergyTransformer, shape: Shape, device: str, **options: Any
+    model: EnergyTransformer, shape: Shape, batch_size: int, device: str, **options: Any
 ) -> dict[str, Any]:
-    """The published algorithm on one prompt."""
-    ids = prompts(shape, 1, device)
+    """The published algorithm."""
+    ids = prompts(shape, batch_size, device)
 
     def run() -> object:
         return reference_generate(model, ids, max_new_tokens=shape.new_tokens, **options)
 
-    return _row("published", shape, 1, timed(run, PUBLISHED_REPEATS, device), 0.0, options)
+    return _row("published", shape, batch_size, timed(run, PUBLISHED_REPEATS, device), 0.0, options)
 
 
 def _row(
@@ -178,10 +181,38 @@ def _row(
     }  # fmt: skip
 
 
-def rows(shape: Shape, device: str, ceilings: Ceilings | None) -> Iterator[dict[str, Any]]:
-    """One prompt at T = 1 and 1/2 beside the published algorithm; a batch beside the baseline.
+def graph_row(
+    model: PreTrainedModel, shape: Shape, batch_size: int, device: str, **options: Any
+) -> dict[str, Any]:
+    """Nodes of the captured decode step, their time on the device, and the longest of them."""
+    predictor = make_predictor(model, **options)
+    ids = prompts(shape, batch_size, device)
+    chunks = (shape.prompt_tokens + shape.new_tokens) // shape.patch_size
+    state, step = _step(predictor, batch_size, chunks, device)
+    with torch.no_grad():
+        prefill(state, ids, [0] * batch_size, torch.zeros_like(state.seed))
+        step()
+        found = kernels_of(step, device)
+    return {"name": "graph", "batch_size": batch_size, **options,
+            "nodes": found.pop("launches"), **found}  # fmt: skip
 
-    A row that failed holds its error; without parity it is the only one.
+
+def _step(
+    predictor: Predictor, batch_size: int, chunks: int, device: str
+) -> tuple[DecodeState, Callable[[], object]]:
+    """Memory of a decode step, and the replay of its graph; on a CPU the step itself."""
+    if device == "cpu":
+        state = DecodeState.allocate(predictor, batch_size=batch_size, capacity=chunks)
+        return state, partial(decode_step, state)
+    captured = captured_step(predictor, batch_size=batch_size, capacity=chunks)
+    return captured.state, captured.replay
+
+
+def rows(shape: Shape, device: str, ceilings: Ceilings | None) -> Iterator[dict[str, Any]]:
+    """T = 1 and 1/2, one prompt and a batch: ours, the published algorithm, the baseline.
+
+    The graphs of ours come last: should a profiler end the process, all times have been written. A
+    row that failed holds its error; without parity it is the only one.
     """
     try:
         assert_parity(shape, device)
@@ -202,46 +233,50 @@ def _measurements(
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Names of the rows, and what makes them."""
 
-    def ours(count: int, options: dict[str, Any]) -> dict[str, Any]:
-        row = row_of(model, "ours", shape, 1, device, **options)
+    def ours(batch_size: int, count: int, **options: Any) -> dict[str, Any]:
+        row = row_of(model, "ours", shape, batch_size, device, **options)
         if ceilings is not None:
-            floor_ms = chunk_floor_ms(model, count, 1, ceilings)
+            floor_ms = chunk_floor_ms(model, count, batch_size, ceilings)
             row |= {"floor_ms": floor_ms, "share_of_floor": floor_ms / row["chunk_ms"]}
         return row
 
-    for temperature, count in ((1.0, 1), (0.5, shape.num_samples)):
-        options = {"temperature": temperature, "num_samples": shape.num_samples}
-        yield "ours", partial(ours, count, options)
-        yield "published", partial(published_row, as_published(model), shape, device, **options)
-    batch = (shape, shape.batch_size, device)
-    yield "ours", partial(row_of, model, "ours", *batch, temperature=1.0)
-
-    def by_tokens() -> dict[str, Any]:
-        baseline = make_baseline(shape, device, model.dtype)
-        return row_of(baseline, "token by token", *batch, temperature=1.0)
-
-    yield "token by token", by_tokens
+    cases = [
+        (size, count, {"temperature": temperature, "num_samples": shape.num_samples})
+        for size in (1, shape.batch_size)
+        for temperature, count in ((1.0, 1), (0.5, shape.num_samples))
+    ]
+    for size, count, options in cases:
+        yield "ours", partial(ours, size, count, **options)
+    baseline = make_baseline(shape, device, model.dtype)
+    for size in (1, shape.batch_size):
+        yield (
+            "token by token",
+            partial(row_of, baseline, "token by token", shape, size, device, temperature=1.0),
+        )
+    rival = as_published(model)
+    for size, _, options in cases:
+        yield "published", partial(published_row, rival, shape, size, device, **options)
+    for size, _, options in cases:
+        yield "graph", partial(graph_row, model, shape, size, device, **options)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    """Measure, print, write; 1 if a row failed."""
+    parser = make_parser(__doc__, RESULTS)
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("error: this benchmark needs a GPU; `make bench` runs on the CPU", file=sys.stderr)
-        return 2
-    found, ceilings = environment(), measure_ceilings()
+    device = read_device(parser, arguments)
+    shape = QUICK if arguments.tiny else REFERENCE
+    found, ceilings = environment(device), measure_ceilings(device)
     path = arguments.output / f"{found['device'].lower().replace(' ', '-')}-decoding.json"
     results = {
-        "environment": found, "ceilings": asdict(ceilings), "shape": asdict(REFERENCE), "rows": [],
+        "environment": found, "ceilings": asdict(ceilings), "shape": asdict(shape), "rows": [],
     }  # fmt: skip
-    for row in rows(REFERENCE, "cuda", ceilings):
+    for row in rows(shape, device, ceilings):
         results["rows"].append(row)
-        print(json.dumps(row), flush=True)
+        print(json.dumps({**row, "longest_kernels": None}), flush=True)
         write(path, results)
     print(path)
-    return 0
+    return int(any("error" in row for row in results["rows"]))
 
 
 if __name__ == "__main__":

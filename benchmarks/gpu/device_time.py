@@ -2,13 +2,14 @@
 
 import math
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
 
 from benchmarks.gpu.work import Measurement, Work
 
-__all__ = ["measure", "num_buffers"]
+__all__ = ["measure", "measure_on_cpu", "num_buffers"]
 
 LAUNCHES, REPLAYS, WARMUP = 20, 15, 3
 ENOUGH_MS = 100.0  # time of the launches that are timed together
@@ -91,3 +92,11 @@ def measure(work: Work) -> Measurement:
         times = _timed(lambda: _call(work, launches), launches)
     low, *_, high = statistics.quantiles(times, n=5)
     return Measurement(statistics.median(times), low, high, peak, work.can_capture, launches)
+
+
+def measure_on_cpu(work: Work) -> Measurement:
+    """One call of `work` as it is; no memory is counted."""
+    begin = time.perf_counter()
+    work.run(0)
+    milliseconds = 1e3 * (time.perf_counter() - begin)
+    return Measurement(milliseconds, milliseconds, milliseconds, 0, False, 1)

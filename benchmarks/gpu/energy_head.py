@@ -17,7 +17,7 @@ from benchmarks.gpu.work import Work, assert_close, cache_bytes
 from calm_kernels import EnergyHead
 from calm_kernels.noise import Stream, uniform
 
-__all__ = ["QUICK", "SHAPES", "Shape", "works"]
+__all__ = ["QUICK", "SHAPES", "TINY", "Shape", "works"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ QUICK = [Shape(), DECODE[0]]
 SHAPES = [Shape(), Shape(width=1536), Shape(width=2560), *DECODE,
           Shape(rows=1, num_samples=200, width=2560, is_training=False)]  # fmt: skip
 
+TINY = [Shape(3, 2, 16, 4, 4, 1), Shape(4, 2, 16, 4, 4, 2, is_training=False)]
+
 Draw = Callable[[EnergyHead, Tensor], Tensor]
 
 
@@ -70,7 +72,7 @@ def _heads(shape: Shape, device: str, count: int) -> list[EnergyHead]:
     return [head, *(copy.deepcopy(head) for _ in range(count - 1))]
 
 
-def _implementations(shape: Shape, seed: Tensor) -> Iterator[tuple[str, Draw]]:
+def _implementations(shape: Shape, seed: Tensor, compiled: bool) -> Iterator[tuple[str, Draw]]:
     """Names and ways to draw ``[N, R, L]``."""
 
     def drawing(backend: str, recompute: bool = False) -> Draw:
@@ -78,10 +80,11 @@ def _implementations(shape: Shape, seed: Tensor) -> Iterator[tuple[str, Draw]]:
             hidden, num_samples=shape.num_samples, seed=seed, recompute=recompute, backend=backend
         )
 
-    yield "triton", drawing("triton")
-    if shape.is_training:
-        yield "triton, recompute", drawing("triton", recompute=True)
-    yield "torch", drawing("torch")
+    if not compiled:
+        yield "triton", drawing("triton")
+        if shape.is_training:
+            yield "triton, recompute", drawing("triton", recompute=True)
+        yield "torch", drawing("torch")
     noise = uniform(
         shape.rows, shape.noise_size, stream=Stream.HEAD, seed=seed, num_draws=shape.num_samples,
         device=seed.device,
@@ -92,7 +95,8 @@ def _implementations(shape: Shape, seed: Tensor) -> Iterator[tuple[str, Draw]]:
         return head(hidden, noise, backend="reference")
 
     yield "published module", published
-    yield "published module, torch.compile", torch.compile(published)
+    if compiled:
+        yield "published module, torch.compile", torch.compile(published)
 
 
 def _run(draw: Draw, head: EnergyHead, hidden: Tensor, upstream: Tensor) -> list[Tensor]:
@@ -104,8 +108,9 @@ def _run(draw: Draw, head: EnergyHead, hidden: Tensor, upstream: Tensor) -> list
     return [latent.detach(), *torch.autograd.grad(latent, [hidden, *head.parameters()], upstream)]
 
 
-def _works(shape: Shape, device: str) -> Iterator[Work]:
-    torch._dynamo.reset()  # the compiled baseline is compiled for each shape
+def _works(shape: Shape, device: str, compiled: bool) -> Iterator[Work]:
+    if compiled:
+        torch._dynamo.reset()  # compiled for each shape
     seed = torch.tensor([1, 0], device=device)
     hidden_bytes = (4 if shape.is_training else 2) * shape.rows * shape.width
     parameter_bytes = 2 * shape.parameters()
@@ -121,7 +126,7 @@ def _works(shape: Shape, device: str) -> Iterator[Work]:
     passes = 3 if shape.is_training else 1
     label = "forward + backward" if shape.is_training else "forward"
     expected: list[Tensor] | None = None
-    for name, draw in _implementations(shape, seed):
+    for name, draw in _implementations(shape, seed, compiled):
 
         def work(index: int, draw: Draw = draw) -> list[Tensor]:
             return _run(draw, heads[index % len(heads)], buffers[index], upstream)
@@ -135,7 +140,9 @@ def _works(shape: Shape, device: str) -> Iterator[Work]:
         )  # fmt: skip
 
 
-def works(shapes: Sequence[Shape], device: str = "cuda") -> Iterator[Work]:
-    """Every shape in turn."""
+def works(
+    shapes: Sequence[Shape], device: str = "cuda", *, compiled: bool = False
+) -> Iterator[Work]:
+    """Every shape in turn: ours and ready baselines, or those that torch.compile makes."""
     for shape in shapes:
-        yield from _works(shape, device)
+        yield from _works(shape, device, compiled)

@@ -10,7 +10,7 @@ from benchmarks.gpu.device_time import num_buffers
 from benchmarks.gpu.work import Work, assert_close, cache_bytes
 from calm_kernels import energy_score, gaussian_energy_score
 
-__all__ = ["QUICK", "SHAPES", "SWEEPS", "Shape", "works"]
+__all__ = ["QUICK", "SHAPES", "SWEEPS", "TINY", "Shape", "works"]
 
 ANALYTIC, GIVEN = "gaussian, forward + gradient", "given targets, forward + gradient"
 Score = Callable[..., Tensor]
@@ -52,6 +52,7 @@ SWEEPS = {
 }
 QUICK = [REFERENCE, Shape(spread=1.5)]
 SHAPES = QUICK + sorted({s for sweep in SWEEPS.values() for s in sweep} - {REFERENCE}, key=str)
+TINY = [Shape(3, 2, 4, 64), Shape(2, 3, 4, 32, 1.5)]
 
 
 def make_inputs(shape: Shape, seed: int, device: str) -> list[Tensor]:
@@ -80,7 +81,7 @@ def _ours(shape: Shape, backend: str, targets: str, seed: Tensor) -> Score:
     )
 
 
-def _scores(shape: Shape, device: str) -> Iterator[tuple[str, Score, bool]]:
+def _scores(shape: Shape, device: str, compiled: bool) -> Iterator[tuple[str, Score, bool]]:
     """Name, score of (samples, mean, log_std), and whether a graph can capture it."""
     seed = torch.tensor([1, 0], device=device)
 
@@ -93,15 +94,19 @@ def _scores(shape: Shape, device: str) -> Iterator[tuple[str, Score, bool]]:
     def published(*inputs: Tensor) -> Tensor:
         return gaussian_energy_score(*inputs, target_noise=noise(), backend="reference")
 
+    has_room = 3 * shape.eager_bytes() < memory_limit(device)
+    if compiled:
+        if has_room:
+            fused = torch.compile(published, dynamic=False)
+            yield "published formula, torch.compile", fused, True
+        return
     for targets in ("analytic", "antithetic", "sample"):
         yield f"triton, {targets}", _ours(shape, "triton", targets, seed), True
     # waits for the device to know which chunks need quadrature
     yield "torch, analytic", _ours(shape, "torch", "analytic", seed), False
     yield "torch.cdist", by_cdist, True
-    if 3 * shape.eager_bytes() < memory_limit(device):
+    if has_room:
         yield "published formula", published, True
-        compiled = torch.compile(published, dynamic=False)
-        yield "published formula, torch.compile", compiled, True
 
 
 def memory_limit(device: str) -> int:
@@ -127,13 +132,15 @@ def _assert_parity(shape: Shape, inputs: Sequence[Tensor], upstream: Tensor) -> 
         assert_close(*results, 8e-3, targets)
 
 
-def _gaussian_works(shape: Shape, device: str) -> Iterator[Work]:
-    torch._dynamo.reset()  # the compiled baseline is compiled for each shape
+def _gaussian_works(shape: Shape, device: str, compiled: bool) -> Iterator[Work]:
+    if compiled:
+        torch._dynamo.reset()  # compiled for each shape
     count = num_buffers(shape.traffic() // 2, cache_bytes(device))
     buffers = [make_inputs(shape, seed, device) for seed in range(count)]
     upstream = torch.full((shape.rows,), 1 / shape.rows, device=device)
-    _assert_parity(shape, buffers[0], upstream)
-    for name, score, can_capture in _scores(shape, device):
+    if not compiled:
+        _assert_parity(shape, buffers[0], upstream)
+    for name, score, can_capture in _scores(shape, device, compiled):
         yield Work(
             operation="energy_score",
             label=ANALYTIC,
@@ -174,10 +181,14 @@ def _given_works(shape: Shape, device: str) -> Iterator[Work]:
         )
 
 
-def works(shapes: Sequence[Shape], device: str = "cuda") -> Iterator[Work]:
-    """Gaussian targets at every shape; given targets where they need no more memory than usual."""
+def works(
+    shapes: Sequence[Shape], device: str = "cuda", *, compiled: bool = False
+) -> Iterator[Work]:
+    """Gaussian targets at every shape; given targets where they need no more memory than usual.
+    Ours and ready baselines, or those that torch.compile makes.
+    """
     for shape in shapes:
         is_small = shape.given_traffic() <= REFERENCE.given_traffic()
-        if is_small and shape.spread == REFERENCE.spread:
+        if is_small and shape.spread == REFERENCE.spread and not compiled:
             yield from _given_works(shape, device)
-        yield from _gaussian_works(shape, device)
+        yield from _gaussian_works(shape, device, compiled)

@@ -1,17 +1,16 @@
 """``python -m benchmarks.gpu.environment``: what this machine is, and what it reaches at most."""
 
-import argparse
 import json
 import platform
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
 from benchmarks.gpu.ceilings import measure_ceilings
+from benchmarks.gpu.command import make_parser, read_device
 from benchmarks.gpu.work import write
 from benchmarks.machine import current_commit
 from calm_kernels.tuning import architecture
@@ -19,11 +18,11 @@ from calm_kernels.tuning import architecture
 __all__ = ["environment", "main"]
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cuda") -> dict[str, Any]:
     """Device and versions, which a reader needs to repeat the run."""
     return {
-        "device": torch.cuda.get_device_name(),
-        "architecture": architecture(torch.device("cuda")),
+        "device": "CPU" if device == "cpu" else torch.cuda.get_device_name(),
+        "architecture": architecture(torch.device(device)),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
@@ -35,13 +34,10 @@ def environment() -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
+    parser = make_parser(__doc__)
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("error: benchmarks.gpu needs a GPU", file=sys.stderr)
-        return 2
-    row = {**environment(), **asdict(measure_ceilings())}
+    device = read_device(parser, arguments)
+    row = {**environment(device), **asdict(measure_ceilings(device))}
     print(json.dumps(row, indent=1))
     write(arguments.output / "environment.json", {"rows": [row]})
     return 0

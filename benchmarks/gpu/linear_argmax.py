@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from benchmarks.gpu.device_time import num_buffers
 from benchmarks.gpu.work import Work, cache_bytes
 from calm_kernels import linear_argmax
 
-__all__ = ["QUICK", "SHAPES", "Shape", "works"]
+__all__ = ["QUICK", "SHAPES", "TINY", "Shape", "works"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Shape:
 
 QUICK = [Shape(), Shape(rows=4)]
 SHAPES = [*QUICK, Shape(rows=16), Shape(rows=64), Shape(rows=12_800), Shape(vocab_size=32_001)]
+TINY = [Shape(5, 40, 8), Shape(2, 40, 8)]
 
 
 def logits_in_memory(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -51,7 +53,19 @@ def _assert_parity(hidden: Tensor, weight: Tensor) -> None:
     torch.testing.assert_close(chosen, wanted, rtol=1e-4, atol=1e-4)
 
 
-def _works(shape: Shape, device: str) -> Iterator[Work]:
+def _runs(compiled: bool) -> dict[str, Callable[..., Any]]:
+    if compiled:
+        run = torch.compile(logits_in_memory, dynamic=False)
+        return {"logits in memory, torch.compile": run}
+    return {
+        "triton": _ours("triton"),
+        "triton, with log-sum-exp": _ours("triton", return_logsumexp=True),
+        "torch": _ours("torch"),
+        "logits in memory": logits_in_memory,
+    }
+
+
+def _works(shape: Shape, device: str, compiled: bool) -> Iterator[Work]:
     count = num_buffers(shape.traffic(), cache_bytes(device))
     buffers = [
         [
@@ -60,22 +74,18 @@ def _works(shape: Shape, device: str) -> Iterator[Work]:
         ]
         for _ in range(count)
     ]
-    _assert_parity(*buffers[0])
-    runs = {
-        "triton": _ours("triton"),
-        "triton, with log-sum-exp": _ours("triton", return_logsumexp=True),
-        "torch": _ours("torch"),
-        "logits in memory": logits_in_memory,
-        "logits in memory, torch.compile": torch.compile(logits_in_memory, dynamic=False),
-    }
-    for name, run in runs.items():
+    if not compiled:
+        _assert_parity(*buffers[0])
+    for name, run in _runs(compiled).items():
         yield Work(
             "linear_argmax", "forward", name, asdict(shape),
             lambda index, run=run: run(*buffers[index]), count, shape.traffic(), shape.flops(),
         )  # fmt: skip
 
 
-def works(shapes: Sequence[Shape], device: str = "cuda") -> Iterator[Work]:
-    """Every shape in turn."""
+def works(
+    shapes: Sequence[Shape], device: str = "cuda", *, compiled: bool = False
+) -> Iterator[Work]:
+    """Every shape in turn: ours and ready baselines, or those that torch.compile makes."""
     for shape in shapes:
-        yield from _works(shape, device)
+        yield from _works(shape, device, compiled)

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from benchmarks.gpu.energy_score import memory_limit
 from benchmarks.gpu.work import Work, assert_close
 from calm_kernels import linear_cross_entropy
 
-__all__ = ["QUICK", "SHAPES", "Shape", "works"]
+__all__ = ["QUICK", "SHAPES", "TINY", "Shape", "works"]
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 BUFFERS = 2  # a call moves more than any cache holds
@@ -41,6 +42,7 @@ class Shape:
 
 QUICK = [Shape()]
 SHAPES = [*QUICK, Shape(rows=4096), Shape(vocab_size=32_001), Shape(hidden_size=1024)]
+TINY = [Shape(6, 40, 8), Shape(3, 40, 8)]
 
 
 def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -48,22 +50,30 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), labels)
 
 
-def _losses(shape: Shape, device: str) -> Iterator[tuple[str, Loss, bool]]:
+def _losses(shape: Shape, device: str, compiled: bool) -> Iterator[tuple[str, Loss, bool]]:
     """Name, loss of (hidden, weight, labels), and whether a graph can capture it."""
+    has_room = 2 * shape.logits_bytes() < memory_limit(device)
+    if compiled:
+        if has_room:
+            yield "logits in memory, torch.compile", torch.compile(plain, dynamic=False), True
+        return
     for backend in ("triton", "torch"):
         yield backend, lambda *inputs, b=backend: linear_cross_entropy(*inputs, backend=b), True
-    if 2 * shape.logits_bytes() < memory_limit(device):
+    if has_room:
         yield "logits in memory", plain, True
-        yield "logits in memory, torch.compile", torch.compile(plain, dynamic=False), True
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13
         options = torch.nn.LinearCrossEntropyOptions()
         yield "torch's own, chunked", lambda *i: F.linear_cross_entropy(*i, options=options), False
-    if device != "cpu" and importlib.util.find_spec("liger_kernel") is not None:
+    if device != "cpu" and _has_liger():
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         liger = LigerFusedLinearCrossEntropyLoss()
         # counts valid labels on the host
         yield "Liger", lambda hidden, weight, labels: liger(weight, hidden, labels), False
+
+
+def _has_liger() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
 
 
 def _step(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -78,18 +88,24 @@ def _make_inputs(shape: Shape, device: str) -> list[Tensor]:
     return [*(value.bfloat16().requires_grad_() for value in (hidden, weight)), labels]
 
 
-def _works(shape: Shape, device: str) -> Iterator[Work]:
+def _works(shape: Shape, device: str, compiled: bool) -> Iterator[Work]:
     buffers = [_make_inputs(shape, device) for _ in range(BUFFERS)]
-    losses = list(_losses(shape, device))
-    expected = _step(losses[1][1], *buffers[0])
+    losses = list(_losses(shape, device, compiled))
+    expected = _step(partial(linear_cross_entropy, backend="torch"), *buffers[0])
     for name, loss, _ in losses:
-        if "torch.compile" not in name:
-            assert_close(_step(loss, *buffers[0]), expected, 2e-2, f"linear_cross_entropy, {name}")
+        assert_close(_step(loss, *buffers[0]), expected, 2e-2, f"linear_cross_entropy, {name}")
     for name, loss, can_capture in losses:
         yield Work(
             "linear_cross_entropy", "forward + gradients", name, asdict(shape),
             lambda index, loss=loss: _step(loss, *buffers[index]), BUFFERS, shape.traffic(),
             shape.flops(), can_capture,
+        )  # fmt: skip
+    if compiled:
+        return
+    if not _has_liger():
+        yield Work(
+            "linear_cross_entropy", "forward + gradients", "Liger", asdict(shape),
+            lambda index: None, BUFFERS, shape.traffic(), missing="liger_kernel is not installed",
         )  # fmt: skip
     for backend in ("triton", "torch"):
 
@@ -103,7 +119,9 @@ def _works(shape: Shape, device: str) -> Iterator[Work]:
         )  # fmt: skip
 
 
-def works(shapes: Sequence[Shape], device: str = "cuda") -> Iterator[Work]:
-    """Every shape in turn."""
+def works(
+    shapes: Sequence[Shape], device: str = "cuda", *, compiled: bool = False
+) -> Iterator[Work]:
+    """Every shape in turn: ours and ready baselines, or those that torch.compile makes."""
     for shape in shapes:
-        yield from _works(shape, device)
+        yield from _works(shape, device, compiled)

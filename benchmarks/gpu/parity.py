@@ -4,14 +4,13 @@ The first thing to run on a new GPU, a process an operation: a kernel that fault
 with it.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.gpu.command import make_parser, read_device
 from benchmarks.gpu.run import operations
 from benchmarks.gpu.work import write
 
@@ -24,6 +23,8 @@ def rows(name: str, shapes: Sequence[Any], device: str) -> Iterator[dict[str, An
     Parity is asserted by the benchmark's `works`.
     """
     for work in operations()[name].works(shapes, device=device):
+        if work.missing:
+            continue
         result = work.run(0)
         values = result if isinstance(result, (tuple, list)) else [result]
         if not all(bool(torch.isfinite(value).all()) for value in values):
@@ -33,15 +34,13 @@ def rows(name: str, shapes: Sequence[Any], device: str) -> Iterator[dict[str, An
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--op", required=True, choices=operations())
-    parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("error: benchmarks.gpu needs a GPU; `make test` runs on the CPU", file=sys.stderr)
-        return 2
-    found = []
-    for row in rows(arguments.op, operations()[arguments.op].QUICK[:1], "cuda"):
+    device = read_device(parser, arguments)
+    module, found = operations()[arguments.op], []
+    shapes = module.TINY if arguments.tiny else module.QUICK
+    for row in rows(arguments.op, shapes[:1], device):
         found.append(row)
         print(row, flush=True)
         write(arguments.output / "parity.json", {"rows": found})

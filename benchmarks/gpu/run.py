@@ -2,8 +2,7 @@
 
 Parity is asserted before anything is timed. Floors are for the copy and the GEMM that this device
 was measured at when the run began. Results go to benchmarks/results/<device>.json with
-versions and commit, after every row, and are drawn as plots beside it. What fails is a row that
-says why; the others go on.
+versions and commit, after every row. What fails is a row that says why; the others go on.
 """
 
 import argparse
@@ -19,7 +18,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
-from benchmarks.gpu.device_time import measure
+from benchmarks.gpu.command import make_parser, read_device
+from benchmarks.gpu.device_time import measure, measure_on_cpu
 from benchmarks.gpu.environment import environment
 from benchmarks.gpu.work import Measurement, Work, failure, named, row_of, write
 from calm_kernels.backend import OPERATIONS
@@ -49,7 +49,10 @@ def measured(
             work = next(works, None)
             if work is None:
                 return
-            row = row_of(work, timer(work), ceilings)
+            if work.missing:
+                row = named(work) | {"missing": work.missing}
+            else:
+                row = row_of(work, timer(work), ceilings)
         except Exception as error:
             row = (named(work) if work else {}) | failure(error)
             torch.cuda.empty_cache()  # perhaps there was too little memory
@@ -58,6 +61,8 @@ def measured(
 
 def line(row: dict[str, Any]) -> str:
     """One row on the terminal."""
+    if "missing" in row:
+        return f"{row['operation']}: {row['work']}, {row['name']}: {row['missing']}"
     if "error" in row:
         return f"{row['operation']}: {row['work']}, {row['name']}: FAILED, {row['error']}"
     share = "" if row["share_of_floor"] is None else f"{row['share_of_floor']:.0%} of floor"
@@ -67,40 +72,39 @@ def line(row: dict[str, Any]) -> str:
     return f"{left:<80} {row['median_ms']:9.4f} ms {share:>14} {note:<12} {sizes}".rstrip()
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    """The figure, where matplotlib is installed."""
-    try:
-        from benchmarks.gpu.plots import draw
-    except ImportError as error:
-        print(f"no figure: {error}", file=sys.stderr)
-    else:
-        draw(results, path)
+def chosen(module: ModuleType, arguments: argparse.Namespace) -> list[Any]:
+    """The shapes of an operation that the flags ask for."""
+    shapes, quick = module.SHAPES, module.QUICK
+    if arguments.tiny:
+        shapes, quick = module.TINY, module.TINY[:1]
+    if arguments.quick:
+        return quick
+    return [shape for shape in shapes if shape not in quick] if arguments.sweep else shapes
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, write, draw."""
+    """Measure, print, write."""
     modules = operations()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the reference shapes alone")
+    parser = make_parser(__doc__, RESULTS)
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", action="store_true", help="the reference shapes alone")
+    sizes.add_argument("--sweep", action="store_true", help="the other shapes alone")
+    parser.add_argument("--compiled", action="store_true", help="baselines of torch.compile alone")
     parser.add_argument("--op", action="append", choices=modules, help="may be repeated")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("error: benchmarks.gpu needs a GPU; `make bench` runs on the CPU", file=sys.stderr)
-        return 2
-    found, ceilings = environment(), measure_ceilings()
+    device = read_device(parser, arguments)
+    found, ceilings = environment(device), measure_ceilings(device)
+    timer = measure_on_cpu if device == "cpu" else measure
     results: dict[str, Any] = {"environment": found, "ceilings": asdict(ceilings), "rows": []}
     path = arguments.output / f"{found['device'].lower().replace(' ', '-')}.json"
     for name in arguments.op or modules:
-        module = modules[name]
-        for shape in module.QUICK if arguments.quick else module.SHAPES:
+        for shape in chosen(modules[name], arguments):
             unknown = {"operation": name, "work": "", "name": "", "shape": asdict(shape)}
-            for row in measured(module.works([shape]), ceilings, measure):
+            works = modules[name].works([shape], device, compiled=arguments.compiled)
+            for row in measured(works, ceilings, timer):
                 results["rows"].append(unknown | row)
                 print(line(results["rows"][-1]), flush=True)
                 write(path, results)
-    if not arguments.quick and "energy_score" in (arguments.op or modules):
-        plot(results, path.with_suffix(".png"))
     print(path)
     return 0
 

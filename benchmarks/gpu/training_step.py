@@ -6,7 +6,6 @@ kernels launched and waits for the device; one that fails has its error instead,
 follow. Written after every row.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -15,16 +14,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.gpu.command import make_parser, read_device
 from benchmarks.gpu.decoding import QUICK as TINY
 from benchmarks.gpu.decoding import REFERENCE as CALM_M
 from benchmarks.gpu.decoding import Shape as Sizes
 from benchmarks.gpu.environment import environment
+from benchmarks.gpu.profiling import kernels_of
 from benchmarks.gpu.work import write
 from benchmarks.models import as_published, autoencoder_config, calm_config
 from calm import EnergyTransformer
@@ -106,7 +105,8 @@ def _variants(shape: Shape, device: str) -> dict[str, Callable[[], Step]]:
     ids = torch.randint(shape.sizes.vocab_size, size, generator=generator).to(device)
 
     def ours(compiled: bool) -> Step:
-        return Step(make_model(shape, device), ids, "auto", compiled=compiled)
+        backend = "auto" if device == "cuda" else "torch"
+        return Step(make_model(shape, device), ids, backend, compiled=compiled)
 
     def published() -> Step:
         model = as_published(make_model(shape, device, targets="sample"))
@@ -160,44 +160,27 @@ def _timed(step: Step, device: torch.device) -> float:
 def _counted(step: Step, device: torch.device) -> dict[str, Any]:
     """Kernels launched by a step, the longest of them, and waits for the device."""
     if device.type != "cuda":
-        return {"launches": None, "waits": None, "longest_kernels": []}
+        return {"waits": None, **kernels_of(step, device.type)}
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("always")
         step()
     torch.cuda.set_sync_debug_mode("default")
-    activities = [ProfilerActivity.CUDA, ProfilerActivity.CPU]
-    with profile(activities=activities, acc_events=True) as profiler:
-        step()
-        torch.cuda.synchronize()
-    kernels = [
-        entry
-        for entry in profiler.key_averages()
-        if entry.device_type == torch.autograd.DeviceType.CUDA
-    ]
-    kernels.sort(key=lambda entry: -entry.self_device_time_total)
-    longest = [
-        {"name": entry.key[:80], "count": entry.count, "ms": entry.self_device_time_total / 1e3}
-        for entry in kernels[:25]
-    ]
     return {
-        "launches": sum(entry.count for entry in kernels),
         "waits": sum("synchroniz" in str(wait.message) for wait in waits),
-        "longest_kernels": longest,
+        **kernels_of(step, device.type),
     }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write; 1 if a row failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
+    parser = make_parser(__doc__)
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("error: this benchmark needs a GPU; `make bench` runs on the CPU", file=sys.stderr)
-        return 2
-    results: dict[str, Any] = {"environment": environment(), "shape": asdict(REFERENCE)}
+    device = read_device(parser, arguments)
+    shape = QUICK if arguments.tiny else REFERENCE
+    results: dict[str, Any] = {"environment": environment(device), "shape": asdict(shape)}
     results["rows"] = []
-    for row in rows(REFERENCE, "cuda"):
+    for row in rows(shape, device):
         results["rows"].append(row)
         print(json.dumps({**row, "longest_kernels": None}), flush=True)
         write(arguments.output / "training-step.json", results)

@@ -38,6 +38,7 @@ class Work:
     traffic: int  # bytes that must move, whoever computes it
     flops: int = 0  # of GEMMs on tensor cores
     can_capture: bool = True  # into a CUDA graph, because it never waits for the device
+    missing: str = ""  # why this baseline cannot run here
 
 
 @dataclass(frozen=True)

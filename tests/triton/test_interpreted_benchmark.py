@@ -2,33 +2,22 @@
 waits for the device.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.gpu import (
-    agreeing_patch,
-    energy_head,
-    energy_score,
-    linear_argmax,
-    linear_cross_entropy,
-    reparameterize,
-)
+from benchmarks.gpu import counters
+from benchmarks.gpu.run import operations
 from calm_kernels.energy_score import pairs
 from calm_kernels.linear_cross_entropy import api
 
 # Operators that read from the device, or copy to it from ordinary memory.
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::lift_fresh"}
-SHAPES = {
-    "energy_score": (energy_score, energy_score.Shape(3, 2, 4, 64)),
-    "quadrature": (energy_score, energy_score.Shape(2, 3, 4, 32, 1.5)),
-    "agreeing_patch": (agreeing_patch, agreeing_patch.Shape(3, 9, 2, 2)),
-    "linear_argmax": (linear_argmax, linear_argmax.Shape(5, 40, 8)),
-    "linear_cross_entropy": (linear_cross_entropy, linear_cross_entropy.Shape(6, 40, 8)),
-    "energy_head": (energy_head, energy_head.Shape(4, 2, 16, 4, 4, 2)),
-    "energy_head-decode": (energy_head, energy_head.Shape(4, 2, 16, 4, 4, 2, is_training=False)),
-    "reparameterize": (reparameterize, reparameterize.Shape(3, 16)),
-}
+WORKS = [
+    (name, number) for name, module in operations().items() for number in range(len(module.TINY))
+]
 
 
 class Waits(TorchDispatchMode):
@@ -54,19 +43,38 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.filterwarnings(
     "ignore:.torch.jit.script_method. is deprecated"
 )  # torch.compile's imports
-@pytest.mark.parametrize("name", SHAPES)
-def test_works(name, as_on_a_gpu):
+@pytest.mark.parametrize(("name", "number"), WORKS)
+def test_works(name, number, as_on_a_gpu):
     torch.manual_seed(0)
-    module, shape = SHAPES[name]
-    seen = []
-    for work in module.works([shape], device="cpu"):
+    module, seen = operations()[name], []
+    for work in module.works(module.TINY[number:][:1], device="cpu"):
         seen.append((work.label, work.name))
         assert work.buffers >= 2 and work.traffic > 0
-        if "torch.compile" in work.name:
-            continue  # needs a C++ compiler
+        if work.missing:
+            continue
         with Waits() as waits:
             result = work.run(work.buffers - 1)
         results = result if isinstance(result, (tuple, list)) else [result]
         assert all(torch.isfinite(value).all() for value in results)
         assert not (work.can_capture and waits.found), (work.name, waits.found)
     assert len(seen) == len(set(seen)) > 2
+
+
+@pytest.mark.parametrize("name", counters.CASES)
+def test_what_is_profiled(name, monkeypatch):
+    """The kernel under the profiler is ours, once before the call that counts."""
+    runs = []
+
+    def works(shapes, device):
+        for name in ("torch", "triton", "triton, analytic"):
+            yield SimpleNamespace(name=name, run=lambda index, name=name: runs.append(name))
+
+    for module in operations().values():
+        monkeypatch.setattr(module, "works", works)
+    counters.run_case(name, "cpu")
+    assert runs == [counters.CASES[name][1]]
+
+
+def test_sizes_of_what_is_profiled():
+    for operation, _, sizes in counters.CASES.values():
+        assert operations()[operation].Shape(**sizes)
