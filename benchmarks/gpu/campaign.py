@@ -3,16 +3,15 @@
 Stages run one after the other, the most telling first, each in a process of its own with a limit of
 its own, within the budget. A stage that fails, hangs or kills its process costs itself alone.
 ``report.json`` is written anew after each stage: how it ended, how long it took, the last lines of
-its log, its rows. ``--resume`` goes on where an earlier call ended, ``--stages`` chooses.
+its log, its rows; ``benchmarks/report.py`` makes tables and plots of it. ``--resume`` goes on where
+an earlier call ended, ``--stages`` chooses, ``--tiny`` tries it all without a GPU.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,15 +20,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.processes import ROOT, import_beforehand, run_module
 from benchmarks.machine import current_commit
 from calm_kernels.backend import OPERATIONS
 
 __all__ = ["Outcome", "Stage", "main", "run_campaign", "stages"]
 
-ROOT = Path(__file__).resolve().parents[2]
 REPORT = "report.json"
 LAST_LINES = 25
 LEAST_SECONDS = 5.0  # a stage that would get less is not started
+IMPORTS = ("torch", "triton", "transformers.models.llama.modeling_llama", "benchmarks.models")
 PASSED, FAILED, TIMED_OUT, KILLED = "passed", "failed", "timed out", "killed"
 NO_TIME, LACKS = "no time left", "lacks"
 
@@ -40,13 +40,15 @@ class Stage:
 
     Attributes:
         name: unique; also that of its folder.
-        arguments: of the Python interpreter; ``{folder}`` stands for the stage's folder, into which
-            it writes JSON files with a list ``rows``.
+        module: what ``python -m`` runs.
+        arguments: its command line; ``{folder}`` stands for the stage's folder, into which it
+            writes JSON files with a list ``rows``.
         limit: seconds at most.
         needs: a program without which the stage is skipped.
     """
 
     name: str
+    module: str
     arguments: tuple[str, ...]
     limit: float
     needs: str | None = None
@@ -64,24 +66,33 @@ class Outcome:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-def stages() -> list[Stage]:
+def stages(*, is_tiny: bool = False) -> list[Stage]:
     """All stages, the most telling first."""
+    tiny = ("--tiny",) if is_tiny else ()
 
-    def module(name: str, limit: float, *arguments: str, label: str | None = None) -> Stage:
-        words = ("-m", f"benchmarks.gpu.{name}", *arguments, "--output", "{folder}")
-        return Stage(label or name, words, limit)
+    def stage(module: str, limit: float, *words: str, name: str = "", needs: str = "") -> Stage:
+        words = (*words, *tiny, "--output", "{folder}")
+        return Stage(name or module, f"benchmarks.gpu.{module}", words, limit, needs or None)
 
     names = [name for name in OPERATIONS if find_spec(f"benchmarks.gpu.{name}")]
-    junit = "--junitxml={folder}/junit.xml"
-    sanitize = ("-m", "benchmarks.gpu.races", "--output", "{folder}")
+    compiled = [name for name in names if name != "agreeing_patch"]  # a loop of the host
+
+    def each(
+        operations: list[str], name: str, module: str, limit: float, *words: str
+    ) -> list[Stage]:
+        return [stage(module, limit, *words, "--op", op, name=f"{name} {op}") for op in operations]
+
     return [
-        module("environment", 45),
-        *(module("parity", 60, "--op", op, label=f"parity {op}") for op in names),
-        *(module("run", 60, "--quick", "--op", op, label=f"kernels {op}") for op in names),
-        module("decoding", 150),
-        module("training_step", 150),
-        Stage("tests", ("-m", "pytest", "-q", "tests/gpu", junit), 400),
-        Stage("races", sanitize, 200, needs="compute-sanitizer"),
+        stage("environment", 45),
+        *each(names, "parity", "parity", 60),
+        *each(names, "kernels", "run", 60, "--quick"),
+        stage("decoding", 150),
+        stage("training_step", 150),
+        *each(compiled, "compiled", "run", 120, "--quick", "--compiled"),
+        *each(names, "sweep", "run", 90, "--sweep"),
+        stage("counters", 150, name="ncu", needs="ncu"),
+        stage("suite", 400, name="tests"),
+        stage("races", 200, needs="compute-sanitizer"),
     ]
 
 
@@ -127,37 +138,24 @@ def _run(stage: Stage, output: Path, left: float) -> Outcome:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     words = [word.replace("{folder}", str(folder)) for word in stage.arguments]
-    began = time.monotonic()
-    status, detail = _wait([sys.executable, *words], folder / "log.txt", limit)
-    lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    log, began = folder / "log.txt", time.monotonic()
+    try:
+        status, detail = _ended(run_module(stage.module, words, log, limit), limit)
+    except (OSError, EOFError) as error:
+        status, detail = FAILED, f"not started: {error}"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     seconds = round(time.monotonic() - began, 2)
-    return Outcome(stage.name, status, seconds, detail, lines[-LAST_LINES:], _rows(folder))
+    lines = text.splitlines()[-LAST_LINES:]
+    return Outcome(stage.name, status, seconds, detail, lines, _rows(folder))
 
 
-def _wait(command: list[str], log: Path, limit: float) -> tuple[str, str]:
-    """Status and detail of a program that is killed, with all it has started, after `limit`."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with log.open("w", encoding="utf-8") as handle:
-        program = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=handle, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            status = program.wait(limit)
-        except subprocess.TimeoutExpired:
-            return TIMED_OUT, f"after {limit:.0f} s"
-        finally:
-            _kill(program)
+def _ended(status: int | None, limit: float) -> tuple[str, str]:
+    """Status and detail of a program with this exit status."""
+    if status is None:
+        return TIMED_OUT, f"after {limit:.0f} s"
     if status < 0:
         return KILLED, f"by {signal.Signals(-status).name}"
     return (PASSED, "") if status == 0 else (FAILED, f"exit status {status}")
-
-
-def _kill(program: subprocess.Popen[bytes]) -> None:
-    """End the program's session: a child that outlived it would hold the GPU."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(program.pid, signal.SIGKILL)
-    program.wait()
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
@@ -197,23 +195,31 @@ def _line(outcome: Outcome) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the campaign; the exit status is 0 whatever fails, and failures are listed."""
-    known = {stage.name: stage for stage in stages()}
+    names = [stage.name for stage in stages()]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--budget", type=float, default=540.0, metavar="SECONDS")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "campaign")
-    parser.add_argument("--stages", nargs="+", choices=known, metavar="STAGE", help="default: all")
+    parser.add_argument("--stages", nargs="+", choices=names, metavar="STAGE", help="default: all")
     parser.add_argument("--resume", action="store_true", help="skip stages that have passed")
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny sizes on the CPU, kernels interpreted"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.tiny:
+        os.environ["TRITON_INTERPRET"] = "1"
+    import_beforehand(IMPORTS)
+    known = {stage.name: stage for stage in stages(is_tiny=arguments.tiny)}
     chosen = [known[name] for name in arguments.stages or known]
-    outcomes = run_campaign(chosen, arguments.output, arguments.budget, resume=arguments.resume)
+    output = arguments.output.resolve()
+    outcomes = run_campaign(chosen, output, arguments.budget, resume=arguments.resume)
     wrong = [outcome for outcome in outcomes if outcome.status != PASSED]
     print(f"\n{len(outcomes) - len(wrong)} of {len(outcomes)} stages passed")
     for outcome in wrong:
         print(_line(outcome))
         print("".join(f"    {line}\n" for line in outcome.last_lines[-5:]), end="")
-    print(arguments.output / REPORT)
+    print(output / REPORT)
     return 0
 
 
