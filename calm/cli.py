@@ -44,6 +44,7 @@ COMMANDS = {
     "prepare": Command("calm.commands.prepare", "make a tokenizer, and tokenize a corpus"),
     "plan": Command("calm.commands.plan", "size and cost of a recipe or a checkpoint"),
     "eval": Command("calm.commands.evaluate", "BrierLM of a model on a text"),
+    "compare": Command("calm.commands.compare", "rank several models on one text", "train,plot"),
     "generate": Command("calm.commands.generate", "continue a prompt", ""),
     "verify": Command("calm.commands.verify", "whether a run's files are as they were written"),
     "experiment": Command("calm.commands.experiment", "study a trained model", "train,plot"),

@@ -11,7 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calm.commands.text_flags import add_trust_argument
 from calm.errors import UserError
 
-__all__ = ["add_model_arguments", "load_model", "load_tokenizer_of", "read_config"]
+__all__ = [
+    "add_loading_arguments",
+    "add_model_arguments",
+    "load_model",
+    "load_tokenizer_of",
+    "model_kind",
+    "read_config",
+]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -31,6 +38,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = N
         help="folder of a trained CALM or baseline"
         + ("" if default is None else f" (default: {default})"),
     )
+    add_loading_arguments(parser)
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how models are loaded."""
     parser.add_argument(
         "--tokenizer",
         metavar="NAME",
@@ -53,8 +65,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = N
     )
 
 
-def load_model(args: argparse.Namespace) -> PreTrainedModel:
+def load_model(args: argparse.Namespace, argument: str = "--model") -> PreTrainedModel:
     """The model that the flags of `add_model_arguments` name, in evaluation mode.
+
+    Args:
+        args: the flags; ``args.model`` is its folder.
+        argument: where the command line names it, for messages.
 
     Raises:
         UserError: no such folder, nothing that can be loaded in it, or the wrong kind of model.
@@ -63,7 +79,7 @@ def load_model(args: argparse.Namespace) -> PreTrainedModel:
     from calm.models.loading import load_checked
 
     folder = Path(args.model)
-    config = read_config(folder)
+    config = read_config(folder, argument)
     kind = model_kind(config)
     if kind == "autoencoder":
         raise UserError(
@@ -73,7 +89,7 @@ def load_model(args: argparse.Namespace) -> PreTrainedModel:
         raise UserError(f"{folder} holds a {kind!r} model, neither a CALM nor the token baseline")
     model_class: Any = MODEL_CLASSES.get(kind, BaselineTransformer)
     device = _device(args.device)
-    model: Any = load_checked(model_class, str(folder), "--model", dtype=args.dtype)
+    model: Any = load_checked(model_class, str(folder), argument, dtype=args.dtype)
     return model.to(device).eval()
 
 
@@ -96,10 +112,10 @@ def load_tokenizer_of(args: argparse.Namespace, model: PreTrainedModel) -> PreTr
     return tokenizer
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a model folder."""
+def read_config(folder: Path, argument: str = "--model") -> dict[str, Any]:
+    """``config.json`` of a model folder, which `argument` names."""
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}; --model takes the folder of a saved model")
+        raise UserError(f"no folder {folder}; {argument} takes the folder of a saved model")
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no config.json{_hint(folder)}")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from calm.data.options import CorpusOptions
 
 __all__ = [
+    "DEFAULT_BLOCK_SIZE",
     "add_evaluation_text_arguments",
     "add_split_argument",
     "add_text_arguments",
@@ -89,19 +90,21 @@ def add_split_argument(
 
 
 def add_evaluation_text_arguments(
-    parser: argparse.ArgumentParser, default: str | None = None
+    parser: argparse.ArgumentParser, default: str | None = None, *, or_else: str | None = None
 ) -> None:
     """The flags that say which text a model is evaluated on, and how it is cut into blocks.
 
     Args:
         parser: of the command.
         default: the text without a flag; None makes the flag required.
+        or_else: what the command takes without the flag, if it finds that by itself.
     """
+    without = or_else or default
     add_text_arguments(
         parser,
         ", or embedded:docstrings, embedded:packages, embedded:topics"
-        + ("" if default is None else f" (default: {default})"),
-        is_required=default is None,
+        + ("" if without is None else f" (default: {without})"),
+        is_required=without is None,
         default=default,
     )
     add_split_argument(

@@ -22,7 +22,7 @@ from calm.evaluation.bootstrap import (
 )
 from calm.evaluation.scores import Block, TextScores, score_text
 
-__all__ = ["Evaluation", "evaluate", "summarise"]
+__all__ = ["Evaluation", "evaluate", "summarise", "zero_note"]
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,21 @@ class Evaluation:
                 + (f"   {100 * self.standard_errors[order]:5.2f}" if self.standard_errors else "")
             )
         rows.append(f"{'BrierLM':12} {self.brier_lm:7.2f}   {_interval(self.brier_lm_interval)}")
+        if note := zero_note(self.brier_lm, self.brier_lm_interval):
+            rows.append(note)
         rows.append("")
         rows += [f"{key:14} {_line(value)}" for key, value in self.protocol.items()]
         return "\n".join(rows)
+
+
+def zero_note(value: float, interval: tuple[float, float] | None) -> str:
+    """Why BrierLM or an end of its interval is 0, in one line; empty where neither is."""
+    if value > 0 and (interval is None or interval[0] > 0):
+        return ""
+    return (
+        "BrierLM is 0 wherever one of Brier-1 to Brier-4 is not positive, most often Brier-4 of a "
+        "small model: tell such models apart by Brier-1 and Brier-2."
+    )
 
 
 def evaluate(model: PreTrainedModel, blocks: Iterable[Block], **settings: Any) -> Evaluation:

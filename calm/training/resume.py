@@ -35,6 +35,7 @@ __all__ = [
     "check_output_folder",
     "model_settings",
     "read_protocol",
+    "read_record",
 ]
 
 PROTOCOL = "protocol.json"
@@ -114,7 +115,12 @@ def _stage_in(folder: Path) -> str | None:
 
 def read_protocol(folder: Path) -> dict[str, Any]:
     """``protocol.json`` in `folder`; empty if there is none, as in folders of other programs."""
-    path = folder / PROTOCOL
+    return read_record(folder, PROTOCOL)
+
+
+def read_record(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON file `name` that a run has left in `folder`; empty if there is none."""
+    path = folder / name
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
