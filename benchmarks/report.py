@@ -1,18 +1,27 @@
 """Tables from saved results: ``python benchmarks/report.py FILE [FILE ...] [--readme README.md]``.
 
-The files are those of `make bench ARGS=--benchmark-json=FILE` or those of `benchmarks.published`.
-Where several runs are given, the table quotes the range over them, never the best. No number in
-the README is typed by hand: this script writes the tables between their markers.
+The files are those of `make bench ARGS=--benchmark-json=FILE`, those of `benchmarks.published`, or
+the ``report.json`` of a GPU campaign. Where several runs are given, the table quotes the range over
+them, never the best; campaigns stand for themselves. No number in a page is typed by hand: this
+script writes the tables between their markers. Those of a campaign, and its figures, go to
+benchmarks/results/ as well.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+if not __package__:  # started as a file, not as a module
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.gpu import report as campaign
+from benchmarks.tables import emphasised, fill, span, table, write_between
 
 __all__ = ["main", "markdown_table", "published_table", "requirement_lines"]
 
+RESULTS = Path(__file__).resolve().parent / "results"
 MEBIBYTE = 2**20
 Results = dict
 Row = tuple[str, str]  # work, baseline
@@ -32,18 +41,6 @@ def read_rows(results: Results) -> dict[Row, dict]:
                 "baseline_mib": baseline["peak_memory_bytes"] / MEBIBYTE,
             }
     return rows
-
-
-def span(values: Iterable[float], digits: int, unit: str = "") -> str:
-    """The least and the greatest value, or one number where they read the same."""
-    numbers = list(values)
-    least, greatest = f"{min(numbers):.{digits}f}", f"{max(numbers):.{digits}f}"
-    return f"{least}{unit}" if least == greatest else f"{least}–{greatest}{unit}"
-
-
-def emphasised(text: str, is_faster: bool) -> str:
-    """Bold where ours is faster in every run."""
-    return f"**{text}**" if is_faster else text
 
 
 def same_rows(runs: Sequence[dict]) -> list:
@@ -66,21 +63,19 @@ def same_rows(runs: Sequence[dict]) -> list:
 def markdown_table(results: Sequence[Results]) -> str:
     """A row for each work and baseline of `make bench`: times, speed-up, peak memory."""
     runs = [read_rows(each) for each in results]
-    lines = [
-        "| work | ours, ms | baseline | baseline, ms | speed-up "
-        "| peak memory, ours / baseline, MiB |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for work, baseline in same_rows(runs):
         found = [run[work, baseline] for run in runs]
         column = {name: [row[name] for row in found] for name in found[0]}
         speedup = emphasised(span(column["speedup"], 1, "x"), min(column["speedup"]) > 1)
-        lines.append(
-            f"| {work} | {span(column['ours_ms'], 2)} | {baseline} "
-            f"| {span(column['baseline_ms'], 1)} | {speedup} "
-            f"| {span(column['ours_mib'], 1)} / {span(column['baseline_mib'], 1)} |"
-        )
-    return "\n".join(lines)
+        memory = f"{span(column['ours_mib'], 1)} / {span(column['baseline_mib'], 1)}"
+        ours, theirs = span(column["ours_ms"], 2), span(column["baseline_ms"], 1)
+        lines.append((work, ours, baseline, theirs, speedup, memory))
+    columns = (
+        "work", "ours, ms", "baseline", "baseline, ms", "speed-up",
+        "peak memory, ours / baseline, MiB",
+    )  # fmt: skip
+    return table(columns, lines)
 
 
 def published_table(results: Sequence[Results]) -> str:
@@ -88,23 +83,19 @@ def published_table(results: Sequence[Results]) -> str:
 
     The ratio of a run is the median over its rounds; the last column has the least round of all.
     """
-    lines = [
-        "| work | ours, ms | published code, ms | speed-up | least round |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     for work in same_rows([each["rows"] for each in results]):
         found = [each["rows"][work] for each in results]
         column = {name: [row[name] for row in found] for name in found[0]}
         ratio = emphasised(span(column["median_ratio"], 2, "x"), min(column["median_ratio"]) > 1)
-        lines.append(
-            f"| {work} | {span(column['ours_ms'], 1)} | {span(column['published_ms'], 1)} "
-            f"| {ratio} | {min(column['least_ratio']):.2f}x |"
-        )
+        ours, theirs = span(column["ours_ms"], 1), span(column["published_ms"], 1)
+        lines.append((work, ours, theirs, ratio, f"{min(column['least_ratio']):.2f}x"))
     memory = [each["peak_memory_mib"] for each in results]
     shares = span((each["published"] / each["ours"] for each in memory), 2, "x")
     mine, theirs = (span((each[name] for each in memory), 0) for name in ("ours", "published"))
-    lines.append(f"\nPeak memory: ours {mine} MiB, published code {theirs} MiB ({shares} ours).")
-    return "\n".join(lines)
+    columns = ("work", "ours, ms", "published code, ms", "speed-up", "least round")
+    peak = f"Peak memory: ours {mine} MiB, published code {theirs} MiB ({shares} ours)."
+    return f"{table(columns, lines)}\n\n{peak}"
 
 
 def requirement_lines(results: Results) -> list[tuple[bool, str]]:
@@ -149,30 +140,46 @@ def caption(results: Sequence[Results]) -> str:
     return f"{machine}; {versions}; commit {commit}; {runs}; medians of interleaved rounds."
 
 
-def write_between(readme: Path, name: str, body: str) -> None:
-    """Replace what stands between the markers of `name` in `readme`."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    text = readme.read_text(encoding="utf-8")
-    if begin not in text or end not in text:
-        raise ValueError(f"{readme} lacks the markers {begin} and {end}")
-    head, rest = text.split(begin, 1)
-    tail = rest.split(end, 1)[1]
-    readme.write_text(f"{head}{begin}\n{body}\n{end}{tail}", encoding="utf-8")
+def report_campaign(report: Results, output: Path, page: Path | None) -> None:
+    """Write a campaign's tables and figures into `output`, fill the places that `page` has."""
+    found = campaign.tables(report)
+    name = campaign.device_name(report)
+    body = "\n\n".join(
+        f"## {place.removeprefix('gpu-')}\n\n{text}" for place, text in found.items()
+    )
+    path = output / f"{name.lower().replace(' ', '-')}.md"
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"# {name}\n\n{body}\n", encoding="utf-8")
+    print(body, path, sep="\n\n")
+    if page:
+        fill(page, found)
+    try:
+        from benchmarks.gpu.plots import draw
+    except ImportError as error:
+        print(f"no figures: {error}")
+    else:
+        print(*draw(report, path.with_suffix("")), sep="\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the tables of the given results; with ``--readme`` write them there."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path, nargs="+", help="JSON files, one for each run")
-    parser.add_argument("--readme", type=Path, help="file with the markers to fill in")
+    parser.add_argument("--readme", type=Path, help="page with the markers to fill in")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder, for a campaign")
     arguments = parser.parse_args(argv)
     results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]
+    for each in results:
+        if "stages" in each:
+            report_campaign(each, arguments.output, arguments.readme)
     bench = [each for each in results if "benchmarks" in each]
     published = [each for each in results if "published_info" in each]
     tables = (("published", published, published_table), ("benchmarks", bench, markdown_table))
-    for name, runs, table in tables:
+    for name, runs, make in tables:
         if runs:
-            body = f"{caption(runs)}\n\n{table(runs)}"
+            body = f"{caption(runs)}\n\n{make(runs)}"
             if arguments.readme:
                 write_between(arguments.readme, name, body)
             print(body, end="\n\n")

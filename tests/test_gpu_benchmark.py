@@ -1,5 +1,5 @@
-"""The GPU benchmark as far as a CPU can run it: rows, buffers, series, plots, refusal without a
-GPU. Its works run once in tests/triton/test_interpreted_benchmark.py.
+"""The GPU benchmark as far as a CPU can run it: rows, buffers, captures, refusal without a GPU. Its
+works run once in tests/triton/test_interpreted_benchmark.py.
 """
 
 import json
@@ -19,7 +19,6 @@ from benchmarks.gpu import (
     device_time,
     energy_score,
     parity,
-    plots,
     races,
     run,
     training_step,
@@ -42,18 +41,6 @@ def work(**changes):
 
 def measurement(median=0.1):
     return Measurement(median, 0.9 * median, 1.1 * median, MEGABYTE, True, 21)
-
-
-def results():
-    """Made-up rows of two implementations over every sweep, and rows that no plot wants."""
-    rows = []
-    for name, factor in (("triton, analytic", 1), ("torch, analytic", 5)):
-        for shape in energy_score.SHAPES:
-            made = work(name=name, shape=asdict(shape))
-            rows.append(row_of(made, measurement(0.1 * factor), H200))
-    rows.append(row_of(work(label=energy_score.GIVEN), measurement(), None))
-    rows.append(row_of(work(operation="other", shape={"rows": 8192}), measurement(), None))
-    return {"environment": {"device": "a device"}, "rows": rows}
 
 
 def test_a_row():
@@ -143,19 +130,6 @@ def test_what_fails_is_a_row_and_the_others_go_on(monkeypatch, tmp_path):
     assert [("error" in row) for row in rows] == [False, True, False, True] * 2
     assert "TypeError" in rows[1]["error"] and rows[3]["error"] == "AssertionError: no parity"
     assert all(row["shape"] == asdict(energy_score.REFERENCE) for row in rows)
-    assert len(plots.series({"rows": rows}, "rows", "median_ms")) == 2
-
-
-def test_series_follow_one_axis():
-    found = plots.series(results(), "num_samples", "median_ms")
-    sizes = [size for size, _ in found["triton, analytic"]]
-    assert sizes == [2, 4, 8, 16]
-    assert set(found) == {"triton, analytic", "torch, analytic"}
-
-
-def test_plots_are_drawn(tmp_path):
-    plots.draw(results(), tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 def test_traffic_of_the_reference_shape():

@@ -163,7 +163,8 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for path in sorted(folder.glob("*.json")):
         try:
-            found += json.loads(path.read_text(encoding="utf-8"))["rows"]
+            rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+            found += [row for row in rows if isinstance(row, dict)]
         except (ValueError, KeyError, TypeError):
             continue
     return found

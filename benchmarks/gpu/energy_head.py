@@ -50,11 +50,11 @@ DECODE = [
     Shape(rows=1, num_samples=200, is_training=False),
     Shape(rows=16, num_samples=200, is_training=False),
     Shape(rows=16, num_samples=1, is_training=False),
+    Shape(rows=1, num_samples=200, width=768, is_training=False),
+    Shape(rows=1, num_samples=200, width=2560, is_training=False),
 ]
 QUICK = [Shape(), DECODE[0]]
-SHAPES = [Shape(), Shape(width=1536), Shape(width=2560), *DECODE,
-          Shape(rows=1, num_samples=200, width=2560, is_training=False)]  # fmt: skip
-
+SHAPES = [Shape(), Shape(width=1536), Shape(width=2560), *DECODE]
 TINY = [Shape(3, 2, 16, 4, 4, 1), Shape(4, 2, 16, 4, 4, 2, is_training=False)]
 
 Draw = Callable[[EnergyHead, Tensor], Tensor]
