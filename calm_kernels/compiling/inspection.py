@@ -3,23 +3,26 @@ disassembly.
 
 Instructions are counted dynamically: every instruction once, and those of a loop once per trip. A
 loop is a backward branch with neither an exit nor a jump past it between its ends; its trips are
-declared by the configuration, in the order of the code. Code after the last exit is skipped: there
-the compiler puts the slow path of warp shuffles for diverged warps, which these kernels never take.
-A loop that the compiler unrolled in part is counted as if it were not, which is too much.
+declared by the configuration, in the order of the code. Where two nested loops have become one,
+what a forward branch jumps over belongs to the outer one. Code after the last exit is skipped:
+there the compiler puts the slow path of warp shuffles for diverged warps, which these kernels never
+take. A loop that the compiler unrolled in part is counted as if it were not, which is too much.
 """
 
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 __all__ = [
     "Cost",
     "Fixed",
+    "Flattened",
     "Loop",
     "count_instructions",
     "inspect_kernel",
@@ -32,6 +35,7 @@ _SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-
 _SASS_BRANCH = re.compile(r"`\(\.(L_x_\d+)\)")
 # A loop with one of these waits for hardware; it counts once.
 _WAITS = {"NANOSLEEP"}
+_PREDICATE = re.compile(r"@|\bU?!?U?P\d")
 _AMD_LABEL = re.compile(r"^(\.LBB\d+_\d+):")
 _AMD_LINE = re.compile(r"^\t([a-z]\w*)(.*)")
 _AMD_BRANCH = re.compile(r"(\.LBB\d+_\d+)")
@@ -39,10 +43,11 @@ _AMD_BRANCH = re.compile(r"(\.LBB\d+_\d+)")
 
 @dataclass(frozen=True)
 class Loop:
-    """Instructions ``first..last`` of the listing."""
+    """Instructions ``first..last`` of the listing, and those that forward branches jump over."""
 
     first: int
     last: int
+    optional: frozenset[int] = field(default=frozenset(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ def _parse(
     loops: list[Loop] = []
     exits: list[int] = []
     jumps: list[tuple[int, str]] = []  # unconditional
+    branches: list[tuple[int, str]] = []  # conditional
     for text in lines:
         if found := label.match(text):
             places[found[1]] = len(names)
@@ -78,8 +84,9 @@ def _parse(
             name, operands = found[1], found[2]
             target = branch.search(operands)
             names.append(name)
-            if target and name in ("BRA", "s_branch") and not re.search(r"@|\bU?!?U?P\d", text):
-                jumps.append((len(names) - 1, target[1]))
+            if target:
+                is_always = name in ("BRA", "s_branch") and not _PREDICATE.search(text)
+                (jumps if is_always else branches).append((len(names) - 1, target[1]))
             if target and target[1] in places:
                 loops.append(Loop(places[target[1]], len(names) - 1))
             if name == exit_name and "@" not in text:
@@ -98,7 +105,9 @@ def _parse(
     ]
     # Branches to one place close one loop.
     ends = {loop.first: loop.last for loop in sorted(kept, key=lambda loop: loop.last)}
-    return names[:end], _joined(Loop(first, ends[first]) for first in sorted(ends))
+    joined = _joined(Loop(first, ends[first]) for first in sorted(ends))
+    over = [(index + 1, places.get(label, end)) for index, label in branches]
+    return names[:end], [_with_optional(loop, over) for loop in joined]
 
 
 def _joined(loops: Iterable[Loop]) -> list[Loop]:
@@ -110,6 +119,14 @@ def _joined(loops: Iterable[Loop]) -> list[Loop]:
         else:
             joined.append(loop)
     return joined
+
+
+def _with_optional(loop: Loop, over: Iterable[tuple[int, int]]) -> Loop:
+    """`loop` with what branches inside it jump over, from the first place to before the second."""
+    optional = (
+        range(start, stop) for start, stop in over if loop.first < start and stop <= loop.last
+    )
+    return replace(loop, optional=frozenset(chain.from_iterable(optional)))
 
 
 def parse_sass(listing: str) -> tuple[list[str], list[Loop]]:
@@ -124,6 +141,18 @@ def parse_amdgcn(listing: str) -> tuple[list[str], list[Loop]]:
 
 class Fixed(int):
     """Trips that the compiler knows: it may unroll the loop, which then is not in the code."""
+
+
+class Flattened(int):
+    """Trips of one loop that was two; what branches jump over runs `outer` times."""
+
+    outer: int
+
+    def __new__(cls, outer: int, inner: int) -> Self:
+        """``outer * inner`` trips."""
+        trips = super().__new__(cls, outer * inner)
+        trips.outer = outer
+        return trips
 
 
 def _match_trips(num_loops: int, trips: Sequence[int]) -> list[int]:
@@ -149,7 +178,10 @@ def count_instructions(
     counts = [1] * len(loops) if trips is None else _match_trips(len(loops), trips)
     for loop, count in zip(loops, counts, strict=True):
         for index in range(loop.first, loop.last + 1):
-            times[index] *= count
+            if isinstance(count, Flattened) and index in loop.optional:
+                times[index] *= count.outer
+            else:
+                times[index] *= count
     return sum(
         count for name, count in zip(names, times, strict=True) if name not in ("NOP", "s_nop")
     )

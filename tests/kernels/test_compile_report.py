@@ -75,6 +75,18 @@ def test_loops_of_amd_assembly():
     assert inspection.count_instructions(names, loops, (10,)) == 1 + 10 * 3 + 3
 
 
+def test_two_loops_that_have_become_one():
+    """FADD begins a pass of the outer loop, or is jumped over; FMUL runs in every step."""
+    listing = SASS.replace(".L_x_1:", ".L_x_9:").replace("@!P2 BRA `(.L_x_1)", "@!P2 BRA `(.L_x_0)")
+    skip = "        /*0018*/               @P3 BRA `(.L_x_9) ;\n"
+    listing = listing.replace("        /*0020*/", skip + "        /*0020*/")
+    names, loops = inspection.parse_sass(listing)
+    assert loops == [inspection.Loop(2, 7)] and loops[0].optional == {3}
+    assert inspection.count_instructions(names, loops, (12,)) == 2 + 12 * 5 + 2
+    flattened = inspection.Flattened(3, 4)
+    assert inspection.count_instructions(names, loops, (flattened,)) == 2 + 12 * 4 + 3 + 2
+
+
 def test_loops_that_were_not_declared():
     names, loops = inspection.parse_sass(SASS)
     with pytest.raises(ValueError, match="2 loops in the code, 1 declared"):
