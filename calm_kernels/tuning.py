@@ -50,7 +50,17 @@ class Launch:
     block_outputs: int = 128  # output features of a fused layer of the energy head
     block_features: int = 64  # summed over in one step of a matmul
     programs_per_processor: int = 1
+    # Wider rows than this take the library's matmul, which then is ahead by more than logits in
+    # memory cost. Modelled, not measured: see calm_kernels/linear_argmax/README.md.
+    fused_width: int = MANY
 
+
+_FEW_ARGMAX_ROWS = {
+    16: Launch(
+        num_warps=4, num_stages=3, block_rows=16, block_features=128, programs_per_processor=3
+    ),
+    64: Launch(num_warps=4, num_stages=4, block_rows=64, programs_per_processor=2),
+}
 
 # (operation, architecture): settings by the largest width that each is for. Suffixes name forms
 # that take more registers: ".heavy" also differentiates the target, ".blocks" loops over blocks of
@@ -161,25 +171,24 @@ TABLE: dict[tuple[str, str], dict[int, Launch]] = {
         MANY: Launch(num_warps=4, num_stages=2, block_rows=64, block_outputs=32)
     },
     # The width of linear_argmax is its number of rows: few rows are limited by reading the weight,
-    # many by the matmuls, and then a block of 256 tokens reads least from the cache.
+    # many by the matmuls, and then a block of 256 tokens reads least from the cache. ".total" also
+    # sums exponentials, for which 256 tokens leave too few registers.
     ("linear_argmax", DEFAULT): {
-        16: Launch(
-            num_warps=4, num_stages=3, block_rows=16, block_features=128, programs_per_processor=3
-        ),
-        64: Launch(num_warps=4, num_stages=4, block_rows=64, programs_per_processor=2),
-        MANY: Launch(num_warps=8, num_stages=3, block_rows=128),
+        **_FEW_ARGMAX_ROWS,
+        MANY: Launch(num_warps=8, num_stages=3, block_rows=128, fused_width=4096),
     },
     ("linear_argmax", "gfx942"): {
         16: Launch(num_warps=4, num_stages=2, block_rows=16, programs_per_processor=3),
         64: Launch(num_warps=4, num_stages=2, block_rows=64, programs_per_processor=2),
-        MANY: Launch(num_warps=8, num_stages=2, block_rows=128),
+        MANY: Launch(num_warps=8, num_stages=2, block_rows=128, fused_width=4096),
     },
     ("linear_argmax", "sm_90"): {
-        16: Launch(
-            num_warps=4, num_stages=3, block_rows=16, block_features=128, programs_per_processor=3
-        ),
-        64: Launch(num_warps=4, num_stages=4, block_rows=64, programs_per_processor=2),
-        MANY: Launch(num_warps=8, num_stages=3, block_rows=128, block_vocab=256),
+        **_FEW_ARGMAX_ROWS,
+        MANY: Launch(num_warps=8, num_stages=4, block_rows=128, block_vocab=256, fused_width=4096),
+    },
+    ("linear_argmax.total", "sm_90"): {
+        **_FEW_ARGMAX_ROWS,
+        MANY: Launch(num_warps=8, num_stages=4, block_rows=128, fused_width=4096),
     },
     ("linear_argmax.fp32", DEFAULT): {
         16: Launch(

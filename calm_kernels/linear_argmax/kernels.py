@@ -2,9 +2,10 @@
 
 A program of `partial_kernel` holds BLOCK_R rows and goes through its split of the vocabulary,
 BLOCK_V tokens at a time. It keeps the running maximum, its token and, on request, the running sum
-of exponentials. Programs of one split run at the same time, so that its part of the weight is read
-from memory once. Everywhere the first of equal entries wins, and NaN counts as larger than any
-number.
+of exponentials. Blocks of tokens and of features are one loop, so that while a block is compared
+the next one is on its way from memory. Programs of one split run at the same time, so that its part
+of the weight is read from memory once. Everywhere the first of equal entries wins, and NaN counts
+as larger than any number.
 """
 
 from typing import Any
@@ -18,6 +19,7 @@ from calm_kernels.backend import is_interpreted
 from calm_kernels.device import exp2, log2
 from calm_kernels.tuning import (
     Constants,
+    Launch,
     architecture,
     launch_options,
     num_processors,
@@ -26,6 +28,7 @@ from calm_kernels.tuning import (
 )
 
 __all__ = [
+    "argmax_setting",
     "constants",
     "find_maxima",
     "num_splits",
@@ -75,31 +78,6 @@ def _rescaled(total, before, after, FAST: tl.constexpr):
     return tl.where(before == -_INFINITY, 0.0, total * exp2(change * _LOG2_E, FAST))
 
 
-@triton.jit
-def _logits(
-    hidden_ptr, weight_ptr, row, token, width, stride_r, stride_rh, stride_v, stride_vh,
-    IS_EVEN: tl.constexpr, BLOCK_H: tl.constexpr, DOT_DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Logits ``[BLOCK_R, BLOCK_V]``; rows and tokens count from the pointers, in 32 bits."""
-    feature = tl.arange(0, BLOCK_H)
-    hidden_offs = row[:, None] * stride_r + feature[None, :] * stride_rh
-    weight_offs = token[None, :] * stride_v + feature[:, None] * stride_vh
-    logits = tl.zeros([row.shape[0], token.shape[0]], tl.float32)
-    for start in range(0, width, BLOCK_H):
-        hidden_ptrs = hidden_ptr + start * stride_rh + hidden_offs
-        weight_ptrs = weight_ptr + start * stride_vh + weight_offs
-        if IS_EVEN:
-            rows = tl.load(hidden_ptrs)  # [BLOCK_R, BLOCK_H]
-            weight = tl.load(weight_ptrs)  # [BLOCK_H, BLOCK_V]
-        else:
-            is_feature = feature < width - start
-            rows = tl.load(hidden_ptrs, mask=is_feature[None, :], other=0.0)
-            weight = tl.load(weight_ptrs, mask=is_feature[:, None], other=0.0)
-        logits = tl.dot(rows.to(DOT_DTYPE), weight.to(DOT_DTYPE), logits, input_precision=PRECISION)
-    return logits
-
-
 @triton.jit(do_not_specialize=["num_rows", "tokens_per_split"])
 def partial_kernel(
     hidden_ptr, weight_ptr, high_ptr, token_ptr, total_ptr, num_rows, vocab_size, tokens_per_split,
@@ -116,17 +94,35 @@ def partial_kernel(
     first = split * tokens_per_split
     weight_ptr += first.to(tl.int64) * stride_v
     last = tl.minimum(first + tokens_per_split, vocab_size)
-    token = tl.arange(0, BLOCK_V)
+    token, feature = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_H)
+    hidden_ptrs = hidden_ptr + safe[:, None] * stride_r + feature[None, :] * stride_rh
     high = tl.full([BLOCK_R], -_INFINITY, tl.float32)
     best = tl.full([BLOCK_R], 0, tl.int32) + first
     total = tl.zeros([BLOCK_R], tl.float32)
-    for start in range(first, last, BLOCK_V):
-        num_left = last - start
+    tl.assume(width > 0)  # or the compiler makes a second loop, without features
+    for start in tl.range(first, last, BLOCK_V, flatten=True):
         # Past the end the last token is repeated, which changes nothing: the first of equals wins.
-        logits = _logits(
-            hidden_ptr, weight_ptr, safe, tl.minimum(token, num_left - 1), width, stride_r,
-            stride_rh, stride_v, stride_vh, IS_EVEN, BLOCK_H, DOT_DTYPE, PRECISION,
-        )  # fmt: skip
+        num_left = last - start
+        safe_token = tl.minimum(token, num_left - 1)
+        weight_offs = safe_token[None, :] * stride_v + feature[:, None] * stride_vh
+        weight_ptrs = weight_ptr + (start - first).to(tl.int64) * stride_v + weight_offs
+        logits = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+        for done in range(0, width, BLOCK_H):
+            if IS_EVEN:
+                rows = tl.load(hidden_ptrs + done * stride_rh)  # [BLOCK_R, BLOCK_H]
+                weight = tl.load(weight_ptrs + done * stride_vh)  # [BLOCK_H, BLOCK_V]
+            else:
+                is_feature = feature < width - done
+                rows = tl.load(hidden_ptrs + done * stride_rh, mask=is_feature[None, :], other=0.0)
+                weight = tl.load(
+                    weight_ptrs + done * stride_vh, mask=is_feature[:, None], other=0.0
+                )
+            logits = tl.dot(
+                rows.to(DOT_DTYPE), weight.to(DOT_DTYPE), logits, input_precision=PRECISION
+            )
+        if WITH_TOTAL:  # noqa: SIM102 - the compiler decides the first condition, the GPU the second
+            if num_left < BLOCK_V:  # the last block, which counts no token twice
+                logits = tl.where(token[None, :] < num_left, logits, -_INFINITY)
         here = tl.reduce(logits, 1, _larger)
         is_high = (logits == here[:, None]) | (logits != logits)
         where = tl.min(tl.where(is_high, token[None, :], _NO_TOKEN), axis=1) + start
@@ -134,11 +130,9 @@ def partial_kernel(
         raised = tl.where(wins, here, high)
         if WITH_TOTAL:
             terms = exp2((logits - _finite(raised)[:, None]) * _LOG2_E, FAST)
-            terms = tl.where((token < num_left)[None, :], terms, 0.0)
             total = _rescaled(total, high, raised, FAST) + tl.sum(terms, axis=1)
         high = raised
         best = tl.where(wins, where, best)
-        weight_ptr += BLOCK_V * stride_v
     offs = split.to(tl.int64) * num_rows + first_row + row
     is_row = row < num_rows - first_row
     tl.store(high_ptr + offs, high, mask=is_row)
@@ -182,7 +176,7 @@ def constants(
     interpreter multiplies 16-bit numbers in float32 (`can_round` is False), because it would read
     their bits as integers.
     """
-    launch = setting(_operation(dtype), arch, num_rows)
+    launch = argmax_setting(num_rows, dtype, arch, with_total=with_total)
     is_rounded = dtype.itemsize == 2 and can_round
     half = tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
     chosen = {
@@ -239,8 +233,10 @@ def num_splits(
     return -(-vocab_size // tokens), tokens
 
 
-def _operation(dtype: torch.dtype) -> str:
-    return "linear_argmax.fp32" if dtype == torch.float32 else "linear_argmax"
+def argmax_setting(num_rows: int, dtype: torch.dtype, arch: str, *, with_total: bool) -> Launch:
+    """The table's row for the first stage."""
+    form = ".fp32" if dtype == torch.float32 else ".total" if with_total else ""
+    return setting(f"linear_argmax{form}", arch, num_rows)
 
 
 def find_maxima(
@@ -254,8 +250,8 @@ def find_maxima(
         num_rows, width, rows.dtype, arch, with_total=with_logsumexp, has_fast_math=has_fast_math,
         can_round=not is_interpreted(),
     )  # fmt: skip
-    at_once = setting(_operation(rows.dtype), arch, num_rows).programs_per_processor
-    slots = at_once * num_processors(rows.device)
+    launch = argmax_setting(num_rows, rows.dtype, arch, with_total=with_logsumexp)
+    slots = launch.programs_per_processor * num_processors(rows.device)
     splits, tokens = num_splits(num_rows, vocab_size, chosen, slots)
     high, token, total = _partials(rows, splits, with_logsumexp)
     grid = (-(-num_rows // chosen["BLOCK_R"]), splits)

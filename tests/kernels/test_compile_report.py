@@ -15,6 +15,7 @@ from calm_kernels.backend import OPERATIONS, Backend
 from calm_kernels.compiling import inspection
 from calm_kernels.compiling.configurations import configurations
 from calm_kernels.compiling.targets import TARGETS
+from calm_kernels.tuning import setting
 
 CONFIGURATIONS = {found.name: found for found in configurations()}
 SERIES = "energy_score.analytic.series"
@@ -117,6 +118,14 @@ def test_main_configurations(target, name):
     row = compile_report.measure(CONFIGURATIONS[name], TARGETS[target])
     assert not row.problems
     assert row.registers > 0 and row.instructions > 0
+
+
+def test_many_rows_stream_through_all_stages():
+    """Each stage has shared memory of its own where the compiler found one loop to pipeline."""
+    row = compile_report.measure(CONFIGURATIONS["linear_argmax.R800"], TARGETS["sm_90"])
+    launch = setting("linear_argmax", "sm_90", 800)
+    stage_bytes = 2 * launch.block_features * (launch.block_rows + launch.block_vocab)
+    assert row.shared_bytes == launch.num_stages * stage_bytes
 
 
 def test_every_operation_with_kernels_has_cases():

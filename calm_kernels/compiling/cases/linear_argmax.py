@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from calm_kernels.compiling.configuration import Configuration
+from calm_kernels.compiling.inspection import Flattened
 from calm_kernels.linear_argmax import kernels
 
 __all__ = ["cases"]
@@ -34,7 +35,7 @@ def _partial(
     def trips(constants: dict[str, Any]) -> tuple[int, ...] | None:
         blocks = -(-_splits(rows, constants, at_once)[1] // constants["BLOCK_V"])
         steps = -(-width // constants["BLOCK_H"])
-        return (blocks, steps) if constants["FAST"] else None
+        return (Flattened(blocks, steps),) if constants["FAST"] else None
 
     return Configuration(
         name=f"linear_argmax.{name}",
