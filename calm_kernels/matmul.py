@@ -3,14 +3,17 @@
 import torch
 from torch import Tensor
 
+from calm_kernels.precision import accumulation_dtype
+
 __all__ = ["add_matmul_fp32", "matmul_fp32"]
 
 
 def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` in float32, whatever the dtype of the matrices; not differentiable."""
+    """``left @ right`` in float32 (float64 for float64); not differentiable."""
     if _accumulates_in_fp32(left):
         return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+    dtype = accumulation_dtype(left.dtype)
+    return left.to(dtype) @ right.to(dtype)
 
 
 def add_matmul_fp32(total: Tensor, left: Tensor, right: Tensor) -> None:

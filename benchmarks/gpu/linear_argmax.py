@@ -1,4 +1,9 @@
-"""The likeliest token of each row, against logits in memory."""
+"""The likeliest token of each row, against logits in memory.
+
+The rival of the kernels is the torch backend: the library's matmul into float32, block of tokens by
+block of tokens, each with an argmax of its own. It is also what wide rows take, see
+`calm_kernels.tuning.Launch.fused_width`, whose value the widest shape is for.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +36,10 @@ class Shape:
 
 
 QUICK = [Shape(), Shape(rows=4)]
-SHAPES = [*QUICK, Shape(rows=16), Shape(rows=64), Shape(rows=12_800), Shape(vocab_size=32_001)]
+SHAPES = [
+    *QUICK, Shape(rows=16), Shape(rows=64), Shape(rows=12_800), Shape(vocab_size=32_001),
+    Shape(hidden_size=4096),
+]  # fmt: skip
 TINY = [Shape(5, 40, 8), Shape(2, 40, 8)]
 
 

@@ -1,8 +1,12 @@
-"""The torch backend: blocks of logits with a running maximum and log-sum-exp."""
+"""The torch backend: blocks of logits with a running maximum and log-sum-exp.
+
+The Triton backend comes here, too, with rows so wide that the library's matmul is faster.
+"""
 
 import torch
 from torch import Tensor
 
+from calm_kernels.matmul import matmul_fp32
 from calm_kernels.precision import accumulation_dtype
 
 __all__ = ["linear_argmax_eager"]
@@ -22,16 +26,16 @@ def linear_argmax_eager(
     dtype = accumulation_dtype(rows.dtype)
     num_logits = LOGITS_PER_BLOCK if rows.device.type == "cpu" else LOGITS_PER_GPU_BLOCK
     if 0 < rows.shape[0] <= MAX_ROWS and rows.shape[0] * weight.shape[0] <= num_logits:
-        return _one_block(rows.to(dtype), weight.to(rows.dtype).to(dtype), with_logsumexp)
+        return _one_block(rows, weight.to(rows.dtype), with_logsumexp)
     index = rows.new_zeros(rows.shape[0], dtype=torch.int64)
     largest = rows.new_full((rows.shape[0],), -torch.inf, dtype=dtype)
     logsumexp = largest.clone() if with_logsumexp else None
     for start in range(0, rows.shape[0], MAX_ROWS):
         block = slice(start, start + MAX_ROWS)
-        inputs = rows[block].to(dtype)
+        inputs = rows[block]
         block_vocab = num_logits // inputs.shape[0]
         for first in range(0, weight.shape[0], block_vocab):
-            part = weight[first : first + block_vocab].to(rows.dtype).to(dtype)
+            part = weight[first : first + block_vocab].to(rows.dtype)
             logits = _logits(inputs, part)  # [MAX_ROWS, block_vocab] at most
             high, where = logits.max(dim=-1)
             best = largest[block]
@@ -55,7 +59,10 @@ def _one_block(
 
 
 def _logits(rows: Tensor, weight: Tensor) -> Tensor:
-    """``rows @ weight.T``; a CPU is twice as fast the other way round where rows are few."""
+    """``rows @ weight.T``, summed in float32.
+
+    A CPU is twice as fast the other way round where rows are few.
+    """
     if rows.shape[0] <= FEW_ROWS:
-        return (weight @ rows.T).T
-    return rows @ weight.T
+        return matmul_fp32(weight, rows.T).T
+    return matmul_fp32(rows, weight.T)

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-from calm_kernels.linear_argmax.kernels import find_maxima
+from calm_kernels.linear_argmax.eager import linear_argmax_eager
+from calm_kernels.linear_argmax.kernels import argmax_setting, find_maxima
 from calm_kernels.operators import operator
+from calm_kernels.tuning import architecture
 
 __all__ = ["linear_argmax_triton"]
 
@@ -22,10 +24,21 @@ def linear_argmax_triton(
 @operator("linear_argmax")
 def _argmax_op(rows: Tensor, weight: Tensor, with_logsumexp: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Index, largest entry and log-sum-exp (empty if not asked for)."""
-    index, largest, logsumexp = _outputs(rows, with_logsumexp)
-    if rows.shape[0]:
-        find_maxima(rows, weight, index, largest, logsumexp, with_logsumexp=with_logsumexp)
-    return index, largest, logsumexp
+    if _is_fused(rows, with_logsumexp):
+        found = _outputs(rows, with_logsumexp)
+        if rows.shape[0]:
+            find_maxima(rows, weight, *found, with_logsumexp=with_logsumexp)
+        return found
+    index, largest, logsumexp = linear_argmax_eager(rows, weight, with_logsumexp)
+    return index, largest, largest.new_empty(0) if logsumexp is None else logsumexp
+
+
+def _is_fused(rows: Tensor, with_logsumexp: bool) -> bool:
+    """Whether the kernels are faster than the library's matmul and logits in memory."""
+    num_rows, width = rows.shape
+    arch = architecture(rows.device)
+    launch = argmax_setting(num_rows, rows.dtype, arch, with_total=with_logsumexp)
+    return width <= launch.fused_width
 
 
 def _outputs(rows: Tensor, with_logsumexp: bool) -> tuple[Tensor, Tensor, Tensor]:

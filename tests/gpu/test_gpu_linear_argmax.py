@@ -36,7 +36,8 @@ def test_parity_at_full_size(rows, dtype):
 
 
 @pytest.mark.parametrize(
-    ("rows", "vocab_size", "width"), [(3, 1, 8), (5, 32_001, 72), (129, 777, 500)]
+    ("rows", "vocab_size", "width"),
+    [(3, 1, 8), (5, 32_001, 72), (129, 777, 500), (129, 5000, 4504)],  # the last by the library
 )
 @pytest.mark.parametrize("dtype", MARGIN, ids=str)
 def test_odd_sizes_with_ties(rows, vocab_size, width, dtype):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calm_kernels import linear_argmax, tuning
-from calm_kernels.linear_argmax import kernels
+from calm_kernels.linear_argmax import function, kernels
 
 # Few rows, some, many; vocabularies of one token, of a split that ends inside a block, and odd
 # ones; widths that fill no block of features.
@@ -121,6 +121,22 @@ def test_float64_goes_to_torch_or_is_refused():
     assert linear_argmax(hidden, weight, return_max=True)[1].dtype == torch.float64
     with pytest.raises(ValueError, match="no float64"):
         linear_argmax(hidden, weight, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wide_rows_take_the_matmul_of_the_library(dtype, monkeypatch, generator):
+    hidden, weight = (integers((size, 40), 1, generator).to(dtype) for size in (70, 300))
+    fused = everything(hidden, weight)
+    for name in ("linear_argmax", "linear_argmax.fp32"):
+        row = tuning.TABLE[name, tuning.DEFAULT]
+        monkeypatch.setitem(row, tuning.MANY, replace(row[tuning.MANY], fused_width=39))
+    monkeypatch.setattr(function, "find_maxima", None)
+    index, largest, logsumexp = everything(hidden, weight)
+    assert torch.equal(index, fused[0]) and torch.equal(largest, fused[1])
+    torch.testing.assert_close(logsumexp, fused[2])
+    assert torch.equal(linear_argmax(hidden, weight, backend="triton"), index)
+    with pytest.raises(TypeError, match="not callable"):  # few rows stay with the kernels
+        linear_argmax(hidden[:4], weight, backend="triton")
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 800, 100_000])
