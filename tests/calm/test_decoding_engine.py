@@ -78,6 +78,36 @@ def test_the_cached_backbone_equals_the_backbone(fields, starts, is_fixed):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("is_fixed", "device", "is_pinned"), [
+    (True, "cuda", True), (False, "cuda", False), (True, "cpu", False),
+])  # fmt: skip
+def test_a_decode_step_with_a_mask_pins_its_attention(monkeypatch, is_fixed, device, is_pinned):
+    """Two backends are left on a GPU, none of which plans anew; all is as before afterwards."""
+    backbone = CachedBackbone(tiny_calm().transformer)
+    cache = backbone.allocate(2, 8, is_fixed=is_fixed)
+    backbone.prefill(torch.randn(2, 3, 32), [0, 0], cache)
+    enabled, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def backends():
+        cuda = torch.backends.cuda
+        return [
+            cuda.flash_sdp_enabled(), cuda.cudnn_sdp_enabled(),
+            cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(),
+        ]  # fmt: skip
+
+    def record(*arguments, **options):
+        enabled.append(backends())
+        return attention(*arguments, **options)
+
+    before = backends()
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(CachedBackbone, "device", torch.device(device))
+    with torch.no_grad():
+        backbone.decode_step(torch.randn(2, 1, 32), cache)
+    assert enabled == [[False, False, True, True] if is_pinned else before] * 2
+    assert backends() == before
+
+
 def test_the_cached_backbone_rounds_no_worse_in_bfloat16():
     exact, backbone = make_backbone(), make_backbone().bfloat16()
     embeds = torch.randn(2, 9, 32).bfloat16()

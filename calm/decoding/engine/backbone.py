@@ -8,11 +8,13 @@ the model as it is now.
 Shapes: B sequences, Q chunks of this call, P chunks of a prompt, H hidden size, D head size.
 """
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -20,6 +22,10 @@ from calm.decoding.engine.kv_cache import KVCache
 from calm.errors import UserError
 
 __all__ = ["CachedBackbone"]
+
+# What attends with a mask on a GPU, the second for head sizes that the first does not take. Left to
+# itself torch may choose cuDNN, by version and device, which plans anew for every length.
+WITH_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class _Positions(NamedTuple):
@@ -125,7 +131,9 @@ class CachedBackbone:
             positions = self._next_positions(cache)
         else:
             positions = self._fixed_positions(cache, cache.position)
-        return self._run(embeds, cache, positions)
+        is_pinned = positions.mask is not None and self.device.type == "cuda"
+        with sdpa_kernel(WITH_MASK) if is_pinned else nullcontext():
+            return self._run(embeds, cache, positions)
 
     def _next_positions(self, cache: KVCache) -> _Positions:
         """The column after `cache.length` filled ones; attention reads no more than those."""
