@@ -9,33 +9,27 @@ arrive. Both give the same blocks for the same documents.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import datasets
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from calm.data.blocks import Block
+from calm.data.blocks import Block, make_block
+from calm.data.stream import PackedStream
 from calm.data.tables import Documents
 from calm.data.tokenization import (
     CHARACTERS,
     TOKENS,
-    align_document,
     align_documents,
     tokenize_documents,
-    tokenize_stream,
 )
 from calm.errors import UserError
-from calm.labels import IGNORE_INDEX
 
 __all__ = [
     "PackedBlocks",
-    "PackedStream",
     "check_block_size",
-    "pack",
     "pack_documents",
 ]
 
@@ -48,38 +42,6 @@ def check_block_size(block_size: int, patch_size: int) -> None:
             f"block_size must be a multiple of patch_size (K={patch_size}) and at least "
             f"{2 * patch_size}; got {block_size}, try {nearest}"
         )
-
-
-def _block(tokens: np.ndarray, block_size: int, pad_token_id: int) -> Block:
-    """Inputs and labels of at most `block_size` tokens; the rest of the block is padding.
-
-    Negative entries are tokens that are only read, see `align_documents`.
-    """
-    inputs = np.full(block_size, pad_token_id, dtype=np.int64)
-    labels = np.full(block_size, IGNORE_INDEX, dtype=np.int64)
-    is_label = tokens >= 0
-    inputs[: len(tokens)] = np.where(is_label, tokens, ~tokens)
-    labels[: len(tokens)] = np.where(is_label, tokens, IGNORE_INDEX)
-    return {"input_ids": inputs, "labels": labels}
-
-
-def pack(
-    documents: Iterable[Sequence[int] | np.ndarray], block_size: int, pad_token_id: int
-) -> Iterator[Block]:
-    """Blocks of `block_size` tokens of the concatenated `documents`; the last one is padded."""
-    pending: list[np.ndarray] = []
-    held = 0
-    for document in documents:
-        pending.append(np.asarray(document, dtype=np.int64))
-        held += len(pending[-1])
-        if held >= block_size:
-            tokens = np.concatenate(pending)
-            whole = held - held % block_size
-            for start in range(0, whole, block_size):
-                yield _block(tokens[start : start + block_size], block_size, pad_token_id)
-            pending, held = [tokens[whole:]], held - whole
-    if held:
-        yield _block(np.concatenate(pending), block_size, pad_token_id)
 
 
 class PackedBlocks(Dataset[Block]):
@@ -125,7 +87,7 @@ class PackedBlocks(Dataset[Block]):
             raise IndexError(f"block {index} of {len(self)}")
         start = index * self.block_size
         tokens = self._slice(start, min(start + self.block_size, self.num_tokens))
-        return _block(tokens, self.block_size, self.pad_token_id)
+        return make_block(tokens, self.block_size, self.pad_token_id)
 
     def _slice(self, start: int, stop: int) -> np.ndarray:
         parts = []
@@ -148,58 +110,6 @@ class PackedBlocks(Dataset[Block]):
         return digest.hexdigest()
 
 
-class PackedStream(IterableDataset[Block]):
-    """Blocks of a stream of documents, in order.
-
-    The data loader splits the stream among ranks; it is not split here again. With several loader
-    workers, each packs the files that it reads.
-
-    Args:
-        documents: a stream of texts.
-        tokenizer: turns them into tokens.
-        block_size: tokens in a block.
-        layout: start token, end token and K as `align_document` takes them, or None.
-        max_blocks: keep this many blocks of each pass, the first ones.
-        repeat: start again at the end.
-    """
-
-    def __init__(
-        self,
-        documents: datasets.IterableDataset,
-        tokenizer: PreTrainedTokenizerBase,
-        block_size: int,
-        *,
-        layout: dict[str, int] | None,
-        max_blocks: int | None,
-        repeat: bool,
-    ) -> None:
-        super().__init__()
-        self.documents = documents
-        self.tokenizer = tokenizer
-        self.block_size = block_size
-        self.layout = layout
-        self.max_blocks = max_blocks
-        self.repeat = repeat
-
-    def __iter__(self) -> Iterator[Block]:
-        while True:
-            found = False
-            for block in islice(self._one_pass(), self.max_blocks):
-                found = True
-                yield block
-            worker = get_worker_info()
-            if not found and (worker is None or worker.id == 0):
-                raise UserError("no data left after packing: the stream holds no token")
-            if not found or not self.repeat:  # other workers may have no file
-                return
-
-    def _one_pass(self) -> Iterator[Block]:
-        documents = tokenize_stream(self.documents, self.tokenizer)
-        if self.layout is not None:
-            documents = (align_document(document, **self.layout) for document in documents)
-        return pack(documents, self.block_size, self.tokenizer.pad_token_id)
-
-
 def pack_documents(
     documents: Documents,
     tokenizer: PreTrainedTokenizerBase,
@@ -209,6 +119,7 @@ def pack_documents(
     max_blocks: int | None = None,
     start_token_id: int | None = None,
     repeat: bool = False,
+    lanes: int = 1,
     num_proc: int | None = None,
     overwrite_cache: bool = False,
 ) -> PackedBlocks | PackedStream:
@@ -223,6 +134,7 @@ def pack_documents(
         start_token_id: token of the chunk before each document, see `align_documents`. None
             concatenates documents without such chunks.
         repeat: start a stream again at its end.
+        lanes: of a stream, see `calm.data.stream`.
         num_proc: processes that prepare a table.
         overwrite_cache: prepare a table again.
 
@@ -240,6 +152,7 @@ def pack_documents(
             layout=None if start_token_id is None else layout,
             max_blocks=max_blocks,
             repeat=repeat,
+            lanes=lanes,
         )
     preparation: Any = {"num_proc": num_proc, "overwrite_cache": overwrite_cache}
     tokenized = tokenize_documents(documents, tokenizer, **preparation)

@@ -10,7 +10,7 @@ that are held at once are bounded in bytes.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -90,15 +90,15 @@ def align_documents(
 
 
 def tokenize_stream(
-    documents: datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[np.ndarray]:
     """Token ids of one document of a stream after the other; some are read ahead."""
     encoder = Encoder(tokenizer)
     texts: list[str] = []
     size = 0
-    for row in documents:
-        texts.append(row[TEXT_KEY])
-        size += len(texts[-1])
+    for text in documents:
+        texts.append(text)
+        size += len(text)
         if size > MAX_BYTES or len(texts) == MAX_ROWS:
             yield from encoder.documents(texts)
             texts, size = [], 0

@@ -52,7 +52,7 @@ RANGES = {
             "block_size", "dataloader_prefetch_factor", "ddp_timeout", "eval_accumulation_steps",
             "gradient_accumulation_steps", "max_eval_samples", "max_train_samples",
             "per_device_eval_batch_size", "per_device_train_batch_size",
-            "preprocessing_num_workers",
+            "preprocessing_num_workers", "stream_lanes",
         ),
         at_least(1),
     ),
@@ -150,6 +150,11 @@ class DataTrainingArguments:
     max_train_samples: int | None = _flag(None, "Use only this many training blocks, the first.")
     max_eval_samples: int | None = _flag(None, "Use only this many validation blocks, the first.")
     streaming: bool = _flag(False, "Read the text during training instead of preparing a cache.")
+    stream_lanes: int = _flag(
+        1,
+        "Parts into which a stream is dealt and which take turns. A multiple of processes x batch "
+        "x loader workers lets each worker tokenize its own part alone.",
+    )
     block_size: int | None = _flag(
         None,
         "Tokens of a training sequence, a multiple of K. Default: 8192 for the language model, "
@@ -214,7 +219,9 @@ class CALMTrainingArguments(TrainingArguments):
         super().__post_init__()
         self.torch_compile = compiles
         if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # speeds up copies to a GPU only, warns without one
+            # Both speed up copies to a GPU only, and warn without one.
+            loading: Any = self.accelerator_config
+            self.dataloader_pin_memory = loading.non_blocking = False
 
     def _choose_cpu_without_gpu(self) -> None:
         """Run bf16 on the CPU of a machine without GPU, where transformers stops with an error."""
@@ -333,6 +340,9 @@ def _check(arguments: JobArguments) -> None:
     _check_schedule(training)
     if training.label_smoothing_factor:
         raise UserError("label_smoothing_factor has no effect on these losses: take it out")
+    loading: Any = training.accelerator_config
+    if loading.split_batches:
+        raise UserError("accelerator_config: split_batches would give draws to other sequences")
     trackers = get_available_reporting_integrations()
     if unknown := sorted(set(training.report_to or ()) - set(trackers)):
         raise UserError(

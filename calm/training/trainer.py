@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint, has_length
@@ -113,6 +114,26 @@ class CALMTrainer(Trainer):
             self.add_callback(self.clock)
             if self.pop_callback(ProgressCallback) is not None:
                 self.add_callback(TimedProgress(self.clock))
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in transformers; a `PackedStream` gets to know who takes which of its blocks."""
+        deal = getattr(self.train_dataset, "deal", None)
+        if deal is not None:
+            shares = (self.args.world_size, self.args.process_index)
+            is_dispatched = self.accelerator.dispatch_batches is not False  # by the first process
+            deal(self._train_batch_size, *(() if is_dispatched else shares))
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """As in transformers, but the first process deals a stream out: it knows where it ends."""
+        config = self.accelerator.dataloader_config
+        asked, config.dispatch_batches = config.dispatch_batches, None
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            config.dispatch_batches = asked
 
     # Training
 

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calm.data.corpus import Corpus, load_corpus
 from calm.data.encoding import document_separator, vocabulary_size
 from calm.data.files import expand_files
-from calm.data.packing import PackedBlocks, PackedStream, pack_documents
+from calm.data.packing import PackedBlocks, pack_documents
 from calm.data.reading import TEXT_KEY
+from calm.data.stream import PackedStream
 from calm.data.tables import Documents
 from calm.data.tokenizer import BPE_NAME, load_tokenizer, tokenizer_hash
 from calm.errors import UserError
@@ -136,6 +137,7 @@ def pack_text(arguments: JobArguments, text: Text, layout: BlockLayout) -> Block
             start_token_id=layout.start_token_id,
             max_blocks=limit,
             repeat=repeat,
+            lanes=data.stream_lanes if repeat else 1,
             num_proc=data.preprocessing_num_workers,
             overwrite_cache=data.overwrite_cache,
         )
@@ -169,8 +171,8 @@ def protocol(
         "validation_split_percentage": data.validation_split_percentage,
         "on_error": data.on_error,
         "skipped_documents": text.corpus.skipped,
-        "train": _describe(blocks.train, data.train_file, training.dataloader_num_workers),
-        "validation": _describe(blocks.validation, data.validation_file, 0),
+        "train": _describe(blocks.train, data.train_file),
+        "validation": _describe(blocks.validation, data.validation_file),
         "autoencoder": None if autoencoder is None else weights_hash(autoencoder),
         "model": model_settings(model),
         "weight_dtype": str(model.dtype).removeprefix("torch."),
@@ -190,12 +192,13 @@ def _file_names(patterns: str | None) -> list[str] | None:
     return [Path(file).name for file in expand_files(patterns)] if patterns else None
 
 
-def _describe(blocks: Packed | None, patterns: str | None, workers: int) -> dict[str, Any] | None:
+def _describe(blocks: Packed | None, patterns: str | None) -> dict[str, Any] | None:
     if blocks is None:
         return None
     if not isinstance(blocks, PackedBlocks):  # too long to be read for a hash
         sizes = [Path(file).stat().st_size for file in expand_files(patterns)] if patterns else []
-        return {"streaming": True, "files": len(sizes), "bytes": sum(sizes), "workers": workers}
+        size = {"files": len(sizes), "bytes": sum(sizes)}
+        return {"streaming": True, **size, "lanes": blocks.lanes}
     return {
         "streaming": False,
         "blocks": len(blocks),

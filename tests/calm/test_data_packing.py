@@ -7,15 +7,10 @@ import torch
 from tokenizers import processors
 from torch.utils.data import DataLoader
 
-from calm.data.blocks import collate
+from calm.data.blocks import collate, pack
 from calm.data.encoding import document_separator
-from calm.data.packing import (
-    PackedBlocks,
-    PackedStream,
-    check_block_size,
-    pack,
-    pack_documents,
-)
+from calm.data.packing import PackedBlocks, check_block_size, pack_documents
+from calm.data.stream import PackedStream
 from calm.data.tokenization import align_documents, tokenize_documents
 from calm.data.tokenizer import byte_tokenizer
 from calm.errors import UserError

@@ -321,6 +321,7 @@ class TestRefused:
             ("--eval_num_samples 1", "eval_num_samples must be at least 2"),
             ("--max_train_seconds -1", "max_train_seconds must be at least 0"),
             ("--streaming", "a stream has no length: pass max_steps"),
+            ('--accelerator_config {"split_batches":true}', "split_batches would give draws"),
             ("--max_steps -5", "--max_steps must be at least 1, or -1, got -5"),
             ("--block_size 0", "--block_size must be at least 1, got 0"),
             ("--per-device-train-batch-size 0", "batch_size must be at least 1"),

@@ -16,6 +16,11 @@ from transformers import AutoModel
 from calm.training.checkpoints import checkpoint_folders
 
 ROOT = Path(__file__).resolve().parents[2]
+# A stream that each process reads for itself, with a worker.
+SHARED = (
+    "--streaming", "--stream_lanes=4", "--dataloader_num_workers=1",
+    '--accelerator_config={"dispatch_batches": false}',
+)  # fmt: skip
 
 
 def launch(words):
@@ -39,7 +44,9 @@ def launch(words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [(), ("--streaming",)], ids=["cached", "streaming"])
+@pytest.mark.parametrize(
+    "extra", [(), ("--streaming",), SHARED], ids=["cached", "streaming", "shared"]
+)
 def test_two_processes_are_one_run_with_twice_the_batch(tmp_path, extra):
     """Different draws on each process (trap 3), every block once, whole checkpoints, one score."""
     text = write_corpus(tmp_path)

@@ -292,6 +292,21 @@ def test_the_same_batch_cut_otherwise(tmp_path, run, streams):
         assert logs(tmp_path / "autoencoder") == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_stream_goes_on_with_other_workers(tmp_path, run):
+    """In the middle of it, to the bit; lanes decide the order and stay."""
+    lanes = ("--streaming", "--stream_lanes=3", "--max_steps=8")
+    assert run("autoencoder", *lanes)[0] == 0
+    expected, folder = logs(tmp_path / "autoencoder"), tmp_path / "autoencoder"
+    for step in (4, 6, 8):
+        (folder / f"checkpoint-{step}" / "manifest.json").unlink()
+    status, error = run("autoencoder", *lanes[::2], "--stream_lanes=2")
+    assert status == 2 and "train.lanes was 3, is 2" in error
+    workers = ("--dataloader_num_workers=2", '--accelerator_config={"dispatch_batches": false}')
+    assert run("autoencoder", *lanes, *workers)[0] == 0
+    assert logs(folder) == expected and len(expected) == 8
+
+
 def test_weights_that_became_infinite_are_not_saved(tmp_path, run):
     assert run("autoencoder")[0] == 0
     words = ("--learning_rate=1e39", "--max_steps=5", "--save_steps=1", "--allow_changes")

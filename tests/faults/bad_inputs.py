@@ -88,6 +88,7 @@ TRAINING = {
     "max_eval_samples": ("0",),
     "validation_split_percentage": ("-1", "100", "nan"),
     "preprocessing_num_workers": ("0", "-1"),
+    "stream_lanes": ("0", "-1"),
     "dataloader_num_workers": ("-1",),
     "dataloader_prefetch_factor": ("0", "2"),
     "label_smoothing_factor": ("0.1", "nan"),
