@@ -19,7 +19,7 @@ def test_reparameterize_at_full_size(dtype):
         results.append([latent, kl, *torch.autograd.grad(total, leaf)])
     for value, wanted in zip(*results, strict=True):
         assert torch.isfinite(value).all()
-        assert relative_error(value, wanted) < 4e-3
+        assert relative_error(value, wanted) < 4e-3  # one bf16 rounding, at most 2^-8
     assert torch.equal(results[0][0] == 0, results[1][0] == 0)
 
 
@@ -29,7 +29,9 @@ def test_the_fast_noise_is_that_of_torch():
     latent, _ = reparameterize(states, kl_floor=0.0, seed=11, backend="triton")
     expected = noise.normal(512, 128, stream=Stream.LATENT, seed=11, device="cuda")
     error = (latent - expected).abs()
-    assert error.mean() < 1e-6 and error.max() < 1e-3  # the logarithm near 1 is the worst
+    # The fast logarithm errs by up to 2^-22 near 1, where -2 ln u is as small as 2^-20: its root by
+    # less than that of 2 ln 2 x 2^-22, 6e-4.
+    assert error.mean() < 1e-6 and error.max() < 1e-3
 
 
 def test_a_replayed_graph_draws_afresh_and_backward_draws_the_same():

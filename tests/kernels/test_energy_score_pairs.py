@@ -22,6 +22,7 @@ def assert_as_by_differences(x, y, exponent):
     expected = pairs._by_differences(x, y, exponent, scale.double(), True, True)
     options = {"need_dx": True, "need_dy": True}
     actual = pairs.between(x.float(), y.float(), exponent, scale, **options)
+    # 8 eps for the distances, which are all positive; 40 for gradients, where directions cancel.
     for value, truth, tolerance in zip(actual, expected, (1e-6, 5e-6, 5e-6), strict=True):
         assert torch.isfinite(value).all()
         assert (value - truth).norm() <= tolerance * truth.norm()

@@ -48,6 +48,7 @@ def test_exact_logits_with_ties(shape, dtype, generator):
     assert index.dtype == torch.int64 and largest.dtype == logsumexp.dtype == torch.float32
     assert torch.equal(index, logits.argmax(dim=-1))  # the first of equals
     assert torch.equal(largest.double(), logits.amax(dim=-1))
+    # Logits are exact; V exponentials are added in tiles, and a logarithm: 8 eps.
     torch.testing.assert_close(logsumexp.double(), logits.logsumexp(-1), rtol=1e-6, atol=1e-6)
     alone = linear_argmax(hidden, weight, backend="triton")
     assert torch.equal(alone, index)
@@ -90,6 +91,7 @@ def test_logits_far_from_zero():
     hidden, weight = torch.ones(2, 1), torch.linspace(-3e4, -100.0, 150)[:, None]
     hidden[1] = -1.0
     expected = (hidden.double() @ weight.double().T).logsumexp(-1)
+    # The logit itself is rounded once, the sum adds a few eps of 1: 8 eps of a number above 100.
     torch.testing.assert_close(everything(hidden, weight)[2].double(), expected, rtol=1e-6, atol=0)
 
 

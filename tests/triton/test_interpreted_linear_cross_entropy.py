@@ -38,6 +38,7 @@ def test_half_precision_rounds_logits_and_gradients_once(dtype, generator):
     truth = run(case, torch.float64, "reference", factor=512.0)
     rounding = torch.finfo(dtype).eps
     for value, exact in zip(actual, truth, strict=True):
+        # One rounding of the logits and one of their gradients, each by at most half of eps.
         assert relative_error(value, exact) < 2 * rounding
 
 

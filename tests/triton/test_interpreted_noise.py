@@ -9,7 +9,8 @@ from calm_kernels import EnergyHead, gaussian_energy_score, noise, reparameteriz
 from calm_kernels.noise import Stream
 from calm_kernels.noise_kernels import load_key, normal_at, normal_slices, philox, uniform_at
 
-# Box-Muller in float32: the angle is rounded once more in torch than in the portable kernel.
+# Box-Muller in float32: the angle is rounded once more in torch than in the portable kernel. Three
+# roundings of a number up to 5.4: 3 x 5.4 x 1.2e-7.
 NORMAL_TOLERANCE = 2e-6
 SEEDS = [0, -123456789012345, 2**63 - 1]
 
