@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from calm.errors import UserError
+from calm.data.options import SCORED_BLOCK_SIZE
 from calm.ranges import PERCENTAGE, at_least, number
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ __all__ = [
 
 FILES = "text, .jsonl, .json or .parquet files (comma-separated, globs work)"
 TEXT_UNITS = ("line", "paragraph", "file")
-DEFAULT_BLOCK_SIZE = 2048
 DEFAULT_SPLIT = 5.0  # percent of a text that training holds out
 
 
@@ -116,7 +115,7 @@ def add_evaluation_text_arguments(
         "--block-size",
         type=number(int, at_least(1)),
         metavar="T",
-        help=f"tokens of a sequence (default: {DEFAULT_BLOCK_SIZE}, or the model's context)",
+        help=f"tokens of a sequence (default: {SCORED_BLOCK_SIZE}, or the model's context)",
     )
     parser.add_argument(
         "--max-blocks",
@@ -148,39 +147,20 @@ def load_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[A
 
     Returns: the blocks, and what a protocol says of the text.
     """
-    from calm.data.corpus import load_corpus
     from calm.data.embedded import PREFIX
-    from calm.data.packing import pack_documents
+    from calm.evaluation.text import scored_blocks
 
     hide_bars_without_terminal()
     percentage = args.validation_split_percentage
     if percentage is None:
         percentage = DEFAULT_SPLIT if args.data.startswith(PREFIX) else 0.0
-    corpus = load_corpus(
-        corpus_options(
-            args.data,
-            validation_split_percentage=percentage,
-            text_unit=args.text_unit,
-            on_error=args.on_error,
-        )
+    options = corpus_options(
+        args.data,
+        validation_split_percentage=percentage,
+        text_unit=args.text_unit,
+        on_error=args.on_error,
     )
-    is_held_out = percentage > 0 or corpus.train is None  # a dataset may have a test split alone
-    patch_size = getattr(model, "patch_size", 1)
-    blocks = pack_documents(
-        corpus.validation if is_held_out else corpus.train,
-        tokenizer,
-        block_size=_block_size(args.block_size, model.config.max_position_embeddings * patch_size),
-        patch_size=patch_size,
-        start_token_id=getattr(model, "start_token_id", None),
-        max_blocks=args.max_blocks,
+    blocks, skipped = scored_blocks(
+        options, model, tokenizer, block_size=args.block_size, max_blocks=args.max_blocks
     )
-    return blocks, {"data": args.data, "skipped_documents": corpus.skipped}
-
-
-def _block_size(wanted: int | None, context: int) -> int:
-    """The block size, within the model's context."""
-    if wanted is None:
-        return min(DEFAULT_BLOCK_SIZE, context)
-    if wanted > context:
-        raise UserError(f"--block-size {wanted} exceeds the model's context of {context} tokens")
-    return wanted
+    return blocks, {"data": args.data, "skipped_documents": skipped}

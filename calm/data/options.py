@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["CorpusOptions", "OnError", "TextUnit"]
+__all__ = ["SCORED_BLOCK_SIZE", "CorpusOptions", "OnError", "TextUnit"]
+
+SCORED_BLOCK_SIZE = 2048  # tokens of a block that a model is scored on, unless its context is less
 
 TextUnit = Literal["line", "paragraph", "file"]
 OnError = Literal["stop", "skip"]
