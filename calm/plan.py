@@ -16,9 +16,9 @@ from calm.models.loading import load_config, on_meta
 from calm.ranges import Range, at_least, number
 from calm.training.arguments import DEFAULT_BLOCK_SIZE
 from calm.training.config_overrides import build_config
-from calm.training.recipe import Stage, load_recipe, recipe_stages
+from calm.training.recipe import Recipe, Stage, load_recipe, recipe_stages
 
-__all__ = ["Run", "count_parts", "saved_model", "stages_of"]
+__all__ = ["Run", "count_parts", "described", "saved_model", "stages_of"]
 
 PARTS = {  # of a language model: the modules that belong to each
     "embedding": ("transformer.embed_tokens", "model.embed_tokens"),
@@ -61,9 +61,30 @@ def stages_of(name: str, vocab_size: int | None = None) -> dict[Stage, tuple[Pre
     vocab_size = vocab_size or _vocab_size(next(iter(recipes.values())))
     autoencoder = recipes.get(Stage.AUTOENCODER)
     return {
-        stage: (_model(stage, recipe, autoencoder, vocab_size), _run(name, stage, recipe))
+        stage: described(stage, recipe, autoencoder, name=name, vocab_size=vocab_size)
         for stage, recipe in recipes.items()
     }
+
+
+def described(
+    stage: Stage,
+    recipe: Recipe,
+    autoencoder: Recipe | None = None,
+    *,
+    name: str = "recipe",
+    vocab_size: int | None = None,
+) -> tuple[PreTrainedModel, Run]:
+    """Model, on the meta device, and run that the flags of a stage describe.
+
+    Args:
+        stage: which one.
+        recipe: its flags.
+        autoencoder: flags of the autoencoder that a language model learns on.
+        name: of the recipe, for errors.
+        vocab_size: entries of the tokenizer; None for those of the recipe's, else the published.
+    """
+    vocab_size = vocab_size or _vocab_size(recipe)
+    return _model(stage, recipe, autoencoder, vocab_size), _run(name, stage, recipe)
 
 
 def saved_model(folder: Path, kind: str) -> PreTrainedModel:

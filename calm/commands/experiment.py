@@ -1,90 +1,123 @@
-"""`calm experiment`: studies of a trained model."""
+"""`calm experiment`: studies that train a grid of models, and one of a trained model."""
 
 import argparse
 import os
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-from calm.commands.model_flags import add_model_arguments, load_model, load_tokenizer_of
-from calm.commands.text_flags import add_evaluation_text_arguments, load_blocks
+from calm.commands import temperature_flags
+from calm.commands.text_flags import hide_bars_without_terminal
 from calm.errors import UserError
-from calm.ranges import SEED, at_least, number
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
 EXAMPLES = """\
-  calm experiment temperature
-  calm experiment temperature --model runs/calm-m --data wikitext-test.txt --device cuda
-  calm experiment temperature --quick
+  calm experiment loss --scale tiny
+  calm experiment loss --scale desk --test-file wikitext-test.jsonl
+  calm experiment loss --scale paper --train-file 'pile/*.jsonl' --tokenizer llama3 --list
+  calm experiment temperature --model runs/demo/calm
 
-temperature: accuracy, diversity and cost of every method that lowers the temperature. Writes
-temperature.md, temperature.json and temperature.png to the output folder.
+An experiment trains its cells one after the other, measures each, and writes results.json,
+report.md and report.png. Interrupted, it goes on with the first cell that is not finished.
 """
+TEMPERATURE = "temperature"
+NAMES = {
+    "autoencoder": "regularisation, KL weight and latent size",
+    "heads": "energy, diffusion and flow heads at equal training FLOPs",
+    "start": "zero or scaled start of the head's last layer",
+    "input": "whether the backbone reads tokens, latents or both",
+    "metric": "BrierLM against the models' own losses",
+    "loss": "draws, targets and exponent of the energy loss",
+}
+SCALES = ("tiny", "desk", "small", "paper")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the subcommand."""
-    parser.add_argument("study", choices=("temperature",), help="which study")
-    add_model_arguments(parser, default=os.path.join("runs", "demo", "calm"))
-    add_evaluation_text_arguments(parser, default="embedded:docstrings")
+    """Flags of the subcommands, one for each experiment."""
+    studies = parser.add_subparsers(dest="study", metavar="NAME", required=True)
+    about = "accuracy, diversity and cost of every method that lowers the temperature"
+    temperature_flags.add_arguments(_child(studies, TEMPERATURE, about))
+    for name, about in NAMES.items():
+        _add_grid_arguments(_child(studies, name, about))
+
+
+def _child(studies: Any, name: str, about: str) -> argparse.ArgumentParser:
+    child: argparse.ArgumentParser = studies.add_parser(
+        name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False
+    )
+    return child
+
+
+def _add_grid_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--positions",
-        type=number(int, at_least(2)),
-        default=128,
-        metavar="P",
-        help="positions in the text (default: 128)",
+        "--scale", choices=SCALES, default="tiny", help="sizes and budgets (default: tiny)"
     )
     parser.add_argument(
-        "--repeats",
-        type=number(int, at_least(1)),
-        metavar="R",
-        help="chunks drawn at each position (default: 6)",
+        "--train-file", metavar="FILES", help="text to learn from (default: the scale's)"
     )
     parser.add_argument(
-        "--max-draws",
-        type=number(int, at_least(1)),
-        metavar="D",
-        help="cap of the exact method for a chunk (default: 2000)",
+        "--tokenizer", metavar="NAME", help="folder or hub name (default: the scale's)"
     )
-    parser.add_argument("--quick", action="store_true", help="a few settings, to try it out")
-    parser.add_argument(
-        "--seed",
-        type=number(int, SEED),
-        default=0,
-        metavar="S",
-        help="of positions and draws (default: 0)",
-    )
+    parser.add_argument("--test-file", metavar="FILES", help="further text to score on, all of it")
     parser.add_argument(
         "--output-dir",
-        default=os.path.join("runs", "temperature"),
+        default=os.path.join("runs", "experiments"),
         metavar="DIR",
-        help="for table, record and figure (default: runs/temperature)",
+        help="gets a folder for each scale, in it models and experiments "
+        "(default: runs/experiments)",
+    )
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="print every training command and stop: to train on a cluster, into the same folders",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write, print the table."""
+    """Run the experiment, print its table."""
+    if args.study == TEMPERATURE:
+        return temperature_flags.run(args)
+    from transformers.utils.logging import disable_progress_bar
+
+    from calm.experiments.experiment_report import write_report
+    from calm.experiments.measures import Texts
+    from calm.experiments.runner import all_cells, run_experiment, training_commands
+    from calm.experiments.studies import EXPERIMENTS
+
+    experiment, scale = EXPERIMENTS[args.study], _scale(args)
+    root = Path(args.output_dir) / scale.name
+    if args.list:
+        print("\n".join(training_commands(all_cells(experiment, scale), root)))
+        return 0
+    hide_bars_without_terminal()
+    disable_progress_bar()  # of weights being written
+    texts = Texts(scale.autoencoder().flags, args.test_file)
+    record = run_experiment(experiment, scale, texts, root, progress=_bar)
+    print(write_report(experiment, scale, record, root / experiment.name))
+    print(f"{root / experiment.name}: results.json, report.md and report.png")
+    return 0
+
+
+def _scale(args: argparse.Namespace) -> Any:
+    """The scale, with the text and tokenizer that flags name."""
+    from calm.experiments.scales import SCALES
+
+    scale: Any = SCALES[args.scale]
+    flags: dict[str, str] = {}
+    if args.train_file:
+        flags |= {"dataset_name": "", "train_file": args.train_file}
+    if args.tokenizer:
+        flags["tokenizer_name"] = args.tokenizer
+    if scale.needs_text and not (args.train_file and args.tokenizer):
+        raise UserError(f"--scale {scale.name} needs --train-file and --tokenizer")
+    return scale.with_flags(**flags)
+
+
+def _bar(cells: Any) -> Any:
+    """A bar over cells, with the name of the one in work."""
     from tqdm import tqdm
 
-    from calm.experiments.temperature import QUICK, run_study, write_study
-    from calm.experiments.temperature_measures import StudyOptions, take_positions
-    from calm.models.continuous import ContinuousTransformer
-
-    given = {"repeats": args.repeats, "max_draws": args.max_draws, "seed": args.seed}
-    options = replace(
-        QUICK if args.quick else StudyOptions(),
-        **{name: value for name, value in given.items() if value is not None},
-    )
-    model = load_model(args)
-    if not isinstance(model, ContinuousTransformer):
-        raise UserError(f"{args.model} holds a token baseline; this study needs a CALM")
-    blocks, _ = load_blocks(args, model, load_tokenizer_of(args, model))
-    positions = take_positions(model, blocks, args.positions, args.seed)
-    progress = partial(tqdm, desc="settings", disable=None)  # at a terminal
-    study = run_study(model, positions, options, progress)
-    study.measured_on.update(model=args.model, data=args.data)
-    folder = Path(args.output_dir)
-    print(write_study(study, folder))
-    print(f"{folder}: temperature.md, temperature.json and temperature.png")
-    return 0
+    with tqdm(cells, disable=None, unit="cell") as bar:
+        for cell in bar:
+            bar.set_postfix_str(cell.name)
+            yield cell

@@ -14,7 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from calm.training import train_ar, train_autoencoder, train_calm
+from calm.experiments.trained import BUILDERS
 from calm.training.arguments import parse_arguments
 from calm.training.clock import TrainingClock
 from calm.training.job import prepare_job
@@ -23,11 +23,6 @@ from calm.training.trainer import CALMTrainer
 
 __all__ = ["Score", "StageRun", "train_stage"]
 
-BUILDERS = {
-    Stage.AUTOENCODER: train_autoencoder.build_model,
-    Stage.CALM: train_calm.build_model,
-    Stage.BASELINE: train_ar.build_model,
-}
 Score = Callable[[CALMTrainer], Mapping[str, float]]
 SECONDS = "train_seconds"
 

@@ -2,10 +2,11 @@
 
 from matplotlib.axes import Axes
 
-__all__ = ["GRID", "INK", "MUTED", "ORANGE", "TEAL", "VIOLET", "style_axes"]
+__all__ = ["GRID", "INK", "LINES", "MUTED", "ORANGE", "TEAL", "VIOLET", "style_axes"]
 
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 TEAL, ORANGE, VIOLET = "#0f766e", "#c2410c", "#4f46e5"
+LINES = (TEAL, ORANGE, VIOLET, "#b45309", "#be185d", "#0369a1", "#4d7c0f", INK)  # in this order
 
 
 def style_axes(axes: Axes, title: str, note: str) -> None:

@@ -16,7 +16,15 @@ import yaml
 
 from calm.errors import UserError
 
-__all__ = ["Stage", "load_recipe", "recipe_arguments", "recipe_names", "recipe_stages"]
+__all__ = [
+    "Recipe",
+    "Stage",
+    "load_recipe",
+    "merge",
+    "recipe_arguments",
+    "recipe_names",
+    "recipe_stages",
+]
 
 COMMON = "common"
 SUFFIXES = (".yaml", ".yml")
@@ -96,10 +104,10 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> Recipe:
         _check_values(path, section)
     _check_values(path, flags)
     if flags:
-        sections[COMMON] = _merge(flags, sections.get(COMMON, {}))
+        sections[COMMON] = merge(flags, sections.get(COMMON, {}))
     if not base:
         return sections
-    return _merge(_read(_locate(base, path.parent), (*below, path.resolve())), sections)
+    return merge(_read(_locate(base, path.parent), (*below, path.resolve())), sections)
 
 
 def _check_values(path: Path, flags: Recipe) -> None:
@@ -113,12 +121,12 @@ def _check_values(path: Path, flags: Recipe) -> None:
             )
 
 
-def _merge(base: Recipe, over: Recipe) -> Recipe:
+def merge(base: Recipe, over: Recipe) -> Recipe:
     """Entries of `over` replace those of `base`; mappings are merged entry by entry."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(merged.get(key), dict) and isinstance(value, dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 
@@ -139,7 +147,7 @@ def load_recipe(name: str, stage: Stage) -> Recipe:
         raise UserError(
             f"config: {name} has no stage {stage.value!r}; it has: {', '.join(recipe_stages(name))}"
         )
-    return _merge(sections.get(COMMON, {}), sections.get(stage, {}))
+    return merge(sections.get(COMMON, {}), sections.get(stage, {}))
 
 
 def recipe_arguments(recipe: Recipe) -> list[str]:

@@ -1,0 +1,205 @@
+"""What is measured of a trained model: the functions that cells name."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from calm.data.options import CorpusOptions
+from calm.evaluation.brier import evaluating
+from calm.evaluation.energy import ENERGY_TERMS, energy_sums
+from calm.evaluation.protocol import summarise
+from calm.evaluation.scores import TextScores, score_text
+from calm.evaluation.text import scored_blocks
+from calm.experiments.latent_space import latent_noise, latent_quality
+from calm.experiments.scales import Scale
+from calm.experiments.trained import Trained
+from calm.models import BaselineTransformer
+
+__all__ = ["MEASURES", "Measured", "Texts", "cost_of"]
+
+HELD_OUT, TEST = "held-out", "test"
+NOISE = 0.3  # added to latents, in units of their spread; one of `NOISE_SIZES`
+DIGITS = 5  # of sums that are kept for comparisons
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a measure returns; fields as in `calm.experiments.experiment.Result`."""
+
+    values: dict[str, Any]
+    groups: dict[str, list[list[float]]] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+class Texts:
+    """The texts that models are scored on: what training holds out, and a test file.
+
+    Args:
+        training: flags that name the training text, as a recipe has them.
+        test_file: further text, all of which counts; None for none.
+    """
+
+    def __init__(self, training: Mapping[str, Any], test_file: str | None = None) -> None:
+        names = ("dataset_name", "train_file", "validation_file")
+        options: Any = {name: str(training[name]) for name in names if training.get(name)}
+        self.percentage = float(training.get("validation_split_percentage", 5))
+        self.options = {
+            HELD_OUT: CorpusOptions(**options, validation_split_percentage=self.percentage)
+        }
+        if test_file:
+            self.options[TEST] = CorpusOptions(train_file=test_file, validation_split_percentage=0)
+
+    def describe(self) -> dict[str, str]:
+        """Name of each text, for the record: files without their folders."""
+        return {
+            name: ", ".join(Path(str(source)).name for source in
+                            (text.dataset_name, text.train_file, text.validation_file) if source)
+            for name, text in self.options.items()
+        }  # fmt: skip
+
+    def blocks(self, name: str, trained: Trained, model: PreTrainedModel, limit: int) -> Any:
+        """The first `limit` blocks of a text, as `model` reads them."""
+        blocks, _ = scored_blocks(
+            self.options[name], model, trained.tokenizer(),
+            block_size=int(trained.training.flags["block_size"]), max_blocks=limit,
+        )  # fmt: skip
+        return blocks
+
+
+def cost_of(trained: Trained) -> dict[str, float]:
+    """Parameters and floating-point operations of a model; see `calm.flops`."""
+    model, protocol = trained.load(), trained.protocol()
+    settings = protocol["training"]
+    batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    tokens = settings["max_steps"] * batch * settings["world_size"] * protocol["block_size"]
+    flops = trained.flops(model)
+    learned = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    return {
+        "parameters": learned,
+        "training_tokens": tokens,
+        "training_flops": flops.training() * tokens,
+        "inference_flops": flops.inference(),
+    }
+
+
+def language_model(
+    trained: Trained,
+    texts: Texts,
+    scale: Scale,
+    *,
+    checkpoint: int | None = None,
+    sampling_steps: int | None = None,
+    multiples_of: int = 1,
+) -> Measured:
+    """BrierLM and its parts on each text, and what the model's own loss is there.
+
+    Args:
+        trained: a CALM or the baseline.
+        texts: to score.
+        scale: how many blocks and draws.
+        checkpoint: step of the weights; None for the final ones.
+        sampling_steps: of a diffusion or flow head; None for the published number.
+        multiples_of: n-grams start at multiples of this many tokens of the text.
+    """
+    model = trained.load(checkpoint)
+    measured = Measured(values={}, curve=trained.log())
+    if sampling_steps is not None:
+        model.config.sampling_steps = sampling_steps
+        measured.values["inference_flops"] = trained.flops(model).inference()
+    for name in texts.options:
+        blocks = texts.blocks(name, trained, model, scale.blocks)
+        _add_brier(measured, name, model, blocks, scale.draws, multiples_of)
+        _add_loss(measured, name, model, blocks)
+    return measured
+
+
+def latent_space(trained: Trained, texts: Texts, scale: Scale) -> Measured:
+    """`language_model`, and how good the latent space is that it was trained in.
+
+    The curve is the accuracy of reconstruction over the noise added to latents of held-out text.
+    ``noisy`` values are with `NOISE` added, those of Brier-1 to the head's draws.
+    """
+    measured = language_model(trained, texts, scale)
+    model: Any = trained.load()
+    for name in texts.options:
+        blocks = texts.blocks(name, trained, model, scale.blocks)
+        found = latent_quality(model, blocks)
+        with latent_noise(model, NOISE * found.spread):
+            noisy = score_text(model, blocks, num_samples=scale.draws, skip_repeats=True)
+        values = {
+            "accuracy": found.accuracy[0.0],
+            "accuracy_noisy": found.accuracy[NOISE],
+            "collapsed": found.collapsed,
+            "posterior_std": found.posterior_std,
+            "brier1_noisy": summarise(noisy).brier["brier1"],
+        }
+        measured.values.update({f"{name}/{key}": value for key, value in values.items()})
+        if name == HELD_OUT:
+            measured.curve[:] = [{"noise": n, "accuracy": a} for n, a in found.accuracy.items()]
+    return measured
+
+
+def _add_brier(
+    measured: Measured, text: str, model: Any, blocks: Any, draws: int, multiples_of: int
+) -> None:
+    scores = score_text(model, blocks, num_samples=draws, skip_repeats=True)
+    if multiples_of > 1:
+        scores = scores.starting_at_multiples_of(multiples_of)
+    measured.values.update(_brier_values(text, scores))
+    measured.groups[f"{text}/brier"] = _rows(*scores.grouped(blocks.block_size))
+
+
+def _add_loss(measured: Measured, text: str, model: Any, blocks: Any) -> None:
+    """The energy score of a CALM and what it lies between, or the baseline's cross-entropy."""
+    if isinstance(model, BaselineTransformer):
+        measured.values[f"{text}/bits_per_token"] = bits_per_token(model, blocks)
+        return
+    sums, counts = energy_sums(model, blocks)
+    means = dict(zip(ENERGY_TERMS, (sums.sum(0) / counts.sum()).tolist(), strict=True))
+    names = {"energy": "energy", "floor": "energy_floor", "other_context": "energy_other_context",
+             "unconditional": "energy_unconditional"}  # fmt: skip
+    measured.values.update({f"{text}/{names[key]}": means[key] for key in names})
+    measured.values[f"{text}/energy_excess"] = means["energy"] - means["floor"]
+    measured.groups[f"{text}/energy"] = _rows(sums[:, :1], counts)
+
+
+def _brier_values(text: str, scores: TextScores) -> dict[str, Any]:
+    found = summarise(scores)
+    values = {"brier_lm": found.brier_lm, **found.brier}
+    if found.brier_lm_interval:
+        values["brier_lm_low"], values["brier_lm_high"] = found.brier_lm_interval
+    values |= {f"{order}_se": error for order, error in (found.standard_errors or {}).items()}
+    return {f"{text}/{name}": value for name, value in values.items()}
+
+
+def _rows(sums: Tensor, counts: Tensor) -> list[list[float]]:
+    """``[sum, ..., count]`` of each group, rounded."""
+    pairs = zip(sums.tolist(), counts.tolist(), strict=True)
+    return [[*(round(value, DIGITS) for value in row), count] for row, count in pairs]
+
+
+def bits_per_token(model: BaselineTransformer, blocks: Any) -> float:
+    """Cross-entropy of the next token over `blocks`, in bits."""
+    total, count = 0.0, 0
+    with evaluating(model):
+        for block in blocks:
+            ids, labels = (
+                torch.as_tensor(block[name])[None].to(model.device)
+                for name in ("input_ids", "labels")
+            )
+            counts = model.loss_counts(labels)
+            total += float(model(ids, labels=labels, loss_counts=counts).loss) * int(counts)
+            count += int(counts)
+    return total / count / math.log(2)
+
+
+Measure = Callable[..., Measured]
+MEASURES: dict[str, Measure] = {
+    function.__name__: function for function in (language_model, latent_space)
+}

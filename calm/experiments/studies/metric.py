@@ -1,0 +1,82 @@
+"""BrierLM against cross-entropy over baseline checkpoints, and against the energy loss for CALM."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from calm.experiments.experiment import Cell, Experiment, Panel, Result
+from calm.experiments.scales import Scale
+
+__all__ = ["METRIC", "pearson", "spearman"]
+
+# Model -> the loss that its metric is compared with.
+LOSSES = {"baseline": "held-out/bits_per_token", "CALM": "held-out/energy"}
+
+
+def _cells(scale: Scale, seed: int) -> list[Cell]:
+    cells = []
+    for size, calm, baseline in scale.grid["sizes"]:
+        every = {"save_strategy": "steps", "save_steps": scale.grid["checkpoint_steps"][0]}
+        models = {
+            "baseline": scale.baseline(seed, config_overrides=baseline, **every),
+            "CALM": scale.calm(seed, config_overrides=calm, **every),
+        }
+        for name, training in models.items():
+            last = int(training.flags["max_steps"])
+            for step in range(every["save_steps"], last + 1, every["save_steps"]):
+                labels = {"model": name, "size": size, "step": step}
+                cells.append(Cell(labels, training, options={"checkpoint": step}, seed=seed))
+    return cells
+
+
+def _correlations(results: Sequence[Result]) -> str:
+    lines = ["| model | checkpoints | Pearson | Spearman | published |", "|---|---|---|---|---|"]
+    published = {"baseline": "-0.966, -0.991 (figure 3)", "CALM": "not published"}
+    for model, loss in LOSSES.items():
+        points = [
+            (result.values[loss], result.values["held-out/brier_lm"])
+            for result in results
+            if result.labels["model"] == model and result.values["held-out/brier_lm"] > 0
+        ]
+        if len(points) < 3:
+            lines.append(
+                f"| {model} | {len(points)} with BrierLM above 0 | | | {published[model]} |"
+            )
+            continue
+        x, y = np.array(points).T
+        lines.append(
+            f"| {model}, {loss.rpartition('/')[2].replace('_', ' ')} | {len(points)} | "
+            f"{pearson(x, y):.3f} | {spearman(x, y):.3f} | {published[model]} |"
+        )
+    return "\n".join(lines)
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Linear correlation of two samples."""
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Correlation of ranks; ties share their mean rank."""
+    return pearson(_ranks(x), _ranks(y))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[place]
+
+
+METRIC = Experiment(
+    name="metric",
+    question="Does BrierLM rank models as their losses do?",
+    cells=_cells,
+    columns=("held-out/bits_per_token", "held-out/energy", "held-out/brier_lm", "held-out/brier1"),
+    panels=lambda scale: [
+        Panel("Token baseline", "held-out/bits_per_token", "held-out/brier_lm", line="size",
+              where={"model": "baseline"}, note="BrierLM over cross-entropy, bits a token"),
+        Panel("CALM", "held-out/energy", "held-out/brier_lm", line="size",
+              where={"model": "CALM"}, note="BrierLM over the held-out energy score"),
+    ],
+    analysis=_correlations,
+)  # fmt: skip

@@ -1,0 +1,169 @@
+"""Models of experiments: what decides their weights, and training them once."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from calm.configuration import CALMConfig
+from calm.data.tokenizer import load_tokenizer
+from calm.errors import UserError
+from calm.flops import Flops, flops_of
+from calm.integrity import find_damage
+from calm.models import MODEL_CLASSES, Autoencoder, BaselineTransformer
+from calm.models.loading import load_checked, load_config
+from calm.plan import described
+from calm.training import train_ar, train_autoencoder, train_calm
+from calm.training.arguments import parse_arguments
+from calm.training.job import run_job
+from calm.training.recipe import Stage, load_recipe, merge, recipe_arguments
+
+__all__ = ["BUILDERS", "Trained", "Training", "digest", "ensure_trained"]
+
+BUILDERS = {
+    Stage.AUTOENCODER: train_autoencoder.build_model,
+    Stage.CALM: train_calm.build_model,
+    Stage.BASELINE: train_ar.build_model,
+}
+KEY_LENGTH = 12
+LOG = "training.log"
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """A model to train. Equal keys mean equal weights.
+
+    Attributes:
+        stage: which of the three training programs.
+        recipe: that gives its flags.
+        changes: flags on top of it; ``config_overrides`` is merged entry by entry.
+        autoencoder: that a CALM learns on.
+    """
+
+    stage: Stage
+    recipe: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    autoencoder: "Training | None" = None
+
+    @cached_property
+    def flags(self) -> dict[str, Any]:
+        """The recipe's flags with the changes; every value is text, as in a recipe."""
+        return merge(load_recipe(self.recipe, self.stage), _as_text(self.changes))
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of everything that decides the weights."""
+        before = self.autoencoder.key if self.autoencoder else None
+        return digest([self.stage.value, self.flags, before])
+
+    def but(self, **changes: Any) -> "Training":
+        """The same training with further flags."""
+        merged = merge(_as_text(self.changes), _as_text(changes))
+        return Training(self.stage, self.recipe, merged, self.autoencoder)
+
+    def flops_per_step(self, devices: int = 1) -> float:
+        """Floating-point operations of a step on `devices` of them; see `calm.flops`."""
+        before = self.autoencoder.flags if self.autoencoder else None
+        model, run = described(self.stage, self.flags, before)
+        context = run.block_size // getattr(model, "patch_size", 1)
+        tokens = run.block_size * run.micro_batch * run.accumulation * devices
+        return flops_of(model, context).training() * tokens
+
+    def words(self, models: Path) -> list[str]:
+        """The command line that trains it into its folder under `models`."""
+        words = [*recipe_arguments(self.flags), f"--output_dir={models / self.key}"]
+        if self.autoencoder:
+            words.append(f"--ae_name_or_path={models / self.autoencoder.key}")
+        return words
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model in its folder."""
+
+    training: Training
+    folder: Path
+
+    def load(self, checkpoint: int | None = None) -> PreTrainedModel:
+        """The model, in evaluation mode, on a GPU if there is one.
+
+        Args:
+            checkpoint: that of this step instead of the final weights.
+        """
+        folder = self.folder if checkpoint is None else self.folder / f"checkpoint-{checkpoint}"
+        model_class: Any = {
+            Stage.AUTOENCODER: Autoencoder, Stage.BASELINE: BaselineTransformer,
+        }.get(self.training.stage)  # fmt: skip
+        if model_class is None:
+            config = load_config(CALMConfig, str(folder), "experiment")
+            model_class = MODEL_CLASSES[str(config.head_type)]
+        model: Any = load_checked(model_class, str(folder), "experiment")
+        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that was saved with it."""
+        return load_tokenizer(str(self.folder), argument="experiment")
+
+    def protocol(self) -> dict[str, Any]:
+        """What training recorded beside the weights."""
+        return json.loads((self.folder / "protocol.json").read_text(encoding="utf-8"))
+
+    def flops(self, model: PreTrainedModel) -> Flops:
+        """Operations of `model`, which `load` gave, in a block of its training."""
+        context = int(self.training.flags["block_size"]) // getattr(model, "patch_size", 1)
+        return flops_of(model, context)
+
+    def log(self) -> list[dict[str, float]]:
+        """The training log: ``step``, ``loss``, and what else was logged."""
+        state = json.loads((self.folder / "trainer_state.json").read_text(encoding="utf-8"))
+        return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def ensure_trained(training: Training, models: Path) -> Trained:
+    """Train what is not in its folder under `models` yet, the autoencoder first.
+
+    A run that was interrupted goes on from its last checkpoint if its recipe saves any. A model
+    trained elsewhere by ``words`` is taken as it is.
+    """
+    if training.autoencoder:
+        ensure_trained(training.autoencoder, models)
+    folder = models / training.key
+    if not (folder / "model.safetensors").is_file() or find_damage(folder) is not None:
+        _train(training, models, folder)
+    return Trained(training, folder)
+
+
+def _train(training: Training, models: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    words = training.words(models)
+    if not torch.cuda.is_available():
+        words.append("--use_cpu=true")
+    try:
+        with (folder / LOG).open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            run_job(parse_arguments(words, training.stage), BUILDERS[training.stage])
+    except UserError as error:
+        raise UserError(f"{error} (while training {training.stage} {training.key})") from error
+
+
+def _as_text(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags as a recipe has them: text, lists of text, or mappings to text."""
+
+    def text(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: text(entry) for name, entry in value.items()}
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    return {name: text(value) for name, value in flags.items()}
+
+
+def digest(parts: Any) -> str:
+    """Hash of what JSON can hold."""
+    canonical = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:KEY_LENGTH]

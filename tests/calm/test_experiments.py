@@ -1,0 +1,244 @@
+"""Experiments: cells and their keys, whole runs that are killed and resumed, verdicts, reports."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_cases import calm, error_of
+
+from calm.errors import UserError
+from calm.experiments.experiment import Cell, Claim, Experiment, Panel, Result
+from calm.experiments.experiment_report import results_table, write_report
+from calm.experiments.measures import MEASURES, Texts
+from calm.experiments.runner import Record, all_cells, run_experiment, training_commands
+from calm.experiments.scales import SCALES
+from calm.experiments.studies import EXPERIMENTS
+from calm.experiments.studies.metric import pearson, spearman
+from calm.experiments.verdicts import Verdict, difference, judge, select
+from calm.plan import described
+
+TINY = SCALES["tiny"]
+
+
+def two_cells(scale, seed):
+    starts = ("zero", "scaled")
+    return [
+        Cell({"start": start}, scale.calm(seed, config_overrides={"head_init": start}), seed=seed)
+        for start in starts
+    ]
+
+
+SMALL = Experiment(
+    name="small", question="Does it run?", cells=two_cells, columns=("held-out/brier1", "seconds"),
+    panels=lambda scale: [Panel("Loss", "step", "loss", line="start", is_curve=True),
+                          Panel("Brier-1", "start", "held-out/brier1")],
+    claims=lambda scale: [Claim("nobody", "scaled is better", {"start": "scaled"},
+                                {"start": "zero"})],
+)  # fmt: skip
+
+
+class Killed(BaseException):
+    """What a signal would do."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Root and record of a run that was killed after its first cell, and resumed."""
+    root = tmp_path_factory.mktemp("experiments")
+    texts = Texts(TINY.autoencoder().flags)
+
+    def until_the_second(cells):
+        yield cells[0]
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        with pytest.raises(Killed):
+            run_experiment(SMALL, TINY, texts, root, progress=until_the_second)
+        first = Record.read(root / "small" / "results.json")
+        record = run_experiment(SMALL, TINY, texts, root)
+    return root, first, record
+
+
+def test_a_killed_run_loses_one_cell_at_most(finished):
+    root, first, record = finished
+    assert len(first.results) == 1 and len(record.results) == 2
+    assert record.results[0] == first.results[0]  # measured once
+    assert Record.read(root / "small" / "results.json") == record
+    assert len(list((root / "models").iterdir())) == 3  # one autoencoder for both
+
+
+def test_results_are_finite_and_hold_what_comparisons_need(finished):
+    for result in finished[2].results:
+        numbers = [value for value in result.values.values() if isinstance(value, float)]
+        assert np.isfinite(numbers).all()
+        assert result.values["training_flops"] > 1e8
+        assert result.values["held-out/energy"] > result.values["held-out/energy_floor"] > 0
+        sums = torch.tensor(result.groups["held-out/brier"])
+        means = sums[:, :4].sum(0) / sums[:, 4].sum()
+        assert means[0].item() == pytest.approx(result.values["held-out/brier1"], abs=1e-5)
+        assert result.curve[-1]["step"] > 5
+
+
+def test_one_cell_gives_the_same_bits_again(finished, tmp_path, monkeypatch):
+    _, first, _ = finished
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    only = replace(SMALL, cells=lambda scale, seed: two_cells(scale, seed)[:1])
+    again = run_experiment(only, TINY, Texts(TINY.autoencoder().flags), tmp_path).results[0]
+    ours, theirs = ({**result.values, "seconds": 0} for result in (again, first.results[0]))
+    assert ours == theirs and again.groups == first.results[0].groups
+
+
+def test_the_report_says_what_was_run(finished, tmp_path):
+    _, _, record = finished
+    page = write_report(SMALL, TINY, record, tmp_path)
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "2 cells" in page and "embedded:topics" in page and "| zero |" in page
+    assert any(f"| nobody | scaled is better | {verdict} |" in page for verdict in Verdict)
+
+
+def test_results_of_another_configuration_are_refused(finished):
+    root, _, _ = finished
+    texts = Texts(TINY.autoencoder().flags)
+    with pytest.raises(UserError, match="another configuration: draws was 4, now 8"):
+        run_experiment(SMALL, replace(TINY, draws=8), texts, root)
+    with pytest.raises(UserError, match="another configuration: texts"):
+        run_experiment(SMALL, TINY, Texts(TINY.autoencoder().flags, "other.jsonl"), root)
+
+
+def test_damaged_results_are_an_error(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text('{"experiment": "small"', encoding="utf-8")
+    with pytest.raises(UserError, match="is damaged"):
+        Record.read(path)
+
+
+# Keys
+
+
+def test_keys_follow_what_decides_the_weights():
+    reference = TINY.calm(1)
+    assert reference.key == TINY.calm(1).key
+    assert reference.but(config_overrides={"beta": 0.5}).key != reference.key
+    assert reference.but(a=1).but(b=2).key == reference.but(b=2).but(a=1).key
+    assert TINY.calm(2).key != reference.key
+    other = TINY.autoencoder(config_overrides={"latent_size": 8})
+    assert TINY.calm(1, other).key != reference.key
+    assert TINY.calm(2).autoencoder.key == reference.autoencoder.key  # shared by all seeds
+    merged = reference.but(config_overrides={"beta": 0.5}).flags["config_overrides"]
+    assert merged["beta"] == "0.5" and merged["hidden_size"] == "32"
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=list(SCALES))
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=list(EXPERIMENTS))
+def test_every_grid_is_sound(experiment, scale):
+    cells = all_cells(experiment, scale)
+    assert len({cell.key for cell in cells}) == len(cells) > 1
+    assert all(cell.measure in MEASURES for cell in cells)
+    labels = [Result(cell.key, dict(cell.labels), cell.seed, {}) for cell in cells]
+    for claim in experiment.claims(scale):
+        assert select(labels, claim.better) and select(labels, claim.worse), claim.text
+    for panel in experiment.panels(scale):
+        assert any(result.matches(panel.where) for result in labels), panel.title
+    for training in {cell.training.key: cell.training for cell in cells}.values():
+        before = training.autoencoder.flags if training.autoencoder else None
+        described(training.stage, training.flags, before)  # its flags make a model
+
+
+def test_commands_for_a_cluster():
+    flags = {"train_file": "pile/*.jsonl", "tokenizer_name": "llama"}
+    scale = SCALES["paper"].with_flags(**flags)
+    commands = training_commands(all_cells(EXPERIMENTS["input"], scale), Path("runs"))
+    assert commands[0].startswith("calm train-ae ") and len(commands) == 4
+    assert all("--train_file=pile/*.jsonl" in command for command in commands)
+
+
+# Verdicts
+
+
+def result(start, seed, sums, **labels):
+    table = [[*row, 10.0] for row in sums]
+    return Result(f"{start}{seed}", {"start": start, **labels}, seed, {}, {"held-out/brier": table})
+
+
+def noisy(mean, seed, groups=40):
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(groups, 1, generator=torch.Generator().manual_seed(0))
+    own = 0.1 * torch.randn(groups, 4, generator=generator)
+    return (10 * mean + shared + own).tolist()
+
+
+@pytest.mark.parametrize(
+    ("better", "verdict"),
+    [(0.4, Verdict.AGREES), (0.2, Verdict.DISAGREES), (0.3, Verdict.UNTOLD)],
+)
+def test_verdicts(better, verdict):
+    results = [result("scaled", 1, noisy(better, 1)), result("zero", 1, noisy(0.3, 2))]
+    claim = SMALL.claims(TINY)[0]
+    found, differences = judge(claim, results)
+    assert found is verdict
+    assert differences[0].value == pytest.approx(better - 0.3, abs=0.01)
+    assert differences[0].error < 0.005  # the shared part cancels
+
+
+def test_seeds_that_disagree_widen_the_error():
+    better = [result("a", seed, noisy(mean, seed)) for seed, mean in ((1, 0.5), (2, 0.1))]
+    worse = [result("b", seed, noisy(0.2, 9)) for seed in (1, 2)]
+    found = difference(better, worse, "brier1")
+    assert found.seeds == 2 and found.value == pytest.approx(0.1, abs=0.01)
+    assert found.error == pytest.approx(0.2, abs=0.02) and found.sign == 0
+
+
+def test_lower_energy_is_better():
+    def energy(start, mean):
+        table = [[10 * mean, 10.0]] * 3
+        return Result(start, {"start": start}, 1, {}, {"held-out/energy": table})
+
+    found = difference([energy("a", 1.0)], [energy("b", 2.0)], "energy")
+    assert found.value == 1.0 and found.sign == 1
+
+
+def test_select_wants_one_cell():
+    results = [result("a", 1, noisy(0.1, 1), N=2), result("a", 1, noisy(0.1, 1), N=4)]
+    with pytest.raises(UserError, match="2 results have start a"):
+        select(results, {"start": "a"})
+    assert select(results, {"start": "a", "N": 4})[0].labels["N"] == 4
+
+
+def test_other_positions_do_not_compare():
+    one, other = result("a", 1, noisy(0.1, 1)), result("b", 1, noisy(0.1, 1, groups=30))
+    with pytest.raises(UserError, match="not scored at the same positions"):
+        difference([one], [other], "brier1")
+
+
+def test_seeds_are_averaged_in_the_table():
+    results = [Result("k", {"N": 2}, seed, {"held-out/brier1": value})
+               for seed, value in ((1, 0.1), (2, 0.3))]  # fmt: skip
+    assert "| 2 | 20 [10, 30] |" in results_table(
+        replace(SMALL, columns=("held-out/brier1",)), results
+    )
+
+
+def test_correlations():
+    x = np.array([1.0, 2.0, 3.0, 4.0])
+    assert pearson(x, 3 - 2 * x) == pytest.approx(-1)
+    assert spearman(x, x**5) == pytest.approx(1)
+    assert spearman(np.array([1.0, 1.0, 2.0]), np.array([3.0, 3.0, 1.0])) == pytest.approx(-1)
+
+
+# The command
+
+
+def test_mistakes(capsys):
+    assert "invalid choice: 'nothing'" in error_of(capsys, "experiment", "nothing")
+    assert "invalid choice: 'huge'" in error_of(capsys, "experiment", "loss", "--scale", "huge")
+    words = ("experiment", "loss", "--scale", "paper")
+    assert "needs --train-file and --tokenizer" in error_of(capsys, *words)
+
+
+def test_list_trains_nothing(tmp_path, capsys):
+    assert calm("experiment", "loss", "--list", "--output-dir", tmp_path / "out") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7 and not (tmp_path / "out").exists()
