@@ -14,11 +14,8 @@ from calm.commands.model_flags import (
     read_config,
 )
 from calm.commands.scoring_flags import add_scoring_arguments, check_writable, scoring_settings
-from calm.commands.text_flags import (
-    DEFAULT_BLOCK_SIZE,
-    add_evaluation_text_arguments,
-    load_blocks,
-)
+from calm.commands.text_flags import add_evaluation_text_arguments, load_blocks
+from calm.data.options import SCORED_BLOCK_SIZE
 from calm.errors import UserError
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
@@ -109,10 +106,10 @@ def _choose_block_size(args: argparse.Namespace, configs: dict[str, dict[str, An
         return
     trained = [_record(run).get("block_size") for run in args.runs]
     contexts = [
-        config.get("max_position_embeddings", DEFAULT_BLOCK_SIZE) * size
+        config.get("max_position_embeddings", SCORED_BLOCK_SIZE) * size
         for config, size in zip(configs.values(), sizes, strict=True)
     ]
-    least = min(DEFAULT_BLOCK_SIZE, *contexts, *(size for size in trained if size))
+    least = min(SCORED_BLOCK_SIZE, *contexts, *(size for size in trained if size))
     args.block_size = least - least % math.lcm(*sizes)
 
 

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from calm.data.options import CorpusOptions
 
 __all__ = [
-    "DEFAULT_BLOCK_SIZE",
     "add_evaluation_text_arguments",
     "add_split_argument",
     "add_text_arguments",
