@@ -41,6 +41,14 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
         help="factor on the head's noise; 0 scores the deterministic model (default: 1)",
     )
     parser.add_argument(
+        "--noise-spread",
+        type=number(float, NOT_NEGATIVE),
+        default=1.0,
+        metavar="S",
+        help="factor on the noise after an energy head has normalised it: below 1 draws are less "
+        "diverse (default: 1)",
+    )
+    parser.add_argument(
         "--skip-repeats",
         action="store_true",
         help="skip n-grams of one repeated token, such as rules and blank runs",
@@ -56,7 +64,10 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
 
 def scoring_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `score_text` that the flags name."""
-    names = ("num_samples", "brier_draws", "noise_scale", "skip_repeats", "seed", "batch_size")
+    names = (
+        "num_samples", "brier_draws", "noise_scale", "noise_spread", "skip_repeats", "seed",
+        "batch_size",
+    )  # fmt: skip
     return {name: getattr(args, name) for name in names}
 
 

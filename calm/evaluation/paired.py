@@ -4,7 +4,7 @@ Scores of two models rise and fall together with the text. Resampling the same g
 for both measures their difference far more sharply than two intervals do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,13 @@ from calm.errors import UserError
 from calm.evaluation.bootstrap import ORDERS, brier_lm, resampled_sums
 from calm.evaluation.scores import TextScores
 
-__all__ = ["METRICS", "PairedDifference", "common_positions", "paired_difference"]
+__all__ = [
+    "METRICS",
+    "PairedDifference",
+    "common_positions",
+    "paired_difference",
+    "paired_means",
+]
 
 METRICS = (*ORDERS, "brier_lm")
 # Entries of the protocol in which evaluations that are compared must agree.
@@ -23,10 +29,10 @@ SHARED = ("tokenizer_hash", "block_size", "skip_repeats", "dtype")
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Score of model a minus score of model b, for Brier-1 to Brier-4 and BrierLM.
+    """Scores of model a minus scores of model b, by name.
 
     Attributes:
-        difference: Brier-n as fractions, BrierLM on its scale of 0 to 100.
+        difference: of each score; Brier-n as fractions, BrierLM on its scale of 0 to 100.
         interval: bootstrap interval of each; NaN with fewer than two groups.
         standard_error: standard deviation of the resampled differences; NaN likewise.
         share_beyond_zero: share of the resampled differences that are 0 or have the other sign;
@@ -90,14 +96,67 @@ def paired_difference(
         resamples: how many resampled texts.
         confidence: share of them inside the interval.
     """
+    return _compared(sums_a, counts, sums_b, METRICS, _brier_values, seed, resamples, confidence)
+
+
+def paired_means(
+    sums_a: Tensor,
+    counts: Tensor,
+    sums_b: Tensor,
+    names: Sequence[str],
+    *,
+    seed: int,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+) -> PairedDifference:
+    """As `paired_difference`, of means over positions: those of `calm.evaluation.measures`.
+
+    Args:
+        sums_a: ``[G, C]``.
+        counts: ``[G]``.
+        sums_b: ``[G, C]``.
+        names: of the C columns.
+        seed: likewise, and what follows.
+        resamples: likewise.
+        confidence: likewise.
+    """
+    return _compared(sums_a, counts, sums_b, names, _means, seed, resamples, confidence)
+
+
+def _means(means: Tensor) -> Tensor:
+    return means
+
+
+def _brier_values(brier: Tensor) -> Tensor:
+    """Brier-1 to Brier-4 ``[..., 4]`` and BrierLM, ``[..., 5]``."""
+    return torch.cat([brier, brier_lm(brier)[..., None]], dim=-1)
+
+
+def _compared(
+    sums_a: Tensor,
+    counts: Tensor,
+    sums_b: Tensor,
+    names: Sequence[str],
+    values_of: Callable[[Tensor], Tensor],
+    seed: int,
+    resamples: int,
+    confidence: float,
+) -> PairedDifference:
+    """Differences of `values_of` the means ``[..., C]`` of two models."""
     if sums_a.shape != sums_b.shape or len(sums_a) != len(counts):
         raise UserError(
             f"sums_a, sums_b and counts must have the same groups, got {len(sums_a)}, "
             f"{len(sums_b)} and {len(counts)}; take them of common_positions"
         )
+    columns = sums_a.shape[1]
     table = torch.cat([sums_a, sums_b, counts[:, None]], dim=1).double()
-    values = _differences(table.sum(0, keepdim=True))[0]  # [5]
-    drawn = _differences(resampled_sums(table, resamples=resamples, seed=seed))  # [resamples, 5]
+
+    def differences(sums: Tensor) -> Tensor:
+        means = sums[..., :-1] / sums[..., -1:]
+        return values_of(means[..., :columns]) - values_of(means[..., columns:])
+
+    values = differences(table.sum(0))
+    drawn = differences(resampled_sums(table, resamples=resamples, seed=seed))
     beyond = (drawn * values.sign() <= 0).double().mean(0)
     if len(counts) < 2:
         drawn, beyond = drawn * torch.nan, beyond * torch.nan
@@ -105,18 +164,11 @@ def paired_difference(
     low, high = drawn.quantile(torch.tensor([tail, 1.0 - tail], dtype=drawn.dtype), dim=0).tolist()
     ends = zip(low, high, strict=True)
     return PairedDifference(
-        difference=dict(zip(METRICS, values.tolist(), strict=True)),
-        interval=dict(zip(METRICS, ends, strict=True)),
-        standard_error=dict(zip(METRICS, drawn.std(0).tolist(), strict=True)),
-        share_beyond_zero=dict(zip(METRICS, beyond.tolist(), strict=True)),
+        difference=dict(zip(names, values.tolist(), strict=True)),
+        interval=dict(zip(names, ends, strict=True)),
+        standard_error=dict(zip(names, drawn.std(0).tolist(), strict=True)),
+        share_beyond_zero=dict(zip(names, beyond.tolist(), strict=True)),
     )
-
-
-def _differences(sums: Tensor) -> Tensor:
-    """Differences ``[..., 5]`` of Brier-1 to Brier-4 and BrierLM from sums ``[..., 9]``."""
-    brier_a, brier_b = sums[..., :4] / sums[..., 8:], sums[..., 4:8] / sums[..., 8:]
-    difference = brier_lm(brier_a) - brier_lm(brier_b)
-    return torch.cat([brier_a - brier_b, difference[..., None]], dim=-1)
 
 
 def _check_comparable(one: TextScores, other: TextScores) -> None:

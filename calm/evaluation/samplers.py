@@ -5,6 +5,7 @@ baseline, which knows its probabilities and whose chunk is one token. `calm.eval
 both alike. What a model reads and how large its chunks are, its `Predictor` says.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Protocol
@@ -56,12 +57,14 @@ class CALMSampler:
         is_published: chain the draws of neighbouring chunks one by one, as published, instead of
             their shares (lower variance).
         seed: int64 ``[2]``.
+        noise_spread: factor on what the noise contributes, see `GenerativeHead.sample`.
     """
 
     predictor: ChunkPredictor
     num_draws: int
     is_published: bool
     seed: Tensor
+    noise_spread: float = 1.0
 
     @property
     def estimator(self) -> str:
@@ -93,7 +96,10 @@ class CALMSampler:
         """
         model = self.predictor.model
         latents = model.distribution(hidden).latents(
-            self.num_draws, seed, noise_scale=self.predictor.method.noise_scale
+            self.num_draws,
+            seed,
+            noise_scale=self.predictor.method.noise_scale,
+            noise_spread=self.noise_spread,
         )
         if not torch.isfinite(latents).all():
             raise UserError(
@@ -174,8 +180,9 @@ def make_sampler(
     brier_draws: int | None,
     noise_scale: float,
     seed: Tensor,
+    noise_spread: float = 1.0,
 ) -> ChunkSampler:
-    """The sampler of a CALM or of the baseline; arguments as `calm.evaluation.brier_scores`."""
+    """The sampler of a CALM or of the baseline; arguments as `calm.evaluation.score_text`."""
     num_draws = num_samples if brier_draws is None else brier_draws
     if not 2 <= num_draws <= num_samples:
         raise UserError(
@@ -184,7 +191,14 @@ def make_sampler(
         )
     is_published = brier_draws == 2
     predictor = make_predictor(model, method="direct", temperature=1.0, noise_scale=noise_scale)
+    if not (math.isfinite(noise_spread) and noise_spread >= 0):
+        raise UserError(f"noise_spread must be finite and at least 0, got {noise_spread}")
     if isinstance(predictor, TokenPredictor):
+        if noise_spread != 1:
+            raise UserError(
+                f"noise_spread must be 1 for a {type(model).__name__}, which has no head whose "
+                f"noise could be spread; got {noise_spread}"
+            )
         return TokenSampler(predictor, is_published, seed)
     assert isinstance(predictor, ChunkPredictor)  # there are two
-    return CALMSampler(predictor, num_draws, is_published, seed)
+    return CALMSampler(predictor, num_draws, is_published, seed, noise_spread)

@@ -19,25 +19,27 @@ from transformers import PreTrainedModel
 
 from calm.environment import installed_version
 from calm.errors import UserError
+from calm.evaluation.bootstrap import ORDERS
 from calm.evaluation.brier import evaluating, position_scores
 from calm.evaluation.samplers import make_sampler
 from calm_kernels.noise import as_seed
 
-__all__ = ["TextScores", "score_text"]
+__all__ = ["TextReader", "TextScores", "score_text"]
 
 Block = Mapping[str, Any] | Sequence[int] | Tensor
 
 
 @dataclass(frozen=True)
 class TextScores:
-    """Brier-1 to Brier-4 of the n-grams of a text, one row a scored position, in their order.
+    """Scores of the positions of a text, in their order: Brier-1 to Brier-4, or others (C of them).
 
     Attributes:
         offsets: place in the text of the first token of each n-gram, int64 ``[P]``.
-        terms: Brier-1 to Brier-4 of each, float64 ``[P, 4]``.
-        blocks: index of the block that it lies in, int64 ``[P]``.
+        terms: the scores, float64 ``[P, C]``.
+        blocks: index of the block that each lies in, int64 ``[P]``.
         text: all tokens that count, int32 ``[tokens]``.
         protocol: settings, data hash, model and versions.
+        names: of the C scores.
     """
 
     offsets: Tensor
@@ -45,9 +47,10 @@ class TextScores:
     blocks: Tensor
     text: Tensor
     protocol: dict[str, Any]
+    names: tuple[str, ...] = ORDERS
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """Sums ``[blocks, 4]`` and counts ``[blocks]``, float64; a block may have no position."""
+        """Sums ``[blocks, C]`` and counts ``[blocks]``, float64; a block may have no position."""
         return _sums_by(self.blocks, self.terms, self.protocol["blocks"])
 
     def grouped(self, span: int) -> tuple[Tensor, Tensor]:
@@ -86,6 +89,7 @@ def score_text(
     num_samples: int = 8,
     brier_draws: int | None = None,
     noise_scale: float = 1.0,
+    noise_spread: float = 1.0,
     skip_repeats: bool = False,
     seed: int = 0,
     batch_size: int = 4,
@@ -102,6 +106,7 @@ def score_text(
         num_samples: N, draws of each chunk.
         brier_draws: None uses all of them, 2 is the published estimator.
         noise_scale: factor on the head's noise.
+        noise_spread: factor on what the noise contributes, see `GenerativeHead.sample`.
         skip_repeats: skip n-grams of one repeated token.
         seed: of the draws, and of the bootstrap of those who summarise the scores.
         batch_size: blocks in one forward pass; does not change the result.
@@ -119,42 +124,22 @@ def score_text(
         num_samples=num_samples,
         brier_draws=brier_draws,
         noise_scale=noise_scale,
+        noise_spread=noise_spread,
         seed=as_seed(seed, device),
     )
     size = sampler.predictor.patch_size
-    parts, texts, length, blocks_seen, tokens = [], [], 0, 0, 0
+    reader = TextReader(blocks, batch_size, max_blocks, progress)
     with evaluating(model):
-        for input_ids, labels in progress(_batches(islice(blocks, max_blocks), batch_size)):
-            length = length or input_ids.shape[1]
-            if input_ids.shape[1] != length:
-                raise UserError(
-                    f"blocks must have one length; got {length} and {input_ids.shape[1]} tokens"
-                )
+        for input_ids, labels, first_block in reader:
             scores = position_scores(
                 sampler,
                 input_ids.to(device),
                 labels.to(device),
                 skip_repeats=skip_repeats,
-                first_row=blocks_seen * length // size,
+                first_row=first_block * input_ids.shape[1] // size,
             )
-            terms, is_counted, token = (part.cpu() for part in scores)
-            is_text = labels >= 0
-            places = tokens + is_text.flatten().cumsum(0).view_as(labels) - 1  # in the text
-            block = blocks_seen + torch.arange(len(labels))[:, None].expand_as(is_counted)
-            parts.append((places[:, token][is_counted], terms[is_counted], block[is_counted]))
-            texts.append(labels[is_text])
-            blocks_seen += len(labels)
-            tokens += len(texts[-1])
-    if not parts:
-        raise UserError("there are no blocks to evaluate; use more text or a smaller block size")
-    offsets, terms, block = (torch.cat(part) for part in zip(*parts, strict=True))
-    text = torch.cat(texts)
-    protocol = {
-        **(describe or {}),
-        "block_size": length,
-        "blocks": blocks_seen,
-        "tokens": tokens,
-        "positions": len(offsets),
+            reader.add(*scores)
+    settings = {
         "positions_are": _position_rule(size),
         "start_chunks": sampler.predictor.start_token_id is not None,
         "estimator": sampler.estimator,
@@ -162,16 +147,89 @@ def score_text(
         "num_samples": num_samples,
         "brier_draws": "all" if brier_draws is None else brier_draws,
         "noise_scale": noise_scale,
+        "noise_spread": noise_spread,
         "seed": seed,
-        "data_sha256": hashlib.sha256(text.numpy().tobytes()).hexdigest(),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "versions": _versions(device),
     }
-    return TextScores(offsets, terms, block, text.to(torch.int32), protocol)
+    return reader.scores(model, ORDERS, describe or {}, settings)
+
+
+class TextReader:
+    """Blocks in batches, and where what is measured in them lies in the text.
+
+    Args:
+        blocks: as `score_text`, and what follows.
+        batch_size: likewise.
+        max_blocks: likewise.
+        progress: likewise.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[Block],
+        batch_size: int,
+        max_blocks: int | None,
+        progress: Callable[[Iterator[Any]], Iterable[Any]],
+    ) -> None:
+        self._batches = progress(_batches(islice(blocks, max_blocks), batch_size))
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._texts: list[Tensor] = []
+        self._length = self._blocks = self._tokens = 0
+        self._labels: Tensor
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Input ids and labels ``[B, T]``, and the index of the first block of each batch."""
+        for input_ids, labels in self._batches:
+            self._labels = labels
+            self._length = self._length or input_ids.shape[1]
+            if input_ids.shape[1] != self._length:
+                raise UserError(
+                    f"blocks must have one length; got {self._length} and {input_ids.shape[1]} "
+                    "tokens"
+                )
+            yield input_ids, labels, self._blocks
+            self._texts.append(labels[labels >= 0])
+            self._tokens += len(self._texts[-1])
+            self._blocks += len(input_ids)
+
+    def add(self, terms: Tensor, is_counted: Tensor, token: Tensor) -> None:
+        """Add scores of the batch: see `PositionScores`, with any number of scores a position."""
+        terms, is_counted, token = terms.cpu(), is_counted.cpu(), token.cpu()
+        labels = self._labels
+        places = self._tokens + (labels >= 0).flatten().cumsum(0).view_as(labels) - 1
+        block = self._blocks + torch.arange(len(labels))[:, None].expand_as(is_counted)
+        self._parts.append((places[:, token][is_counted], terms[is_counted], block[is_counted]))
+
+    def scores(
+        self,
+        model: PreTrainedModel,
+        names: tuple[str, ...],
+        describe: Mapping[str, Any],
+        settings: Mapping[str, Any],
+    ) -> TextScores:
+        """All that was added, with the protocol."""
+        if not self._parts:
+            raise UserError(
+                "there are no blocks to evaluate; use more text or a smaller block size"
+            )
+        offsets, terms, block = (torch.cat(part) for part in zip(*self._parts, strict=True))
+        text = torch.cat(self._texts)
+        weight = next(model.parameters())
+        protocol = {
+            **describe,
+            "block_size": self._length,
+            "blocks": self._blocks,
+            "tokens": self._tokens,
+            "positions": len(offsets),
+            **settings,
+            "data_sha256": hashlib.sha256(text.numpy().tobytes()).hexdigest(),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "versions": _versions(weight.device),
+        }
+        return TextScores(offsets, terms, block, text.to(torch.int32), protocol, names)
 
 
 def _sums_by(group: Tensor, terms: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Sums of `terms` ``[groups, 4]`` and counts ``[groups]``, both float64."""
+    """Sums of `terms` ``[groups, C]`` and counts ``[groups]``, both float64."""
     sums = torch.zeros(groups, terms.shape[1], dtype=terms.dtype).index_add_(0, group, terms)
     return sums, torch.bincount(group, minlength=groups).to(terms.dtype)
 

@@ -243,6 +243,7 @@ class TestEvaluation:
     def test_an_untrained_model_scores_zero(self, tmp_path):
         metrics = make_trainer(MODELS["energy"](), tmp_path).evaluate()
         assert metrics["eval_brier4"] < 0 and metrics["eval_brier_lm"] == 0
+        assert 0 <= metrics["eval_spread_ratio"] < 1  # its draws are still narrow
 
 
 class TestNonFiniteLoss:
