@@ -1,8 +1,11 @@
-"""`calm eval`: BrierLM of a model on a text, with its interval and protocol."""
+"""`calm eval`: BrierLM of a model on a text, its energy score or cross-entropy, diagnostics."""
 
 import argparse
+import json
+import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from calm.commands.model_flags import add_model_arguments, load_model, load_tokenizer_of
 from calm.commands.scoring_flags import add_scoring_arguments, check_writable, scoring_settings
@@ -19,7 +22,9 @@ Compare numbers only if their protocols agree: the block size alone moves BrierL
 
 --json writes: brier_lm (0 to 100), brier (brier1 to brier4, fractions), their 95 % intervals
 brier_lm_interval and brier_intervals (bootstrap over blocks), standard_errors of brier (between
-blocks), and protocol: all that is needed to compute the same numbers again.
+blocks), protocol: all that is needed to compute the same numbers again; measures: energy loss, its
+terms and its floor, reconstruction and diagnostics of a CALM, cross-entropy (nats a token) and bits
+per byte of a baseline; their measures_standard_errors; and advice, a line for each that is amiss.
 """
 
 
@@ -36,22 +41,48 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from calm.evaluation import evaluate
+    from calm.evaluation.diagnostics import advice
+    from calm.evaluation.measures import measure_text
     from calm.memory import check_draws
 
     check_writable(args.json, "--json")
     model = load_model(args)
-    blocks, text = load_blocks(args, model, load_tokenizer_of(args, model))
+    tokenizer = load_tokenizer_of(args, model)
+    blocks, text = load_blocks(args, model, tokenizer)
     chunks = len(blocks[0]["input_ids"]) // getattr(model, "patch_size", 1)
     check_draws(model, "--num-samples", args.num_samples, chunks)
+    settings = scoring_settings(args)
     total = -(-len(blocks) // args.batch_size)
+    bar = partial(tqdm, total=total, disable=None)  # at a terminal
     evaluation = evaluate(
         model,
         blocks,
-        **scoring_settings(args),
-        progress=partial(tqdm, total=total, desc="evaluating", disable=None),  # at a terminal
+        **settings,
+        progress=partial(bar, desc="BrierLM"),
         describe={"model": args.model, "kind": type(model).__name__, **text},
     )
-    print(evaluation.to_table())
+    for name in ("brier_draws", "skip_repeats"):
+        settings.pop(name)
+    measures = measure_text(model, blocks, **settings, progress=partial(bar, desc="latents"))
+    values = measures.values()
+    if "cross_entropy" in values:
+        values["bits_per_byte"] = (
+            values["cross_entropy"]
+            * _tokens_per_byte(tokenizer, measures.scores.text)
+            / math.log(2)
+        )
+    lines = advice(values)
+    print("\n\n".join([evaluation.to_table(), measures.to_table(values), *lines]))
     if args.json:
-        Path(args.json).write_text(evaluation.to_json(), encoding="utf-8")
+        record = json.loads(evaluation.to_json())
+        errors = {k: v for k, v in measures.standard_errors().items() if not math.isnan(v)}
+        record |= {"measures": values, "measures_standard_errors": errors, "advice": lines}
+        text_of = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        Path(args.json).write_text(text_of, encoding="utf-8")
     return 0
+
+
+def _tokens_per_byte(tokenizer: Any, tokens: Any) -> float:
+    """How many tokens stand for a byte of the text; special tokens stand for none."""
+    text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+    return len(tokens) / max(1, len(text.encode("utf-8", "replace")))

@@ -36,6 +36,22 @@ CALM_MEASURES: tuple[str, ...] = (
     "energy", "fidelity", "diversity", "floor", "conditioning_gap", "draw_agreement",
     "vote_margin", "reconstruction",
 )  # fmt: skip
+# What the table says of each value, in its order.
+LABELS = {
+    "reconstruction": ("reconstruction", "share of tokens the autoencoder gives back"),
+    "energy": ("energy loss", "fidelity - diversity; lower is better"),
+    "fidelity": ("  fidelity", "2 E|x - y|, draws to the truth"),
+    "diversity": ("  diversity", "E|x - x'|, draws to each other"),
+    "floor": ("  floor", "E|y - y'|, of the autoencoder's posterior alone"),
+    "excess": ("  excess", "energy loss - floor: the part a model can lower"),
+    "conditioning_gap": ("conditioning gap", "loss with another position's state - loss"),
+    "spread_ratio": ("spread ratio", "1 where draws are as wide as the truth"),
+    "draw_agreement": ("draw agreement", "chance that two draws are one chunk"),
+    "vote_margin": ("vote margin", "winner - runner-up, share of the draws"),
+    "collapsed": ("collapsed", "share of latent dimensions at the floor of their KL"),
+    "cross_entropy": ("cross-entropy", "nats a token"),
+    "bits_per_byte": ("bits per byte", "of the text, end tokens included in the bits"),
+}
 BASELINE_MEASURES: tuple[str, ...] = ("cross_entropy",)
 
 
@@ -74,6 +90,17 @@ class TextMeasures:
             "spread_ratio": spread_ratio(*means[index]).item(),
             "collapsed": self.collapsed,
         }
+
+    def to_table(self, values: Mapping[str, float]) -> str:
+        """`values` (of `values`, and more that `LABELS` knows) with their errors, for people."""
+        errors = self.standard_errors()
+        rows = [f"{'':17} {'value':>9} {'SE':>8}"]
+        for name, (label, about) in LABELS.items():
+            if name in values:
+                error = errors.get(name, math.nan)
+                shown = "" if math.isnan(error) else f"{error:.4f}"
+                rows.append(f"{label:17} {values[name]:9.4f} {shown:>8}   {about}")
+        return "\n".join(rows)
 
     def standard_errors(self) -> dict[str, float]:
         """Of the means over all positions, between blocks; NaN with a single block."""

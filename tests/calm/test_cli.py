@@ -1,6 +1,7 @@
 """The command line: what it prints, what it writes, and one line for every mistake."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -204,7 +205,16 @@ def test_eval_prints_a_table_and_writes_the_record(kind, folders, tmp_path, caps
     assert calm("eval", *words, "--max-blocks", 6, "--seed", 3, "--json", record) == 0
     table = capsys.readouterr().out
     assert "BrierLM" in table and "Brier-4 (%)" in table
-    protocol = json.loads(record.read_text(encoding="utf-8"))["protocol"]
+    written = json.loads(record.read_text(encoding="utf-8"))
+    measures, protocol = written["measures"], written["protocol"]
+    if kind == "calm":
+        assert "energy loss" in table and "conditioning gap" in table
+        assert measures["excess"] == pytest.approx(measures["energy"] - measures["floor"])
+        assert any(line.startswith("reconstruction is ") for line in written["advice"])  # untrained
+    else:  # a byte for each token
+        bits = measures["cross_entropy"] / math.log(2)
+        assert measures["bits_per_byte"] == pytest.approx(bits, rel=0.05)
+    assert set(written["measures_standard_errors"]) <= set(measures)
     assert protocol["blocks"] == 6 and protocol["block_size"] == 32 and protocol["seed"] == 3
     assert protocol["data"] == str(folders / "text.txt")
     assert calm("eval", *words, "--max-blocks", 6, "--seed", 3, "--batch-size", 1) == 0
