@@ -20,7 +20,7 @@ __all__ = [
     "load_blocks",
 ]
 
-FILES = "text, .jsonl, .json or .parquet files (comma-separated, globs work)"
+FILES = "text, .jsonl, .json (also .gz, .zst) or .parquet files (comma-separated, globs work)"
 TEXT_UNITS = ("line", "paragraph", "file")
 DEFAULT_SPLIT = 5.0  # percent of a text that training holds out
 

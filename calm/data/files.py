@@ -7,7 +7,8 @@
 | ``parquet`` | ``.parquet`` |
 | ``text`` | every other file, such as ``.txt``, ``.md`` and ``.py``, unless known to be binary |
 
-Upper case works too, and so does all but Parquet compressed with gzip (``.jsonl.gz``).
+Upper case works too, and so does all but Parquet compressed with gzip or Zstandard
+(``.jsonl.gz``, ``.jsonl.zst``).
 """
 
 import glob
@@ -20,6 +21,7 @@ from calm.errors import UserError, UserNotice
 __all__ = [
     "BYTE_ORDER_MARK",
     "DATA_SUFFIXES",
+    "PACKED",
     "FileKind",
     "expand_files",
     "file_kind",
@@ -34,8 +36,9 @@ FileKind = Literal["text", "jsonl", "json", "parquet"]
 
 KINDS: dict[str, FileKind] = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".csv", ".tsv", ".py", ".html", ".xml", ".log")
+PACKED = (".gz", ".zst")  # files of these endings are unpacked as they are read
 # Files that may hold text, but none that can be read as it is.
-COMPRESSED = (".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".lz4")
+COMPRESSED = (".zip", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".lz4")
 DOCUMENTS = (".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".xls", ".xlsx", ".ppt", ".pptx")
 TABLES = (".arrow", ".feather", ".orc", ".avro", ".sqlite", ".db")
 ARRAYS = (".bin", ".pt", ".pth", ".safetensors", ".npy", ".npz", ".pkl", ".pickle")
@@ -54,7 +57,7 @@ def file_kind(path: str | Path) -> FileKind:
 def file_suffix(path: Path) -> str:
     """Ending that names the format: ``.jsonl`` for ``a.jsonl`` and ``A.JSONL.gz``."""
     suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix == ".gz" else suffix
+    return Path(path.stem).suffix.lower() if suffix in PACKED else suffix
 
 
 def names_files(name: str) -> bool:
@@ -125,9 +128,11 @@ def _check_file(path: Path, argument: str) -> None:
         raise UserError(f"{argument}: {path} is empty; remove it from the list or fill it")
     suffix = file_suffix(path)
     if suffix in BINARY:
-        what = "compressed; unpack it, or use gzip" if suffix in COMPRESSED else "no text"
+        what = (
+            "compressed; unpack it, or use gzip or Zstandard" if suffix in COMPRESSED else "no text"
+        )
         raise UserError(f"{argument}: {path} is {what} (text, .jsonl, .json and .parquet are read)")
-    if suffix not in (*KINDS, *TEXT_SUFFIXES) and path.suffix.lower() != ".gz":
+    if suffix not in (*KINDS, *TEXT_SUFFIXES) and path.suffix.lower() not in PACKED:
         with path.open("rb") as handle:
             if b"\0" in handle.read(SNIFFED_BYTES):
                 raise UserError(f"{argument}: {path} is no text: it holds zero bytes")

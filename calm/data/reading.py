@@ -13,6 +13,7 @@ whether it stops the run.
 """
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -97,13 +98,19 @@ def _lines(path: Path) -> Iterator[tuple[int, str | Damage]]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         reason = f"damaged gzip file: nothing can be read after line {number} ({error})"
         yield number, Damage(f"{path}:{number + 1}", f"{reason}; copy or pack it again")
-    except OSError as error:
+    except OSError as error:  # pyarrow has no other for a damaged Zstandard file
         yield number, Damage(f"{path}:{number + 1}", f"cannot be read ({error})")
 
 
 def _open(path: Path) -> BinaryIO:
-    is_packed = path.suffix.lower() == ".gz"
-    return cast(BinaryIO, gzip.open(path, "rb") if is_packed else path.open("rb"))
+    match path.suffix.lower():
+        case ".gz":
+            return cast(BinaryIO, gzip.open(path, "rb"))
+        case ".zst":
+            packed: Any = pyarrow.input_stream(str(path), compression="zstd")
+            return io.BufferedReader(packed)
+        case _:
+            return path.open("rb")
 
 
 def _decode(raw: bytes, where: str) -> str | Damage:

@@ -144,7 +144,8 @@ class DataTrainingArguments:
     dataset_config_name: str | None = _flag(None, "Configuration of the hub dataset.")
     train_file: str | None = _flag(
         None,
-        "Text to learn from: text, .jsonl, .json or .parquet files, comma-separated; globs work.",
+        "Text to learn from: text, .jsonl, .json (also .gz, .zst) or .parquet files, with commas "
+        "between; globs work.",
     )
     validation_file: str | None = _flag(None, "Held-out text, named the same way.")
     max_train_samples: int | None = _flag(None, "Use only this many training blocks, the first.")

@@ -7,6 +7,7 @@ import re
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 from torch.utils.data import DataLoader
 
@@ -34,6 +35,10 @@ def write(tmp_path):
         return str(path)
 
     return write
+
+
+def zstd(content):
+    return pyarrow.Codec("zstd").compress(content, asbytes=True)
 
 
 def jsonl(*texts):
@@ -80,6 +85,8 @@ class TestFiles:
             write("a.json", lines),
             write("b.json", array),
             write("a.jsonl.gz", gzip.compress(lines.encode())),
+            write("a.jsonl.ZST", zstd(lines.encode())),
+            write("b.jsonl.zst", zstd(lines.encode()[:10]) + zstd(lines.encode()[10:])),
         ):
             assert texts(file) == documents
 
@@ -152,6 +159,8 @@ class TestFiles:
                 gzip.compress(b"words\n" * 99, mtime=0)[:-12],
                 r"bad\.txt\.gz:\d+: damaged gzip",
             ),
+            ("bad.txt.zst", zstd(b"words\n" * 99)[:-9], r"bad\.txt\.zst:\d+: cannot be read"),
+            ("bad.txt.zst", b"no zstd at all", r"bad\.txt\.zst:1: cannot be read \(ZSTD"),
             ("bad.txt.gz", b"no gzip at all", r"bad\.txt\.gz:1: damaged gzip"),
             (
                 "bad.txt.gz",
