@@ -66,6 +66,24 @@ def bench_linear_cross_entropy(benchmark):
     compare(benchmark, lambda: step(ours), runs, shape=PROJECTION)
 
 
+@pytest.mark.benchmark(group="linear_cross_entropy, fwd+bwd, certain rows")
+def bench_linear_cross_entropy_recompute(benchmark):
+    """Rows whose label has nearly all probability, as of a trained autoencoder."""
+    _, weight, labels = loss_inputs()
+    hidden = (20.0 * weight[labels]).detach().requires_grad_()
+
+    def step(**options):
+        loss = linear_cross_entropy(hidden, weight, labels, backend="torch", **options)
+        return torch.autograd.grad(loss, (hidden, weight))
+
+    compare(
+        benchmark,
+        lambda: step(recompute=True, negligible=2.0**-12),
+        {"gradients at once": Baseline(step)},
+        shape=PROJECTION,
+    )
+
+
 @pytest.mark.benchmark(group="linear_cross_entropy, fwd")
 @torch.no_grad()
 def bench_linear_cross_entropy_forward(benchmark):

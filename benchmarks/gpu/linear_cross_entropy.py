@@ -59,6 +59,7 @@ def _losses(shape: Shape, device: str, compiled: bool) -> Iterator[tuple[str, Lo
         return
     for backend in ("triton", "torch"):
         yield backend, lambda *inputs, b=backend: linear_cross_entropy(*inputs, backend=b), True
+    yield "torch, recomputed", partial(linear_cross_entropy, recompute=True, backend="torch"), True
     if has_room:
         yield "logits in memory", plain, True
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13

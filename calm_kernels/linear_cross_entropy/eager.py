@@ -1,5 +1,6 @@
 """The torch backend: blocks of rows; gradients are computed while the logits are there."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.autograd import Function
 from calm_kernels.autograd import refuse_second_derivative
 from calm_kernels.precision import accumulation_dtype
 
-__all__ = ["linear_cross_entropy_eager"]
+__all__ = ["linear_cross_entropy_eager", "row_blocks"]
 
 # A block must fit into the cache of a CPU (16 MB) and fill a GPU. Each block reads and writes the
 # gradient of the weight once, so it must not have too few rows.
@@ -28,6 +29,14 @@ def linear_cross_entropy_eager(
     if not torch.is_grad_enabled():  # the function would compute gradients even so
         rows, weight = rows.detach(), weight.detach()
     return _LinearCrossEntropy.apply(rows, weight, labels, ignore_index, matmul_dtype)
+
+
+def row_blocks(rows: Tensor, vocab_size: int) -> Iterator[slice]:
+    """Blocks of rows, each with as many logits as the device holds well."""
+    num_logits = LOGITS_PER_BLOCK if rows.device.type == "cpu" else LOGITS_PER_GPU_BLOCK
+    block_rows = max(MIN_ROWS, num_logits // vocab_size)
+    for start in range(0, rows.shape[0], block_rows):
+        yield slice(start, start + block_rows)
 
 
 class _LinearCrossEntropy(Function):
@@ -55,10 +64,7 @@ class _LinearCrossEntropy(Function):
         share = is_counted[:, None].to(cast_weight.dtype) / count.clamp(min=1)  # [R, 1]
         targets = labels.where(is_counted, 0)[:, None]
         losses = cast_weight.new_empty(rows.shape[0])
-        num_logits = LOGITS_PER_BLOCK if rows.device.type == "cpu" else LOGITS_PER_GPU_BLOCK
-        block_rows = max(MIN_ROWS, num_logits // cast_weight.shape[0])
-        for start in range(0, rows.shape[0], block_rows):
-            block = slice(start, start + block_rows)
+        for block in row_blocks(rows, cast_weight.shape[0]):
             inputs = rows[block].to(matmul_dtype).to(cast_weight.dtype)
             losses[block], dlogits = _losses(inputs @ cast_weight.T, targets[block])
             if drows is not None:

@@ -47,6 +47,26 @@ def test_autocast_keeps_the_gradient_of_the_weight_in_float32():
         assert value.dtype == torch.float32 and relative_error(value, wanted) < 6e-3
 
 
+def test_recomputed_gradients_wait_for_nothing():
+    hidden, weight, labels = make_inputs(3000, 8000, 64)
+    expected = run((hidden, weight, labels), "torch")
+
+    def recomputed():
+        loss = linear_cross_entropy(
+            hidden, weight, labels, recompute=True, negligible=1e-8, backend="torch"
+        )
+        return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+    recomputed()  # the library allocates its workspace
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = recomputed()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for value, wanted in zip(actual, expected, strict=True):
+        assert relative_error(value, wanted) < ERROR[torch.bfloat16]
+
+
 def test_memory_of_the_reference_size():
     inputs = make_inputs(32_768, 128_256, 512)
     run((inputs[0][:256], *inputs[1:2], inputs[2][:256]), "triton")  # compiles

@@ -25,9 +25,9 @@ def make_case(shape, generator, dtype=torch.float64):
     return hidden, weight, labels
 
 
-def run(case, dtype, backend, factor=1.0):
+def run(case, dtype, backend, factor=1.0, **options):
     """Loss and its gradients, times `factor`."""
     hidden, weight, labels = case
     hidden, weight = leaf(hidden, dtype), leaf(weight, dtype)
-    loss = linear_cross_entropy(hidden, weight, labels, backend=backend)
+    loss = linear_cross_entropy(hidden, weight, labels, backend=backend, **options)
     return [loss.detach(), *torch.autograd.grad(factor * loss, (hidden, weight))]

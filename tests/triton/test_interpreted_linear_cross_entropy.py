@@ -183,6 +183,9 @@ def test_float64_and_second_derivatives_are_refused(generator):
     assert linear_cross_entropy(hidden.double(), weight.double(), labels).dtype == torch.float64
     with pytest.raises(ValueError, match="no float64"):
         linear_cross_entropy(hidden.double(), weight.double(), labels, backend="triton")
+    with pytest.raises(ValueError, match="no form that recomputes"):
+        linear_cross_entropy(hidden, weight, labels, recompute=True, backend="triton")
+    assert linear_cross_entropy(hidden, weight, labels, recompute=True).isfinite()  # auto: torch
     hidden = leaf(hidden)
     loss = linear_cross_entropy(hidden, weight, labels, backend="triton")
     with pytest.raises(RuntimeError, match="linear_cross_entropy is differentiable once"):
