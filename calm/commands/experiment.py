@@ -26,6 +26,8 @@ NAMES = {
     "heads": "energy, diffusion and flow heads at equal training FLOPs",
     "start": "zero or scaled start of the head's last layer",
     "input": "whether the backbone reads tokens, latents or both",
+    "scaling": "sizes, chunk sizes and budgets against the token baseline",
+    "domains": "the same models on prose, documentation and code",
     "metric": "BrierLM against the models' own losses",
     "loss": "draws, targets and exponent of the energy loss",
 }
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     hide_bars_without_terminal()
     disable_progress_bar()  # of weights being written
-    texts = Texts(scale.autoencoder().flags, args.test_file)
+    texts = Texts(scale.autoencoder().flags, args.test_file, experiment.texts)
     record = run_experiment(experiment, scale, texts, root, progress=_bar)
     print(write_report(experiment, scale, record, root / experiment.name))
     print(f"{root / experiment.name}: results.json, report.md and report.png")

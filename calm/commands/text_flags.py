@@ -100,7 +100,7 @@ def add_evaluation_text_arguments(
     without = or_else or default
     add_text_arguments(
         parser,
-        ", or embedded:docstrings, embedded:packages, embedded:topics"
+        ", or embedded:docstrings, embedded:packages, embedded:sources, embedded:topics"
         + ("" if without is None else f" (default: {without})"),
         is_required=without is None,
         default=default,

@@ -4,9 +4,10 @@
 | --- | --- | --- |
 | ``embedded:topics`` | the language reference that ``help()`` shows, with its tables | 0.5 MB |
 | ``embedded:docstrings`` | docstrings of the standard library, flattened to sentences | 1.5 MB |
+| ``embedded:sources`` | source files of the standard library, to score on | 11 MB |
 | ``embedded:packages`` | likewise of `PACKAGES`, which are installed with calm | 21 MB |
 
-The first two are part of Python (PSF licence), the third of packages with their own licences (most
+The first three are part of Python (PSF licence), the last of packages with their own licences (most
 BSD or Apache 2.0). All differ between versions: never pin a loss to them.
 """
 
@@ -37,6 +38,7 @@ __all__ = [
     "language_topics",
     "package_docstrings",
     "standard_library_docstrings",
+    "standard_library_sources",
 ]
 
 PREFIX = "embedded:"
@@ -74,14 +76,7 @@ def standard_library_docstrings(min_characters: int = MIN_CHARACTERS) -> list[st
     Raises:
         UserError: this Python carries no sources of its standard library.
     """
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    documents = _documents(_sources(folder), min_characters)
-    if not documents:
-        raise UserError(
-            f"{PREFIX}docstrings: no sources of the standard library in {folder}; "
-            "use another Python or your own text (--train_file)"
-        )
-    return documents
+    return _documents(_library_sources(), min_characters)
 
 
 def package_docstrings() -> list[str]:
@@ -120,6 +115,19 @@ def package_docstrings() -> list[str]:
     return documents
 
 
+def standard_library_sources() -> list[str]:
+    """Source files of the standard library, in a fixed order that mixes its packages."""
+    texts = []
+    for file in sorted(
+        _library_sources(), key=lambda file: hashlib.blake2b(file.name.encode()).digest()
+    ):
+        try:
+            texts.append(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError):  # a few library files are broken on purpose
+            continue
+    return [text for text in texts if text.strip()]
+
+
 def _notice(message: str) -> None:
     warnings.warn(f"{PREFIX}packages: {message}", UserNotice, stacklevel=3)
 
@@ -142,6 +150,18 @@ def _package_stamp() -> str:
     rules = Path(__file__).read_bytes()
     digest = hashlib.blake2b(" ".join(versions).encode() + rules, digest_size=8)
     return digest.hexdigest()
+
+
+def _library_sources() -> list[Path]:
+    """`_sources` of the standard library; an error if this Python carries none."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = _sources(folder)
+    if not files:
+        raise UserError(
+            f"no sources of the standard library in {folder}; use another Python or your own text "
+            "(--train_file)"
+        )
+    return files
 
 
 def _sources(folder: Path) -> list[Path]:
@@ -179,6 +199,7 @@ def flatten(docstring: str) -> str:
 EMBEDDED_CORPORA: dict[str, Callable[[], list[str]]] = {
     f"{PREFIX}topics": language_topics,
     f"{PREFIX}docstrings": standard_library_docstrings,
+    f"{PREFIX}sources": standard_library_sources,
     f"{PREFIX}packages": package_docstrings,
 }
 

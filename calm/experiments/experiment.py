@@ -107,6 +107,7 @@ class Panel:
         where: labels of the cells that it shows.
         log_x: logarithmic axis.
         note: below the title.
+        is_frontier: whether a line is the best of its values at each place, instead of their mean.
         is_curve: whether `x` and `y` are names of a result's curve.
     """
 
@@ -117,6 +118,7 @@ class Panel:
     where: Mapping[str, Any] = field(default_factory=dict)
     log_x: bool = False
     note: str = ""
+    is_frontier: bool = False
     is_curve: bool = False
 
 
@@ -132,6 +134,7 @@ class Experiment:
         panels: of the figure, given the scale.
         claims: what is judged, given the scale.
         analysis: further Markdown from all results (a fit, a correlation).
+        texts: corpora to score on, by name, beside what training holds out.
     """
 
     name: str
@@ -141,3 +144,4 @@ class Experiment:
     panels: Callable[[Scale], Sequence[Panel]]
     claims: Callable[[Scale], list[Claim]] = lambda scale: []
     analysis: Callable[[Sequence[Result]], str] | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)

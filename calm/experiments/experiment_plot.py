@@ -34,7 +34,7 @@ def _draw(axes: Axes, panel: Panel, results: Sequence[Result]) -> None:
         lines.setdefault(result.labels.get(panel.line or "", ""), []).append(result)
     for index, (name, members) in enumerate(lines.items()):
         points = [point for result in members for point in _points(panel, result)]
-        _line(axes, points, LINES[index % len(LINES)], str(name))
+        _line(axes, points, LINES[index % len(LINES)], str(name), best=panel.is_frontier)
     if panel.log_x:
         axes.set_xscale("log")
     axes.set_xlabel(panel.x.replace("_", " "), color=MUTED, fontsize=8.5)
@@ -42,13 +42,16 @@ def _draw(axes: Axes, panel: Panel, results: Sequence[Result]) -> None:
         axes.legend(frameon=False, labelcolor=INK, fontsize=8, title=panel.line, title_fontsize=8)
 
 
-def _line(axes: Axes, points: Sequence[tuple[Any, float]], color: str, label: str) -> None:
+def _line(
+    axes: Axes, points: Sequence[tuple[Any, float]], color: str, label: str, *, best: bool
+) -> None:
+    """Points, and a line through their means at each place, or through the best of them."""
     by_x: dict[Any, list[float]] = {}
     for x, y in points:
         by_x.setdefault(x, []).append(y)
     is_numeric = all(isinstance(x, int | float) for x in by_x)
     places = sorted(by_x) if is_numeric else [*by_x]
-    means = [sum(by_x[x]) / len(by_x[x]) for x in places]
+    means = [max(by_x[x]) if best else sum(by_x[x]) / len(by_x[x]) for x in places]
     shown = places if is_numeric else [str(x) for x in places]
     axes.plot(shown, means, color=color, linewidth=1.6, label=label)
     if len(places) > MANY:

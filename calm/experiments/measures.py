@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,15 +44,23 @@ class Texts:
     Args:
         training: flags that name the training text, as a recipe has them.
         test_file: further text, all of which counts; None for none.
+        corpora: embedded corpora to score on as well, by the name of the text.
     """
 
-    def __init__(self, training: Mapping[str, Any], test_file: str | None = None) -> None:
+    def __init__(
+        self,
+        training: Mapping[str, Any],
+        test_file: str | None = None,
+        corpora: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         names = ("dataset_name", "train_file", "validation_file")
         options: Any = {name: str(training[name]) for name in names if training.get(name)}
         self.percentage = float(training.get("validation_split_percentage", 5))
         self.options = {
             HELD_OUT: CorpusOptions(**options, validation_split_percentage=self.percentage)
         }
+        for name, corpus in corpora.items():
+            self.options[name] = CorpusOptions(dataset_name=corpus, validation_split_percentage=0)
         if test_file:
             self.options[TEST] = CorpusOptions(train_file=test_file, validation_split_percentage=0)
 
@@ -72,8 +81,8 @@ class Texts:
         return blocks
 
 
-def cost_of(trained: Trained) -> dict[str, float]:
-    """Parameters and floating-point operations of a model; see `calm.flops`."""
+def cost_of(trained: Trained) -> dict[str, Any]:
+    """Parameters and operations of a model (see `calm.flops`), and the hash of its text."""
     model, protocol = trained.load(), trained.protocol()
     settings = protocol["training"]
     batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
@@ -85,6 +94,7 @@ def cost_of(trained: Trained) -> dict[str, float]:
         "training_tokens": tokens,
         "training_flops": flops.training() * tokens,
         "inference_flops": flops.inference(),
+        "train_data": (protocol["train"] or {}).get("data_hash"),
     }
 
 

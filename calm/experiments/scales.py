@@ -10,7 +10,7 @@ from typing import Any
 
 from calm.errors import UserError
 from calm.experiments.trained import Training
-from calm.training.recipe import Stage
+from calm.training.recipe import Stage, load_recipe
 
 __all__ = ["SCALES", "Scale", "scale_named"]
 
@@ -100,13 +100,31 @@ _MUON_AND_ADAMW: Sequence[Any] = (
     ("Muon", {}),
     ("AdamW", {"muon_learning_rate": 0}),
 )
+
+
+def _width(width: int) -> dict[str, int]:
+    return {"hidden_size": width, "intermediate_size": 8 * width // 3}
+
+
+def _recipe(stage: Stage, name: str) -> dict[str, Any]:
+    """Fields of the model of a recipe."""
+    return load_recipe(name, stage)["config_overrides"]
+
+
 # Name, fields of the CALM, fields of the baseline of about as many parameters.
 _DESK_SIZES: Sequence[Any] = (
-    ("small", {"hidden_size": 64, "intermediate_size": 172},
-     {"hidden_size": 64, "intermediate_size": 172}),
+    ("small", _width(64), _width(64)),
     ("medium", {}, {}),
-)  # fmt: skip
-_PAPER_SIZES: Sequence[Any] = (("S", {}, {}),)
+    ("large", _width(192), _width(192)),
+)
+_PAPER_SIZES: Sequence[Any] = tuple(
+    (name, _recipe(Stage.CALM, calm), _recipe(Stage.BASELINE, baseline))
+    for name, calm, baseline in (
+        ("M", "calm-m", "baseline-s"),
+        ("L", "calm-l", "baseline-m"),
+        ("XL", "calm-xl", "baseline-l"),
+    )
+)
 
 
 SCALES = {
@@ -127,6 +145,8 @@ SCALES = {
                 "kl_weights": (1e-1,),
                 "latent_sizes": (8,),
                 "sizes": (("small", {}, {}),),
+                "chunk_sizes": (2, 4),
+                "budgets": ((1e8, ("small",)), (3e8, ("small",))),
                 "checkpoint_steps": (6,),
                 "reference_draws": (4,),
                 "num_samples": (2, 4),
@@ -152,6 +172,13 @@ SCALES = {
                 "kl_weights": (0, 1e-4, 1e-3, 1e-2, 1e-1),
                 "latent_sizes": (8, 16, 64),
                 "sizes": _DESK_SIZES,
+                "chunk_sizes": (1, 2, 4, 8),
+                "budgets": (
+                    (5.3e12, ("small", "medium")),
+                    (8e12, ("small", "medium")),
+                    (1.2e13, ("medium", "large")),
+                    (1.8e13, ("medium", "large")),
+                ),
                 "checkpoint_steps": (100,),
                 "reference_draws": (4,),
                 "num_samples": (2, 4, 8),
@@ -178,6 +205,8 @@ SCALES = {
                 "kl_weights": (0, 1e-4, 1e-3, 1e-1),
                 "latent_sizes": (16, 32, 128),
                 "sizes": (("small", {}, {}),),
+                "chunk_sizes": (1, 2, 4, 8),
+                "budgets": ((1e15, ("small",)), (2e15, ("small",)), (4e15, ("small",))),
                 "checkpoint_steps": (200,),
                 "reference_draws": (8,),
                 "num_samples": (2, 4, 8, 12),
@@ -214,6 +243,10 @@ SCALES = {
                 "kl_weights": (0, 1e-4, 1e-2, 1e-1),
                 "latent_sizes": (32, 64, 256),
                 "sizes": _PAPER_SIZES,
+                "chunk_sizes": (1, 2, 4, 8),
+                "budgets": (
+                    (4e20, ("M",)), (8e20, ("M", "L")), (2e21, ("L", "XL")),
+                ),
                 "checkpoint_steps": (10000,),
                 "reference_draws": (8,),
                 "num_samples": (2, 4, 8, 12),
@@ -224,6 +257,7 @@ SCALES = {
             blocks=10**9,
             draws=8,
             needs_text=True,
+            devices=8,
         ),
     )
 }  # fmt: skip

@@ -16,6 +16,7 @@ from calm.experiments.runner import Record, all_cells, run_experiment, training_
 from calm.experiments.scales import SCALES
 from calm.experiments.studies import EXPERIMENTS
 from calm.experiments.studies.metric import pearson, spearman
+from calm.experiments.studies.scaling import best_arms, fit_scores
 from calm.experiments.verdicts import Verdict, difference, judge, select
 from calm.plan import described
 
@@ -226,6 +227,43 @@ def test_correlations():
     assert pearson(x, 3 - 2 * x) == pytest.approx(-1)
     assert spearman(x, x**5) == pytest.approx(1)
     assert spearman(np.array([1.0, 1.0, 2.0]), np.array([3.0, 3.0, 1.0])) == pytest.approx(-1)
+
+
+def scaling_result(arm, size, budget, score, *, parameters=1e6, tokens=1e6):
+    groups = [[row[0], 0.0, 0.0, 0.0, 10.0] for row in noisy(score, ord(arm[-1]) + size)]
+    values = {"held-out/brier1": score, "parameters": parameters, "training_tokens": tokens}
+    labels = {"arm": arm, "size": size, "budget": budget}
+    return Result(f"{arm}{size}{budget}", labels, 1, values, {"held-out/brier": groups})
+
+
+def test_the_best_arm_of_a_budget():
+    results = [
+        scaling_result(arm, size, budget, score)
+        for budget, scores in ((1e9, (0.1, 0.2, 0.4, 0.3)), (2e9, (0.5, 0.2, 0.45, 0.3)))
+        for (arm, size), score in zip(
+            [("K = 1", 1), ("K = 1", 2), ("K = 4", 1), ("K = 4", 2)], scores, strict=True
+        )
+    ]
+    first, second = best_arms(results)
+    assert (first["best"], first["size"], first["second"]) == ("K = 4", 1, "K = 1")
+    assert first["difference"] == pytest.approx(0.2, abs=0.02) and first["share"] > 0.99
+    low, high = first["interval"]
+    assert 0 < low < first["difference"] < high
+    assert (second["best"], second["size"]) == ("K = 1", 1)
+
+
+def test_the_fit_finds_its_own_law_and_holds_out_the_largest_budget():
+    def law(parameters, tokens):
+        return 0.1 + 0.02 * np.log10(parameters) + 0.03 * np.log10(tokens)
+
+    grid = [(1e5, 1e6, 1), (1e6, 1e6, 1), (1e5, 1e7, 2), (1e6, 1e7, 2), (3e6, 1e8, 3)]
+    results = [
+        scaling_result("K = 4", n, budget, law(p, t) + 0.05 * (budget == 3), parameters=p, tokens=t)
+        for n, (p, t, budget) in enumerate(grid)
+    ]
+    (row,) = fit_scores(results)
+    assert row["weights"] == pytest.approx([0.1, 0.02, 0.03]) and row["cells"] == 4
+    assert row["residual"] < 1e-9 and row["held_out"] == pytest.approx(0.05)
 
 
 # The command

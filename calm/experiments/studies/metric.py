@@ -15,17 +15,18 @@ LOSSES = {"baseline": "held-out/bits_per_token", "CALM": "held-out/energy"}
 
 def _cells(scale: Scale, seed: int) -> list[Cell]:
     cells = []
-    for size, calm, baseline in scale.grid["sizes"]:
-        every = {"save_strategy": "steps", "save_steps": scale.grid["checkpoint_steps"][0]}
+    for size, calm, baseline in scale.grid["sizes"][:2]:
+        step = scale.grid["checkpoint_steps"][0]
+        every = {"save_strategy": "steps", "save_steps": step, "save_total_limit": ""}
         models = {
             "baseline": scale.baseline(seed, config_overrides=baseline, **every),
             "CALM": scale.calm(seed, config_overrides=calm, **every),
         }
         for name, training in models.items():
             last = int(training.flags["max_steps"])
-            for step in range(every["save_steps"], last + 1, every["save_steps"]):
-                labels = {"model": name, "size": size, "step": step}
-                cells.append(Cell(labels, training, options={"checkpoint": step}, seed=seed))
+            for at in range(step, last + 1, step):
+                labels = {"model": name, "size": size, "step": at}
+                cells.append(Cell(labels, training, options={"checkpoint": at}, seed=seed))
     return cells
 
 
