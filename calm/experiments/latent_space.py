@@ -12,7 +12,7 @@ from calm.evaluation.brier import evaluating
 from calm.models import ContinuousTransformer
 from calm_kernels.noise import Stream, as_seed, normal
 
-__all__ = ["NOISE_SIZES", "LatentQuality", "latent_noise", "latent_quality"]
+__all__ = ["NOISE_SIZES", "LatentQuality", "latent_noise", "latent_quality", "unconditional_energy"]
 
 # Standard deviations of noise added to latents, in units of those of all latents of the text.
 NOISE_SIZES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -25,43 +25,53 @@ class LatentQuality:
 
     Attributes:
         accuracy: share of tokens reconstructed from drawn latents, for each of `NOISE_SIZES`.
-        collapsed: share of dimensions whose mean KL divergence is at most the floor.
         posterior_std: mean standard deviation of the posterior.
         spread: standard deviation of all latents, over chunks and dimensions: the unit of noise.
     """
 
     accuracy: dict[float, float]
-    collapsed: float
     posterior_std: float
     spread: float
 
 
 def latent_quality(model: ContinuousTransformer, blocks: Any) -> LatentQuality:
-    """Reconstruction, collapse and spread of the autoencoder of `model` on `blocks`.
+    """Reconstruction and spread of the autoencoder of `model`, over whole chunks of `blocks`."""
+    chunks, mean, std = _posteriors(model, blocks)
+    drawn = mean + std * _noise(mean, Stream.LATENT)
+    spread = drawn.std(0).square().mean().sqrt()
+    added = _noise(mean, Stream.PATH) * spread
+    accuracy = {
+        size: float((model.decode_latents(drawn + size * added) == chunks).float().mean())
+        for size in NOISE_SIZES
+    }
+    return LatentQuality(accuracy, float(std.mean()), float(spread))
 
-    Chunks count whose tokens all have labels.
+
+def unconditional_energy(model: ContinuousTransformer, blocks: Any) -> float:
+    """E|y - y'| of latents of different chunks of `blocks`.
+
+    That is the energy loss of a head that draws latents as often as the text has them, whatever the
+    context: what can be reached without reading.
     """
-    ids = torch.stack([torch.as_tensor(block["input_ids"]) for block in blocks])
-    labels = torch.stack([torch.as_tensor(block["labels"]) for block in blocks])
-    chunks = ids.view(-1, model.patch_size)
-    chunks = chunks[(labels.view(-1, model.patch_size) >= 0).all(-1)].to(model.device)  # [R, K]
+    _, mean, std = _posteriors(model, blocks)
+    drawn = mean + std * _noise(mean, Stream.LATENT)
+    order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(SEED))
+    shuffled = drawn[order.to(drawn.device)]
+    return float((shuffled - shuffled.roll(1, dims=0)).norm(dim=-1).mean())
+
+
+def _posteriors(model: ContinuousTransformer, blocks: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The chunks of `blocks` whose tokens all have labels ``[R, K]``; mean and std ``[R, L]``."""
+    size = model.patch_size
+    rows = [(torch.as_tensor(block["input_ids"]), torch.as_tensor(block["labels"]))
+            for block in blocks]  # fmt: skip
+    ids, labels = (torch.cat(column).view(-1, size) for column in zip(*rows, strict=True))
+    chunks = ids[(labels >= 0).all(-1)].to(model.device)
     autoencoder: Any = model.ae_model
     with evaluating(model):
-        mean, log_std = autoencoder.encoder(input_ids=chunks).squeeze(1).chunk(2, dim=-1)  # [R, L]
-        drawn = mean + log_std.exp() * _noise(mean, Stream.LATENT)
-        spread = drawn.std(0).square().mean().sqrt()
-        added = _noise(mean, Stream.PATH) * spread
-        accuracy = {
-            size: float((model.decode_latents(drawn + size * added) == chunks).float().mean())
-            for size in NOISE_SIZES
-        }
-    kl = 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std)
-    return LatentQuality(
-        accuracy=accuracy,
-        collapsed=float(autoencoder.collapsed(kl.mean(0))),
-        posterior_std=float(log_std.exp().mean()),
-        spread=float(spread),
-    )
+        states = autoencoder.encoder(input_ids=chunks).squeeze(1).float()
+    mean, log_std = states.chunk(2, dim=-1)
+    return chunks, mean, log_std.exp()
 
 
 @contextmanager

@@ -7,17 +7,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from calm.data.options import CorpusOptions
-from calm.evaluation.brier import evaluating
-from calm.evaluation.energy import ENERGY_TERMS, energy_sums
+from calm.evaluation.measures import measure_text
 from calm.evaluation.protocol import summarise
 from calm.evaluation.scores import TextScores, score_text
 from calm.evaluation.text import scored_blocks
-from calm.experiments.latent_space import latent_noise, latent_quality
+from calm.experiments.latent_space import latent_noise, latent_quality, unconditional_energy
 from calm.experiments.scales import Scale
 from calm.experiments.trained import Trained
 from calm.models import BaselineTransformer
@@ -107,7 +105,7 @@ def language_model(
     sampling_steps: int | None = None,
     multiples_of: int = 1,
 ) -> Measured:
-    """BrierLM and its parts on each text, and what the model's own loss is there.
+    """BrierLM and its parts on each text, and `measure_text`: the model's own loss and more.
 
     Args:
         trained: a CALM or the baseline.
@@ -125,7 +123,7 @@ def language_model(
     for name in texts.options:
         blocks = texts.blocks(name, trained, model, scale.blocks)
         _add_brier(measured, name, model, blocks, scale.draws, multiples_of)
-        _add_loss(measured, name, model, blocks)
+        _add_diagnostics(measured, name, model, blocks)
     return measured
 
 
@@ -143,9 +141,7 @@ def latent_space(trained: Trained, texts: Texts, scale: Scale) -> Measured:
         with latent_noise(model, NOISE * found.spread):
             noisy = score_text(model, blocks, num_samples=scale.draws, skip_repeats=True)
         values = {
-            "accuracy": found.accuracy[0.0],
-            "accuracy_noisy": found.accuracy[NOISE],
-            "collapsed": found.collapsed,
+            "reconstruction_noisy": found.accuracy[NOISE],
             "posterior_std": found.posterior_std,
             "brier1_noisy": summarise(noisy).brier["brier1"],
         }
@@ -165,18 +161,18 @@ def _add_brier(
     measured.groups[f"{text}/brier"] = _rows(*scores.grouped(blocks.block_size))
 
 
-def _add_loss(measured: Measured, text: str, model: Any, blocks: Any) -> None:
-    """The energy score of a CALM and what it lies between, or the baseline's cross-entropy."""
+def _add_diagnostics(measured: Measured, text: str, model: Any, blocks: Any) -> None:
+    """What `measure_text` says, and what a model without context could reach."""
+    found = measure_text(model, blocks)
+    values = found.values()
     if isinstance(model, BaselineTransformer):
-        measured.values[f"{text}/bits_per_token"] = bits_per_token(model, blocks)
-        return
-    sums, counts = energy_sums(model, blocks)
-    means = dict(zip(ENERGY_TERMS, (sums.sum(0) / counts.sum()).tolist(), strict=True))
-    names = {"energy": "energy", "floor": "energy_floor", "other_context": "energy_other_context",
-             "unconditional": "energy_unconditional"}  # fmt: skip
-    measured.values.update({f"{text}/{names[key]}": means[key] for key in names})
-    measured.values[f"{text}/energy_excess"] = means["energy"] - means["floor"]
-    measured.groups[f"{text}/energy"] = _rows(sums[:, :1], counts)
+        values["bits_per_token"] = values["cross_entropy"] / math.log(2)
+    else:
+        values["unconditional"] = unconditional_energy(model, blocks)
+        energy = found.scores.names.index("energy")
+        sums, counts = found.scores.grouped(blocks.block_size)
+        measured.groups[f"{text}/energy"] = _rows(sums[:, energy : energy + 1], counts)
+    measured.values.update({f"{text}/{name}": value for name, value in values.items()})
 
 
 def _brier_values(text: str, scores: TextScores) -> dict[str, Any]:
@@ -192,21 +188,6 @@ def _rows(sums: Tensor, counts: Tensor) -> list[list[float]]:
     """``[sum, ..., count]`` of each group, rounded."""
     pairs = zip(sums.tolist(), counts.tolist(), strict=True)
     return [[*(round(value, DIGITS) for value in row), count] for row, count in pairs]
-
-
-def bits_per_token(model: BaselineTransformer, blocks: Any) -> float:
-    """Cross-entropy of the next token over `blocks`, in bits."""
-    total, count = 0.0, 0
-    with evaluating(model):
-        for block in blocks:
-            ids, labels = (
-                torch.as_tensor(block[name])[None].to(model.device)
-                for name in ("input_ids", "labels")
-            )
-            counts = model.loss_counts(labels)
-            total += float(model(ids, labels=labels, loss_counts=counts).loss) * int(counts)
-            count += int(counts)
-    return total / count / math.log(2)
 
 
 Measure = Callable[..., Measured]

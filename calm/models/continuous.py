@@ -280,7 +280,9 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
         """`forward` of the subclasses; `draws` are the arguments of their heads' losses."""
         if labels is None:
             return CALMOutput(last_hidden_state=self._hidden_states(input_ids))
-        hidden, posterior = self.predicted(input_ids, labels)
+        targets = self._targets(input_ids, labels)
+        posterior = self._posterior(input_ids[:, self.patch_size :], targets)
+        hidden = self._hidden_states(input_ids[:, : -self.patch_size])  # [B, S, H]
         address: dict[str, Any] = {
             "seed": as_seed(seed, hidden.device), "first_row": first_row * hidden.shape[1],
         }  # fmt: skip
@@ -290,19 +292,8 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
             samples = result.samples
             if samples is None:
                 samples = self.generative_head.sample(hidden, sample_noise, BRIER_DRAWS, **address)
-            self._add_brier(output, samples[:BRIER_DRAWS], labels[:, self.patch_size :])
+            self._add_brier(output, samples[:BRIER_DRAWS], targets)
         return output
-
-    def predicted(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Posterior]:
-        """Hidden states before the predicted chunks ``[B, S, H]``, and what they predict.
-
-        Args:
-            input_ids: ``[B, P*K]``, at least two chunks.
-            labels: likewise, -100 where a token does not count.
-        """
-        targets = self._targets(input_ids, labels)
-        posterior = self._posterior(input_ids[:, self.patch_size :], targets)
-        return self._hidden_states(input_ids[:, : -self.patch_size]), posterior
 
     def _losses(self, result: HeadLoss, weight: Tensor, loss_counts: Tensor | None) -> CALMOutput:
         names, counts = ("loss", "fidelity", "diversity"), weight.sum(1)

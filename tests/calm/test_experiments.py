@@ -76,7 +76,7 @@ def test_results_are_finite_and_hold_what_comparisons_need(finished):
         numbers = [value for value in result.values.values() if isinstance(value, float)]
         assert np.isfinite(numbers).all()
         assert result.values["training_flops"] > 1e8
-        assert result.values["held-out/energy"] > result.values["held-out/energy_floor"] > 0
+        assert result.values["held-out/energy"] > result.values["held-out/floor"] > 0
         sums = torch.tensor(result.groups["held-out/brier"])
         means = sums[:, :4].sum(0) / sums[:, 4].sum()
         assert means[0].item() == pytest.approx(result.values["held-out/brier1"], abs=1e-5)

@@ -90,8 +90,8 @@ AUTOENCODER = Experiment(
     question="What must an autoencoder be like for the language model on it to be good?",
     cells=_cells,
     columns=(
-        "held-out/accuracy", "held-out/accuracy_noisy", "held-out/collapsed",
-        "held-out/posterior_std", "held-out/energy_excess", *BRIER_COLUMNS, "held-out/brier1_noisy",
+        "held-out/reconstruction", "held-out/reconstruction_noisy", "held-out/collapsed",
+        "held-out/posterior_std", "held-out/excess", *BRIER_COLUMNS, "held-out/brier1_noisy",
     ),
     panels=_panels,
     claims=_claims,

@@ -28,7 +28,7 @@ def _plateaus(results: Sequence[Result]) -> str:
     lines = ["| start | optimizer | seed | unconditional score | steps until below it |",
              "|---|---|---|---|---|"]  # fmt: skip
     for result in results:
-        level = result.values["held-out/energy_unconditional"]
+        level = result.values["held-out/unconditional"]
         below = [entry["step"] for entry in result.curve if entry["loss"] < (1 - NEAR) * level]
         left = f"{below[0]:.0f}" if below else f"more than {result.curve[-1]['step']:.0f}"
         labels = " | ".join(map(str, (*result.labels.values(), result.seed)))
