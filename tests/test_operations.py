@@ -23,7 +23,7 @@ SHOWS = {
     "has its folder in the tree": "  {folder}/ ",
     "defines kernels": r"@triton\.jit",
     "defines cases": r"def cases\(",
-    "has a Shape of it": r"\b{folder}\.Shape\(",
+    "has shapes for the interpreter": r"\bTINY = \[\s*Shape\(",
 }
 # (step of CONTRIBUTING.md, file, what it must show)
 PARTS = [
@@ -44,7 +44,7 @@ PARTS_OF_TRITON = [
     (6, "tests/triton/test_interpreted_{folder}*.py", "calls it"),
     (6, "tests/gpu/test_gpu_{folder}*.py", "calls it"),
     (7, "benchmarks/gpu/{folder}.py", "calls it"),
-    (7, "tests/triton/test_interpreted_benchmark.py", "has a Shape of it"),
+    (7, "benchmarks/gpu/{folder}.py", "has shapes for the interpreter"),
 ]
 
 
