@@ -155,6 +155,18 @@ def test_the_energy_loss_is_the_models_own():
     assert found["excess"] > 0
 
 
+def test_the_gap_of_a_model_compares_it_with_another_position():
+    text = blocks(2)
+    scores = measure_text(tiny_calm(), text).scores
+    gap = scores.terms[:, scores.names.index("conditioning_gap")]
+    assert (gap != 0).all()
+    short = [{"input_ids": block, "labels": block.clone()} for block in text]
+    for block in short:
+        block["labels"][8:] = -100  # one position, and no other
+    assert measure_text(tiny_calm(), short).values()["conditioning_gap"] == 0
+    assert measure_text(tiny_calm("flow"), text).values()["conditioning_gap"] == 0  # untrained
+
+
 def test_two_models_on_one_autoencoder_are_paired():
     first, second = tiny_calm(), tiny_calm()
     with torch.no_grad():
