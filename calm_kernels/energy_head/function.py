@@ -58,22 +58,20 @@ def energy_head_triton(
         if seeds.dim() == 2 and len(seeds) != len(hidden):
             raise ValueError(f"seed has {len(seeds)} rows for {len(hidden)} rows of noise")
         start = as_first_row(first_row, hidden.device)
-    parameters = flatten_parameters(head)
+    # Here and not in the operator, whose backward pass would cast every weight again.
+    hidden = hidden.to(dtype)
+    parameters = [_cast(parameter, dtype) for parameter in flatten_parameters(head)]
     needed = [hidden, *parameters] if noise is None else [hidden, noise, *parameters]
     save = _SAVE_NOTHING
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed):
         save = _SAVE_STREAMS if recompute else _SAVE_ALL
-    latent, _ = _forward_op(
-        hidden, noise, parameters, seeds, start, num_draws, noise_scale, dtype, save
-    )
+    latent, _ = _forward_op(hidden, noise, parameters, seeds, start, num_draws, noise_scale, save)
     return latent.unflatten(0, (hidden.shape[0], num_draws)).transpose(0, 1)
 
 
-def _cast(parameters: list[Tensor], dtype: torch.dtype) -> HeadParameters:
-    """Weights in the dtype of the matmuls, vectors as they are."""
-    return unflatten_parameters(
-        [(p.to(dtype) if p.dim() == 2 else p).contiguous() for p in parameters]
-    )
+def _cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in the dtype of the matmuls, a vector as it is."""
+    return (parameter.to(dtype) if parameter.dim() == 2 else parameter).contiguous()
 
 
 def _noise(
@@ -92,14 +90,13 @@ def _forward_op(
     first_row: Tensor | None,
     num_draws: int,
     noise_scale: float,
-    dtype: torch.dtype,
     save: int,
 ) -> tuple[Tensor, list[Tensor]]:
     """Latents ``[R N, L]``, and what the backward pass needs."""
     inputs = (
-        hidden.to(dtype),
+        hidden,
         _noise(hidden, noise, seed, first_row, num_draws, noise_scale),
-        _cast(parameters, dtype),
+        unflatten_parameters(parameters),
     )
     with torch.cuda.device_of(hidden):
         if not save and fuses_head(len(hidden) * num_draws, hidden.shape[1]):
@@ -126,36 +123,29 @@ def _backward_op(
     need_noise: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
     """Gradients of hidden states, noise ``[R N, Z]``, weights, vectors and the last bias."""
-    dtype = dlatent.dtype
-    head = _cast(parameters, dtype)
+    head = unflatten_parameters(parameters)
     with torch.cuda.device_of(hidden):
         found = backward_pass(
             dlatent,
-            hidden.to(dtype),
+            hidden,
             _noise(hidden, noise, seed, first_row, num_draws, noise_scale),
             head,
             SavedActivations.of(saved, len(head.blocks)),
             need_noise=need_noise,
         )
-    weights = [parameter for parameter in parameters if parameter.dim() == 2]
-    matrices = [
-        gradient.to(weight.dtype) for gradient, weight in zip(found.matrices, weights, strict=True)
-    ]
-    dhidden = found.hidden.to(hidden.dtype)
-    return dhidden, found.noise, matrices, found.vectors, found.output_bias
+    return found.hidden, found.noise, found.matrices, found.vectors, found.output_bias
 
 
 @_forward_op.register_fake
 def _(
     hidden: Tensor, noise: Tensor | None, parameters: list[Tensor],
-    seed: Tensor | None, first_row: Tensor | None, num_draws: int, noise_scale: float,
-    dtype: torch.dtype, save: int,
+    seed: Tensor | None, first_row: Tensor | None, num_draws: int, noise_scale: float, save: int,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     head = unflatten_parameters(parameters)
     num_positions, width = hidden.shape
     num_rows, num_blocks = num_positions * num_draws, len(head.blocks)
 
-    def empty(rows: int, columns: int, kind: torch.dtype = dtype) -> Tensor:
+    def empty(rows: int, columns: int, kind: torch.dtype | None = None) -> Tensor:
         return hidden.new_empty(rows, columns, dtype=kind)
 
     saved: list[Tensor] = []
@@ -193,6 +183,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
     hidden, noise, parameters, seed, first_row, ctx.num_draws, ctx.noise_scale, *_ = inputs
     _, saved = output
     ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)  # zeros in place of gradients of all that is saved
     ctx.num_parameters = len(parameters)
     ctx.save_for_backward(hidden, noise, seed, first_row, *parameters, *saved)
 
@@ -215,7 +206,7 @@ def _backward(ctx: Any, dlatent: Tensor, _: list[Tensor]) -> tuple[Any, ...]:
     ]
     if need_noise:
         dnoise = dnoise.unflatten(0, (len(hidden), ctx.num_draws)).transpose(0, 1).to(noise.dtype)
-    return dhidden, dnoise if need_noise else None, gradients, *[None] * 6
+    return dhidden, dnoise if need_noise else None, gradients, *[None] * 5
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)

@@ -82,9 +82,10 @@ def test_the_energy_head_as_its_kernels_save_it(blocks, recompute):
     model.config.num_mlp_layers = blocks
     head = type(model.generative_head)(model.config).to("meta")
     parameters = flatten_parameters(gather_parameters(parameters_by_name(head)))
-    hidden, seed = torch.zeros(30, 32, device="meta"), torch.zeros(2, device="meta").long()
+    hidden = torch.zeros(30, 32, device="meta", dtype=torch.bfloat16)
+    seed = torch.zeros(2, device="meta").long()
     _, saved = _forward_op(
-        hidden, None, parameters, seed, seed[0], 5, 1.0, torch.bfloat16,
+        hidden, None, parameters, seed, seed[0], 5, 1.0,
         _SAVE_STREAMS if recompute else _SAVE_ALL,
     )  # fmt: skip
     again = 30 * 5 * 2 * (4 + 1) * 32 if recompute else 0

@@ -202,7 +202,7 @@ def test_the_operators_keep_their_contract(generator):
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     operator = torch.ops.calm_kernels.energy_head.default
     for keep in (0, 1, 2):
-        arguments = (hidden, drawn, parameters, *source, 2, 1.0, torch.float32, keep)
+        arguments = (hidden, drawn, parameters, *source, 2, 1.0, keep)
         torch.library.opcheck(operator, arguments, test_utils=tests[:: 1 if keep else 2])
     with torch.no_grad():
         latent, kept = operator(*arguments)
