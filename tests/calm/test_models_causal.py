@@ -7,6 +7,10 @@ import torch.nn.functional as F
 from tiny_models import prompt, tiny_baseline, tiny_calm
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_cases import make_trainer
+
+from calm.decoding.engine.decode_step import DecodeState, decode_step
+from calm.decoding.sampling.methods import build_method
 
 LANGUAGE_MODELS = ["energy", "diffusion", "flow", "baseline"]
 HOST_READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero"}
@@ -63,6 +67,45 @@ def test_a_training_step_reads_nothing_from_the_device(kind):
         training_step(model, tiny.tokens().to("meta"))
     assert len(operations.names) > 100
     assert not HOST_READS.intersection(operations.names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "temperature"),
+    [
+        ("energy", "direct", 1.0),
+        ("flow", "direct", 1.0),  # diffusion takes its steps with the same code
+        ("energy", "batch", 0.5),
+        ("energy", "medoid", 0.5),
+        ("energy", "noise_scale", 0.5),
+        ("baseline", "direct", 1.0),
+    ],
+)
+@torch.no_grad()
+def test_a_decode_step_reads_nothing_from_the_device(kind, method, temperature):
+    model = language_model(kind, vocab_size=31).eval().to("meta")
+    chosen = build_method(method=method, temperature=temperature, num_samples=10)
+    predictor = model.make_predictor(chosen, temperature)
+    state = DecodeState.allocate(predictor, batch_size=2, capacity=16, is_fixed=True)
+    with Operations() as operations:
+        decode_step(state)
+    assert len(operations.names) > 50
+    assert not HOST_READS.intersection(operations.names)
+
+
+def test_a_trainer_reads_no_more_from_the_device_in_more_steps(tmp_path):
+    """Gradient norm, optimizer, schedule and losses that are kept, too; reading is for logs."""
+    reads = []
+    for steps in (1, 4):
+        settings = {"max_steps": steps, "gradient_accumulation_steps": 2, "logging_steps": 100}
+        model = tiny.model(targets="sample")
+        trainer = make_trainer(
+            model, tmp_path, sequences=64, per_device_train_batch_size=2, **settings
+        )
+        with Operations() as operations:
+            trainer.train()
+        reads.append(sum(name in HOST_READS for name in operations.names))
+        assert operations.names.count("aten::_fused_adamw_") == 2 * steps  # two groups of weights
+    assert reads[0] == reads[1] > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*activation_checkpointing_enable")  # no name fits all versions
