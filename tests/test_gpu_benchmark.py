@@ -21,6 +21,7 @@ from benchmarks.gpu import (
     parity,
     races,
     run,
+    suite,
     training_step,
 )
 from benchmarks.gpu.ceilings import Ceilings, measure_ceilings
@@ -168,7 +169,7 @@ def test_what_is_not_installed_is_a_row():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("program", [run, decoding, training_step, parity, races, counters])
+@pytest.mark.parametrize("program", [run, decoding, training_step, parity, races, counters, suite])
 def test_without_a_gpu(program, capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     flags = ["--output", str(tmp_path), *(["--op", "energy_score"] * (program is parity))]
@@ -176,6 +177,38 @@ def test_without_a_gpu(program, capsys, monkeypatch, tmp_path):
         with pytest.raises(SystemExit, match="2"):
             program.main(flags + tiny)
         assert reason in capsys.readouterr().err
+
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.gpu.test_a" name="good" time="1.5"/>
+<testcase classname="tests.gpu.test_a" name="bad" time="2">
+<failure message="no parity">line</failure></testcase>
+<testcase classname="tests.gpu.test_b" name="none" time="0"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_failed_tests_are_rows(monkeypatch, tmp_path):
+    """Also where the tests are killed before they have written what they found."""
+    commands = []
+
+    def started(command, **options):
+        commands.append(command)
+        (tmp_path / "junit.xml").write_text(JUNIT)
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(suite, "read_device", lambda parser, arguments: "cuda")
+    monkeypatch.setattr(suite.subprocess, "run", started)
+    for has_xdist in (True, False):
+        monkeypatch.setattr(suite, "find_spec", lambda name, has_xdist=has_xdist: has_xdist or None)
+        assert suite.main(["--output", str(tmp_path)]) == 1
+        assert ("-n" in commands[-1]) is has_xdist and "tests/gpu" in commands[-1]
+    both = json.loads((tmp_path / "tests.json").read_text())["rows"]
+    assert both == [
+        {"test": "all", "passed": 1, "failed": 1, "skipped": 1, "seconds": 3.5},
+        {"test": "tests.gpu.test_a::bad", "error": "no parity\nline"},
+    ]
+    (tmp_path / "junit.xml").write_text(JUNIT[:50])
+    assert suite.read_junit(tmp_path / "junit.xml") == suite.read_junit(tmp_path / "none") == []
 
 
 # Captures, on a device that only takes note

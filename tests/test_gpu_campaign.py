@@ -83,6 +83,20 @@ def test_children_end_with_their_stage(tmp_path):
         time.sleep(0.05)
 
 
+def test_a_server_that_has_touched_cuda_costs_an_import_not_a_stage(tmp_path):
+    """CUDA does not survive a fork: the stage then starts an interpreter of its own."""
+    code = (
+        "import sys, torch\n"
+        "torch.cuda._is_in_bad_fork = lambda: True\n"
+        "from benchmarks.gpu.processes import _execute\n"
+        "said = 'import sys; print(sys.argv[1:], \"torch\" in sys.modules)'\n"
+        "_execute('tests.stage_program', (said, 'word'), sys.argv[1])"
+    )
+    log = tmp_path / "log.txt"
+    subprocess.run([sys.executable, "-c", code, str(log)], cwd=campaign.ROOT, check=True)
+    assert log.read_text() == "['word'] False\n"
+
+
 def test_resuming_keeps_what_has_passed(tmp_path):
     counter = "open(sys.argv[1] + '/../count', 'a').write('x')\n"
     passing = python("good", WRITE + counter)

@@ -15,6 +15,8 @@ from calm_kernels.linear_cross_entropy import api
 
 # Operators that read from the device, or copy to it from ordinary memory.
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::lift_fresh"}
+# of torch.compile's imports
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 WORKS = [
     (name, number) for name, module in operations().items() for number in range(len(module.TINY))
 ]
@@ -40,9 +42,6 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(pairs, "MIN_MATMUL_WIDTH", 2**62)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.torch.jit.script_method. is deprecated"
-)  # torch.compile's imports
 @pytest.mark.parametrize(("name", "number"), WORKS)
 def test_works(name, number, as_on_a_gpu):
     torch.manual_seed(0)
@@ -58,6 +57,18 @@ def test_works(name, number, as_on_a_gpu):
         assert all(torch.isfinite(value).all() for value in results)
         assert not (work.can_capture and waits.found), (work.name, waits.found)
     assert len(seen) == len(set(seen)) > 2
+
+
+@pytest.mark.parametrize("name", operations())
+def test_compiled_baselines(name):
+    """As they are before a compiler has seen them; there is one of everything but a host's loop."""
+    shapes = operations()[name].TINY[:1]
+    with torch.compiler.set_stance("force_eager"):
+        found = list(operations()[name].works(shapes, "cpu", compiled=True))
+        for work in found:
+            work.run(0)
+    compiled = ["torch.compile" in work.name for work in found]
+    assert any(compiled) is (name != "agreeing_patch")
 
 
 @pytest.mark.parametrize("name", counters.CASES)
