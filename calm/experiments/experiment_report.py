@@ -47,7 +47,7 @@ def results_table(experiment: Experiment, results: Sequence[Result]) -> str:
         "|" + "---|" * (len(labels) + len(experiment.columns)),
     ]
     for group in _by_cell(results):
-        cells = [str(group[0].labels.get(name, "")) for name in labels]
+        cells = [_label(group[0].labels.get(name, "")) for name in labels]
         cells += [_value(name, [result.values for result in group]) for name in experiment.columns]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -110,6 +110,10 @@ def _value(name: str, values: Sequence[Mapping[str, Any]]) -> str:
     if len(found) == 1 or low == high:
         return _number(mean)
     return f"{_number(mean)} [{_number(low)}, {_number(high)}]"
+
+
+def _label(value: Any) -> str:
+    return _number(value) if isinstance(value, float) else str(value)
 
 
 def _number(value: float) -> str:
