@@ -78,9 +78,9 @@ def _score(what: str, quoted: str, targets: str, spread: float) -> Modelled:
     return Modelled("energy_score", what, quoted, "gaussian, forward + gradient", name, shape)
 
 
-def _argmax(rows: int, quoted: str) -> Modelled:
+def _argmax(rows: int, kind: str, quoted: str) -> Modelled:
     shape = {"rows": rows, "vocab_size": 128_256, "hidden_size": 512}
-    what = f"{rows} rows, V = 128,256, H = 512, floor"
+    what = f"{rows} rows, V = 128,256, H = 512, {kind}"
     return Modelled("linear_argmax", what, quoted, "forward", "triton", shape)
 
 
@@ -95,8 +95,9 @@ MODELLED = [
     *_decode(768, "57 µs", "115 µs"),
     *_decode(1024, "63 µs", "121 µs"),
     *_decode(2560, "130 µs", "188 µs"),
-    _argmax(4, "30.5 µs"),
-    _argmax(800, "133 µs"),
+    _argmax(4, "floor", "30.5 µs"),
+    _argmax(800, "floor", "133 µs"),
+    _argmax(800, "reads through L2", "196 µs"),
     Modelled(
         "linear_cross_entropy", "32,768 rows, V = 128,256, H = 512, matmuls alone", "16.3 ms",
         "forward + gradients", "triton",
