@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         return temperature_flags.run(args)
     from transformers.utils.logging import disable_progress_bar
 
-    from calm.experiments.experiment_report import write_report
+    from calm.experiments.experiment_report import write_index, write_report
     from calm.experiments.measures import Texts
     from calm.experiments.runner import all_cells, run_experiment, training_commands
     from calm.experiments.studies import EXPERIMENTS
@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
     texts = Texts(scale.autoencoder().flags, args.test_file, experiment.texts)
     record = run_experiment(experiment, scale, texts, root, progress=_bar)
     print(write_report(experiment, scale, record, root / experiment.name))
+    write_index(list(EXPERIMENTS.values()), scale, root)
     print(f"{root / experiment.name}: results.json, report.md and report.png")
     return 0
 

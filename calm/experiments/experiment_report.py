@@ -6,11 +6,11 @@ from typing import Any
 
 from calm.experiments.experiment import Experiment, Result
 from calm.experiments.experiment_plot import plot_experiment
-from calm.experiments.runner import Record
+from calm.experiments.runner import RESULTS, Record
 from calm.experiments.scales import Scale
 from calm.experiments.verdicts import Verdict, judge
 
-__all__ = ["claim_rows", "results_table", "to_report", "write_report"]
+__all__ = ["claim_rows", "results_table", "to_report", "write_index", "write_report"]
 
 PERCENT = ("brier1", "brier2", "brier3", "brier4")
 
@@ -21,6 +21,29 @@ def write_report(experiment: Experiment, scale: Scale, record: Record, folder: P
     page = to_report(experiment, scale, record)
     (folder / "report.md").write_text(page, encoding="utf-8")
     return page
+
+
+def write_index(experiments: Sequence[Experiment], scale: Scale, root: Path) -> None:
+    """Write ``README.md`` in `root`: every experiment that has results there, and every claim."""
+    lines = [
+        "# Experiments",
+        f"Scale `{scale.name}`: {scale.about}. A claim is judged on paired differences; "
+        "`calm.experiments.verdicts` says how.",
+    ]
+    rows = ["| experiment | source | claim | here | difference, better minus worse |",
+            "|---|---|---|---|---|"]  # fmt: skip
+    for experiment in experiments:
+        path = root / experiment.name / RESULTS
+        if not path.is_file():
+            continue
+        lines.append(f"- [{experiment.name}]({experiment.name}/report.md): {experiment.question}")
+        results = Record.read(path).results
+        rows += [
+            f"| {experiment.name} | {' | '.join(row)} |"
+            for row in claim_rows(experiment, scale, results)
+        ]
+    page = "\n\n".join([*lines[:2], "\n".join(lines[2:]), "\n".join(rows)])
+    (root / "README.md").write_text(page + "\n", encoding="utf-8")
 
 
 def to_report(experiment: Experiment, scale: Scale, record: Record) -> str:
@@ -56,9 +79,15 @@ def results_table(experiment: Experiment, results: Sequence[Result]) -> str:
 def claim_rows(
     experiment: Experiment, scale: Scale, results: Sequence[Result]
 ) -> list[tuple[str, str, Verdict, str]]:
-    """Source, claim, verdict and evidence of every claim."""
+    """Source, claim, verdict and evidence of every claim whose cells have results."""
     rows = []
     for claim in experiment.claims(scale):
+        has_results = [
+            any(result.matches(labels) for result in results)
+            for labels in (claim.better, claim.worse)
+        ]
+        if not all(has_results):
+            continue
         verdict, found = judge(claim, results)
         seeds = found[0].seeds
         evidence = "; ".join(map(str, found)) + f" ({seeds} seed{'s' * (seeds > 1)})"

@@ -10,7 +10,7 @@ from cli_cases import calm, error_of
 
 from calm.errors import UserError
 from calm.experiments.experiment import Cell, Claim, Experiment, Panel, Result
-from calm.experiments.experiment_report import results_table, write_report
+from calm.experiments.experiment_report import results_table, write_index, write_report
 from calm.experiments.measures import MEASURES, Texts
 from calm.experiments.runner import Record, all_cells, run_experiment, training_commands
 from calm.experiments.scales import SCALES
@@ -98,6 +98,14 @@ def test_the_report_says_what_was_run(finished, tmp_path):
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "2 cells" in page and "embedded:topics" in page and "| zero |" in page
     assert any(f"| nobody | scaled is better | {verdict} |" in page for verdict in Verdict)
+
+
+def test_the_index_has_every_claim(finished):
+    root, _, _ = finished
+    write_index([SMALL, replace(SMALL, name="never run")], TINY, root)
+    page = (root / "README.md").read_text(encoding="utf-8")
+    assert "[small](small/report.md): Does it run?" in page and "never run" not in page
+    assert page.count("| small | nobody | scaled is better |") == 1
 
 
 def test_results_of_another_configuration_are_refused(finished):
