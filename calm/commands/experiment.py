@@ -2,12 +2,14 @@
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from calm.commands import temperature_flags
 from calm.commands.text_flags import hide_bars_without_terminal
 from calm.errors import UserError
+from calm.ranges import SEED, number
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -62,6 +64,13 @@ def _add_grid_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--test-file", metavar="FILES", help="further text to score on, all of it")
     parser.add_argument(
+        "--seeds",
+        type=number(int, SEED),
+        nargs="+",
+        metavar="S",
+        help="a repetition of every cell for each (default: the scale's); more can be added later",
+    )
+    parser.add_argument(
         "--output-dir",
         default=os.path.join("runs", "experiments"),
         metavar="DIR",
@@ -106,6 +115,8 @@ def _scale(args: argparse.Namespace) -> Any:
     from calm.experiments.scales import SCALES
 
     scale: Any = SCALES[args.scale]
+    if args.seeds:
+        scale = replace(scale, seeds=tuple(args.seeds))
     flags: dict[str, str] = {}
     if args.train_file:
         flags |= {"dataset_name": "", "train_file": args.train_file}

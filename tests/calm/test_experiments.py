@@ -287,4 +287,7 @@ def test_mistakes(capsys):
 def test_list_trains_nothing(tmp_path, capsys):
     assert calm("experiment", "loss", "--list", "--output-dir", tmp_path / "out") == 0
     lines = capsys.readouterr().out.splitlines()
+    assert calm("experiment", "loss", "--list", "--seeds", 5, 6) == 0
+    both = capsys.readouterr().out
+    assert both.count("--seed=5") == both.count("--seed=6") == 6
     assert len(lines) == 7 and not (tmp_path / "out").exists()
