@@ -12,6 +12,7 @@ chooses the head's kernels. Weights have gradients already, as in all micro-batc
 
 import argparse
 import json
+import re
 import sys
 from bisect import bisect_right
 from collections import Counter
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._inductor.utils import run_and_get_code
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,6 +38,7 @@ from calm import EnergyTransformer
 from calm.decoding.engine.decode_step import DecodeState, decode_step
 from calm.decoding.sampling.methods import build_method
 from calm.models import baseline
+from calm.models.backbone import compile_layers
 from calm.models.heads import energy
 from calm_kernels.linear_cross_entropy import api
 
@@ -283,6 +286,24 @@ def counted(stub: Any) -> Iterator[tuple[str, Launches]]:
     yield "decode step, baseline", decoding(token_model, 1.0, stub)
 
 
+def compiled_layer() -> dict[str, int]:
+    """Kernels that inductor calls for a layer, as it compiles for a CPU; takes half a minute."""
+    model = make_baseline(replace(NARROW, baseline_layers=1), "cpu", torch.float32).train()
+    compile_layers(model)
+    inputs = torch.zeros(BATCH, CHUNKS, NARROW.baseline_hidden_size, requires_grad=True)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        hidden.float().sum().backward()
+
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(step)
+    calls = r"(?:extern_kernels\.|torch\.ops\.aten\.|cpp_fused)[\w.]*\("
+    found = [len(re.findall(calls, code[code.index("def call") :])) for code in codes]
+    return dict(zip(("forward", "backward"), found, strict=True))
+
+
 def versions() -> dict[str, str]:
     """What decides counts, besides this project."""
     return {name: version(name).partition("+")[0] for name in ("torch", "transformers")}
@@ -291,7 +312,7 @@ def versions() -> dict[str, str]:
 def section(results: dict[str, Any]) -> str:
     """The tables in Markdown."""
     tables = []
-    for title, parts in results["counts"].items():
+    for title, parts in (results["counts"] | results["compiled"]).items():
         once = {part: count for part, count in parts.items() if part == OPTIMIZER}
         total = sum(parts.values()) - sum(once.values())
         rows = {part: count for part, count in parts.items() if part not in once}
@@ -342,6 +363,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.check:
         return _check(json.loads(RESULTS.read_text(encoding="utf-8")))
     results: dict[str, Any] = {"versions": versions(), "counts": {}}
+    results["compiled"] = {"one layer of the backbone, compiled": compiled_layer()}
     with stub_launches() as stub:
         for title, launches in counted(stub):
             results["counts"][title] = dict(launches.counts)
