@@ -79,12 +79,18 @@ class Texts:
         return blocks
 
 
-def cost_of(trained: Trained) -> dict[str, Any]:
-    """Parameters and operations of a model (see `calm.flops`), and the hash of its text."""
+def cost_of(trained: Trained, checkpoint: int | None = None) -> dict[str, Any]:
+    """Parameters and operations of a model (see `calm.flops`), and the hash of its text.
+
+    Args:
+        trained: the model.
+        checkpoint: step of the weights that are meant; None for the final ones.
+    """
     model, protocol = trained.load(), trained.protocol()
     settings = protocol["training"]
+    steps = checkpoint or settings["max_steps"]
     batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
-    tokens = settings["max_steps"] * batch * settings["world_size"] * protocol["block_size"]
+    tokens = steps * batch * settings["world_size"] * protocol["block_size"]
     flops = trained.flops(model)
     learned = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     return {

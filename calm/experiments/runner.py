@@ -136,7 +136,11 @@ def _run(cell: Cell, scale: Scale, texts: Texts, models: Path) -> Result:
     began = time.perf_counter()
     trained = ensure_trained(cell.training, models)
     measured = MEASURES[cell.measure](trained, texts, scale, **cell.options)
-    values = {**cost_of(trained), **measured.values, "seconds": time.perf_counter() - began}
+    values = {
+        **cost_of(trained, cell.options.get("checkpoint")),
+        **measured.values,
+        "seconds": time.perf_counter() - began,
+    }
     return Result(
         key=cell.key, labels=dict(cell.labels), seed=cell.seed, values=values,
         groups=measured.groups, curve=measured.curve,
