@@ -92,7 +92,10 @@ def _choose_text(args: argparse.Namespace) -> None:
     args.data = name
     if args.validation_split_percentage is None:
         args.validation_split_percentage = share
-    print(f"text: {name}, the {args.validation_split_percentage:g} % held out as in training\n")
+    asked = args.validation_split_percentage
+    of_it = f"the {asked:g} % held out" if asked else "all of it"
+    trained = "as in training" if asked == share else f"training held out {share:g} %"
+    print(f"text: {name}, {of_it} ({trained})\n")
 
 
 def _choose_block_size(args: argparse.Namespace, configs: dict[str, dict[str, Any]]) -> None:

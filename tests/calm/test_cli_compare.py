@@ -41,7 +41,7 @@ def test_runs_are_compared_on_what_they_held_out(runs, capsys):
     words = (runs / "calm", runs / "baseline", "--num-samples", 2, "--max-blocks", 3)
     assert calm("compare", *words, "--json", record, "--plot", plot) == 0
     printed = capsys.readouterr().out
-    assert "text: embedded:topics, the 10 % held out as in training" in printed
+    assert "text: embedded:topics, the 10 % held out (as in training)" in printed
     assert "tied" in printed and "24k" in printed  # 100 steps of 2 * 3 blocks of 40 tokens
     assert plot.stat().st_size > 5000
     board = json.loads(record.read_text(encoding="utf-8"))
