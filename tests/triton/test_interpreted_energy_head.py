@@ -5,6 +5,7 @@ import torch
 from head_cases import make_head, make_inputs, run, size_id
 from helpers import assert_no_worse_than_plain, leaf, relative_error, saved_bytes
 
+import calm_kernels.energy_head.function  # noqa: F401 (registers the operators)
 from calm_kernels import EnergyHead, energy_head, noise
 from calm_kernels.energy_head import activation_kernels, embedding_kernels, norm_kernels
 from calm_kernels.energy_head.parameters import Pair, flatten_parameters, gather_parameters
