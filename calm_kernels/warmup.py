@@ -28,7 +28,8 @@ def warmup(
     Args:
         config: a language model's configuration (`num_samples`, `latent_size`, `beta`, `targets`,
             `num_targets`, `hidden_size`, `noise_size`, `patch_size`), or an autoencoder's
-            (`latent_size`, `kl_clamp`, `ae_dropout`, `vocab_size`, `hidden_size`).
+            (`latent_size`, `kl_clamp`, `ae_dropout`, `latent_dropout`, `vocab_size`,
+            `hidden_size`).
         device: where the kernels will run.
         dtype: of the samples or latent states.
 
@@ -46,9 +47,9 @@ def warmup(
 
 def _reparameterize(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
     states = like.new_zeros(2, 2 * config.latent_size).requires_grad_()
-    latent, kl = reparameterize(
-        states, kl_floor=config.kl_clamp, dropout=config.ae_dropout, seed=seed
-    )
+    own = config.latent_dropout
+    dropout = config.ae_dropout if own is None else own
+    latent, kl = reparameterize(states, kl_floor=config.kl_clamp, dropout=dropout, seed=seed)
     (latent.square().sum() + kl.sum()).backward()
 
 
