@@ -31,8 +31,8 @@ def generator():
 def poisoned_memory():
     """Every new tensor starts as NaN (or the largest integer): an element not written shows."""
     fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # without the inductor, whose import takes seconds
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")

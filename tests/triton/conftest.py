@@ -14,7 +14,11 @@ from calm_kernels.backend import is_interpreted
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))  # energy_cases
 
-if not is_interpreted():
+if is_interpreted():
+    from quick_interpreter import quicken
+
+    quicken()
+else:
     collect_ignore_glob = ["test_*.py"]
 
 
