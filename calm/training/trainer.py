@@ -119,19 +119,19 @@ class CALMTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As in transformers; a `PackedStream` gets to know who takes which of its blocks."""
-        deal = getattr(self.train_dataset, "deal", None)
-        if deal is not None:
-            shares = (self.args.world_size, self.args.process_index)
-            is_dispatched = self.accelerator.dispatch_batches is not False  # by the first process
-            deal(self._train_batch_size, *(() if is_dispatched else shares))
+        shares = (self.args.world_size, self.args.process_index)
+        is_dispatched = self.accelerator.dispatch_batches is not False  # by the first process
+        _deal(self.train_dataset, self._train_batch_size, *(() if is_dispatched else shares))
         return super().get_train_dataloader()
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in transformers, but the first process deals a stream out: it knows where it ends."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        _deal(data, self.args.eval_batch_size)
         config = self.accelerator.dataloader_config
         asked, config.dispatch_batches = config.dispatch_batches, None
         try:
-            return super().get_eval_dataloader(*args, **kwargs)
+            return super().get_eval_dataloader(eval_dataset)
         finally:
             config.dispatch_batches = asked
 
@@ -383,3 +383,10 @@ class CALMTrainer(Trainer):
             values = [value for state in states for value in state.values()]
             tensors += [value for value in values if isinstance(value, Tensor)]
         return SLACK + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _deal(data: Any, *shares: int) -> None:
+    """Tell a `PackedStream` its batch size, processes and process; other data take none."""
+    deal = getattr(data, "deal", None)
+    if deal is not None:
+        deal(*shares)

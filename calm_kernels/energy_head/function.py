@@ -188,8 +188,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
     ctx.save_for_backward(hidden, noise, seed, first_row, *parameters, *saved)
 
 
-def _backward(ctx: Any, dlatent: Tensor, _: list[Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: Any, dlatent: Tensor | None, _: list[Tensor]) -> tuple[Any, ...]:
     refuse_second_derivative("the energy head")
+    if dlatent is None:  # what follows the head has no gradient
+        return None, None, [None] * ctx.num_parameters, *[None] * 5
     hidden, noise, seed, first_row, *others = ctx.saved_tensors
     parameters, saved = others[: ctx.num_parameters], others[ctx.num_parameters :]
     need_noise = ctx.needs_input_grad[1]

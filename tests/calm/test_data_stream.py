@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader
+from training_cases import make_trainer, tiny_baseline
 
 from calm.data import stream as stream_module
 from calm.data.blocks import collate
@@ -81,6 +82,18 @@ def test_an_end_is_the_same_with_workers():
     assert len(whole[-1]) < 4
     for workers in (1, 2):
         assert seen(blocks, 4, workers, steps=None) == whole
+
+
+def test_evaluation_scores_the_same_batches_with_workers(tmp_path):
+    """Draws are addressed by the place of a sequence, so another order would be another score."""
+    settings, found = {"per_device_eval_batch_size": 4}, []
+    for workers in (0, 2):
+        trainer = make_trainer(
+            tiny_baseline(), tmp_path, dataloader_num_workers=workers, **settings
+        )
+        loader = trainer.get_eval_dataloader(blocks_of(texts()))
+        found.append([batch["input_ids"].tolist() for batch in loader])
+    assert found[0] == found[1]
 
 
 def test_a_worker_tokenizes_its_lanes_alone(monkeypatch):
