@@ -193,6 +193,28 @@ def test_no_second_derivative(generator):
         torch.autograd.grad(head(hidden, drawn, backend="triton").sum(), hidden, create_graph=True)
 
 
+def test_what_has_no_gradient_gives_none(generator):
+    """As the torch backend does; autograd calls the backward pass with None."""
+    size = (8, 4, 3, 1, 2, (1,))
+    head = make_head(size, generator).float()
+    hidden, drawn = (value.float() for value in make_inputs(size, generator))
+    samples = head(hidden.requires_grad_(), drawn, backend="triton")
+    Unused.apply(samples).backward()
+    assert hidden.grad is None and all(weight.grad is None for weight in head.parameters())
+
+
+class Unused(torch.autograd.Function):
+    """Zero, which has no gradient."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
 def test_the_operators_keep_their_contract(generator):
     """Schema, fake versions and autograd registration, by torch's own checker."""
     size = (8, 4, 3, 2, 2, (3,))
