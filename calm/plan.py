@@ -152,7 +152,8 @@ def _run(name: str, stage: Stage, recipe: Any) -> Run:
         accumulation=read("gradient_accumulation_steps", 1, count),
         steps=None if steps < 0 else steps,
         is_bf16=is_on("bf16"),
-        is_checkpointed=is_on("gradient_checkpointing"),
+        # transformers 5.20 and later have the second name, and the first for now
+        is_checkpointed=is_on("gradient_checkpointing") or is_on("activation_checkpointing"),
     )
 
 

@@ -7,8 +7,8 @@ import tiny
 import torch
 from tiny_models import tiny_baseline, tiny_calm
 
-from calm.plan import Run, stages_of
-from calm.training.recipe import recipe_names
+from calm.plan import Run, described, stages_of
+from calm.training.recipe import Stage, recipe_names
 from calm.training_memory import memory_of
 
 RUN = Run(
@@ -63,6 +63,12 @@ def test_checkpointing_keeps_the_inputs_of_layers():
     saved = [backbone_bytes(model) for model in pair]
     formula = [memory_of(model, CHECKPOINTED, 1).activations for model in pair]
     assert formula[1] - formula[0] == saved[1] - saved[0] == POSITIONS * 4 * 32
+
+
+@pytest.mark.parametrize("flag", ["gradient_checkpointing", "activation_checkpointing"])
+def test_both_names_of_the_flag_are_read(flag):
+    runs = [described(Stage.BASELINE, {flag: value})[1] for value in ("true", "false")]
+    assert [run.is_checkpointed for run in runs] == [True, False]
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
