@@ -361,7 +361,8 @@ def _check_compilation(training: CALMTrainingArguments) -> None:
             raise UserError(f"{name}={value!r} has no effect here: pass --torch_compile alone")
     if training.torch_compile and (training.fsdp or training.deepspeed):
         raise UserError(
-            "torch_compile compiles layers whose weights are whole; fsdp and deepspeed split them"
+            "torch_compile compiles layers whose weights are whole; fsdp and deepspeed split them: "
+            "pass --torch_compile=false"
         )
 
 

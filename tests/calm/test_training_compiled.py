@@ -91,3 +91,11 @@ def test_published_recipes_compile(name):
     stage = Stage.BASELINE if "baseline" in name else Stage.CALM
     assert load_recipe(name, stage)["torch_compile"] == "true"
     assert "torch_compile" not in load_recipe("autoencoder", Stage.AUTOENCODER)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [("calm-10b", Stage.CALM), ("baseline-10b", Stage.BASELINE)]
+)
+def test_recipes_that_need_sharding_do_not_compile(name, stage):
+    """Their layers are split, which `--torch_compile` refuses."""
+    assert load_recipe(name, stage)["torch_compile"] == "false"
