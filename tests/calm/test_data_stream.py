@@ -14,6 +14,7 @@ from calm.data.blocks import collate
 from calm.data.packing import pack_documents
 from calm.data.tokenizer import byte_tokenizer
 from calm.errors import UserError
+from calm.training.arguments import CALMTrainingArguments
 
 TOKENIZER = byte_tokenizer()
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -82,6 +83,18 @@ def test_an_end_is_the_same_with_workers():
     assert len(whole[-1]) < 4
     for workers in (1, 2):
         assert seen(blocks, 4, workers, steps=None) == whole
+
+
+@pytest.mark.parametrize(("dispatch", "expected"), [(None, (2, 1, 0)), (False, (2, 2, 1))])
+def test_the_trainer_deals_a_stream_to_processes(dispatch, expected, monkeypatch, tmp_path):
+    """Or to none, if the first reads for all."""
+    monkeypatch.setattr(CALMTrainingArguments, "world_size", 2)
+    monkeypatch.setattr(CALMTrainingArguments, "process_index", 1)
+    settings = {"accelerator_config": {"dispatch_batches": dispatch}}
+    trainer = make_trainer(tiny_baseline(), tmp_path, per_device_train_batch_size=2, **settings)
+    trainer.train_dataset = blocks = blocks_of(texts(), repeat=True, lanes=4)
+    trainer.get_train_dataloader()
+    assert (blocks.batch_size, blocks.processes, blocks.process) == expected
 
 
 def test_evaluation_scores_the_same_batches_with_workers(tmp_path):

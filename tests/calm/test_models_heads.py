@@ -245,6 +245,20 @@ def test_sampling_steps(head, published, a_step):
     assert len(calls) == (published + 3) * a_step
 
 
+def test_given_noise_of_few_sampling_steps():
+    """The start and a draw for each step; the last step adds none."""
+    model = tiny.model("diffusion")
+    model.config.sampling_steps = 3
+    hidden = torch.randn(2, model.config.hidden_size)
+    noise = torch.randn(1 + 3, 2, model.config.latent_size)
+    sample = model.generative_head.sample
+    expected = sample(hidden, noise)
+    for step, is_used in enumerate((True, True, True, False)):
+        other = noise.clone()
+        other[step] += 1.0
+        assert torch.equal(sample(hidden, other), expected) != is_used
+
+
 @pytest.mark.parametrize(
     ("head", "steps", "message"),
     [("energy", 3, "None for the energy head"), ("diffusion", 1, "between 2 and 1000"),

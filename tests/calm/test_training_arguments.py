@@ -343,6 +343,13 @@ class TestRefused:
         with pytest.raises(UserError, match=complaint):
             parse(*words.split())
 
+    def test_copies_of_a_published_recipe_wait_on_a_cpu(self):
+        """Where pinned memory and copies beside the work have no use, and warn."""
+        training = parse("--config", "baseline-s", "--bf16", "False", stage=Stage.BASELINE).training
+        loading = training.accelerator_config
+        assert loading.dispatch_batches is False and loading.non_blocking is False
+        assert training.dataloader_pin_memory is False
+
     @pytest.mark.filterwarnings("ignore:.*fsdp")
     def test_fsdp_on_a_cpu_would_be_something_else(self, monkeypatch):
         with pytest.raises(UserError, match="fsdp needs GPUs"):

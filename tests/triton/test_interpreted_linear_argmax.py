@@ -152,6 +152,19 @@ def test_splits_cover_the_vocabulary(rows, vocab_size):
             assert splits <= slots
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_which_rows_the_library_multiplies(arch):
+    """Many in half precision, with the log-sum-exp as without; float32 as three of tf32, never."""
+    for with_total in (False, True):
+
+        def widest(rows, dtype, with_total=with_total):
+            launch = kernels.argmax_setting(rows, dtype, arch, with_total=with_total)
+            return launch.fused_width
+
+        assert widest(65, torch.bfloat16) == 4096
+        assert widest(64, torch.bfloat16) == widest(65, torch.float32) == tuning.MANY
+
+
 @pytest.mark.parametrize(("row_blocks", "least"), [(7, 0.9), (100, 0.9), (133, 0.85), (400, 0.85)])
 def test_the_last_wave_leaves_few_processors_idle(row_blocks, least):
     vocab_size, slots = 128_256, 132
