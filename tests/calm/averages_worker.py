@@ -1,11 +1,6 @@
-"""Trains and evaluates every model on uneven sequences; run alone, or by torchrun in two processes.
-
-Usage: averages_worker.py FOLDER TRAIN_BATCH EVAL_BATCH. FOLDER/results.json gets the results.
-"""
+"""Trains and evaluates every model on uneven sequences, in one process or in two."""
 
 import json
-import sys
-from pathlib import Path
 
 from torch.utils.data import IterableDataset
 from training_cases import MODELS, UnevenSequences, history, make_trainer
@@ -60,7 +55,8 @@ def run(folder, train_batch, eval_batch):
     return results, trainer.is_world_process_zero()
 
 
-if __name__ == "__main__":
-    found, is_first = run(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+def main(folder, train_batch, eval_batch):
+    """In each of several processes: `run`, whose results go to FOLDER/results.json."""
+    found, is_first = run(folder, train_batch, eval_batch)
     if is_first:
-        (Path(sys.argv[1]) / "results.json").write_text(json.dumps(found))
+        (folder / "results.json").write_text(json.dumps(found))

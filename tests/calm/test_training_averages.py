@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from averages_worker import EXACT, MEASURES, scores
-from test_training_distributed import launch
+from forked import run_in_two
 from training_cases import (
     MAIN,
     MODELS,
@@ -182,8 +182,7 @@ class TestTrainLoss:
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     """Also where an epoch or an evaluation set ends, and sequences are repeated to fill batches."""
-    status, errors = launch([averages_worker.__file__, str(tmp_path), "2", "3"])
-    assert status == 0, errors
+    run_in_two(tmp_path, averages_worker.main, tmp_path, 2, 3)
     together = json.loads((tmp_path / "results.json").read_text())
     alone, _ = averages_worker.run(tmp_path / "alone", 4, 4)
     for name in MODELS:

@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from forked import start
 from safetensors.torch import save_file
 from training_cases import MAIN, MODELS, flags, history, logs, make_trainer, train, write_corpus
 from transformers import TrainerCallback
@@ -27,8 +25,6 @@ from calm.training.checkpoints import (
     rotate_checkpoints,
     set_aside_later,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_checkpoint(run, step, *, finished=True):
@@ -356,22 +352,10 @@ class TestResume:
             assert left.equal(right)
 
 
-def run_training(stage, *words):
-    """The training program in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", f"calm.training.{stage}", *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(condition, process, seconds=120):
+def wait_for(condition, process, log, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.stderr.read()
+        assert process.exitcode is None, log.read_text()
         assert time.monotonic() < deadline, "the run made no progress"
         time.sleep(0.02)
 
@@ -383,10 +367,13 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path, extra):
     text = write_corpus(tmp_path)
     length = ("--max_steps=150", "--save_steps=7", "--save_total_limit=2", *extra)
     words = flags(tmp_path, "baseline", *length, text=text)
-    folder = tmp_path / "baseline"
-    with run_training("train_ar", *words) as process:
-        wait_for(lambda: (folder / "checkpoint-21").exists(), process)
-        process.send_signal(signal.SIGKILL)
+    folder, log = tmp_path / "baseline", tmp_path / "log"
+    process = start(log, MAIN["baseline"], words)
+    try:
+        wait_for(lambda: (folder / "checkpoint-21").exists(), process, log)
+    finally:
+        process.kill()
+        process.join()
     stopped = last_good_checkpoint(folder, set_aside=False)
     assert stopped is not None and int(stopped.name.split("-")[1]) < 150
     assert MAIN["baseline"](words) == 0

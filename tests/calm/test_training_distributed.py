@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import run_in_two
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from training_cases import MAIN, flags, logs, write_corpus
 from transformers import AutoModel
@@ -21,26 +22,6 @@ SHARED = (
     "--streaming", "--stream_lanes=4", "--dataloader_num_workers=1",
     '--accelerator_config={"dispatch_batches": false}',
 )  # fmt: skip
-
-
-def launch(words):
-    """Run a script or a module (``-m``, its name) and its words in two processes of torchrun."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            *words,
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.returncode, done.stderr
 
 
 @pytest.mark.slow
@@ -57,8 +38,7 @@ def test_two_processes_are_one_run_with_twice_the_batch(tmp_path, extra):
     single = tmp_path / "autoencoder"
     single.rename(tmp_path / "alone")
     together = flags(tmp_path, "autoencoder", *common, text=text)
-    status, errors = launch(["-m", "calm.training.train_autoencoder", *together])
-    assert status == 0, errors
+    run_in_two(tmp_path, MAIN["autoencoder"], together)
     for name in ("loss", "grad_norm", "kl"):
         expected = logs(tmp_path / "alone", name)
         assert logs(single, name) == pytest.approx(expected, rel=1e-4), name
@@ -81,8 +61,7 @@ def test_a_run_of_two_processes_goes_on_in_one(tmp_path):
     text = write_corpus(tmp_path)
     common = ("--max_train_samples=16", "--save_steps=4", "--max_steps=24")
     words = flags(tmp_path, "autoencoder", *common, text=text)
-    status, errors = launch(["-m", "calm.training.train_autoencoder", *words])
-    assert status == 0, errors
+    run_in_two(tmp_path, MAIN["autoencoder"], words)
     folder = tmp_path / "autoencoder"
     expected = logs(folder)
     for checkpoint in checkpoint_folders(folder)[1:]:
@@ -96,9 +75,17 @@ def test_a_run_of_two_processes_goes_on_in_one(tmp_path):
 @pytest.mark.slow
 def test_an_error_of_ours_ends_what_torchrun_reports(tmp_path):
     words = flags(tmp_path, "autoencoder", "--block_size=30")
-    status, errors = launch(["-m", "calm.training.train_autoencoder", *words])
-    *_, last, border = errors.splitlines()
-    assert status != 0 and set(border) == {"="}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, "-m", "calm.training.train_autoencoder", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    *_, last, border = done.stderr.splitlines()
+    assert done.returncode != 0 and set(border) == {"="}
     assert "error: block_size must be a multiple of patch_size" in last
 
 
