@@ -88,6 +88,9 @@ def _run_layer(layer: nn.Module, hidden: Tensor, rotation: tuple[Tensor, Tensor]
 @cache
 def _compiled_layer() -> Callable[[nn.Module, Tensor, tuple[Tensor, Tensor]], Tensor]:
     """`_run_layer`, compiled by its first call of each dtype and number of chunks."""
+    # Or a layer is cut where a bucket of DistributedDataParallel is full. Gradients of a layer are
+    # exchanged while those of the layers below are computed in any case.
+    torch._dynamo.config.optimize_ddp = False
     return torch.compile(_run_layer, fullgraph=True)
 
 

@@ -1,9 +1,14 @@
 """Training with compiled decoder layers: one graph, and the numbers of eager training."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 from training_cases import Sequences, history, make_trainer, tiny_baseline, train
 
 from calm.errors import UserError
@@ -69,6 +74,23 @@ def test_autocast_and_gradient_checkpointing(make, checkpointing, monkeypatch, t
         losses.append(torch.tensor(history(trainer, "loss")))
     torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_layer_is_one_graph_in_several_processes_too(monkeypatch):
+    """Torch would cut it where a bucket of gradients is full, here after every weight."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    buckets = SimpleNamespace(bucket_bytes_cap=1)
+    monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", buckets)
+    backbone._compiled_layer.cache_clear()
+    try:
+        with torch._dynamo.config.patch(optimize_ddp=True):
+            model = tiny.model().train()
+            compile_layers(model)
+            model(tiny.tokens(), seed=1)
+    finally:
+        backbone._compiled_layer.cache_clear()
+    assert counter.frame_count == 1
 
 
 def test_what_cannot_be_compiled_is_refused():
