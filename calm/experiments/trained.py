@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Training:
     @cached_property
     def flags(self) -> dict[str, Any]:
         """The recipe's flags with the changes; every value is text, as in a recipe."""
-        return merge(load_recipe(self.recipe, self.stage), _as_text(self.changes))
+        return merge(_recipe(self.recipe, self.stage), _as_text(self.changes))
 
     @cached_property
     def key(self) -> str:
@@ -71,10 +71,8 @@ class Training:
     def flops_per_step(self, devices: int = 1) -> float:
         """Floating-point operations of a step on `devices` of them; see `calm.flops`."""
         before = self.autoencoder.flags if self.autoencoder else None
-        model, run = described(self.stage, self.flags, before)
-        context = run.block_size // getattr(model, "patch_size", 1)
-        tokens = run.block_size * run.micro_batch * run.accumulation * devices
-        return flops_of(model, context).training() * tokens
+        texts = (json.dumps(_sizes(flags), sort_keys=True) for flags in (self.flags, before))
+        return devices * _flops_per_step(self.stage, *texts)
 
     def words(self, models: Path) -> list[str]:
         """The command line that trains it into its folder under `models`."""
@@ -150,6 +148,26 @@ def _train(training: Training, models: Path, folder: Path) -> None:
             run_job(parse_arguments(words, training.stage), BUILDERS[training.stage])
     except UserError as error:
         raise UserError(f"{error} (while training {training.stage} {training.key})") from error
+
+
+def _sizes(flags: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Flags without those that repetitions and budgets change."""
+    if flags is None:
+        return None
+    return {name: value for name, value in flags.items() if name not in ("seed", "max_steps")}
+
+
+@cache  # a grid asks for the same recipe, and the same model, again and again
+def _recipe(name: str, stage: Stage) -> dict[str, Any]:
+    return load_recipe(name, stage)
+
+
+@cache
+def _flops_per_step(stage: Stage, flags: str, autoencoder: str) -> float:
+    """Of the model that flags, as JSON, describe."""
+    model, run = described(stage, json.loads(flags), json.loads(autoencoder))
+    context = run.block_size // getattr(model, "patch_size", 1)
+    return flops_of(model, context).training() * run.block_size * run.micro_batch * run.accumulation
 
 
 def _as_text(flags: Mapping[str, Any]) -> dict[str, Any]:

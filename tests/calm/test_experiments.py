@@ -18,7 +18,6 @@ from calm.experiments.studies import EXPERIMENTS
 from calm.experiments.studies.metric import pearson, spearman
 from calm.experiments.studies.scaling import best_arms, fit_scores
 from calm.experiments.verdicts import Verdict, difference, judge, select
-from calm.plan import described
 
 TINY = SCALES["tiny"]
 
@@ -152,8 +151,7 @@ def test_every_grid_is_sound(experiment, scale):
     for panel in experiment.panels(scale):
         assert any(result.matches(panel.where) for result in labels), panel.title
     for training in {cell.training.key: cell.training for cell in cells}.values():
-        before = training.autoencoder.flags if training.autoencoder else None
-        described(training.stage, training.flags, before)  # its flags make a model
+        assert training.flops_per_step() > 0  # its flags make a model
 
 
 def test_commands_for_a_cluster():
