@@ -104,10 +104,10 @@ class Panel:
         x: label or value along the horizontal axis.
         y: value along the vertical one.
         line: label whose values are lines of their own; None for one line.
-        where: labels of the cells that it shows.
+        where: labels of the cells that it shows, any of these; all cells by default.
         log_x: logarithmic axis.
         note: below the title.
-        is_frontier: whether a line is the best of its values at each place, instead of their mean.
+        is_frontier: whether a line passes the best cell at each place alone.
         is_curve: whether `x` and `y` are names of a result's curve.
     """
 
@@ -115,11 +115,15 @@ class Panel:
     x: str
     y: str
     line: str | None = None
-    where: Mapping[str, Any] = field(default_factory=dict)
+    where: Sequence[Mapping[str, Any]] = ({},)
     log_x: bool = False
     note: str = ""
     is_frontier: bool = False
     is_curve: bool = False
+
+    def shows(self, result: Result) -> bool:
+        """Whether `result` is of one of its cells."""
+        return any(result.matches(labels) for labels in self.where)
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ class Experiment:
         panels: of the figure, given the scale.
         claims: what is judged, given the scale.
         analysis: further Markdown from all results (a fit, a correlation).
+        notes: how it differs from the paper's, and what to keep in mind, for the page.
         texts: corpora to score on, by name, beside what training holds out.
     """
 
@@ -144,4 +149,5 @@ class Experiment:
     panels: Callable[[Scale], Sequence[Panel]]
     claims: Callable[[Scale], list[Claim]] = lambda scale: []
     analysis: Callable[[Sequence[Result]], str] | None = None
+    notes: str = ""
     texts: Mapping[str, str] = field(default_factory=dict)

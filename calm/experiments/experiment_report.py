@@ -1,84 +1,109 @@
 """The page that an experiment ends with: what was run, a table, the verdicts on claims."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from calm.errors import UserError
 from calm.experiments.experiment import Experiment, Result
 from calm.experiments.experiment_plot import plot_experiment
+from calm.experiments.naming import number, shown, title
 from calm.experiments.runner import RESULTS, Record
 from calm.experiments.scales import Scale
-from calm.experiments.verdicts import Verdict, judge
+from calm.experiments.verdicts import Verdict, by_cell, judge
 
 __all__ = ["claim_rows", "results_table", "to_report", "write_index", "write_report"]
 
-PERCENT = ("brier1", "brier2", "brier3", "brier4")
+EVIDENCE = "how much better, with 95 % interval"
+HOW = (
+    "Bars and ± are 95 % intervals. Those of one seed are of the text alone: training again with "
+    "another seed may move a result by more."
+)
+COSTS = ("parameters", "training_tokens", "training_flops", "seconds")
+SHORT = 120.0  # seconds; longer times are in minutes
+Row = tuple[str, str, Verdict, str]
 
 
 def write_report(experiment: Experiment, scale: Scale, record: Record, folder: Path) -> str:
     """Write ``report.md`` and ``report.png``; returns the page."""
-    plot_experiment(experiment.panels(scale), record.results, folder / "report.png")
     page = to_report(experiment, scale, record)
     (folder / "report.md").write_text(page, encoding="utf-8")
+    results = record.current(experiment, scale)
+    plot_experiment(experiment.panels(scale), results, folder / "report.png")
     return page
 
 
 def write_index(experiments: Sequence[Experiment], scale: Scale, root: Path) -> None:
     """Write ``README.md`` in `root`: every experiment that has results there, and every claim."""
-    lines = [
-        "# Experiments",
-        f"Scale `{scale.name}`: {scale.about}. A claim is judged on paired differences; "
-        "`calm.experiments.verdicts` says how.",
-    ]
-    rows = ["| experiment | source | claim | here | difference, better minus worse |",
-            "|---|---|---|---|---|"]  # fmt: skip
+    links, rows = [], []
     for experiment in experiments:
         path = root / experiment.name / RESULTS
         if not path.is_file():
             continue
-        lines.append(f"- [{experiment.name}]({experiment.name}/report.md): {experiment.question}")
-        results = Record.read(path).results
-        rows += [
-            f"| {experiment.name} | {' | '.join(row)} |"
-            for row in claim_rows(experiment, scale, results)
-        ]
-    page = "\n\n".join([*lines[:2], "\n".join(lines[2:]), "\n".join(rows)])
-    (root / "README.md").write_text(page + "\n", encoding="utf-8")
+        links.append(f"- [{experiment.name}]({experiment.name}/report.md): {experiment.question}")
+        results = Record.read(path).current(experiment, scale)
+        rows += [(experiment.name, *row) for row in claim_rows(experiment, scale, results)]
+    parts = [
+        "# Experiments",
+        f"Scale `{scale.name}`: {scale.about}. {HOW} `calm.experiments.verdicts` says how claims "
+        "are judged.",
+        scale.caution,
+        "\n".join(links),
+        summary([row[3] for row in rows]),
+        _table(("experiment", "source", "claim", "here", EVIDENCE), rows) if rows else "",
+    ]
+    (root / "README.md").write_text(_page(parts), encoding="utf-8")
 
 
 def to_report(experiment: Experiment, scale: Scale, record: Record) -> str:
     """The page in Markdown; the figure is ``report.png`` beside it."""
+    results = record.current(experiment, scale)
+    rows = claim_rows(experiment, scale, results)
     parts = [
         f"# {experiment.name}",
         experiment.question,
-        f"`calm experiment {experiment.name} --scale {scale.name}` ({scale.about}): "
-        + _what_ran(scale, record),
-        results_table(experiment, record.results),
+        summary([row[2] for row in rows]),
+        scale.caution,
+        _table(("source", "claim", "here", EVIDENCE), rows) if rows else "",
         "![](report.png)",
-        _verdicts(experiment, scale, record.results),
+        results_table(experiment, results),
+        HOW,
+        experiment.analysis(results) if experiment.analysis and results else "",
+        "## What was run",
+        f"`calm experiment {experiment.name} --scale {scale.name}` ({scale.about}): "
+        + _what_ran(scale, record, results),
+        experiment.notes,
     ]
-    if experiment.analysis:
-        parts.append(experiment.analysis(record.results))
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return _page(parts)
+
+
+def summary(verdicts: Sequence[Verdict]) -> str:
+    """How many claims agree, disagree and cannot be told, in a sentence; empty without claims."""
+    if not verdicts:
+        return ""
+    counts = Counter(verdicts)
+    agree, disagree, untold = (counts[verdict] for verdict in Verdict)
+    return (
+        f"Of {len(verdicts)} claim{'s' * (len(verdicts) > 1)}, {agree} "
+        f"agree{'s' * (agree == 1)} with what is measured here, {disagree} "
+        f"disagree{'s' * (disagree == 1)}, {untold} cannot be told."
+    )
 
 
 def results_table(experiment: Experiment, results: Sequence[Result]) -> str:
-    """A row for each cell; several seeds are averaged, their range stands behind BrierLM."""
+    """A row for each cell; several seeds are averaged, their range stands behind the mean."""
     labels = list(dict.fromkeys(name for result in results for name in result.labels))
-    lines = [
-        "| " + " | ".join([*labels, *map(_title, experiment.columns)]) + " |",
-        "|" + "---|" * (len(labels) + len(experiment.columns)),
+    rows = [
+        [
+            *(_label(cell[0].labels.get(name, "")) for name in labels),
+            *(_values(name, cell) for name in experiment.columns),
+        ]
+        for cell in by_cell(results)
     ]
-    for group in _by_cell(results):
-        cells = [_label(group[0].labels.get(name, "")) for name in labels]
-        cells += [_value(name, [result.values for result in group]) for name in experiment.columns]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return _table([*labels, *map(title, experiment.columns)], rows)
 
 
-def claim_rows(
-    experiment: Experiment, scale: Scale, results: Sequence[Result]
-) -> list[tuple[str, str, Verdict, str]]:
+def claim_rows(experiment: Experiment, scale: Scale, results: Sequence[Result]) -> list[Row]:
     """Source, claim, verdict and evidence of every claim whose cells have results."""
     rows = []
     for claim in experiment.claims(scale):
@@ -88,62 +113,62 @@ def claim_rows(
         ]
         if not all(has_results):
             continue
-        verdict, found = judge(claim, results)
+        try:
+            verdict, found = judge(claim, results)
+        except UserError as error:  # other results can still be judged
+            rows.append((claim.source, claim.text, Verdict.UNTOLD, str(error)))
+            continue
         seeds = found[0].seeds
         evidence = "; ".join(map(str, found)) + f" ({seeds} seed{'s' * (seeds > 1)})"
         rows.append((claim.source, claim.text, verdict, evidence))
     return rows
 
 
-def _verdicts(experiment: Experiment, scale: Scale, results: Sequence[Result]) -> str:
-    rows = claim_rows(experiment, scale, results)
-    if not rows:
-        return ""
-    lines = ["| source | claim | here | difference, better minus worse |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join(lines)
-
-
-def _what_ran(scale: Scale, record: Record) -> str:
-    seconds = sum(result.values.get("seconds", 0.0) for result in record.results)
+def _what_ran(scale: Scale, record: Record, results: Sequence[Result]) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in record.machine.items())
     texts = ", ".join(f"{name} ({text})" for name, text in record.configuration["texts"].items())
-    return (
-        f"{len(record.results)} cells, {seconds / 60:.0f} minutes; seeds "
-        f"{', '.join(map(str, scale.seeds))}; scored on {texts}, at most {scale.blocks} blocks, "
-        f"{scale.draws} draws a chunk; {machine}."
-    )
+    seeds = ", ".join(map(str, sorted({result.seed for result in results})))
+    seconds = sum(result.values.get("seconds", 0.0) for result in results)
+    took = f"{seconds:.0f} s" if seconds < SHORT else f"{seconds / 60:.0f} minutes"
+    costs = "; ".join(f"{title(name)} {_range(name, results)}" for name in COSTS)
+    lines = [
+        f"{len(results)} models measured in {took}, seeds {seeds}; scored on {texts}, at most "
+        f"{scale.blocks} blocks, {scale.draws} draws a chunk; {machine}.",
+        f"Of each: {costs}. FLOPs are those of the language model's training, without that of its "
+        "autoencoder; seconds include measuring, and training of what the model needs.",
+    ]
+    if left := len(record.results) - len(results):
+        lines.append(f"{left} results of cells that this grid no longer has are not shown.")
+    return " ".join(lines)
 
 
-def _by_cell(results: Sequence[Result]) -> list[list[Result]]:
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        groups.setdefault(str(sorted(result.labels.items(), key=str)), []).append(result)
-    return list(groups.values())
+def _range(name: str, results: Sequence[Result]) -> str:
+    values = [result.values[name] for result in results if name in result.values]
+    if not values:
+        return "unknown"
+    ends = dict.fromkeys((number(min(values)), number(max(values))))
+    return " to ".join(ends)
 
 
-def _title(name: str) -> str:
-    text, _, metric = name.rpartition("/")
-    shown = metric.replace("_", " ").replace("brier lm", "BrierLM")
-    shown = f"{shown}, %" if metric in PERCENT else shown
-    return f"{shown} ({text})" if text else shown
-
-
-def _value(name: str, values: Sequence[Mapping[str, Any]]) -> str:
+def _values(name: str, cell: Sequence[Result]) -> str:
     """Mean over seeds, and their range where there are several."""
-    found = [float(each[name]) for each in values if each.get(name) is not None]
+    found = [float(each.values[name]) for each in cell if each.values.get(name) is not None]
     if not found:
         return ""
-    scale = 100.0 if name.rpartition("/")[2] in PERCENT else 1.0
-    mean, low, high = (scale * each for each in (sum(found) / len(found), min(found), max(found)))
-    if len(found) == 1 or low == high:
-        return _number(mean)
-    return f"{_number(mean)} [{_number(low)}, {_number(high)}]"
+    mean, low, high = (
+        shown(name, value) for value in (sum(found) / len(found), min(found), max(found))
+    )
+    return mean if low == high else f"{mean} [{low}, {high}]"
 
 
-def _label(value: Any) -> str:
-    return _number(value) if isinstance(value, float) else str(value)
+def _label(value: object) -> str:
+    return number(value) if isinstance(value, float) else str(value)
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 10000 else f"{value:.2e}"
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _page(parts: Sequence[str]) -> str:
+    return "\n\n".join(part for part in parts if part) + "\n"

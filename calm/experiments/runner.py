@@ -9,7 +9,7 @@ import platform
 import shlex
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,16 @@ class Record:
         """Replace the file in one step."""
         text = json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
         write_atomically(path, text.replace('{"key"', '\n{"key"') + "\n")
+
+    def current(self, experiment: Experiment, scale: Scale) -> list[Result]:
+        """Results of the cells that the grid has, for all seeds that have results, in its order.
+
+        A result of a recipe or a grid that has changed since is not among them.
+        """
+        seeds = sorted({result.seed for result in self.results})
+        known = {result.key: result for result in self.results}
+        cells = all_cells(experiment, replace(scale, seeds=tuple(seeds)))
+        return [known[cell.key] for cell in cells if cell.key in known]
 
     @classmethod
     def read(cls, path: Path) -> "Record":

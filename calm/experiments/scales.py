@@ -1,20 +1,73 @@
 """How large experiments are: one table of presets for all of them.
 
 A scale names the recipes of the reference models, how long each trains, what it is scored on, and
-the values that each experiment's grid takes.
+the values that each experiment's grid takes. A new scale is a new entry of `SCALES`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from calm.errors import UserError
 from calm.experiments.trained import Training
 from calm.training.recipe import Stage, load_recipe
 
-__all__ = ["SCALES", "Scale", "scale_named"]
+__all__ = ["SCALES", "Budget", "Flags", "Grid", "Scale", "Size"]
 
 Flags = Mapping[str, Any]
+
+
+class Size(NamedTuple):
+    """Fields of the configuration of a CALM, and of a baseline of about as many parameters."""
+
+    name: str
+    calm: Flags
+    baseline: Flags
+
+
+class Budget(NamedTuple):
+    """Training FLOPs of a model, and the names of the sizes that are trained with them."""
+
+    flops: float
+    sizes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values that experiments vary.
+
+    Attributes:
+        num_samples: N of the energy loss.
+        num_targets: M of the energy loss, where targets are drawn.
+        antithetic: M where they are drawn in pairs.
+        exponents: of the energy loss.
+        kl_weights: of the autoencoder, beside the reference's.
+        latent_sizes: likewise.
+        chunk_sizes: K.
+        sizes: of the models, from small to large.
+        budgets: of `scaling`, from small to large.
+        budget_shares: of `heads`, of the reference CALM's training FLOPs; the last one is 1.
+        sampling_steps: of `heads`, by head, from few to many, beside the published number.
+        optimizers: of `start`, flags by name.
+        reference_draws: N of `loss` where N is not varied.
+        curve_steps: between two losses in the log of `start`.
+        checkpoint_steps: between two checkpoints of `metric`.
+    """
+
+    num_samples: Sequence[int]
+    num_targets: Sequence[int]
+    antithetic: Sequence[int]
+    exponents: Sequence[float]
+    kl_weights: Sequence[float]
+    latent_sizes: Sequence[int]
+    chunk_sizes: Sequence[int]
+    sizes: Sequence[Size]
+    budgets: Sequence[Budget]
+    budget_shares: Sequence[float]
+    sampling_steps: Mapping[str, Sequence[int]]
+    optimizers: Mapping[str, Flags]
+    reference_draws: int
+    curve_steps: int
+    checkpoint_steps: int
 
 
 @dataclass(frozen=True)
@@ -27,12 +80,13 @@ class Scale:
         recipes: of the reference model of each stage.
         common: flags of all trainings, those of the text among them.
         changes: flags of the reference training of a stage, on top of its recipe.
-        grid: values that experiments vary, by name.
+        grid: values that experiments vary.
         blocks: held-out blocks that a model is scored on.
         draws: N of BrierLM.
         seeds: of the repetitions.
         needs_text: whether the user must name the text.
         devices: that share a step.
+        caution: what readers of its reports must know.
     """
 
     name: str
@@ -40,12 +94,13 @@ class Scale:
     recipes: Mapping[Stage, str]
     common: Flags
     changes: Mapping[Stage, Flags]
-    grid: Mapping[str, Sequence[Any]]
+    grid: Grid
     blocks: int
     draws: int
     seeds: tuple[int, ...] = (1,)
     needs_text: bool = False
     devices: int = 1
+    caution: str = ""
 
     def autoencoder(self, seed: int = 1, **changes: Any) -> Training:
         """The reference autoencoder with `changes`."""
@@ -96,175 +151,157 @@ def _recipes(autoencoder: str, calm: str, baseline: str) -> dict[Stage, str]:
     return dict(zip(Stage, (autoencoder, calm, baseline), strict=True))
 
 
-_MUON_AND_ADAMW: Sequence[Any] = (
-    ("Muon", {}),
-    ("AdamW", {"muon_learning_rate": 0}),
-)
-
-
-def _width(width: int) -> dict[str, int]:
+def _width(width: int) -> Flags:
     return {"hidden_size": width, "intermediate_size": 8 * width // 3}
 
 
-def _recipe(stage: Stage, name: str) -> dict[str, Any]:
-    """Fields of the model of a recipe."""
-    return load_recipe(name, stage)["config_overrides"]
-
-
-# Name, fields of the CALM, fields of the baseline of about as many parameters.
-_DESK_SIZES: Sequence[Any] = (
-    ("small", _width(64), _width(64)),
-    ("medium", {}, {}),
-    ("large", _width(192), _width(192)),
-)
-_PAPER_SIZES: Sequence[Any] = tuple(
-    (name, _recipe(Stage.CALM, calm), _recipe(Stage.BASELINE, baseline))
-    for name, calm, baseline in (
-        ("M", "calm-m", "baseline-s"),
-        ("L", "calm-l", "baseline-m"),
-        ("XL", "calm-xl", "baseline-l"),
+def _of_recipes(name: str, calm: str, baseline: str) -> Size:
+    """A size with the fields of two recipes."""
+    return Size(
+        name,
+        load_recipe(calm, Stage.CALM)["config_overrides"],
+        load_recipe(baseline, Stage.BASELINE)["config_overrides"],
     )
+
+
+_ONE_SIZE = (Size("small", {}, {}),)
+_ADAMW: Mapping[str, Flags] = {"AdamW": {}}
+
+_TINY = Scale(
+    name="tiny",
+    about="minutes on one core: shows that the command runs",
+    caution="**This scale shows that the command runs. Its models have hardly learned anything: "
+    "numbers and verdicts here say nothing about the methods.**",
+    recipes=_recipes("tiny", "tiny", "tiny"),
+    common={**_QUIET, **_UNSAVED, "logging_steps": 5},
+    changes=_steps(20, 12, 12),
+    grid=Grid(
+        num_samples=(2, 4),
+        num_targets=(1, 4),
+        antithetic=(4,),
+        exponents=(0.5, 1.0),
+        kl_weights=(1e-1,),
+        latent_sizes=(8,),
+        chunk_sizes=(2, 4),
+        sizes=_ONE_SIZE,
+        budgets=(Budget(1e8, ("small",)), Budget(3e8, ("small",))),
+        budget_shares=(1.0,),
+        sampling_steps={"diffusion": (2,), "flow": (1,)},
+        optimizers=_ADAMW,
+        reference_draws=4,
+        curve_steps=2,
+        checkpoint_steps=6,
+    ),
+    blocks=6,
+    draws=4,
 )
 
+_DESK = Scale(
+    name="desk",
+    about="two cores, at most three hours an experiment; the demo's sizes, bytes",
+    recipes=_recipes("demo", "demo", "demo"),
+    common={**_QUIET, **_UNSAVED, **_OWN_TEXT},
+    changes=_steps(1500, 1000, 1000),
+    grid=Grid(
+        num_samples=(2, 4, 8),
+        num_targets=(1, 16, 100),
+        antithetic=(16,),
+        exponents=(0.3, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 1.9),
+        kl_weights=(0, 1e-4, 1e-3, 1e-2, 1e-1),
+        latent_sizes=(8, 16, 64),
+        chunk_sizes=(1, 2, 4, 8),
+        sizes=(
+            Size("small", _width(64), _width(64)),
+            Size("medium", {}, {}),
+            Size("large", _width(192), _width(192)),
+        ),
+        budgets=(
+            Budget(5.3e12, ("small", "medium")),
+            Budget(8e12, ("small", "medium")),
+            Budget(1.2e13, ("medium", "large")),
+            Budget(1.8e13, ("medium", "large")),
+        ),
+        budget_shares=(0.5, 1.0),
+        sampling_steps={"diffusion": (10, 25, 50), "flow": (1, 2, 4)},
+        optimizers={"Muon": {}, "AdamW": {"muon_learning_rate": 0}},
+        reference_draws=4,
+        curve_steps=10,
+        checkpoint_steps=100,
+    ),
+    blocks=160,
+    draws=16,
+    seeds=(1, 2),
+)
 
-SCALES = {
-    scale.name: scale
-    for scale in (
-        Scale(
-            name="tiny",
-            about="minutes on one core: shows that the command runs",
-            recipes=_recipes("tiny", "tiny", "tiny"),
-            common={**_QUIET, **_UNSAVED, "logging_steps": 5},
-            changes=_steps(20, 12, 12),
-            grid={
-                "curve_steps": (2,),
-                "optimizers": (("AdamW", {}),),
-                "budget_shares": (1.0,),
-                "flow_steps": (1,),
-                "diffusion_steps": (2,),
-                "kl_weights": (1e-1,),
-                "latent_sizes": (8,),
-                "sizes": (("small", {}, {}),),
-                "chunk_sizes": (2, 4),
-                "budgets": ((1e8, ("small",)), (3e8, ("small",))),
-                "checkpoint_steps": (6,),
-                "reference_draws": (4,),
-                "num_samples": (2, 4),
-                "num_targets": (1, 4),
-                "antithetic": (4,),
-                "exponents": (0.5, 1.0),
-            },
-            blocks=6,
-            draws=4,
-        ),
-        Scale(
-            name="desk",
-            about="two cores, at most three hours an experiment; the demo's sizes, bytes",
-            recipes=_recipes("demo", "demo", "demo"),
-            common={**_QUIET, **_UNSAVED, **_OWN_TEXT},
-            changes=_steps(1500, 1000, 1000),
-            grid={
-                "curve_steps": (10,),
-                "optimizers": _MUON_AND_ADAMW,
-                "budget_shares": (0.5, 1.0),
-                "flow_steps": (1, 2, 4),
-                "diffusion_steps": (10, 25, 50),
-                "kl_weights": (0, 1e-4, 1e-3, 1e-2, 1e-1),
-                "latent_sizes": (8, 16, 64),
-                "sizes": _DESK_SIZES,
-                "chunk_sizes": (1, 2, 4, 8),
-                "budgets": (
-                    (5.3e12, ("small", "medium")),
-                    (8e12, ("small", "medium")),
-                    (1.2e13, ("medium", "large")),
-                    (1.8e13, ("medium", "large")),
-                ),
-                "checkpoint_steps": (100,),
-                "reference_draws": (4,),
-                "num_samples": (2, 4, 8),
-                "num_targets": (1, 16, 100),
-                "antithetic": (16,),
-                "exponents": (0.3, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 1.9),
-            },
-            blocks=160,
-            draws=16,
-            seeds=(1, 2),
-        ),
-        Scale(
-            name="small",
-            about="one GPU, ten minutes an experiment",
-            recipes=_recipes("small", "small", "small"),
-            common={**_QUIET, **_UNSAVED, **_OWN_TEXT, "bf16": True},
-            changes=_steps(2000, 2000, 2000),
-            grid={
-                "curve_steps": (10,),
-                "optimizers": (("AdamW", {}),),
-                "budget_shares": (0.25, 0.5, 1.0),
-                "flow_steps": (1, 2, 4),
-                "diffusion_steps": (10, 25, 50),
-                "kl_weights": (0, 1e-4, 1e-3, 1e-1),
-                "latent_sizes": (16, 32, 128),
-                "sizes": (("small", {}, {}),),
-                "chunk_sizes": (1, 2, 4, 8),
-                "budgets": ((1e15, ("small",)), (2e15, ("small",)), (4e15, ("small",))),
-                "checkpoint_steps": (200,),
-                "reference_draws": (8,),
-                "num_samples": (2, 4, 8, 12),
-                "num_targets": (1, 16, 100, 200),
-                "antithetic": (16,),
-                "exponents": (0.75, 1.0, 1.25, 1.5, 1.75, 1.9),
-            },
-            blocks=160,
-            draws=16,
-        ),
-        Scale(
-            name="paper",
-            about="the published sizes and budgets, for a cluster; name the text and its tokenizer",
-            recipes=_recipes("autoencoder", "calm-m", "baseline-s"),
-            common=_QUIET,
-            changes={
-                Stage.AUTOENCODER: {},
-                # The ablations' size and steps (paper, sections 7.3 and 7.4).
-                Stage.CALM: {
-                    "max_steps": 50000,
-                    "config_overrides": {
-                        "num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 2048,
-                        "num_mlp_layers": 3,
-                    },
-                },
-                Stage.BASELINE: {},
-            },
-            grid={
-                "curve_steps": (100,),
-                "optimizers": (("AdamW", {}),),
-                "budget_shares": (0.25, 0.5, 1.0),
-                "flow_steps": (1, 2, 4),
-                "diffusion_steps": (10, 25, 50),
-                "kl_weights": (0, 1e-4, 1e-2, 1e-1),
-                "latent_sizes": (32, 64, 256),
-                "sizes": _PAPER_SIZES,
-                "chunk_sizes": (1, 2, 4, 8),
-                "budgets": (
-                    (4e20, ("M",)), (8e20, ("M", "L")), (2e21, ("L", "XL")),
-                ),
-                "checkpoint_steps": (10000,),
-                "reference_draws": (8,),
-                "num_samples": (2, 4, 8, 12),
-                "num_targets": (1, 16, 100, 200),
-                "antithetic": (16,),
-                "exponents": (0.75, 1.0, 1.25, 1.5, 1.75, 1.9),
-            },
-            blocks=10**9,
-            draws=8,
-            needs_text=True,
-            devices=8,
-        ),
-    )
-}  # fmt: skip
+_SMALL = Scale(
+    name="small",
+    about="one GPU, ten minutes an experiment",
+    recipes=_recipes("small", "small", "small"),
+    common={**_QUIET, **_UNSAVED, **_OWN_TEXT, "bf16": True},
+    changes=_steps(2000, 2000, 2000),
+    grid=Grid(
+        num_samples=(2, 4, 8, 12),
+        num_targets=(1, 16, 100, 200),
+        antithetic=(16,),
+        exponents=(0.75, 1.0, 1.25, 1.5, 1.75, 1.9),
+        kl_weights=(0, 1e-4, 1e-3, 1e-1),
+        latent_sizes=(16, 32, 128),
+        chunk_sizes=(1, 2, 4, 8),
+        sizes=_ONE_SIZE,
+        budgets=(Budget(1e15, ("small",)), Budget(2e15, ("small",)), Budget(4e15, ("small",))),
+        budget_shares=(0.25, 0.5, 1.0),
+        sampling_steps={"diffusion": (10, 25, 50), "flow": (1, 2, 4)},
+        optimizers=_ADAMW,
+        reference_draws=8,
+        curve_steps=10,
+        checkpoint_steps=200,
+    ),
+    blocks=160,
+    draws=16,
+)
 
+_PAPER = Scale(
+    name="paper",
+    about="the published sizes and budgets, for a cluster; name the text and its tokenizer",
+    recipes=_recipes("autoencoder", "calm-m", "baseline-s"),
+    common=_QUIET,
+    changes={
+        Stage.AUTOENCODER: {},
+        # The ablations' size and steps (paper, sections 7.3 and 7.4).
+        Stage.CALM: {
+            "max_steps": 50000,
+            "config_overrides": {
+                "num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 2048,
+                "num_mlp_layers": 3,
+            },
+        },
+        Stage.BASELINE: {},
+    },
+    grid=Grid(
+        num_samples=(2, 4, 8, 12),
+        num_targets=(1, 16, 100, 200),
+        antithetic=(16,),
+        exponents=(0.75, 1.0, 1.25, 1.5, 1.75, 1.9),
+        kl_weights=(0, 1e-4, 1e-2, 1e-1),
+        latent_sizes=(32, 64, 256),
+        chunk_sizes=(1, 2, 4, 8),
+        sizes=(
+            _of_recipes("M", "calm-m", "baseline-s"),
+            _of_recipes("L", "calm-l", "baseline-m"),
+            _of_recipes("XL", "calm-xl", "baseline-l"),
+        ),
+        budgets=(Budget(4e20, ("M",)), Budget(8e20, ("M", "L")), Budget(2e21, ("L", "XL"))),
+        budget_shares=(0.25, 0.5, 1.0),
+        sampling_steps={"diffusion": (10, 25, 50), "flow": (1, 2, 4)},
+        optimizers=_ADAMW,
+        reference_draws=8,
+        curve_steps=100,
+        checkpoint_steps=10000,
+    ),
+    blocks=10**9,
+    draws=8,
+    needs_text=True,
+    devices=8,
+)  # fmt: skip
 
-def scale_named(name: str) -> Scale:
-    """The scale called `name`."""
-    if name not in SCALES:
-        raise UserError(f"--scale must be one of {', '.join(SCALES)}, got {name!r}")
-    return SCALES[name]
+SCALES = {scale.name: scale for scale in (_TINY, _DESK, _SMALL, _PAPER)}

@@ -10,14 +10,19 @@ from cli_cases import calm, error_of
 
 from calm.errors import UserError
 from calm.experiments.experiment import Cell, Claim, Experiment, Panel, Result
-from calm.experiments.experiment_report import results_table, write_index, write_report
+from calm.experiments.experiment_report import (
+    claim_rows,
+    results_table,
+    write_index,
+    write_report,
+)
 from calm.experiments.measures import MEASURES, Texts
 from calm.experiments.runner import Record, all_cells, run_experiment, training_commands
 from calm.experiments.scales import SCALES
 from calm.experiments.studies import EXPERIMENTS
 from calm.experiments.studies.metric import pearson, spearman
 from calm.experiments.studies.scaling import best_arms, fit_scores
-from calm.experiments.verdicts import Verdict, difference, judge, select
+from calm.experiments.verdicts import Verdict, difference, judge, seed_spread, select
 
 TINY = SCALES["tiny"]
 
@@ -95,8 +100,26 @@ def test_the_report_says_what_was_run(finished, tmp_path):
     _, _, record = finished
     page = write_report(SMALL, TINY, record, tmp_path)
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert "2 cells" in page and "embedded:topics" in page and "| zero |" in page
+    assert "2 models measured" in page and "embedded:topics" in page and "| zero |" in page
+    assert TINY.caution in page and "Of 1 claim, " in page and "seeds 1;" in page
+    assert "training tokens 3072; training FLOPs 3.43e+08" in page
     assert any(f"| nobody | scaled is better | {verdict} |" in page for verdict in Verdict)
+
+
+def test_results_of_another_grid_are_not_shown(finished, tmp_path):
+    _, _, record = finished
+    stale = replace(record.results[0], key="of an older recipe")
+    mixed = replace(record, results=[stale, *record.results[::-1]])
+    assert mixed.current(SMALL, TINY) == record.results  # in the grid's order
+    page = write_report(SMALL, TINY, mixed, tmp_path)
+    assert "2 models measured" in page and "1 results of cells that this grid" in page
+
+
+def test_a_claim_that_cannot_be_judged_spoils_no_other(finished):
+    first, second = finished[2].results
+    short = replace(second, groups={name: rows[:1] for name, rows in second.groups.items()})
+    (row,) = claim_rows(SMALL, TINY, [first, short])
+    assert row[2] is Verdict.UNTOLD and "same positions" in row[3]
 
 
 def test_the_index_has_every_claim(finished):
@@ -142,15 +165,23 @@ def test_keys_follow_what_decides_the_weights():
 @pytest.mark.parametrize("scale", SCALES.values(), ids=list(SCALES))
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=list(EXPERIMENTS))
 def test_every_grid_is_sound(experiment, scale):
-    cells = all_cells(experiment, scale)
+    cells = all_cells(experiment, replace(scale, seeds=(1,)))
     assert len({cell.key for cell in cells}) == len(cells) > 1
     assert all(cell.measure in MEASURES for cell in cells)
+    trainings = {cell.key: cell.training for cell in cells}
     labels = [Result(cell.key, dict(cell.labels), cell.seed, {}) for cell in cells]
     for claim in experiment.claims(scale):
-        assert select(labels, claim.better) and select(labels, claim.worse), claim.text
+        pair = select(labels, claim.better)[0], select(labels, claim.worse)[0]
+        if "energy" in claim.metrics:  # its unit is that of the latents
+            before = {trainings[result.key].autoencoder.key for result in pair}
+            assert len(before) == 1, claim.text
     for panel in experiment.panels(scale):
-        assert any(result.matches(panel.where) for result in labels), panel.title
-    for training in {cell.training.key: cell.training for cell in cells}.values():
+        shown = [result for result in labels if panel.shows(result)]
+        assert shown, panel.title
+        if panel.line is None and panel.x in shown[0].labels:
+            places = [result.labels[panel.x] for result in shown]
+            assert len(places) == len(set(places)), panel.title  # no mean over different cells
+    for training in {each.key: each for each in trainings.values()}.values():
         assert training.flops_per_step() > 0  # its flags make a model
 
 
@@ -187,7 +218,7 @@ def test_verdicts(better, verdict):
     found, differences = judge(claim, results)
     assert found is verdict
     assert differences[0].value == pytest.approx(better - 0.3, abs=0.01)
-    assert differences[0].error < 0.005  # the shared part cancels
+    assert differences[0].interval < 0.01  # the shared part cancels
 
 
 def test_seeds_that_disagree_widen_the_error():
@@ -195,7 +226,47 @@ def test_seeds_that_disagree_widen_the_error():
     worse = [result("b", seed, noisy(0.2, 9)) for seed in (1, 2)]
     found = difference(better, worse, "brier1")
     assert found.seeds == 2 and found.value == pytest.approx(0.1, abs=0.01)
-    assert found.error == pytest.approx(0.2, abs=0.02) and found.sign == 0
+    assert found.sign == 1 and found.interval < 0.02  # of the text alone
+    spread = seed_spread([*better, *worse], "brier1")
+    assert spread == (pytest.approx(0.04, rel=0.05), 2)  # (0.08 + 0) / 2
+    found = difference(better, worse, "brier1", spread=spread)
+    assert found.interval == pytest.approx(4.3 * 0.2, rel=0.05) and found.sign == 0
+
+
+def test_the_spread_between_seeds_counts_for_cells_of_one_seed():
+    repeated = [result("c", seed, noisy(mean, seed)) for seed, mean in ((1, 0.5), (2, 0.1))]
+    claim = SMALL.claims(TINY)[0]
+    single = [result("scaled", 1, noisy(0.4, 1)), result("zero", 1, noisy(0.3, 2))]
+    assert judge(claim, single)[0] is Verdict.AGREES
+    assert judge(claim, [*single, *repeated])[0] is Verdict.UNTOLD
+
+
+def test_text_of_one_document_is_no_evidence_of_many():
+    """Groups that repeat their neighbours, four alike, give the interval of the quarter."""
+    rows = noisy(0.4, 1)
+    longer = [row for row in rows for _ in range(4)]
+    ours, theirs = (
+        difference([result("a", 1, one)], [result("b", 1, other)], "brier1")
+        for one, other in ((longer, [[3.0] * 4] * 160), (rows, [[3.0] * 4] * 40))
+    )
+    assert ours.interval == pytest.approx(theirs.interval) and ours.value == theirs.value
+
+
+def test_intervals_hold_the_truth():
+    """Of differences that are none, 5 % are beyond their interval, with two seeds too."""
+    generator = np.random.default_rng(0)
+
+    def cell(start):
+        rows = [generator.normal(0, 0.05, (40, 1)) + generator.normal(0, 0.1) for _ in range(2)]
+        return [result(start, seed, np.repeat(10 * each, 4, 1).tolist())
+                for seed, each in enumerate(rows)]  # fmt: skip
+
+    wrong = 0
+    for _ in range(200):
+        better, worse, third = cell("a"), cell("b"), cell("c")
+        spread = seed_spread([*better, *worse, *third], "brier1")
+        wrong += difference(better, worse, "brier1", spread=spread).sign != 0
+    assert 0.02 < wrong / 200 < 0.08
 
 
 def test_lower_energy_is_better():
@@ -209,7 +280,7 @@ def test_lower_energy_is_better():
 
 def test_select_wants_one_cell():
     results = [result("a", 1, noisy(0.1, 1), N=2), result("a", 1, noisy(0.1, 1), N=4)]
-    with pytest.raises(UserError, match="2 results have start a"):
+    with pytest.raises(UserError, match="2 cells have start a"):
         select(results, {"start": "a"})
     assert select(results, {"start": "a", "N": 4})[0].labels["N"] == 4
 
@@ -223,7 +294,7 @@ def test_other_positions_do_not_compare():
 def test_seeds_are_averaged_in_the_table():
     results = [Result("k", {"N": 2}, seed, {"held-out/brier1": value})
                for seed, value in ((1, 0.1), (2, 0.3))]  # fmt: skip
-    assert "| 2 | 20 [10, 30] |" in results_table(
+    assert "| 2 | 20.00 [10.00, 30.00] |" in results_table(
         replace(SMALL, columns=("held-out/brier1",)), results
     )
 
@@ -235,11 +306,11 @@ def test_correlations():
     assert spearman(np.array([1.0, 1.0, 2.0]), np.array([3.0, 3.0, 1.0])) == pytest.approx(-1)
 
 
-def scaling_result(arm, size, budget, score, *, parameters=1e6, tokens=1e6):
+def scaling_result(arm, size, budget, score, *, seed=1, parameters=1e6, tokens=1e6):
     groups = [[row[0], 0.0, 0.0, 0.0, 10.0] for row in noisy(score, ord(arm[-1]) + size)]
     values = {"held-out/brier1": score, "parameters": parameters, "training_tokens": tokens}
     labels = {"arm": arm, "size": size, "budget": budget}
-    return Result(f"{arm}{size}{budget}", labels, 1, values, {"held-out/brier": groups})
+    return Result(f"{arm}{size}{budget}{seed}", labels, seed, values, {"held-out/brier": groups})
 
 
 def test_the_best_arm_of_a_budget():
@@ -256,6 +327,21 @@ def test_the_best_arm_of_a_budget():
     low, high = first["interval"]
     assert 0 < low < first["difference"] < high
     assert (second["best"], second["size"]) == ("K = 1", 1)
+    assert first["to_tokens"] == {}
+
+
+def test_the_best_size_is_best_over_seeds_and_arms_meet_the_token_baseline():
+    scores = {("K = 4", 1): (0.5, 0.1), ("K = 4", 2): (0.4, 0.4), ("token baseline", 1): (0.3, 0.3)}
+    results = [
+        scaling_result(arm, size, 1e9, score, seed=seed)
+        for (arm, size), both in scores.items()
+        for seed, score in enumerate(both)
+    ]
+    (row,) = best_arms(results)
+    assert (row["best"], row["size"]) == ("K = 4", 2)  # not the size of the luckiest seed
+    difference, (low, high) = row["to_tokens"]["K = 4"]
+    assert difference == row["difference"] == pytest.approx(0.1, abs=0.02)
+    assert low < 0 < high  # seeds differ by more
 
 
 def test_the_fit_finds_its_own_law_and_holds_out_the_largest_budget():

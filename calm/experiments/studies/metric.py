@@ -1,6 +1,7 @@
 """BrierLM against cross-entropy over baseline checkpoints, and against the energy loss for CALM."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +16,13 @@ LOSSES = {"baseline": "held-out/bits_per_token", "CALM": "held-out/energy"}
 
 def _cells(scale: Scale, seed: int) -> list[Cell]:
     cells = []
-    for size, calm, baseline in scale.grid["sizes"][:2]:
-        step = scale.grid["checkpoint_steps"][0]
-        every = {"save_strategy": "steps", "save_steps": step, "save_total_limit": ""}
+    for size, calm, baseline in scale.grid.sizes[:2]:
+        step = scale.grid.checkpoint_steps
+        every: dict[str, Any] = {
+            "save_strategy": "steps",
+            "save_steps": step,
+            "save_total_limit": "",
+        }
         models = {
             "baseline": scale.baseline(seed, config_overrides=baseline, **every),
             "CALM": scale.calm(seed, config_overrides=calm, **every),
@@ -75,9 +80,11 @@ METRIC = Experiment(
     columns=("held-out/bits_per_token", "held-out/energy", "held-out/brier_lm", "held-out/brier1"),
     panels=lambda scale: [
         Panel("Token baseline", "held-out/bits_per_token", "held-out/brier_lm", line="size",
-              where={"model": "baseline"}, note="BrierLM over cross-entropy, bits a token"),
+              where=[{"model": "baseline"}], note="BrierLM over cross-entropy, bits a token"),
         Panel("CALM", "held-out/energy", "held-out/brier_lm", line="size",
-              where={"model": "CALM"}, note="BrierLM over the held-out energy score"),
+              where=[{"model": "CALM"}], note="BrierLM over the held-out energy score"),
     ],
     analysis=_correlations,
+    notes="Checkpoints of a size are points of one run, whose learning rate falls in it if the "
+    "recipe's does; correlations pool sizes and seeds, and skip checkpoints with BrierLM 0.",
 )  # fmt: skip
