@@ -22,6 +22,7 @@ from transformers.integrations import get_available_reporting_integrations
 from calm.data.options import CorpusOptions
 from calm.errors import UserError
 from calm.ranges import FRACTION, NOT_NEGATIVE, PERCENTAGE, POSITIVE, SEED, at_least
+from calm.training.compilation import check_compilation
 from calm.training.old_flags import translate_old_flags
 from calm.training.parser import TrainingParser
 from calm.training.precision import has_bfloat16_units
@@ -337,7 +338,7 @@ def _check(arguments: JobArguments) -> None:
         raise UserError(f"backend must be one of {', '.join(Backend)}, got {training.backend!r}")
     if training.muon_learning_rate and training.fsdp:
         raise UserError("muon_learning_rate needs whole matrices; fsdp splits them")
-    _check_compilation(training)
+    check_compilation(training)
     _check_schedule(training)
     if training.label_smoothing_factor:
         raise UserError("label_smoothing_factor has no effect on these losses: take it out")
@@ -352,18 +353,6 @@ def _check(arguments: JobArguments) -> None:
         )
     if data.streaming and training.max_steps <= 0 and not training.max_train_seconds:
         raise UserError("a stream has no length: pass max_steps (or max_train_seconds)")
-
-
-def _check_compilation(training: CALMTrainingArguments) -> None:
-    """What is compiled, and how, is ours to say."""
-    for name in ("torch_compile_backend", "torch_compile_mode"):
-        if value := getattr(training, name):
-            raise UserError(f"{name}={value!r} has no effect here: pass --torch_compile alone")
-    if training.torch_compile and (training.fsdp or training.deepspeed):
-        raise UserError(
-            "torch_compile compiles layers whose weights are whole; fsdp and deepspeed split them: "
-            "pass --torch_compile=false"
-        )
 
 
 def _check_schedule(training: CALMTrainingArguments) -> None:

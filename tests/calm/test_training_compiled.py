@@ -8,6 +8,7 @@ import tiny
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 from torch.nn.parallel import DistributedDataParallel
 from training_cases import Sequences, history, make_trainer, tiny_baseline, train
 
@@ -106,6 +107,12 @@ def test_what_cannot_be_compiled_is_refused():
     ):
         with pytest.raises(UserError, match=message):
             parse_arguments(["--output_dir=x", "--use_cpu", *flags], Stage.BASELINE)
+
+
+def test_a_cpu_without_a_compiler_is_one_line():
+    expected = pytest.raises(UserError, match=r"needs a C\+\+ compiler, and none is found: install")
+    with inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}), expected:
+        parse_arguments(["--output_dir=x", "--use_cpu", "--torch_compile"], Stage.BASELINE)
 
 
 @pytest.mark.parametrize("name", ["calm-m", "calm-m-flow", "baseline-m"])
