@@ -75,6 +75,8 @@ class Record:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             fields["results"] = [Result(**entry) for entry in fields["results"]]
+            if not all(isinstance(result.seed, int) for result in fields["results"]):
+                raise TypeError("a seed is no whole number")
             return cls(**fields)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}): delete it to start again") from error

@@ -144,6 +144,11 @@ def test_damaged_results_are_an_error(tmp_path):
     path.write_text('{"experiment": "small"', encoding="utf-8")
     with pytest.raises(UserError, match="is damaged"):
         Record.read(path)
+    Record("small", {}, {}, [Result("key", {}, 7, {})]).write(path)
+    assert Record.read(path).results[0].seed == 7
+    path.write_text(path.read_text("utf-8").replace("7", '"7"'), encoding="utf-8")
+    with pytest.raises(UserError, match="a seed is no whole number"):
+        Record.read(path)
 
 
 # Keys
