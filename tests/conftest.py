@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import os
 from contextlib import suppress
 
 import pytest
@@ -13,6 +14,26 @@ def pytest_addoption(parser):
     """Plain pytest, as on a GPU machine where nothing can be installed, takes our settings too."""
     with suppress(ValueError):  # pytest-timeout is installed and has said so
         parser.addini("timeout", "seconds a test may take; needs pytest-timeout")
+
+
+@pytest.hookimpl(trylast=True)  # of the tests that were selected
+def pytest_collection_modifyitems(items):
+    """Long tests first: one that starts last leaves the other processes idle.
+
+    Each process of pytest-xdist begins with a part of the list, and at its end takes over what
+    others have not begun.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    long, others = [], []
+    for item in items:
+        is_long = any(item.get_closest_marker(name) for name in ("slow", "timeout"))
+        (long if is_long else others).append(item)
+    bounds = [len(others) * worker // workers for worker in range(workers + 1)]
+    items[:] = [
+        item
+        for worker in range(workers)
+        for item in long[worker::workers] + others[bounds[worker] : bounds[worker + 1]]
+    ]
 
 
 @pytest.fixture(params=["reference", "torch"])

@@ -1,4 +1,4 @@
-"""Runs tests/triton in a process of its own, where kernels are interpreted on the CPU."""
+"""Runs tests/triton in processes of their own, where kernels are interpreted on the CPU."""
 
 import os
 import subprocess
@@ -17,15 +17,22 @@ SLOW = (
     "test_interpreted_energy_score.py",
     "test_interpreted_integration.py",
 )
+FAST = [name for name in FILES if name not in SLOW]
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FILES]
+    "names",
+    [
+        *(pytest.param([name], marks=pytest.mark.slow, id=name) for name in SLOW),
+        # The others share two processes, each of which imports torch for seconds.
+        *(pytest.param(FAST[part::2], id=f"others-{part}") for part in (0, 1)),
+    ],
 )
-def test_in_the_interpreter(name):
+def test_in_the_interpreter(names):
+    files = [f"tests/triton/{name}" for name in names]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/triton/{name}"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=ROOT,
         capture_output=True,

@@ -25,7 +25,7 @@ def draw(shape, distinct, generator, dtype=torch.int64):
 @pytest.mark.parametrize("form", ["factory", "gamma"])
 @pytest.mark.parametrize("num_agreeing", [1, 3, 2.5, 12.7])
 def test_choices_of_many_rows(num_agreeing, form, generator):
-    candidates = draw((80, 12, 2), 3, generator)
+    candidates = draw((40, 12, 2), 3, generator)
     assert_same_choices(candidates, num_agreeing, form=form, seed=3, first_row=7)
 
 

@@ -137,16 +137,17 @@ def test_bfloat16(generator):
 
 
 def test_recomputation_keeps_one_array_a_block_and_changes_nothing(generator):
-    size = (32, 16, 8, 4, 8, (16,))
+    # 18 rows: a number kept for each row would show in the bound below.
+    size = (32, 16, 8, 4, 2, (9,))
     head = make_head(size, generator).float()
     inputs = [value.float() for value in make_inputs(size, generator)]
     results = [run(head, inputs, torch.float32, "triton", recompute=flag) for flag in (False, True)]
     for kept, again in zip(*results, strict=True):
         assert torch.equal(kept, again)
-    width, rows = size[0], 8 * 16
+    width, rows = size[0], 2 * 9
     others = sum(value.nbytes for value in (*head.parameters(), *inputs))
     total, _ = saved_bytes(lambda: head(*inputs, recompute=True, backend="triton"))
-    stream, patches = 4 * rows * width, 4 * 16 * width
+    stream, patches = 4 * rows * width, 4 * 9 * width
     assert total - others <= 5 * stream + 5 * patches + 64
 
 

@@ -100,7 +100,7 @@ def test_autocast_leaves_the_operators_alone():
     assert actual.dtype == torch.float32 and torch.equal(actual, expected)
 
 
-def train(model, backend, steps=5):
+def train(model, backend, steps=3):
     """Losses of a few steps and the weights after them; draws are addressed by (seed, step). In the
     interpreter auto is Triton.
     """

@@ -111,6 +111,8 @@ def test_operations_share_the_memory_of_a_first_row(monkeypatch):
     address = {"seed": torch.tensor([1, 2]), "first_row": 12, "backend": "triton"}
     for _ in range(2):
         samples = head.sample(hidden, num_samples=2, **address)
-        gaussian_energy_score(samples, *states.split(8, 1), targets="sample", **address)
+        gaussian_energy_score(
+            samples, *states.split(8, 1), targets="sample", num_targets=2, **address
+        )
         reparameterize(states, kl_floor=0.5, **address)
     assert fills.count(12) == 1
