@@ -1,7 +1,7 @@
 """Sizes, chunk sizes and budgets: which K is best for the same training FLOPs (paper, figure 4).
 
 Every arm reads the same bytes, without start chunks, and is scored on the same n-grams: those that
-start at multiples of the largest K.
+start at multiples of the largest K, and of 8 tokens at least.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from calm.experiments.verdicts import SeedSpread, by_cell, seed_spread, stretche
 
 __all__ = ["SCALING", "best_arms", "fit_scores"]
 
+EVERY = 8  # tokens between n-grams, at least: places at which every arm scores one, in any block
 TOKENS = "token baseline"
 SCORE = "held-out/brier1"
 RESAMPLES, SEED = 2000, 0
@@ -34,7 +35,7 @@ def _cells(scale: Scale, seed: int) -> list[Cell]:
                     Cell(
                         {"arm": arm, "size": size.name, "budget": flops},
                         scale.at_budget(training, flops),
-                        options={"multiples_of": max(chunk_sizes)},
+                        options={"multiples_of": max(EVERY, *chunk_sizes)},
                         seed=seed,
                     )
                 )
