@@ -108,6 +108,7 @@ def test_a_decode_step_with_a_mask_pins_its_attention(monkeypatch, is_fixed, dev
     assert backends() == before
 
 
+@torch.no_grad()
 def test_the_cached_backbone_rounds_no_worse_in_bfloat16():
     exact, backbone = make_backbone(), make_backbone().bfloat16()
     embeds = torch.randn(2, 9, 32).bfloat16()

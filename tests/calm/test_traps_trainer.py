@@ -22,7 +22,7 @@ class Sequences(Dataset):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
-def with_fixed_noise(self, hidden, *, num_samples, seed, first_row):
+def with_fixed_noise(self, hidden, _noise, num_samples, *_address, **_options):
     """`EnergyHead.sample` with the same draws for every patch, however the batch is cut."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(num_samples, self.noise_size, generator=generator) - 0.5
