@@ -16,12 +16,13 @@ from calm.experiments.experiment_report import (
     write_index,
     write_report,
 )
-from calm.experiments.measures import MEASURES, Texts
+from calm.experiments.measures import MEASURES, Texts, cost_of, language_model
 from calm.experiments.runner import Record, all_cells, run_experiment, training_commands
 from calm.experiments.scales import SCALES
 from calm.experiments.studies import EXPERIMENTS
 from calm.experiments.studies.metric import pearson, spearman
 from calm.experiments.studies.scaling import best_arms, fit_scores
+from calm.experiments.trained import ensure_trained
 from calm.experiments.verdicts import Verdict, difference, judge, seed_spread, select
 
 TINY = SCALES["tiny"]
@@ -85,6 +86,19 @@ def test_results_are_finite_and_hold_what_comparisons_need(finished):
         means = sums[:, :4].sum(0) / sums[:, 4].sum()
         assert means[0].item() == pytest.approx(result.values["held-out/brier1"], abs=1e-5)
         assert result.curve[-1]["step"] > 5
+
+
+def test_the_cost_of_a_checkpoint_and_the_places_of_ngrams(finished, monkeypatch, tmp_path):
+    root, _, record = finished
+    trained = ensure_trained(two_cells(TINY, 1)[0].training, root / "models")
+    whole, half = cost_of(trained), cost_of(trained, checkpoint=6)  # of 12 steps
+    assert 2 * half["training_tokens"] == whole["training_tokens"]
+    assert 2 * half["training_flops"] == whole["training_flops"]
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    measured = language_model(trained, Texts(TINY.autoencoder().flags), TINY, multiples_of=8)
+    counts = [sum(row[-1] for row in each.groups["held-out/brier"])
+              for each in (measured, record.results[0])]  # fmt: skip
+    assert 0.3 < counts[0] / counts[1] < 0.7  # every other chunk of 4 tokens
 
 
 def test_one_cell_gives_the_same_bits_again(finished, tmp_path, monkeypatch):
