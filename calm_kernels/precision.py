@@ -6,12 +6,17 @@ from torch import Tensor
 from calm_kernels.autograd import is_autocast_on
 from calm_kernels.checks import check_device, check_dtype, check_shape, check_tensor
 
-__all__ = ["accumulation_dtype", "check_projection", "matmul_dtype"]
+__all__ = ["accumulation_dtype", "check_projection", "matmul_dtype", "round_operand"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32: where sums, exponentials and logarithms are taken."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def round_operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` rounded to the `dtype` of a matmul, in the dtype of its sums."""
+    return tensor.to(dtype).to(accumulation_dtype(dtype))
 
 
 def matmul_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> torch.dtype:

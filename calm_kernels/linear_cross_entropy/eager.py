@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from calm_kernels.autograd import refuse_second_derivative
-from calm_kernels.precision import accumulation_dtype
+from calm_kernels.precision import round_operand
 
 __all__ = ["linear_cross_entropy_eager", "row_blocks"]
 
@@ -55,7 +55,7 @@ class _LinearCrossEntropy(Function):
         ignore_index: int,
         matmul_dtype: torch.dtype,
     ) -> Tensor:
-        cast_weight = weight.to(matmul_dtype).to(accumulation_dtype(matmul_dtype))
+        cast_weight = round_operand(weight, matmul_dtype)
         needs_rows, needs_weight = ctx.needs_input_grad[:2]
         drows = torch.empty_like(rows) if needs_rows else None
         dweight = cast_weight.new_zeros(cast_weight.shape[::-1]) if needs_weight else None  # [H, V]
@@ -65,7 +65,7 @@ class _LinearCrossEntropy(Function):
         targets = labels.where(is_counted, 0)[:, None]
         losses = cast_weight.new_empty(rows.shape[0])
         for block in row_blocks(rows, cast_weight.shape[0]):
-            inputs = rows[block].to(matmul_dtype).to(cast_weight.dtype)
+            inputs = round_operand(rows[block], matmul_dtype)
             losses[block], dlogits = _losses(inputs @ cast_weight.T, targets[block])
             if drows is not None:
                 drows[block] = (dlogits @ cast_weight).mul_(share[block])

@@ -15,7 +15,7 @@ from torch.autograd import Function
 from calm_kernels.autograd import refuse_second_derivative
 from calm_kernels.backend import is_host_readable
 from calm_kernels.linear_cross_entropy.eager import row_blocks
-from calm_kernels.precision import accumulation_dtype
+from calm_kernels.precision import round_operand
 
 __all__ = ["linear_cross_entropy_recompute"]
 
@@ -46,13 +46,13 @@ class _Recomputed(Function):
         matmul_dtype: torch.dtype,
         negligible: float,
     ) -> Tensor:
-        cast_weight = _cast(weight, matmul_dtype)
+        cast_weight = round_operand(weight, matmul_dtype)
         is_counted = labels != ignore_index
         targets = labels.where(is_counted, 0)
         logsumexp = cast_weight.new_empty(rows.shape[0])
         chosen = torch.empty_like(logsumexp)
         for block in row_blocks(rows, weight.shape[0]):
-            logits = _cast(rows[block], matmul_dtype) @ cast_weight.T
+            logits = round_operand(rows[block], matmul_dtype) @ cast_weight.T
             logsumexp[block] = logits.logsumexp(dim=-1)
             chosen[block] = logits.gather(1, targets[block, None])[:, 0]
             del logits  # its memory serves the next block
@@ -64,7 +64,7 @@ class _Recomputed(Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_cross_entropy")
         rows, weight, labels, logsumexp = ctx.saved_tensors
-        cast_weight = _cast(weight, ctx.matmul_dtype)
+        cast_weight = round_operand(weight, ctx.matmul_dtype)
         needs_rows, needs_weight = ctx.needs_input_grad[:2]
         drows = torch.zeros_like(rows, dtype=cast_weight.dtype) if needs_rows else None
         dweight = torch.zeros_like(cast_weight) if needs_weight else None
@@ -72,7 +72,7 @@ class _Recomputed(Function):
         share = dloss * is_counted[:, None] / is_counted.sum().clamp(min=1)  # [R, 1]
         can_skip = is_host_readable(rows) and not torch.compiler.is_compiling()
         for block, tokens in _tiles(rows, weight.shape[0]):
-            inputs = _cast(rows[block], ctx.matmul_dtype)
+            inputs = round_operand(rows[block], ctx.matmul_dtype)
             logits = inputs @ cast_weight[tokens].T
             dlogits = logits.sub_(logsumexp[block, None]).exp_()
             _subtract_onehot(dlogits, labels[block], tokens.start)
@@ -92,11 +92,6 @@ class _Recomputed(Function):
             for gradient, like in ((drows, rows), (dweight, weight))
         ]
         return *gradients, None, None, None, None
-
-
-def _cast(tensor: Tensor, matmul_dtype: torch.dtype) -> Tensor:
-    """`tensor` rounded to the dtype of the matmul, in the dtype of its sums."""
-    return tensor.to(matmul_dtype).to(accumulation_dtype(matmul_dtype))
 
 
 def _tiles(rows: Tensor, vocab_size: int) -> Iterator[tuple[slice, slice]]:
