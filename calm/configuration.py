@@ -215,8 +215,9 @@ class CALMConfig(LlamaConfig):
             which learns much faster at small scale.
         head_recompute: training saves one array a block of the head and computes the others again
             in the backward pass: less memory, the same numbers. Gradient checkpointing does so too.
-        sampling_steps: of the flow head's midpoint rule (published: 10) or of the diffusion head's
-            sampler (published: 100, at least 2); None for the published. Training does not use it.
+        sampling_steps: of the flow head's sampler (published: 10) or of the diffusion head's
+            (published: 100, at least 2); None for the published. Training does not use it.
+        flow_sampler: ``midpoint`` (published), two evaluations a step, or ``euler``, one.
         input_type: what a chunk enters the backbone as: its ``tokens`` (published), its ``latent``
             (the autoencoder's mean) or ``both``, summed (section 7.4).
         has_start_patch: a chunk of K begin tokens (bos_token_id) stands before each document, in
@@ -257,6 +258,7 @@ class CALMConfig(LlamaConfig):
     head_init: Literal["zero", "scaled"] = "zero"
     head_recompute: bool = False
     sampling_steps: int | None = None
+    flow_sampler: Literal["midpoint", "euler"] = "midpoint"
     input_type: Literal["tokens", "latent", "both"] = "tokens"
     has_start_patch: bool = False
     initializer: Initializer = "normal"

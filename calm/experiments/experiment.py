@@ -6,13 +6,23 @@ An experiment is a declaration. `calm.experiments.runner` trains, measures and r
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from calm.experiments.scales import Scale
 from calm.experiments.trained import Training, digest
 
-__all__ = ["BRIER_COLUMNS", "Cell", "Claim", "Experiment", "Panel", "Result"]
+__all__ = [
+    "BRIER_COLUMNS",
+    "Cell",
+    "Claim",
+    "Experiment",
+    "Finding",
+    "Panel",
+    "Result",
+    "Verdict",
+]
 
 BRIER_COLUMNS = tuple(
     f"held-out/{name}" for name in ("brier_lm", "brier1", "brier2", "brier3", "brier4")
@@ -86,6 +96,7 @@ class Claim:
         worse: labels of the others.
         metrics: measures that decide, each with a higher-is-better sign; see
             `calm.experiments.verdicts`.
+        corpus: text that they are measured on.
     """
 
     source: str
@@ -93,6 +104,31 @@ class Claim:
     better: Mapping[str, Any]
     worse: Mapping[str, Any]
     metrics: Sequence[str] = ("brier1", "brier2")
+    corpus: str = "held-out"
+
+
+class Verdict(StrEnum):
+    """What results say of a claim."""
+
+    AGREES = "agrees"
+    DISAGREES = "disagrees"
+    UNTOLD = "cannot be told"
+
+
+class Finding(NamedTuple):
+    """A claim with its verdict: a row of reports.
+
+    Attributes:
+        source: where the claim stands.
+        text: what it says.
+        verdict: on it.
+        evidence: numbers that the verdict rests on.
+    """
+
+    source: str
+    text: str
+    verdict: Verdict
+    evidence: str
 
 
 @dataclass(frozen=True)
@@ -137,6 +173,7 @@ class Experiment:
         columns: values that the table shows, beside labels.
         panels: of the figure, given the scale.
         claims: what is judged, given the scale.
+        findings: claims about more than two cells, judged from all results.
         analysis: further Markdown from all results (a fit, a correlation).
         notes: how it differs from the paper's, and what to keep in mind, for the page.
         texts: corpora to score on, by name, beside what training holds out.
@@ -148,6 +185,7 @@ class Experiment:
     columns: Sequence[str]
     panels: Callable[[Scale], Sequence[Panel]]
     claims: Callable[[Scale], list[Claim]] = lambda scale: []
+    findings: Callable[[Sequence[Result]], list[Finding]] = lambda results: []
     analysis: Callable[[Sequence[Result]], str] | None = None
     notes: str = ""
     texts: Mapping[str, str] = field(default_factory=dict)

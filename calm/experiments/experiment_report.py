@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calm.errors import UserError
-from calm.experiments.experiment import Experiment, Result
+from calm.experiments.experiment import Experiment, Finding, Result, Verdict
 from calm.experiments.experiment_plot import plot_experiment
 from calm.experiments.naming import number, shown, title
 from calm.experiments.runner import RESULTS, Record
 from calm.experiments.scales import Scale
-from calm.experiments.verdicts import Verdict, by_cell, judge
+from calm.experiments.verdicts import by_cell, judge
 
 __all__ = ["claim_rows", "results_table", "to_report", "write_index", "write_report"]
 
@@ -19,9 +19,9 @@ HOW = (
     "Bars and ± are 95 % intervals. Those of one seed are of the text alone: training again with "
     "another seed may move a result by more."
 )
+ON_TEST = ("test/brier_lm", "test/brier1")  # shown where models were scored on that text
 COSTS = ("parameters", "training_tokens", "training_flops", "seconds")
 SHORT = 120.0  # seconds; longer times are in minutes
-Row = tuple[str, str, Verdict, str]
 
 
 def write_report(experiment: Experiment, scale: Scale, record: Record, folder: Path) -> str:
@@ -93,18 +93,20 @@ def summary(verdicts: Sequence[Verdict]) -> str:
 def results_table(experiment: Experiment, results: Sequence[Result]) -> str:
     """A row for each cell; several seeds are averaged, their range stands behind the mean."""
     labels = list(dict.fromkeys(name for result in results for name in result.labels))
+    columns = [*experiment.columns, *(name for name in ON_TEST if name not in experiment.columns)]
+    columns = [name for name in columns if any(name in result.values for result in results)]
     rows = [
         [
             *(_label(cell[0].labels.get(name, "")) for name in labels),
-            *(_values(name, cell) for name in experiment.columns),
+            *(_values(name, cell) for name in columns),
         ]
         for cell in by_cell(results)
     ]
-    return _table([*labels, *map(title, experiment.columns)], rows)
+    return _table([*labels, *map(title, columns)], rows)
 
 
-def claim_rows(experiment: Experiment, scale: Scale, results: Sequence[Result]) -> list[Row]:
-    """Source, claim, verdict and evidence of every claim whose cells have results."""
+def claim_rows(experiment: Experiment, scale: Scale, results: Sequence[Result]) -> list[Finding]:
+    """Every claim whose cells have results, with its verdict."""
     rows = []
     for claim in experiment.claims(scale):
         has_results = [
@@ -116,12 +118,12 @@ def claim_rows(experiment: Experiment, scale: Scale, results: Sequence[Result]) 
         try:
             verdict, found = judge(claim, results)
         except UserError as error:  # other results can still be judged
-            rows.append((claim.source, claim.text, Verdict.UNTOLD, str(error)))
+            rows.append(Finding(claim.source, claim.text, Verdict.UNTOLD, str(error)))
             continue
         seeds = found[0].seeds
         evidence = "; ".join(map(str, found)) + f" ({seeds} seed{'s' * (seeds > 1)})"
-        rows.append((claim.source, claim.text, verdict, evidence))
-    return rows
+        rows.append(Finding(claim.source, claim.text, verdict, evidence))
+    return rows + experiment.findings(results)
 
 
 def _what_ran(scale: Scale, record: Record, results: Sequence[Result]) -> str:

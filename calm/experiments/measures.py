@@ -108,7 +108,7 @@ def language_model(
     scale: Scale,
     *,
     checkpoint: int | None = None,
-    sampling_steps: int | None = None,
+    sampling: Mapping[str, Any] = MappingProxyType({}),
     multiples_of: int = 1,
 ) -> Measured:
     """BrierLM and its parts on each text, and `measure_text`: the model's own loss and more.
@@ -118,13 +118,14 @@ def language_model(
         texts: to score.
         scale: how many blocks and draws.
         checkpoint: step of the weights; None for the final ones.
-        sampling_steps: of a diffusion or flow head; None for the published number.
+        sampling: fields of the configuration that sampling alone reads, such as `sampling_steps`.
         multiples_of: n-grams start at multiples of this many tokens of the text.
     """
     model = trained.load(checkpoint)
     measured = Measured(values={}, curve=trained.log())
-    if sampling_steps is not None:
-        model.config.sampling_steps = sampling_steps
+    if sampling:
+        for field_name, value in sampling.items():
+            setattr(model.config, field_name, value)
         measured.values["inference_flops"] = trained.flops(model).inference()
     for name in texts.options:
         blocks = texts.blocks(name, trained, model, scale.blocks)

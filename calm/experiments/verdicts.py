@@ -18,7 +18,6 @@ differences that are none, about one is called one.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import NamedTuple
 
 import torch
@@ -26,13 +25,12 @@ from torch import Tensor
 
 from calm.errors import UserError
 from calm.evaluation.bootstrap import corpus_means, standard_errors
-from calm.experiments.experiment import Claim, Result
+from calm.experiments.experiment import Claim, Result, Verdict
 from calm.experiments.naming import factor, title
 
 __all__ = [
     "Difference",
     "SeedSpread",
-    "Verdict",
     "by_cell",
     "difference",
     "judge",
@@ -40,6 +38,7 @@ __all__ = [
     "seed_spread",
     "select",
     "stretches",
+    "verdict_on",
 ]
 
 STRETCHES = 40
@@ -53,14 +52,6 @@ METRICS = {
 }
 # Of Student's t, the 97.5 % quantile for 1 to 10 degrees of freedom.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-
-
-class Verdict(StrEnum):
-    """What results say of a claim."""
-
-    AGREES = "agrees"
-    DISAGREES = "disagrees"
-    UNTOLD = "cannot be told"
 
 
 class SeedSpread(NamedTuple):
@@ -122,27 +113,30 @@ def select(results: Sequence[Result], labels: Mapping[str, object]) -> list[Resu
     return found[0]
 
 
-def judge(
-    claim: Claim, results: Sequence[Result], text: str = "held-out"
-) -> tuple[Verdict, list[Difference]]:
+def judge(claim: Claim, results: Sequence[Result]) -> tuple[Verdict, list[Difference]]:
     """The verdict on `claim`, and the differences that it rests on.
 
     Args:
         claim: what to judge.
         results: of the whole experiment: the spread between seeds is that of all cells.
-        text: which one.
     """
     better, worse = select(results, claim.better), select(results, claim.worse)
+    text = claim.corpus
     found = [
         difference(better, worse, metric, text, seed_spread(results, metric, text))
         for metric in claim.metrics
     ]
-    signs = {each.sign for each in found}
+    return verdict_on(each.sign for each in found), found
+
+
+def verdict_on(differences: Iterable[int]) -> Verdict:
+    """Of signs of differences: 1 supports, -1 contradicts, 0 is within its interval."""
+    signs = set(differences)
     if 1 in signs and -1 not in signs:
-        return Verdict.AGREES, found
+        return Verdict.AGREES
     if -1 in signs and 1 not in signs:
-        return Verdict.DISAGREES, found
-    return Verdict.UNTOLD, found
+        return Verdict.DISAGREES
+    return Verdict.UNTOLD
 
 
 def difference(

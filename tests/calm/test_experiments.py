@@ -9,10 +9,9 @@ import torch
 from cli_cases import calm, error_of
 
 from calm.errors import UserError
-from calm.experiments.experiment import Cell, Claim, Experiment, Panel, Result
+from calm.experiments.experiment import Cell, Claim, Experiment, Panel, Result, Verdict
 from calm.experiments.experiment_report import (
     claim_rows,
-    results_table,
     write_index,
     write_report,
 )
@@ -20,10 +19,8 @@ from calm.experiments.measures import MEASURES, Texts, cost_of, language_model
 from calm.experiments.runner import Record, all_cells, run_experiment, training_commands
 from calm.experiments.scales import SCALES
 from calm.experiments.studies import EXPERIMENTS
-from calm.experiments.studies.metric import pearson, spearman
-from calm.experiments.studies.scaling import best_arms, fit_scores
 from calm.experiments.trained import ensure_trained
-from calm.experiments.verdicts import Verdict, difference, judge, seed_spread, select
+from calm.experiments.verdicts import select
 
 TINY = SCALES["tiny"]
 
@@ -210,171 +207,6 @@ def test_commands_for_a_cluster():
     commands = training_commands(all_cells(EXPERIMENTS["input"], scale), Path("runs"))
     assert commands[0].startswith("calm train-ae ") and len(commands) == 4
     assert all("--train_file=pile/*.jsonl" in command for command in commands)
-
-
-# Verdicts
-
-
-def result(start, seed, sums, **labels):
-    table = [[*row, 10.0] for row in sums]
-    return Result(f"{start}{seed}", {"start": start, **labels}, seed, {}, {"held-out/brier": table})
-
-
-def noisy(mean, seed, groups=40):
-    generator = torch.Generator().manual_seed(seed)
-    shared = torch.randn(groups, 1, generator=torch.Generator().manual_seed(0))
-    own = 0.1 * torch.randn(groups, 4, generator=generator)
-    return (10 * mean + shared + own).tolist()
-
-
-@pytest.mark.parametrize(
-    ("better", "verdict"),
-    [(0.4, Verdict.AGREES), (0.2, Verdict.DISAGREES), (0.3, Verdict.UNTOLD)],
-)
-def test_verdicts(better, verdict):
-    results = [result("scaled", 1, noisy(better, 1)), result("zero", 1, noisy(0.3, 2))]
-    claim = SMALL.claims(TINY)[0]
-    found, differences = judge(claim, results)
-    assert found is verdict
-    assert differences[0].value == pytest.approx(better - 0.3, abs=0.01)
-    assert differences[0].interval < 0.01  # the shared part cancels
-
-
-def test_seeds_that_disagree_widen_the_error():
-    better = [result("a", seed, noisy(mean, seed)) for seed, mean in ((1, 0.5), (2, 0.1))]
-    worse = [result("b", seed, noisy(0.2, 9)) for seed in (1, 2)]
-    found = difference(better, worse, "brier1")
-    assert found.seeds == 2 and found.value == pytest.approx(0.1, abs=0.01)
-    assert found.sign == 1 and found.interval < 0.02  # of the text alone
-    spread = seed_spread([*better, *worse], "brier1")
-    assert spread == (pytest.approx(0.04, rel=0.05), 2)  # (0.08 + 0) / 2
-    found = difference(better, worse, "brier1", spread=spread)
-    assert found.interval == pytest.approx(4.3 * 0.2, rel=0.05) and found.sign == 0
-
-
-def test_the_spread_between_seeds_counts_for_cells_of_one_seed():
-    repeated = [result("c", seed, noisy(mean, seed)) for seed, mean in ((1, 0.5), (2, 0.1))]
-    claim = SMALL.claims(TINY)[0]
-    single = [result("scaled", 1, noisy(0.4, 1)), result("zero", 1, noisy(0.3, 2))]
-    assert judge(claim, single)[0] is Verdict.AGREES
-    assert judge(claim, [*single, *repeated])[0] is Verdict.UNTOLD
-
-
-def test_text_of_one_document_is_no_evidence_of_many():
-    """Groups that repeat their neighbours, four alike, give the interval of the quarter."""
-    rows = noisy(0.4, 1)
-    longer = [row for row in rows for _ in range(4)]
-    ours, theirs = (
-        difference([result("a", 1, one)], [result("b", 1, other)], "brier1")
-        for one, other in ((longer, [[3.0] * 4] * 160), (rows, [[3.0] * 4] * 40))
-    )
-    assert ours.interval == pytest.approx(theirs.interval) and ours.value == theirs.value
-
-
-def test_intervals_hold_the_truth():
-    """Of differences that are none, 5 % are beyond their interval, with two seeds too."""
-    generator = np.random.default_rng(0)
-
-    def cell(start):
-        rows = [generator.normal(0, 0.05, (40, 1)) + generator.normal(0, 0.1) for _ in range(2)]
-        return [result(start, seed, np.repeat(10 * each, 4, 1).tolist())
-                for seed, each in enumerate(rows)]  # fmt: skip
-
-    wrong = 0
-    for _ in range(200):
-        better, worse, third = cell("a"), cell("b"), cell("c")
-        spread = seed_spread([*better, *worse, *third], "brier1")
-        wrong += difference(better, worse, "brier1", spread=spread).sign != 0
-    assert 0.02 < wrong / 200 < 0.08
-
-
-def test_lower_energy_is_better():
-    def energy(start, mean):
-        table = [[10 * mean, 10.0]] * 3
-        return Result(start, {"start": start}, 1, {}, {"held-out/energy": table})
-
-    found = difference([energy("a", 1.0)], [energy("b", 2.0)], "energy")
-    assert found.value == 1.0 and found.sign == 1
-
-
-def test_select_wants_one_cell():
-    results = [result("a", 1, noisy(0.1, 1), N=2), result("a", 1, noisy(0.1, 1), N=4)]
-    with pytest.raises(UserError, match="2 cells have start a"):
-        select(results, {"start": "a"})
-    assert select(results, {"start": "a", "N": 4})[0].labels["N"] == 4
-
-
-def test_other_positions_do_not_compare():
-    one, other = result("a", 1, noisy(0.1, 1)), result("b", 1, noisy(0.1, 1, groups=30))
-    with pytest.raises(UserError, match="not scored at the same positions"):
-        difference([one], [other], "brier1")
-
-
-def test_seeds_are_averaged_in_the_table():
-    results = [Result("k", {"N": 2}, seed, {"held-out/brier1": value})
-               for seed, value in ((1, 0.1), (2, 0.3))]  # fmt: skip
-    assert "| 2 | 20.00 [10.00, 30.00] |" in results_table(
-        replace(SMALL, columns=("held-out/brier1",)), results
-    )
-
-
-def test_correlations():
-    x = np.array([1.0, 2.0, 3.0, 4.0])
-    assert pearson(x, 3 - 2 * x) == pytest.approx(-1)
-    assert spearman(x, x**5) == pytest.approx(1)
-    assert spearman(np.array([1.0, 1.0, 2.0]), np.array([3.0, 3.0, 1.0])) == pytest.approx(-1)
-
-
-def scaling_result(arm, size, budget, score, *, seed=1, parameters=1e6, tokens=1e6):
-    groups = [[row[0], 0.0, 0.0, 0.0, 10.0] for row in noisy(score, ord(arm[-1]) + size)]
-    values = {"held-out/brier1": score, "parameters": parameters, "training_tokens": tokens}
-    labels = {"arm": arm, "size": size, "budget": budget}
-    return Result(f"{arm}{size}{budget}{seed}", labels, seed, values, {"held-out/brier": groups})
-
-
-def test_the_best_arm_of_a_budget():
-    results = [
-        scaling_result(arm, size, budget, score)
-        for budget, scores in ((1e9, (0.1, 0.2, 0.4, 0.3)), (2e9, (0.5, 0.2, 0.45, 0.3)))
-        for (arm, size), score in zip(
-            [("K = 1", 1), ("K = 1", 2), ("K = 4", 1), ("K = 4", 2)], scores, strict=True
-        )
-    ]
-    first, second = best_arms(results)
-    assert (first["best"], first["size"], first["second"]) == ("K = 4", 1, "K = 1")
-    assert first["difference"] == pytest.approx(0.2, abs=0.02) and first["share"] > 0.99
-    low, high = first["interval"]
-    assert 0 < low < first["difference"] < high
-    assert (second["best"], second["size"]) == ("K = 1", 1)
-    assert first["to_tokens"] == {}
-
-
-def test_the_best_size_is_best_over_seeds_and_arms_meet_the_token_baseline():
-    scores = {("K = 4", 1): (0.5, 0.1), ("K = 4", 2): (0.4, 0.4), ("token baseline", 1): (0.3, 0.3)}
-    results = [
-        scaling_result(arm, size, 1e9, score, seed=seed)
-        for (arm, size), both in scores.items()
-        for seed, score in enumerate(both)
-    ]
-    (row,) = best_arms(results)
-    assert (row["best"], row["size"]) == ("K = 4", 2)  # not the size of the luckiest seed
-    difference, (low, high) = row["to_tokens"]["K = 4"]
-    assert difference == row["difference"] == pytest.approx(0.1, abs=0.02)
-    assert low < 0 < high  # seeds differ by more
-
-
-def test_the_fit_finds_its_own_law_and_holds_out_the_largest_budget():
-    def law(parameters, tokens):
-        return 0.1 + 0.02 * np.log10(parameters) + 0.03 * np.log10(tokens)
-
-    grid = [(1e5, 1e6, 1), (1e6, 1e6, 1), (1e5, 1e7, 2), (1e6, 1e7, 2), (3e6, 1e8, 3)]
-    results = [
-        scaling_result("K = 4", n, budget, law(p, t) + 0.05 * (budget == 3), parameters=p, tokens=t)
-        for n, (p, t, budget) in enumerate(grid)
-    ]
-    (row,) = fit_scores(results)
-    assert row["weights"] == pytest.approx([0.1, 0.02, 0.03]) and row["cells"] == 4
-    assert row["residual"] < 1e-9 and row["held_out"] == pytest.approx(0.05)
 
 
 # The command

@@ -245,6 +245,22 @@ def test_sampling_steps(head, published, a_step):
     assert len(calls) == (published + 3) * a_step
 
 
+def test_euler_is_a_midpoint_rule_without_the_middle():
+    """One evaluation a step; both rules reach the end of a path of constant velocity."""
+    model = tiny.model("flow")
+    head = model.generative_head
+    model.config.flow_sampler, model.config.sampling_steps = "euler", 4
+    hidden, noise = torch.randn(2, model.config.hidden_size), torch.randn(2, tiny.LATENT)
+    calls = []
+    head.net.register_forward_hook(lambda *_: calls.append(1))
+    drawn = head.sample(hidden, noise)
+    assert len(calls) == head.num_evaluations == 4
+    latent, condition = noise, head.net.cond_embed(hidden)
+    for step in range(4):
+        latent = latent + 0.25 * head._velocity(latent, torch.tensor(0.25 * step), condition)
+    assert torch.equal(drawn, latent)
+
+
 def test_given_noise_of_few_sampling_steps():
     """The start and a draw for each step; the last step adds none."""
     model = tiny.model("diffusion")

@@ -19,8 +19,8 @@ class FlowHead(DenoisingHead):
 
     loss = mean_i (v_i(x_t, t, h) - (z - x₀)_i)²,    t ~ U[0, 1)
 
-    Sampling takes 10 midpoint steps (20 evaluations), or ``sampling_steps``. Source: CALM, section
-    7.4; Lipman et al., 2023.
+    Sampling takes 10 midpoint steps (20 evaluations), or ``sampling_steps``, or Euler's, with one
+    evaluation each (``flow_sampler``). Source: CALM, section 7.4; Lipman et al., 2023.
     """
 
     def __init__(self, config: CALMConfig) -> None:
@@ -28,13 +28,13 @@ class FlowHead(DenoisingHead):
 
     @property
     def num_steps(self) -> int:
-        """Midpoint steps of sampling."""
+        """Steps of sampling."""
         return self.config.sampling_steps or NUM_STEPS
 
     @property
     def num_evaluations(self) -> int:
-        """Two a step."""
-        return 2 * self.num_steps
+        """Two a midpoint step, one an Euler step."""
+        return self.num_steps * (2 if self.config.flow_sampler == "midpoint" else 1)
 
     def _velocity(self, latent: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         """Velocity ``[..., L]`` at latents ``[..., L]`` and times ``[...]``."""
@@ -53,7 +53,10 @@ class FlowHead(DenoisingHead):
         latent = draw(0)
         step = 1.0 / self.num_steps
         for index in range(self.num_steps):
-            start = torch.full((), index * step, device=latent.device)
-            middle = latent + 0.5 * step * self._velocity(latent, start, condition)
-            latent = latent + step * self._velocity(middle, start + 0.5 * step, condition)
+            time = torch.full((), index * step, device=latent.device)
+            velocity = self._velocity(latent, time, condition)
+            if self.config.flow_sampler == "midpoint":
+                middle = latent + 0.5 * step * velocity
+                velocity = self._velocity(middle, time + 0.5 * step, condition)
+            latent = latent + step * velocity
         return latent
