@@ -1,27 +1,26 @@
 """Configurations of autoencoder and language models: published field names, checked values."""
 
-import dataclasses
 import logging
-import math
 import os
 import re
 from copy import deepcopy
-from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
-from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, PreTrainedConfig
-from transformers.activations import ACT2FN
 
-from calm.errors import UserError
+from calm.configuration_checks import (
+    check_backbone,
+    checked,
+    require,
+    require_numbers,
+    require_positive,
+)
 
 __all__ = [
     "HEAD_TYPES",
     "AutoencoderConfig",
     "CALMConfig",
-    "check_backbone",
     "locate_autoencoder",
 ]
 
@@ -29,72 +28,6 @@ logger = logging.getLogger(__name__)
 
 HEAD_TYPES = ("energy", "diffusion", "flow")
 Initializer = Literal["normal", "fan_in"]
-Config = TypeVar("Config", bound=PreTrainedConfig)
-
-
-def checked(config_class: type[Config]) -> type[Config]:
-    """`strict`, whose errors are `UserError`s: which field, what was expected, what came."""
-    strict_class = strict(config_class)
-    strict_init = strict_class.__init__
-
-    @wraps(strict_init)
-    def __init__(self: Config, **fields: Any) -> None:
-        try:
-            strict_init(self, **fields)
-        except UserError as error:
-            raise UserError(f"{config_class.__name__}: {error}") from error
-        except StrictDataclassError as error:
-            raise UserError(f"{config_class.__name__}: {error.__cause__ or error}") from error
-
-    strict_class.__init__ = __init__  # type: ignore[assignment,method-assign] # a checked init
-    return strict_class
-
-
-def _require(is_valid: bool, message: str) -> None:
-    if not is_valid:
-        raise UserError(message)
-
-
-def _require_numbers(config: PreTrainedConfig) -> None:
-    """Every number is finite, and the activation exists."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        is_finite = not isinstance(value, float) or math.isfinite(value)
-        _require(is_finite, f"{field.name} must be a finite number, got {value}")
-    _require(
-        config.hidden_act in ACT2FN,
-        f"hidden_act must be an activation of transformers, such as silu, gelu or relu; got "
-        f"{config.hidden_act!r}",
-    )
-    deviation = getattr(config, "embedding_std", None)
-    _require(deviation is None or deviation >= 0, f"embedding_std must be >= 0, got {deviation}")
-
-
-def check_backbone(config: LlamaConfig) -> None:
-    """The sizes of a Llama backbone fit together; raises `UserError`."""
-    _require_numbers(config)
-    _require_positive(
-        config, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-    )  # fmt: skip
-    heads, shared = config.num_attention_heads, config.num_key_value_heads
-    _require(
-        heads % (shared or 1) == 0,
-        f"num_key_value_heads must divide num_attention_heads, {heads}, got {shared}",
-    )
-    _require(
-        (config.head_dim or 0) % 2 == 0,
-        f"head_dim must be even for rotary positions, got {config.head_dim}: choose another "
-        "hidden_size or num_attention_heads",
-    )
-    dropout = config.attention_dropout or 0
-    _require(0 <= dropout < 1, f"attention_dropout must lie in [0, 1), got {dropout}")
-
-
-def _require_positive(config: PreTrainedConfig, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value >= 1, f"{name} must be at least 1, got {value}")
 
 
 @checked
@@ -155,22 +88,22 @@ class AutoencoderConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Checks across fields; run on construction and on saving."""
-        _require_numbers(self)
-        _require_positive(
+        require_numbers(self)
+        require_positive(
             self, "vocab_size", "patch_size", "latent_size", "hidden_size", "intermediate_size"
         )
         for name in ("num_encoder_layers", "num_decoder_layers"):
             layers = getattr(self, name)
-            _require(
+            require(
                 layers >= 2 and layers % 2 == 0,
                 f"{name} must be even and at least 2 (half read tokens, half chunks), got {layers}",
             )
         for name in ("ae_dropout", "token_dropout", "latent_dropout"):
             chance = getattr(self, name)
             is_valid = chance is None or 0 <= chance < 1
-            _require(is_valid, f"{name} must lie in [0, 1), got {chance}")
-        _require(self.kl_clamp >= 0, f"kl_clamp must be at least 0, got {self.kl_clamp}")
-        _require(self.kl_weight >= 0, f"kl_weight must be at least 0, got {self.kl_weight}")
+            require(is_valid, f"{name} must lie in [0, 1), got {chance}")
+        require(self.kl_clamp >= 0, f"kl_clamp must be at least 0, got {self.kl_clamp}")
+        require(self.kl_weight >= 0, f"kl_weight must be at least 0, got {self.kl_weight}")
 
 
 def locate_autoencoder(
@@ -269,7 +202,7 @@ class CALMConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs = _with_head_type(kwargs)
         kwargs.pop("model_type", None)  # that of the class
-        _require_positive(self, "num_attention_heads")  # sizes are divided by it
+        require_positive(self, "num_attention_heads")  # sizes are divided by it
         self.head_type = kwargs.pop("head_type", self.head_type)
         if isinstance(self.ae_config, dict):
             self.ae_config = AutoencoderConfig(**self.ae_config)
@@ -278,17 +211,17 @@ class CALMConfig(LlamaConfig):
     def validate_architecture(self) -> None:
         """Checks across fields; run on construction and on saving."""
         check_backbone(self)
-        _require_positive(
+        require_positive(
             self, "patch_size", "latent_size", "noise_size", "num_mlp_layers", "num_samples",
             "num_targets",
         )  # fmt: skip
         super().validate_architecture()
-        _require(0 < self.beta < 2, f"beta must lie in (0, 2), exclusive, got {self.beta}")
-        _require(
+        require(0 < self.beta < 2, f"beta must lie in (0, 2), exclusive, got {self.beta}")
+        require(
             self.num_samples >= 2 or self.head_type != "energy",
             f"num_samples must be at least 2 for the energy score, got {self.num_samples}",
         )
-        _require(
+        require(
             self.targets != "antithetic" or self.num_targets % 2 == 0,
             f'num_targets must be even for targets="antithetic", got {self.num_targets}',
         )
@@ -300,18 +233,18 @@ class CALMConfig(LlamaConfig):
     def _check_sampling_steps(self) -> None:
         steps, head = self.sampling_steps, self.head_type
         least = 2 if head == "diffusion" else 1
-        _require(
+        require(
             steps is None or least <= steps <= 1000,
             f"sampling_steps must lie between {least} and 1000, got {steps}",
         )
-        _require(
+        require(
             steps is None or head != "energy",
             f"sampling_steps must be None for the energy head, whose draw is one step; got {steps}",
         )
 
     def _check_start_patch(self) -> None:
         token = self.bos_token_id
-        _require(
+        require(
             not self.has_start_patch or (isinstance(token, int) and 0 <= token < self.vocab_size),
             f"has_start_patch needs bos_token_id, a token id below {self.vocab_size} for the chunk "
             f"before each document, got {token}: give the tokenizer a begin token "
@@ -322,7 +255,7 @@ class CALMConfig(LlamaConfig):
     def _check_pair(self, ae_config: PreTrainedConfig) -> None:
         for name in ("vocab_size", "patch_size", "latent_size"):
             own, other = getattr(self, name), getattr(ae_config, name)
-            _require(
+            require(
                 own == other,
                 f"{name} of the language model, {own}, differs from that of its autoencoder, "
                 f"{other}; set {name}={other}, or pass another autoencoder",

@@ -47,7 +47,7 @@ FORBIDDEN = {
         *ABOVE_MODELS,
     ),
     "calm/labels.py": ("calm.layers", "calm.decoding", "calm.models", *ABOVE_MODELS),
-    "calm/configuration.py": ("calm.layers", "calm.decoding", "calm.models", *ABOVE_MODELS),
+    "calm/configuration": ("calm.layers", "calm.decoding", "calm.models", *ABOVE_MODELS),
     "calm/data": ("calm.decoding", "calm.models", *ABOVE_MODELS),
     "calm/decoding": ("calm.models", *ABOVE_MODELS),
     "calm/decoding/text": ("calm.decoding.sampling", "calm.decoding.engine"),

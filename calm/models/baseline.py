@@ -9,7 +9,7 @@ from transformers import Cache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from calm.configuration import check_backbone
+from calm.configuration_checks import check_backbone
 from calm.decoding.engine.predictors import TokenPredictor
 from calm.decoding.mixin import DecodingMixin
 from calm.decoding.sampling.chunk_distribution import Method
