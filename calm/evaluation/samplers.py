@@ -22,7 +22,15 @@ from calm.evaluation.rollout import Step
 from calm.models.agreement import MAX_ORDER, prefix_collisions, prefix_matches
 from calm_kernels import noise
 
-__all__ = ["CALMSampler", "ChunkSampler", "TokenSampler", "make_sampler"]
+__all__ = [
+    "DRAWS_AT_A_TIME",
+    "LOGITS_AT_A_TIME",
+    "CALMSampler",
+    "ChunkSampler",
+    "DrawSampler",
+    "TokenSampler",
+    "make_sampler",
+]
 
 DEPTH_STRIDE = 2**40  # rollout depths draw from disjoint ranges of the seed's offset
 DRAWS_AT_A_TIME = 2**13  # latents decoded together: half a gigabyte at the published sizes
@@ -48,8 +56,8 @@ class ChunkSampler(Protocol):
 
 
 @dataclass(frozen=True)
-class CALMSampler:
-    """N draws of each chunk.
+class DrawSampler:
+    """N draws of each chunk; a subclass says where they come from.
 
     Attributes:
         predictor: of a CALM.
@@ -57,14 +65,12 @@ class CALMSampler:
         is_published: chain the draws of neighbouring chunks one by one, as published, instead of
             their shares (lower variance).
         seed: int64 ``[2]``.
-        noise_spread: factor on what the noise contributes, see `GenerativeHead.sample`.
     """
 
     predictor: ChunkPredictor
     num_draws: int
     is_published: bool
     seed: Tensor
-    noise_spread: float = 1.0
 
     @property
     def estimator(self) -> str:
@@ -73,6 +79,19 @@ class CALMSampler:
 
     def step(self, hidden: Tensor, target: Tensor | None, rows: Tensor, depth: int) -> Step:
         """Shares of N draws; a rollout continues with the first. See `ChunkSampler`."""
+        draws = self.draws(hidden, target, rows, depth)  # [N, B, Q, K]
+        matches = None
+        if target is not None:
+            matches = prefix_matches(draws, target)
+            matches = matches if self.is_published else matches.mean(0, keepdim=True)
+        agreement = (draws[1:] == draws[:1]).all(-1).to(torch.float32).mean(0)
+        return Step(draws[0], agreement, prefix_collisions(draws), matches)
+
+    def draws(self, hidden: Tensor, target: Tensor | None, rows: Tensor, depth: int = 0) -> Tensor:
+        """Token ids ``[N, B, Q, K]``; with a target, those that no comparison needs may be -1.
+
+        Arguments as `ChunkSampler.step`.
+        """
         seed = advance(self.seed, rows.flatten() + depth * DEPTH_STRIDE)
         size = max(1, DRAWS_AT_A_TIME // self.num_draws)
         targets = [None] if target is None else target.flatten(0, 1).split(size)
@@ -80,13 +99,22 @@ class CALMSampler:
             self._draw(*part)
             for part in zip_longest(hidden.flatten(0, 1).split(size), seed.split(size), targets)
         ]
-        draws = torch.cat(parts, dim=1).unflatten(1, rows.shape)  # [N, B, Q, K]
-        matches = None
-        if target is not None:
-            matches = prefix_matches(draws, target)
-            matches = matches if self.is_published else matches.mean(0, keepdim=True)
-        agreement = (draws[1:] == draws[:1]).all(-1).to(torch.float32).mean(0)
-        return Step(draws[0], agreement, prefix_collisions(draws), matches)
+        return torch.cat(parts, dim=1).unflatten(1, rows.shape)
+
+    def _draw(self, hidden: Tensor, seed: Tensor, target: Tensor | None) -> Tensor:
+        """Token ids ``[N, R, K]`` after hidden states ``[R, H]``, with a seed for each."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CALMSampler(DrawSampler):
+    """Draws of a CALM's head.
+
+    Attributes:
+        noise_spread: factor on what the noise contributes, see `GenerativeHead.sample`.
+    """
+
+    noise_spread: float = 1.0
 
     def _draw(self, hidden: Tensor, seed: Tensor, target: Tensor | None) -> Tensor:
         """Token ids ``[N, R, K]``.

@@ -21,10 +21,10 @@ from calm.environment import installed_version
 from calm.errors import UserError
 from calm.evaluation.bootstrap import ORDERS
 from calm.evaluation.brier import evaluating, position_scores
-from calm.evaluation.samplers import make_sampler
+from calm.evaluation.samplers import ChunkSampler, make_sampler
 from calm_kernels.noise import as_seed
 
-__all__ = ["TextReader", "TextScores", "score_text"]
+__all__ = ["Block", "TextReader", "TextScores", "score_draws", "score_text"]
 
 Block = Mapping[str, Any] | Sequence[int] | Tensor
 
@@ -118,15 +118,58 @@ def score_text(
     Raises:
         UserError: no blocks, blocks of different lengths, bad arguments.
     """
-    device = next(model.parameters()).device
     sampler = make_sampler(
         model,
         num_samples=num_samples,
         brier_draws=brier_draws,
         noise_scale=noise_scale,
         noise_spread=noise_spread,
-        seed=as_seed(seed, device),
+        seed=as_seed(seed, next(model.parameters()).device),
     )
+    settings = {
+        "num_samples": num_samples,
+        "brier_draws": "all" if brier_draws is None else brier_draws,
+        "noise_scale": noise_scale,
+        "noise_spread": noise_spread,
+        "seed": seed,
+    }
+    return score_draws(
+        sampler,
+        blocks,
+        settings=settings,
+        skip_repeats=skip_repeats,
+        batch_size=batch_size,
+        max_blocks=max_blocks,
+        progress=progress,
+        describe=describe,
+    )
+
+
+def score_draws(
+    sampler: ChunkSampler,
+    blocks: Iterable[Block],
+    *,
+    settings: Mapping[str, Any],
+    skip_repeats: bool = False,
+    batch_size: int = 4,
+    max_blocks: int | None = None,
+    progress: Callable[[Iterator[Any]], Iterable[Any]] = iter,
+    describe: Mapping[str, Any] | None = None,
+) -> TextScores:
+    """As `score_text`, of what `sampler` draws: a model's head, or anything else that draws chunks.
+
+    Args:
+        sampler: see `calm.evaluation.samplers`; its predictor's model reads the text.
+        blocks: as `score_text`.
+        settings: what the protocol says of the draws; ``seed`` among them.
+        skip_repeats: likewise, and what follows.
+        batch_size: likewise.
+        max_blocks: likewise.
+        progress: likewise.
+        describe: likewise.
+    """
+    model = sampler.predictor.model
+    device = next(model.parameters()).device
     size = sampler.predictor.patch_size
     reader = TextReader(blocks, batch_size, max_blocks, progress)
     with evaluating(model):
@@ -139,18 +182,13 @@ def score_text(
                 first_row=first_block * input_ids.shape[1] // size,
             )
             reader.add(*scores)
-    settings = {
+    layout = {
         "positions_are": _position_rule(size),
         "start_chunks": sampler.predictor.start_token_id is not None,
         "estimator": sampler.estimator,
         "skip_repeats": skip_repeats,
-        "num_samples": num_samples,
-        "brier_draws": "all" if brier_draws is None else brier_draws,
-        "noise_scale": noise_scale,
-        "noise_spread": noise_spread,
-        "seed": seed,
     }
-    return reader.scores(model, ORDERS, describe or {}, settings)
+    return reader.scores(model, ORDERS, describe or {}, {**layout, **settings})
 
 
 class TextReader:
