@@ -5,7 +5,6 @@ import json
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from calm.commands.model_flags import add_model_arguments, load_model, load_tokenizer_of
 from calm.commands.scoring_flags import add_scoring_arguments, check_writable, scoring_settings
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     from calm.evaluation import evaluate
     from calm.evaluation.diagnostics import advice
-    from calm.evaluation.measures import measure_text
+    from calm.evaluation.measures import measure_text, tokens_per_byte
     from calm.memory import check_draws
 
     check_writable(args.json, "--json")
@@ -67,9 +66,7 @@ def run(args: argparse.Namespace) -> int:
     values = measures.values()
     if "cross_entropy" in values:
         values["bits_per_byte"] = (
-            values["cross_entropy"]
-            * _tokens_per_byte(tokenizer, measures.scores.text)
-            / math.log(2)
+            values["cross_entropy"] * tokens_per_byte(tokenizer, measures.scores.text) / math.log(2)
         )
     lines = advice(values)
     print("\n\n".join([evaluation.to_table(), measures.to_table(values), *lines]))
@@ -80,9 +77,3 @@ def run(args: argparse.Namespace) -> int:
         text_of = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         Path(args.json).write_text(text_of, encoding="utf-8")
     return 0
-
-
-def _tokens_per_byte(tokenizer: Any, tokens: Any) -> float:
-    """How many tokens stand for a byte of the text; special tokens stand for none."""
-    text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-    return len(tokens) / max(1, len(text.encode("utf-8", "replace")))

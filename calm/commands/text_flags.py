@@ -16,6 +16,7 @@ __all__ = [
     "add_text_arguments",
     "add_trust_argument",
     "corpus_options",
+    "held_out_percentage",
     "hide_bars_without_terminal",
     "load_blocks",
 ]
@@ -141,21 +142,27 @@ def hide_bars_without_terminal() -> None:
         datasets.disable_progress_bars()
 
 
+def held_out_percentage(args: argparse.Namespace) -> float:
+    """The share of ``--data`` that is scored, in percent; 0 for all of it."""
+    from calm.data.embedded import PREFIX
+
+    percentage: float | None = args.validation_split_percentage
+    if percentage is None:
+        return DEFAULT_SPLIT if args.data.startswith(PREFIX) else 0.0
+    return percentage
+
+
 def load_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     """The text that the flags of `add_evaluation_text_arguments` name, as packed blocks.
 
     Returns: the blocks, and what a protocol says of the text.
     """
-    from calm.data.embedded import PREFIX
     from calm.evaluation.text import scored_blocks
 
     hide_bars_without_terminal()
-    percentage = args.validation_split_percentage
-    if percentage is None:
-        percentage = DEFAULT_SPLIT if args.data.startswith(PREFIX) else 0.0
     options = corpus_options(
         args.data,
-        validation_split_percentage=percentage,
+        validation_split_percentage=held_out_percentage(args),
         text_unit=args.text_unit,
         on_error=args.on_error,
     )

@@ -30,7 +30,7 @@ from calm.models.continuous import ContinuousTransformer
 from calm_kernels.energy_score import gaussian_energy_score
 from calm_kernels.noise import Stream, as_seed, normal
 
-__all__ = ["BASELINE_MEASURES", "CALM_MEASURES", "TextMeasures", "measure_text"]
+__all__ = ["BASELINE_MEASURES", "CALM_MEASURES", "TextMeasures", "measure_text", "tokens_per_byte"]
 
 CALM_MEASURES: tuple[str, ...] = (
     "energy", "fidelity", "diversity", "floor", "conditioning_gap", "draw_agreement",
@@ -169,6 +169,12 @@ def measure_text(
         return TextMeasures(scores)
     dimension_kl = dimension_kl.cpu() / len(scores.offsets)
     return TextMeasures(scores, dimension_kl, probe.model.ae_model.collapsed(dimension_kl).item())
+
+
+def tokens_per_byte(tokenizer: Any, tokens: Tensor) -> float:
+    """How many of `tokens` stand for a byte of their text; special tokens stand for none."""
+    text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+    return len(tokens) / max(1, len(text.encode("utf-8", "replace")))
 
 
 def _token_measures(model: Any, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
