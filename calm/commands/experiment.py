@@ -1,4 +1,4 @@
-"""`calm experiment`: studies that train a grid of models, and one of a trained model."""
+"""`calm experiment`: studies that train a grid of models, and two of trained models."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from calm.commands import temperature_flags
+from calm.commands import gap_flags, temperature_flags
 from calm.commands.text_flags import hide_bars_without_terminal
 from calm.errors import UserError
 from calm.ranges import SEED, number
@@ -18,11 +18,19 @@ EXAMPLES = """\
   calm experiment loss --scale desk --test-file wikitext-test.jsonl
   calm experiment loss --scale paper --train-file 'pile/*.jsonl' --tokenizer llama3 --list
   calm experiment temperature --model runs/demo/calm
+  calm experiment gap --model runs/demo/calm --baseline runs/demo/baseline
 
 An experiment trains its cells one after the other, measures each, and writes results.json,
 report.md and report.png. Interrupted, it goes on with the first cell that is not finished.
 """
-TEMPERATURE = "temperature"
+# Of trained models: flags and work, and what the help text says.
+OF_TRAINED = {
+    "temperature": (
+        temperature_flags,
+        "accuracy, diversity and cost of every method that lowers the temperature",
+    ),
+    "gap": (gap_flags, "where BrierLM is lost: in trunk, head, latent or dispersion of draws"),
+}
 NAMES = {
     "autoencoder": "regularisation, KL weight and latent size",
     "heads": "energy, diffusion and flow heads at equal training FLOPs",
@@ -39,8 +47,8 @@ SCALES = ("tiny", "desk", "small", "paper")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the subcommands, one for each experiment."""
     studies = parser.add_subparsers(dest="study", metavar="NAME", required=True)
-    about = "accuracy, diversity and cost of every method that lowers the temperature"
-    temperature_flags.add_arguments(_child(studies, TEMPERATURE, about))
+    for name, (flags, about) in OF_TRAINED.items():
+        flags.add_arguments(_child(studies, name, about))
     for name, about in NAMES.items():
         _add_grid_arguments(_child(studies, name, about))
 
@@ -86,8 +94,8 @@ def _add_grid_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the experiment, print its table."""
-    if args.study == TEMPERATURE:
-        return temperature_flags.run(args)
+    if args.study in OF_TRAINED:
+        return OF_TRAINED[args.study][0].run(args)
     from transformers.utils.logging import disable_progress_bar
 
     from calm.experiments.experiment_report import write_index, write_report

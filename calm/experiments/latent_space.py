@@ -12,7 +12,14 @@ from calm.evaluation.brier import evaluating
 from calm.models import ContinuousTransformer
 from calm_kernels.noise import Stream, as_seed, normal
 
-__all__ = ["NOISE_SIZES", "LatentQuality", "latent_noise", "latent_quality", "unconditional_energy"]
+__all__ = [
+    "NOISE_SIZES",
+    "LatentQuality",
+    "latent_noise",
+    "latent_quality",
+    "posteriors",
+    "unconditional_energy",
+]
 
 # Standard deviations of noise added to latents, in units of those of all latents of the text.
 NOISE_SIZES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -36,7 +43,7 @@ class LatentQuality:
 
 def latent_quality(model: ContinuousTransformer, blocks: Any) -> LatentQuality:
     """Reconstruction and spread of the autoencoder of `model`, over whole chunks of `blocks`."""
-    chunks, mean, std = _posteriors(model, blocks)
+    chunks, mean, std = posteriors(model, blocks)
     drawn = mean + std * _noise(mean, Stream.LATENT)
     spread = drawn.std(0).square().mean().sqrt()
     added = _noise(mean, Stream.PATH) * spread
@@ -53,14 +60,14 @@ def unconditional_energy(model: ContinuousTransformer, blocks: Any) -> float:
     That is the energy loss of a head that draws latents as often as the text has them, whatever the
     context: what can be reached without reading.
     """
-    _, mean, std = _posteriors(model, blocks)
+    _, mean, std = posteriors(model, blocks)
     drawn = mean + std * _noise(mean, Stream.LATENT)
     order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(SEED))
     shuffled = drawn[order.to(drawn.device)]
     return float((shuffled - shuffled.roll(1, dims=0)).norm(dim=-1).mean())
 
 
-def _posteriors(model: ContinuousTransformer, blocks: Any) -> tuple[Tensor, Tensor, Tensor]:
+def posteriors(model: ContinuousTransformer, blocks: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The chunks of `blocks` whose tokens all have labels ``[R, K]``; mean and std ``[R, L]``."""
     size = model.patch_size
     rows = [(torch.as_tensor(block["input_ids"]), torch.as_tensor(block["labels"]))
