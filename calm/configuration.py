@@ -153,6 +153,15 @@ class CALMConfig(LlamaConfig):
         flow_sampler: ``midpoint`` (published), two evaluations a step, or ``euler``, one.
         input_type: what a chunk enters the backbone as: its ``tokens`` (published), its ``latent``
             (the autoencoder's mean) or ``both``, summed (section 7.4).
+        token_loss_weight: weight of a training term, the cross-entropy of each next token, read
+            from the hidden state by `calm.models.readout`; 0 for none, as published. The loss of an
+            evaluation is without it.
+        keep_token_readout: save the readout with the trained model; it is otherwise in checkpoints
+            alone, and the saved model is one that never had it.
+        token_score_weight: weight of a training term of the energy head, the score of tokens that
+            `calm.models.token_score` defines; 0 for none, as published.
+        token_score_start: share of the training before which that term is off, and costs nothing.
+        token_score_samples: how many of the num_samples draws it takes, at least 2.
         has_start_patch: a chunk of K begin tokens (bos_token_id) stands before each document, in
             training and before every prompt, so that first chunks are predicted too.
         initializer, embedding_std: see `AutoencoderConfig`.
@@ -171,7 +180,8 @@ class CALMConfig(LlamaConfig):
     model_type = "calm"
     sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {"ae_config": AutoencoderConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = [  # type: ignore[misc] # as in LlamaConfig
-        "past_key_values", "last_hidden_state", "fidelity", "diversity",
+        "past_key_values", "last_hidden_state", "fidelity", "diversity", "token_loss",
+        "token_score",
     ]  # fmt: skip
 
     vocab_size: int = 128256
@@ -193,6 +203,11 @@ class CALMConfig(LlamaConfig):
     sampling_steps: int | None = None
     flow_sampler: Literal["midpoint", "euler"] = "midpoint"
     input_type: Literal["tokens", "latent", "both"] = "tokens"
+    token_loss_weight: int | float = 0
+    keep_token_readout: bool = False
+    token_score_weight: int | float = 0
+    token_score_start: int | float = 0
+    token_score_samples: int = 2
     has_start_patch: bool = False
     initializer: Initializer = "normal"
     embedding_std: int | float | None = None
@@ -226,6 +241,7 @@ class CALMConfig(LlamaConfig):
             f'num_targets must be even for targets="antithetic", got {self.num_targets}',
         )
         self._check_sampling_steps()
+        self._check_training_terms()
         self._check_start_patch()
         if isinstance(self.ae_config, PreTrainedConfig):
             self._check_pair(self.ae_config)
@@ -240,6 +256,30 @@ class CALMConfig(LlamaConfig):
         require(
             steps is None or head != "energy",
             f"sampling_steps must be None for the energy head, whose draw is one step; got {steps}",
+        )
+
+    def _check_training_terms(self) -> None:
+        for name in ("token_loss_weight", "token_score_weight"):
+            weight = getattr(self, name)
+            require(weight >= 0, f"{name} must be at least 0, got {weight}")
+        require(
+            self.token_loss_weight == 0 or self.input_type != "latent",
+            f"token_loss_weight must be 0 for input_type='latent', whose backbone has no token "
+            f"embedding to score tokens with; got {self.token_loss_weight}: set input_type=both",
+        )
+        start, draws, head = self.token_score_start, self.token_score_samples, self.head_type
+        require(0 <= start <= 1, f"token_score_start must lie in [0, 1], got {start}")
+        if self.token_score_weight == 0:
+            return
+        require(
+            head in (None, "energy"),
+            f"token_score_weight must be 0 for the {head} head, which has no draws in training; "
+            f"got {self.token_score_weight}",
+        )
+        require(
+            2 <= draws <= self.num_samples,
+            f"token_score_samples must lie between 2 and num_samples, {self.num_samples}, got "
+            f"{draws}",
         )
 
     def _check_start_patch(self) -> None:

@@ -5,10 +5,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from calm.configuration import CALMConfig
-from calm.models.continuous import CALMOutput, ContinuousTransformer
+from calm.models.continuous import ContinuousTransformer
 from calm.models.heads.diffusion import DiffusionHead
 from calm.models.heads.energy import EnergyGenerativeHead
 from calm.models.heads.flow import FlowHead
+from calm.models.output import CALMOutput
 from calm_kernels.noise import Seed
 
 __all__ = ["MODEL_CLASSES", "DiffusionTransformer", "EnergyTransformer", "FlowTransformer"]
@@ -46,6 +47,7 @@ class EnergyTransformer(ContinuousTransformer):
         target_noise: Tensor | None = None,
         seed: Seed = None,
         first_row: int | Tensor = 0,
+        progress: float = 1.0,
     ) -> CALMOutput:
         """Energy loss of the next latents; in evaluation and for K >= 4 also Brier-1 to Brier-4.
 
@@ -64,12 +66,14 @@ class EnergyTransformer(ContinuousTransformer):
             seed: of draws that are not given, see `calm_kernels.noise.as_seed`.
             first_row: index of the first sequence within the global batch; a batch split over
                 processes or accumulation steps then draws what the whole batch would.
+            progress: share of the training that is done, 0 to 1; ``token_score_start`` of the
+                configuration is compared with it.
 
         For K < 4 an n-gram spans chunks and needs a rollout: evaluation gives the loss alone, and
         `calm.evaluation.brier_scores` the scores.
         """
         draws = {"head_noise": head_noise, "target_noise": target_noise}
-        return self._forward(input_ids, labels, loss_counts, seed, first_row, None, draws)
+        return self._forward(input_ids, labels, loss_counts, seed, first_row, None, draws, progress)
 
 
 class _DenoisingTransformer(ContinuousTransformer):

@@ -6,13 +6,11 @@ the head, L latent size, H hidden size.
 
 import os
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from calm.configuration import AutoencoderConfig, CALMConfig, locate_autoencoder
 from calm.decoding.engine.predictors import ChunkPredictor
@@ -24,44 +22,18 @@ from calm.labels import IGNORE_INDEX, Term, num_chunks
 from calm.models.agreement import MAX_ORDER, brier_terms
 from calm.models.autoencoder import Autoencoder
 from calm.models.backbone import Backbone, compressor
+from calm.models.cross_entropy import cross_entropy
 from calm.models.heads.base import GenerativeHead, HeadLoss, Posterior
+from calm.models.output import CALMOutput, output_of
 from calm.models.pretrained import CALMPreTrainedModel
+from calm.models.readout import TokenReadout
+from calm.models.token_score import token_scores
 from calm_kernels.backend import is_host_readable
 from calm_kernels.noise import Seed, as_seed
 
-__all__ = ["CALMOutput", "ContinuousTransformer"]
+__all__ = ["ContinuousTransformer"]
 
 BRIER_DRAWS = 2  # the published estimator
-
-
-@dataclass
-class CALMOutput(ModelOutput):
-    """What a language model's `forward` returns; None where it does not apply.
-
-    Attributes:
-        loss: mean over the predicted chunks that count. With `loss_counts`, this batch's share of
-            it.
-        fidelity: energy head: 2 mean E|x - y|^α, so that loss = fidelity - diversity.
-        diversity: energy head: mean |x - x'|^α.
-        brier1: Brier-1 of each sequence, ``[B]``, from two draws a chunk; in evaluation, K >= 4,
-            without `loss_counts`.
-        brier2: likewise.
-        brier3: likewise.
-        brier4: likewise.
-        last_hidden_state: ``[B, P, H]``; without labels.
-        terms: with `loss_counts`: ``loss``, and the energy head's ``fidelity`` and ``diversity``,
-            as sums and counts of each sequence.
-    """
-
-    loss: Tensor | None = None
-    fidelity: Tensor | None = None
-    diversity: Tensor | None = None
-    brier1: Tensor | None = None
-    brier2: Tensor | None = None
-    brier3: Tensor | None = None
-    brier4: Tensor | None = None
-    last_hidden_state: Tensor | None = None
-    terms: dict[str, Term] | None = None
 
 
 class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
@@ -92,6 +64,7 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
         if config.input_type != "tokens":
             self.latent_proj = compressor(config.latent_size, width)
         self._build_head(config)
+        self.token_readout = TokenReadout(config) if config.token_loss_weight else None
         self.post_init()
         self._freeze_autoencoder()
 
@@ -118,6 +91,8 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         self.generative_head.initialize(module)
+        if self.token_readout is not None:
+            self.token_readout.initialize(module)
 
     # Loading
 
@@ -260,12 +235,24 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
     # Training and evaluation
 
     def loss_counts(self, labels: Tensor) -> Tensor:
-        """How many predicted chunks the loss is a mean over, int64 ``[1]``."""
-        return self._is_counted(labels[:, self.patch_size :]).sum()[None]
+        """How many predicted chunks, and with a readout tokens, the loss is a mean over.
+
+        Returns: int64 ``[1]``, or ``[2]`` with a readout.
+        """
+        targets = labels[:, self.patch_size :]
+        chunks = self._is_counted(targets).sum()[None]
+        if self.token_readout is None:
+            return chunks
+        return torch.cat([chunks, (self._token_labels(targets) != IGNORE_INDEX).sum()[None]])
 
     def _is_counted(self, targets: Tensor) -> Tensor:
         """Which chunks of ``[B, S*K]`` labels count, ``[B, S]``: where the first is not -100."""
         return targets[:, :: self.patch_size] != IGNORE_INDEX
+
+    def _token_labels(self, targets: Tensor) -> Tensor:
+        """Labels ``[B, S, K]``, -100 in all of a chunk that does not count."""
+        by_chunk = rearrange(targets, "b (s k) -> b s k", k=self.patch_size)
+        return by_chunk.masked_fill(~self._is_counted(targets)[..., None], IGNORE_INDEX)
 
     def _forward(
         self,
@@ -276,6 +263,7 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
         first_row: int | Tensor,
         sample_noise: Tensor | None,
         draws: dict[str, Tensor | None],
+        progress: float = 1.0,
     ) -> CALMOutput:
         """`forward` of the subclasses; `draws` are the arguments of their heads' losses."""
         if labels is None:
@@ -287,7 +275,9 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
             "seed": as_seed(seed, hidden.device), "first_row": first_row * hidden.shape[1],
         }  # fmt: skip
         result = self.generative_head.loss(hidden, posterior, **address, **draws)
-        output = self._losses(result, posterior.weight, loss_counts)
+        terms = self._terms(result, posterior.weight, hidden, targets, progress)
+        config = cast(CALMConfig, self.config)
+        output = output_of(terms, config, loss_counts, is_training=self.training)
         if not self.training and self.patch_size >= MAX_ORDER and loss_counts is None:
             samples = result.samples
             if samples is None:
@@ -295,16 +285,25 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
             self._add_brier(output, samples[:BRIER_DRAWS], targets)
         return output
 
-    def _losses(self, result: HeadLoss, weight: Tensor, loss_counts: Tensor | None) -> CALMOutput:
-        names, counts = ("loss", "fidelity", "diversity"), weight.sum(1)
-        values = {name: getattr(result, name) for name in names}
+    def _terms(
+        self, result: HeadLoss, weight: Tensor, hidden: Tensor, targets: Tensor, progress: float
+    ) -> dict[str, Term]:
+        """Loss and parts of the head, and the terms that the configuration adds in training."""
+        config, counts = self.config, weight.sum(1)
+        values = {name: getattr(result, name) for name in ("loss", "fidelity", "diversity")}
         terms = {n: Term(value.sum(1), counts) for n, value in values.items() if value is not None}
-        means: Any = {name: term.mean() for name, term in terms.items()}
-        output = CALMOutput(**means)
-        if loss_counts is not None:
-            output["loss"] = terms["loss"].mean(loss_counts[0])
-            output["terms"] = {name: term.detach() for name, term in terms.items()}
-        return output
+        if self.token_readout is not None:
+            slots, labels = self.token_readout(hidden), self._token_labels(targets)
+            embedding: Any = self.get_input_embeddings()
+            terms["token_loss"] = cross_entropy(
+                slots, embedding.weight, labels, by_sequence=not self.training
+            )
+        is_on = config.token_score_weight > 0 and progress >= config.token_score_start
+        if self.training and is_on:
+            draws = cast(Tensor, result.samples)[: config.token_score_samples]
+            scores = token_scores(self.ae_model.decoder, draws, self._token_labels(targets))
+            terms["token_score"] = Term(scores.sum(1), counts)
+        return terms
 
     def _targets(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Labels of the predicted chunks, ``[B, S*K]``."""

@@ -13,6 +13,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from calm.errors import UserError
@@ -20,6 +22,7 @@ from calm.integrity import MANIFEST, MODEL_FILES, find_damage, listed_names, wri
 
 __all__ = [
     "CheckpointCompletion",
+    "bytes_to_save",
     "check_space",
     "check_usable",
     "checkpoint_damage",
@@ -36,6 +39,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 FOLDER = re.compile(r"checkpoint-(\d+)")
+SLACK = 1 << 20  # bytes of a checkpoint beside weights and optimizer
 INCOMPLETE, LATER = "incomplete-", "later-"  # names of checkpoints that were set aside
 
 # What every checkpoint holds beside the weights.
@@ -203,6 +207,16 @@ def _delete(folder: Path) -> None:
     # The manifest goes first: a deletion cut short leaves nothing that looks whole.
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
+
+
+def bytes_to_save(model: nn.Module, optimizer: Optimizer | None) -> int:
+    """Size of the weights, and of what the optimizer, if one is given, knows so far."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if optimizer is not None:
+        states: Any = optimizer.state.values()
+        values = [value for state in states for value in state.values()]
+        tensors += [value for value in values if isinstance(value, Tensor)]
+    return SLACK + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -22,7 +22,6 @@ from calm.models import Autoencoder
 
 __all__ = ["check_best_metric", "logged_parts", "metrics_of", "score_sequences"]
 
-ENERGY_TERMS = ("fidelity", "diversity")
 AUTOENCODER_TERMS = ("reconstruction_loss", "kl", "accuracy", "dimension_kl")
 # What `metrics_of` reports whatever the data, without standard errors.
 AUTOENCODER_METRICS = ("loss", "kl", "accuracy", "collapsed")
@@ -53,8 +52,8 @@ def score_sequences(
     """Sums of all that is measured in each sequence, and what divides them, float64 ``[B, C]``.
 
     The first column is the loss. Then an autoencoder has KL divergence, accuracy and the KL
-    divergence of each latent dimension, a language model Brier-1 to Brier-4 and, with an energy
-    head, the two terms of its loss.
+    divergence of each latent dimension, a language model Brier-1 to Brier-4 and the other terms
+    that it has (`_parts`).
 
     Args:
         model: an autoencoder or a language model.
@@ -77,7 +76,7 @@ def score_sequences(
             first_row = first_sequence * chunks
             scores = brier_sums(sampler, inputs["input_ids"], inputs["labels"], first_row=first_row)
             measured.append(Term(*scores))
-            measured += [terms[name] for name in ENERGY_TERMS if name in terms]
+            measured += [terms[name] for name in _parts(model)]
     if loss_only:
         measured = measured[:1]
     sums = [term.sums.double().reshape(len(term.counts), -1) for term in measured]
@@ -94,7 +93,7 @@ def metrics_of(model: PreTrainedModel, prediction: EvalPrediction) -> dict[str, 
     All models: ``loss``. Autoencoder: ``kl``, ``accuracy``, ``collapsed``. Language models:
     ``brier1`` to ``brier4`` (fractions) with their standard errors ``brier1_se`` to ``brier4_se``,
     and ``brier_lm`` (0 to 100). Energy head: ``spread_ratio``, see `calm.evaluation.diagnostics`.
-    NaN where nothing counts.
+    Readout: ``token_loss``. NaN where nothing counts.
     """
     sums = torch.as_tensor(prediction.predictions, dtype=torch.float64)
     counts = torch.as_tensor(prediction.label_ids, dtype=torch.float64)
@@ -105,14 +104,22 @@ def metrics_of(model: PreTrainedModel, prediction: EvalPrediction) -> dict[str, 
     if isinstance(model, Autoencoder):
         metrics |= {"kl": means[1].item(), "accuracy": means[2].item()}
         return {**metrics, "collapsed": model.collapsed(means[3:]).item()}
-    brier, energy = means[1:5], means[5:]
+    brier, parts = means[1:5], dict(zip(_parts(model), means[5:], strict=True))
     metrics |= {f"brier{order}": value for order, value in enumerate(brier.tolist(), 1)}
     errors = standard_errors(sums[:, 1:5], counts[:, 1]).tolist()
     if not math.isnan(errors[0]):
         metrics |= {f"brier{order}_se": value for order, value in enumerate(errors, 1)}
-    if len(energy):
-        metrics["spread_ratio"] = spread_ratio(*energy).item()
+    if "fidelity" in parts:
+        metrics["spread_ratio"] = spread_ratio(parts["fidelity"], parts["diversity"]).item()
+    if "token_loss" in parts:
+        metrics["token_loss"] = parts["token_loss"].item()
     return {**metrics, "brier_lm": brier_lm(brier).item()}
+
+
+def _parts(model: Any) -> list[str]:
+    """Terms of a language model's evaluation beside its loss."""
+    energy = ["fidelity", "diversity"] if getattr(model, "head_type", None) == "energy" else []
+    return energy + (["token_loss"] if getattr(model, "token_readout", None) is not None else [])
 
 
 def logged_parts(model: Any, means: dict[str, Tensor]) -> dict[str, float]:

@@ -10,6 +10,7 @@ import copy
 import inspect
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,9 +29,11 @@ from calm.data.blocks import collate
 from calm.integrity import find_non_finite, write_atomically, write_manifest
 from calm.labels import IGNORE_INDEX
 from calm.models.backbone import compile_layers
+from calm.models.readout import without_readout
 from calm.training.arguments import CALMTrainingArguments
 from calm.training.checkpoints import (
     CheckpointCompletion,
+    bytes_to_save,
     check_space,
     is_model_file,
     last_good_checkpoint,
@@ -50,8 +53,6 @@ from calm.training.scoring import logged_parts, metrics_of, score_sequences
 from calm_kernels.noise import as_seed
 
 __all__ = ["CALMTrainer"]
-
-SLACK = 1 << 20  # bytes of a checkpoint beside weights and optimizer
 
 
 class CALMTrainer(Trainer):
@@ -95,7 +96,7 @@ class CALMTrainer(Trainer):
         self._first_step = 0
         scored: Any = model
         self._loss_counts = scored.loss_counts
-        self._takes_seed = "seed" in inspect.signature(model.forward).parameters
+        self._forward_takes = inspect.signature(model.forward).parameters.keys()
         # `compute_loss` gives a share of the step's loss, which must not be divided again.
         self.model_accepts_loss_kwargs = True
         self._mean_loss = MeanLoss()
@@ -233,7 +234,7 @@ class CALMTrainer(Trainer):
         """
         first_row = self._next_first_row()
         draws = self._draws(self.args.seed, self.state.global_step, first_row)
-        outputs = model(**inputs, **draws, loss_counts=num_items_in_batch)
+        outputs = model(**inputs, **draws, **self._progress(), loss_counts=num_items_in_batch)
         self._record(inputs, outputs, first_row)
         loss = outputs.loss * self.args.world_size
         self._mean_loss.add(loss)
@@ -252,13 +253,20 @@ class CALMTrainer(Trainer):
 
     def _draws(self, seed: int, offset: int, first_row: int) -> dict[str, Any]:
         """Arguments that address the draws of a forward; none for a model that draws nothing."""
-        if not self._takes_seed:
+        if "seed" not in self._forward_takes:
             return {}
         if self._address != (seed, offset):  # once a step, for all its micro-batches
             # Filled on the device, since a copy from the host would synchronise.
             filled = [torch.full((), value, device=self.args.device) for value in (seed, offset)]
             self._address, self._seed = (seed, offset), torch.stack(filled)
         return {"seed": self._seed, "first_row": first_row}
+
+    def _progress(self) -> dict[str, float]:
+        """The share of the training that is done, for a model whose loss depends on it."""
+        if "progress" not in self._forward_takes:
+            return {}
+        by_steps = self.state.global_step / max(1, self.state.max_steps)
+        return {"progress": by_steps if self.clock is None else self.clock.progress}
 
     def _record(self, inputs: dict[str, Tensor], outputs: Any, first_row: int) -> None:
         last_row = first_row + len(inputs["input_ids"]) - 1
@@ -349,13 +357,19 @@ class CALMTrainer(Trainer):
     # Saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save weights, configuration, tokenizer and protocol, all that other commands need."""
+        """Save weights, configuration, tokenizer and protocol, all that other commands need.
+
+        A checkpoint, of an internal call, holds what training alone needs too.
+        """
         self._check_finite()
         self._check_weights()
         folder = Path(output_dir or self.args.folder)
         if self.args.should_save:
-            check_space(folder, self._bytes_to_save(with_state=_internal_call))
-        super().save_model(output_dir, _internal_call)
+            has_state = _internal_call and not self.args.save_only_model
+            check_space(folder, bytes_to_save(self.model, self.optimizer if has_state else None))
+        trained = self.accelerator.unwrap_model(self.model)
+        with nullcontext() if _internal_call else without_readout(trained):
+            super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             # A pickle that names paths of this machine; the protocol holds the settings.
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
@@ -374,15 +388,6 @@ class CALMTrainer(Trainer):
                 f"{self.state.global_step}, nothing is saved; the last good checkpoint is "
                 f"{good or 'none'}; {ADVICE}"
             )
-
-    def _bytes_to_save(self, *, with_state: bool) -> int:
-        """Size of the weights, and of the optimizer's state once there is one."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        if with_state and self.optimizer is not None and not self.args.save_only_model:
-            states: Any = self.optimizer.state.values()
-            values = [value for state in states for value in state.values()]
-            tensors += [value for value in values if isinstance(value, Tensor)]
-        return SLACK + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _deal(data: Any, *shares: int) -> None:

@@ -11,7 +11,10 @@ EXACT = {
     "max_grad_norm": 1e9,
     "lr_scheduler_type": "constant",
 }
-MEASURES = ("loss", "grad_norm", "kl", "reconstruction_loss", "collapsed", "fidelity", "diversity")
+MEASURES = (
+    "loss", "grad_norm", "kl", "reconstruction_loss", "collapsed", "fidelity", "diversity",
+    "token_loss", "token_score",
+)  # fmt: skip
 
 
 class Stream(IterableDataset):

@@ -36,6 +36,7 @@ BUILDERS = {
     **{head: lambda head=head: tiny.model(head) for head in HEADS},
     "start-latent": lambda: tiny.model(has_start_patch=True, input_type="latent"),
     "both": lambda: tiny.model(input_type="both"),
+    "readout": lambda: tiny.model(token_loss_weight=0.3),
 }
 
 

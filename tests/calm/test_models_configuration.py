@@ -41,6 +41,19 @@ from calm.errors import UserError
         ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
         ({"embedding_std": float("nan")}, "embedding_std must be a finite number, got nan"),
         ({"head_dim": 7}, "head_dim must be even"),
+        ({"token_loss_weight": -0.1}, "token_loss_weight must be at least 0, got -0.1"),
+        (
+            {"token_loss_weight": 1, "input_type": "latent"},
+            "weight must be 0 for input_type",
+        ),
+        ({"token_score_weight": -1}, "token_score_weight must be at least 0, got -1"),
+        ({"token_score_start": 1.5}, r"token_score_start must lie in \[0, 1\], got 1.5"),
+        ({"token_score_weight": 1, "head_type": "flow"}, "token_score_weight .* flow head.*got 1"),
+        (
+            {"token_score_weight": 1, "token_score_samples": 1},
+            "token_score_samples must lie between 2 and num_samples, 8, got 1",
+        ),
+        ({"token_score_weight": 1, "token_score_samples": 9}, "num_samples, 8, got 9"),
     ],
     ids=str,
 )

@@ -108,9 +108,11 @@ def tiny_baseline():
     return BaselineTransformer(LlamaConfig(vocab_size=tiny.VOCAB, num_attention_heads=2, **sizes))
 
 
+TERMS = {"token_loss_weight": 0.3, "token_score_weight": 2.0, "token_score_start": 0.5}
 MODELS = {
     "autoencoder": tiny.autoencoder,
     "energy": lambda: tiny.model("energy"),
+    "terms": lambda: tiny.model(**TERMS),
     "diffusion": lambda: tiny.model("diffusion"),
     "flow": lambda: tiny.model("flow"),
     "baseline": tiny_baseline,
