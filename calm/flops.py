@@ -22,6 +22,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from calm.models import Autoencoder, BaselineTransformer, ContinuousTransformer
+from calm.models.agreement import MAX_ORDER
+from calm.models.autoencoder import Decoder
 from calm.models.backbone import Backbone
 from calm.models.heads.base import GenerativeHead
 from calm.models.heads.denoising import DenoisingHead
@@ -111,6 +113,9 @@ class CALMFlops:
             (diffusion) evaluations.
         encoder: of the autoencoder.
         decoder: likewise.
+        readout: of the K tokens from the hidden state, with ``token_loss_weight``; else 0.
+        token_score: decoding the draws that ``token_score_weight`` scores to probabilities; else 0.
+        score_share: of the training steps in which they are scored.
     """
 
     patch_size: int
@@ -122,14 +127,30 @@ class CALMFlops:
     drawing: HeadFlops
     encoder: int
     decoder: int
+    readout: int = 0
+    token_score: int = 0
+    score_share: float = 0.0
 
     def training(self) -> float:
-        """Operations to learn from a token: (3 (B + C + H₁ + N H) + E) / K.
+        """Operations to learn from a token: (3 (B + C + H₁ + N H) + E) / K, and `training_terms`.
 
         The autoencoder is frozen: it encodes the targets, and inputs that are latents once more.
         """
         learned = self.backbone + self.compressor + self.learning.of(self.num_samples)
-        return (3 * learned + (1 + self.reads_latents) * self.encoder) / self.patch_size
+        encoded = (1 + self.reads_latents) * self.encoder
+        return (3 * learned + encoded) / self.patch_size + sum(self.training_terms().values())
+
+    def training_terms(self) -> dict[str, float]:
+        """What terms beside the head's loss cost a token, those that are on, by their names.
+
+        ``token_loss``: 3 R / K. ``token_score``: 2 T / K in a share of the steps, as the decoder's
+        weights are frozen.
+        """
+        costs = {
+            "token_loss": 3 * self.readout / self.patch_size,
+            "token_score": 2 * self.token_score * self.score_share / self.patch_size,
+        }
+        return {name: cost for name, cost in costs.items() if cost}
 
     def inference(self, num_draws: int = 1) -> float:
         """Operations to generate a token from N candidates: (B + C + H₁ + N (H + D)) / K.
@@ -164,6 +185,7 @@ def flops_of(model: PreTrainedModel, context: int = 2048) -> Flops:
     if not isinstance(model, ContinuousTransformer):
         raise ValueError(f"model must be one of calm.models, got {type(model).__name__}")
     encoder, decoder = _autoencoder(model.ae_model)
+    readout, token_score = _training_terms(model)
     learning, drawing = _head(model.generative_head)
     compressors = (getattr(model, name, None) for name in ("embed_proj", "latent_proj"))
     return CALMFlops(
@@ -176,6 +198,9 @@ def flops_of(model: PreTrainedModel, context: int = 2048) -> Flops:
         drawing=drawing,
         encoder=encoder,
         decoder=decoder,
+        readout=readout,
+        token_score=token_score,
+        score_share=1.0 - model.config.token_score_start,
     )
 
 
@@ -198,11 +223,27 @@ def _autoencoder(model: Autoencoder) -> tuple[int, int]:
     of_tokens, of_chunk = encoder.encoder_layers[:middle], encoder.encoder_layers[middle:]
     reading = model.patch_size * _matrices(of_tokens)
     reading += _matrices(encoder.squeeze_layer, of_chunk, encoder.hidden_to_latent)
+    return reading, _decoder(decoder, model.patch_size)
+
+
+def _decoder(decoder: Decoder, slots: int) -> int:
+    """A latent to the logits of so many slots."""
     middle = len(decoder.decoder_layers) // 2
     of_chunk, of_tokens = decoder.decoder_layers[:middle], decoder.decoder_layers[middle:]
     writing = _matrices(decoder.latent_to_hidden, of_chunk, decoder.expand_layer)
-    writing += model.patch_size * (_matrices(of_tokens) + 2 * decoder.output_weight.numel())
-    return reading, writing
+    return writing + slots * (_matrices(of_tokens) + 2 * decoder.output_weight.numel())
+
+
+def _training_terms(model: ContinuousTransformer) -> tuple[int, int]:
+    """The readout of a chunk, and the decoding of its scored draws."""
+    config, readout, score = model.config, 0, 0
+    if model.token_readout is not None:
+        embedding: Any = model.get_input_embeddings()
+        readout = _matrices(model.token_readout) + model.patch_size * _matrices(embedding)
+    if config.token_score_weight:
+        slots = min(MAX_ORDER, model.patch_size)
+        score = config.token_score_samples * _decoder(model.ae_model.decoder, slots)
+    return readout, score
 
 
 def _head(head: GenerativeHead) -> tuple[HeadFlops, HeadFlops]:

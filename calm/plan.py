@@ -25,6 +25,7 @@ PARTS = {  # of a language model: the modules that belong to each
     "compressor": ("embed_proj", "latent_proj"),
     "backbone": ("transformer.layers", "transformer.norm", "model.layers", "model.norm"),
     "head": ("generative_head", "mlp_generator"),
+    "readout": ("token_readout",),
     "output": ("lm_head",),
 }
 

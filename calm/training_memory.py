@@ -25,6 +25,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from calm.models import Autoencoder, BaselineTransformer
+from calm.models.agreement import MAX_ORDER
+from calm.models.token_score import MAX_LOGITS
 from calm.plan import Run
 from calm_kernels.energy_head import EnergyHead
 
@@ -95,7 +97,21 @@ def _activations(model: Any, run: Run) -> int:
         _of_layers(config, chunks, element, run)
         + compressor
         + chunks * _of_head(model.generative_head, config, element, run)
+        + _of_terms(model, chunks, element)
     )
+
+
+def _of_terms(model: Any, chunks: int, element: int) -> int:
+    """Gradients of the readout's slots and logits; logits, probabilities, gradients of a piece."""
+    config, total = model.config, 0
+    if model.token_readout is not None:
+        slots = chunks * config.patch_size * (element + FLOAT32) * config.hidden_size
+        total += slots + FLOAT32 * config.vocab_size * config.hidden_size
+    if config.token_score_weight:
+        slots = config.token_score_samples * min(MAX_ORDER, config.patch_size)
+        logits = min(chunks * slots * config.vocab_size, MAX_LOGITS)
+        total += (element + 2 * FLOAT32) * logits
+    return total
 
 
 def _of_layers(config: Any, positions: int, element: int, run: Run) -> int:

@@ -107,6 +107,8 @@ def _cost(model: Any, run: Any, args: argparse.Namespace) -> dict[str, Any]:
     }
     if isinstance(flops, CALMFlops):
         cost["inference_flop_per_token_of_200_candidates"] = flops.inference(200)
+        if terms := flops.training_terms():
+            cost["training_terms_flop_per_token"] = terms
     tokens = args.tokens
     cost["gpus"] = args.gpus
     if run is not None:
@@ -148,7 +150,11 @@ def _detail(name: str, stage: str, plan: dict[str, Any]) -> str:
 def _cost_rows(cost: dict[str, Any]) -> list[str]:
     many = cost.get("inference_flop_per_token_of_200_candidates")
     rows = [
-        f"training         {cost['training_flop_per_token'] / 1e9:>16.4g} GFLOP a token",
+        f"training         {cost['training_flop_per_token'] / 1e9:>16.4g} GFLOP a token"
+        + "".join(
+            f", {name.replace('_', ' ')} {term / cost['training_flop_per_token']:.1%} of it"
+            for name, term in cost.get("training_terms_flop_per_token", {}).items()
+        ),
         f"inference        {cost['inference_flop_per_token'] / 1e9:>16.4g} GFLOP a token"
         + (f", {many / 1e9:.4g} with 200 candidates" if many else ""),
     ]

@@ -69,6 +69,25 @@ def test_cost_for_people(capsys):
     assert "FLOP" not in capsys.readouterr().out
 
 
+def test_training_terms_have_their_share(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "extends: demo\ncalm:\n  config_overrides:\n    token_loss_weight: 0.3\n"
+        "    token_score_weight: 1.0\n    token_score_start: 0.75\n",
+        encoding="utf-8",
+    )
+    cost, off = costs(capsys, path)["calm"], costs(capsys, "demo")["calm"]
+    terms = cost["training_terms_flop_per_token"]
+    added = cost["training_flop_per_token"] - off["training_flop_per_token"]
+    assert set(terms) == {"token_loss", "token_score"}
+    assert sum(terms.values()) == pytest.approx(added)
+    assert "training_terms_flop_per_token" not in off
+    assert calm("plan", path) == 0
+    text = capsys.readouterr().out
+    shares = [f"{value / cost['training_flop_per_token']:.1%} of it" for value in terms.values()]
+    assert f"token loss {shares[0]}, token score {shares[1]}" in text and "readout" in text
+
+
 @pytest.mark.parametrize("kind", ["calm", "baseline", "ae"])
 def test_a_checkpoint_has_costs_but_no_batch(kind, folders, capsys):
     (cost,) = costs(capsys, folders / kind, "--tokens", 100).values()

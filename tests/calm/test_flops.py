@@ -12,6 +12,7 @@ from calm import AutoencoderConfig, BaselineTransformer, CALMConfig
 from calm.flops import flops_of
 from calm.models import Autoencoder, EnergyTransformer
 from calm.models.loading import on_meta
+from calm.models.token_score import token_scores
 
 V = 128256
 TOKENS, AUTOENCODER_TOKENS = 250_000 * 2e6, 30_000 * 0.5e6
@@ -166,6 +167,26 @@ def test_every_formula_by_hand():
     assert (autoencoder.encoder, autoencoder.decoder) == (calm.encoder, calm.decoder)
     assert autoencoder.inference() == (calm.encoder + calm.decoder) / 4
     assert autoencoder.training() == 3 * autoencoder.inference()
+
+
+def test_training_terms_by_hand_and_as_counted():
+    """A readout of 4 slots; 3 draws through a frozen decoder, in half of the steps."""
+    off = flops_of(tiny_calm(vocab_size=31))
+    assert off.training_terms() == {}
+    terms = {"token_loss_weight": 0.3, "token_score_weight": 1.0, "token_score_start": 0.5}
+    model = tiny_calm(vocab_size=31, **terms, token_score_samples=3)
+    flops, labels = flops_of(model), torch.ones(2, 5, 4, dtype=torch.int64)
+    assert flops.readout == 2 * (4 * 32 * 32 + 4 * 32 * 31)
+    assert flops.token_score == 3 * flops.decoder
+    costs = {"token_loss": 3 * flops.readout / 4, "token_score": 3 * flops.decoder / 4}
+    assert flops.training_terms() == costs
+    assert flops.training() == off.training() + sum(costs.values())
+    assert flops.inference() == off.inference()
+
+    latents = torch.zeros(3, 2, 5, 8, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        token_scores(model.ae_model.decoder, latents, labels).sum().backward()
+    assert counter.get_total_flops() == 10 * 2 * flops.token_score
 
 
 def test_inputs_that_are_latents_are_encoded_too():
