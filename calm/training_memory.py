@@ -102,15 +102,18 @@ def _activations(model: Any, run: Run) -> int:
 
 
 def _of_terms(model: Any, chunks: int, element: int) -> int:
-    """Gradients of the readout's slots and logits; logits, probabilities, gradients of a piece."""
-    config, total = model.config, 0
+    """Training terms: gradients of a readout; a piece of the chunks whose tokens are scored."""
+    config, ae_config, total = model.config, model.ae_model.config, 0
     if model.token_readout is not None:
         slots = chunks * config.patch_size * (element + FLOAT32) * config.hidden_size
         total += slots + FLOAT32 * config.vocab_size * config.hidden_size
     if config.token_score_weight:
-        slots = config.token_score_samples * min(MAX_ORDER, config.patch_size)
-        logits = min(chunks * slots * config.vocab_size, MAX_LOGITS)
-        total += (element + 2 * FLOAT32) * logits
+        draws, slots = config.token_score_samples, min(MAX_ORDER, config.patch_size)
+        logits = draws * slots * config.vocab_size
+        blocks = ae_config.num_decoder_layers // 2 * (1 + slots) * _of_block(ae_config, element)
+        # The logits, their probabilities and the gradients of these.
+        chunk = draws * blocks + (element + 2 * FLOAT32) * logits
+        total += min(chunks, max(1, MAX_LOGITS // logits)) * chunk
     return total
 
 
@@ -142,8 +145,12 @@ def _of_head(head: Any, config: Any, element: int, run: Run) -> int:
 def _of_autoencoder(config: Any, tokens: int, element: int) -> int:
     """Residual blocks of tokens and of chunks, K slots between them, and the logits' gradients."""
     width, chunks = config.hidden_size, tokens // config.patch_size
-    block = (FLOAT32 + 2 * element) * width + 4 * element * config.intermediate_size
     blocks = (config.num_encoder_layers + config.num_decoder_layers) // 2
     slots = 2 * element * config.patch_size * width
     logits = tokens * (element + FLOAT32) * width + FLOAT32 * config.vocab_size * width
-    return blocks * block * (tokens + chunks) + chunks * slots + logits
+    return blocks * _of_block(config, element) * (tokens + chunks) + chunks * slots + logits
+
+
+def _of_block(config: Any, element: int) -> int:
+    """A residual block of the autoencoder, a row."""
+    return (FLOAT32 + 2 * element) * config.hidden_size + 4 * element * config.intermediate_size
