@@ -40,8 +40,9 @@ NAMES = {
     "domains": "the same models on prose, documentation and code",
     "metric": "BrierLM against the models' own losses",
     "loss": "draws, targets and exponent of the energy loss",
+    "recipe": "options that make a CALM better for the same training FLOPs",
 }
-SCALES = ("tiny", "desk", "small", "paper")
+SCALES = ("tiny", "demo", "desk", "small", "paper")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -233,6 +233,17 @@ _DESK = Scale(
     seeds=(1, 2),
 )
 
+_DEMO = replace(
+    _DESK,
+    name="demo",
+    about="as desk, with the text of `calm demo` and the steps that it takes in eight minutes",
+    common={
+        **_QUIET, **_UNSAVED, "dataset_name": "embedded:docstrings",
+        "validation_split_percentage": 8,
+    },
+    changes=_steps(1500, 1362, 1362),
+)  # fmt: skip
+
 _SMALL = Scale(
     name="small",
     about="one GPU, ten minutes an experiment",
@@ -304,4 +315,4 @@ _PAPER = Scale(
     devices=8,
 )  # fmt: skip
 
-SCALES = {scale.name: scale for scale in (_TINY, _DESK, _SMALL, _PAPER)}
+SCALES = {scale.name: scale for scale in (_TINY, _DEMO, _DESK, _SMALL, _PAPER)}

@@ -7,6 +7,7 @@ from calm.experiments.studies.heads import HEADS
 from calm.experiments.studies.input import INPUT
 from calm.experiments.studies.loss import LOSS
 from calm.experiments.studies.metric import METRIC
+from calm.experiments.studies.recipe import RECIPE
 from calm.experiments.studies.scaling import SCALING
 from calm.experiments.studies.start import START
 
@@ -23,5 +24,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         INPUT,
         METRIC,
         DOMAINS,
+        RECIPE,
     )
 }

@@ -1,0 +1,92 @@
+"""What makes a CALM better for the same training FLOPs: training terms, exponent, draws, widths.
+
+Arms are chosen on every other stretch of the held-out text and reported on the rest.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calm.evaluation.bootstrap import brier_lm
+from calm.experiments.experiment import BRIER_COLUMNS, Cell, Claim, Experiment, Panel, Result
+from calm.experiments.scales import Scale
+from calm.experiments.verdicts import by_cell, seed_spread, stretches
+
+__all__ = ["ARMS", "RECIPE"]
+
+REFERENCE, TOKENS = "as it is", "token baseline"
+_READOUT: Mapping[str, Any] = {"token_loss_weight": 0.3}
+_SCORE: Mapping[str, Any] = {"token_score_weight": 1.0, "token_score_start": 0.5}
+# Overrides of the configuration, on top of the scale's CALM.
+ARMS: dict[str, Mapping[str, Any]] = {
+    REFERENCE: {},
+    "readout": _READOUT,
+    "token score": _SCORE,
+    "readout, token score": {**_READOUT, **_SCORE},
+    "readout, exponent 1/2": {**_READOUT, "beta": 0.5},
+    "readout, token score, exponent 1/2": {**_READOUT, **_SCORE, "beta": 0.5},
+    "readout, token score, N = 2": {**_READOUT, **_SCORE, "num_samples": 2},
+    "readout, token score from the start": {**_READOUT, **_SCORE, "token_score_start": 0.0},
+}
+
+
+def _cells(scale: Scale, seed: int) -> list[Cell]:
+    budget = scale.flops(scale.calm())
+    models = {name: scale.calm(seed, config_overrides=fields) for name, fields in ARMS.items()}
+    models[TOKENS] = scale.baseline(seed)
+    return [
+        Cell({"recipe": name}, scale.at_budget(training, budget), seed=seed)
+        for name, training in models.items()
+    ]
+
+
+def _claims(scale: Scale) -> list[Claim]:
+    return [
+        Claim("this package", f"{name} is better than {REFERENCE}", {"recipe": name},
+              {"recipe": REFERENCE})
+        for name in ARMS if name != REFERENCE
+    ]  # fmt: skip
+
+
+def _halves(results: Sequence[Result]) -> str:
+    """BrierLM of each arm on the stretches that choose, and on those that report."""
+    orders = ("brier1", "brier2", "brier3", "brier4")
+    errors = [seed_spread(results, order).variance ** 0.5 for order in orders]
+    lines = ["| recipe | seeds | BrierLM, choosing | BrierLM, reporting |", "|---|---|---|---|"]
+    for cell in by_cell(results):
+        tables = [stretches(result, "held-out/brier") for result in cell]
+        scores = (_brier_lm([table[half::2] for table in tables]) for half in (0, 1))
+        shown = " | ".join(f"{score:.2f}" for score in scores)
+        lines.append(f"| {cell[0].labels['recipe']} | {len(cell)} | {shown} |")
+    spread = ", ".join(f"{100 * error:.2f}" for error in errors)
+    return "\n".join(lines) + (
+        f"\n\nStandard deviation of Brier-1 to Brier-4 between seeds, points: {spread}."
+        if any(errors)
+        else ""
+    )
+
+
+def _brier_lm(tables: Sequence[Tensor]) -> float:
+    """Mean over seeds of BrierLM of ``[sum, ..., count]`` rows."""
+    sums = torch.stack([table.sum(0) for table in tables])
+    return float(brier_lm(sums[:, :-1] / sums[:, -1:]).mean())
+
+
+RECIPE = Experiment(
+    name="recipe",
+    question="Which options make a CALM better for the same training FLOPs?",
+    cells=_cells,
+    columns=("training_tokens", "training_flops", *BRIER_COLUMNS, "held-out/energy",
+             "held-out/bits_per_token"),
+    panels=lambda scale: [
+        Panel("Recipes", "recipe", "held-out/brier1", note="all with the same training FLOPs")
+    ],
+    claims=_claims,
+    analysis=_halves,
+    notes="All arms share one autoencoder and have the training FLOPs of the first, their terms "
+    "counted: an arm that costs more takes fewer steps. Energy scores of arms with another "
+    "exponent in training are those of exponent 1. Scale `demo` is the text and the budget of "
+    "`calm demo`; `desk` has another text.",
+)  # fmt: skip
