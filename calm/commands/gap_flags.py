@@ -93,6 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write, print the report."""
+    from tqdm import tqdm
+
     from calm.experiments.gap import Baseline, configuration_of, measure_gap, write_gap
     from calm.experiments.gap_store import GapStore
     from calm.models import BaselineTransformer, ContinuousTransformer
@@ -128,19 +130,24 @@ def run(args: argparse.Namespace) -> int:
     layout = {"block_size": args.block_size, "max_blocks": args.max_blocks}
     hashes = {"data_hash": blocks.data_hash(), "train_hash": training.data_hash()}
     folder = Path(args.output_dir)
-    with locked(folder):
-        store = GapStore(folder, configuration_of(model, options, {**text, **layout, **hashes}))
+    with locked(folder), tqdm(desc="gap", unit=" parts", disable=None) as bar:  # at a terminal
+
+        def announce(name: str) -> None:
+            bar.set_postfix_str(name)
+            bar.update()
+
+        found = configuration_of(model, options, {**text, **layout, **hashes})
         gap = measure_gap(
             model,
             blocks,
             training,
             options,
-            store,
+            GapStore(folder, found, announce),
             tokenizer=tokenizer,
             measured_on={"model": Path(args.model).name, **text},
             baseline=baseline,
         )
-        print(write_gap(gap, folder))
+    print(write_gap(gap, folder))
     print(f"{folder}: results.json, report.md and report.png")
     return 0
 

@@ -67,7 +67,7 @@ class GapOptions:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
-QUICK = GapOptions(spreads=(0.6, 0.8), steps=300, chunks=50_000, slot_blocks=20)
+QUICK = GapOptions(spreads=(0.7, 0.85), steps=500, chunks=100_000, slot_blocks=20)
 
 
 class Probe:

@@ -36,7 +36,9 @@ def _draw_scores(axes: Axes, gap: Gap) -> None:
         axes.errorbar(
             [place], [value], yerr=[[value - low], [high - value]], color=MUTED, capsize=3
         )
-    axes.set_xticks(range(len(shown)), [NAMES[name].replace(", ", ",\n") for name in shown])
+    axes.set_xticks(
+        range(len(shown)), [NAMES[name].replace(", ", ",\n") for name in shown], fontsize=8
+    )
 
 
 def _draw_spreads(axes: Axes, gap: Gap) -> None:

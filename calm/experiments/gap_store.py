@@ -23,13 +23,19 @@ class GapStore:
     Args:
         folder: of the probe, made if it is not there.
         configuration: everything that decides scores; JSON can hold it.
+        announce: is told the name of each part before it is computed.
 
     Raises:
         UserError: results of another configuration are there, or damaged ones.
     """
 
-    def __init__(self, folder: Path, configuration: dict[str, Any]) -> None:
-        self._folder, self._path = folder, folder / RESULTS
+    def __init__(
+        self,
+        folder: Path,
+        configuration: dict[str, Any],
+        announce: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self._folder, self._path, self._announce = folder, folder / RESULTS, announce
         self._record: dict[str, Any] = {"configuration": configuration, "parts": {}}
         (folder / SCORES).mkdir(parents=True, exist_ok=True)
         if not self._path.is_file():
@@ -54,12 +60,14 @@ class GapStore:
         """The scores `name`, computed and kept if they are not there."""
         path = self._folder / SCORES / f"{name}.safetensors"
         if not path.is_file():
+            self._announce(name)
             save_scores(compute(), path)
         return load_scores(path)
 
     def values(self, name: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The values `name`, likewise."""
         if name not in self._record["parts"]:
+            self._announce(name)
             self._record["parts"][name] = compute()
             self._write()
         found: dict[str, float] = self._record["parts"][name]
