@@ -66,6 +66,7 @@ SPLIT = tuple(
 UNCOMPARED = (
     "transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures", "use_cache",
     "ae_path", "bos_token_id", "eos_token_id", "pad_token_id", "head_recompute",
+    "keep_token_readout",
 )  # fmt: skip
 
 Change = tuple[Any, Any]
