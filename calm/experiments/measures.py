@@ -91,13 +91,14 @@ def cost_of(trained: Trained, checkpoint: int | None = None) -> dict[str, Any]:
     steps = checkpoint or settings["max_steps"]
     batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
     tokens = steps * batch * settings["world_size"] * protocol["block_size"]
-    flops = trained.flops(model)
+    # By the flags: a readout that trained with the model may not be saved with it.
+    per_step = trained.training.flops_per_step(settings["world_size"])
     learned = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     return {
         "parameters": learned,
         "training_tokens": tokens,
-        "training_flops": flops.training() * tokens,
-        "inference_flops": flops.inference(),
+        "training_flops": steps * per_step,
+        "inference_flops": trained.flops(model).inference(),
         "train_data": (protocol["train"] or {}).get("data_hash"),
     }
 
