@@ -24,6 +24,7 @@ from calm.data.options import OnError, TextUnit
 from calm.decoding import generate
 from calm.decoding.text.edges import text_after
 from calm.evaluation import Evaluation, evaluate
+from calm.experiments.demo_gap import measure_demo_gap
 from calm.experiments.demo_plot import plot_demo
 from calm.experiments.demo_report import (
     DemoResults,
@@ -44,7 +45,7 @@ __all__ = ["DemoOptions", "run_demo"]
 EMBEDDED_TEXT = "docstrings of Python's standard library, flattened to sentences"
 # Shares of the time; the rest is for reading the text, scoring and sampling.
 AUTOENCODER_SHARE = 0.075
-LANGUAGE_MODEL_SHARE = 0.37
+LANGUAGE_MODEL_SHARE = 0.33
 CURVE_SCORES = 8
 CURVE = {"max_blocks": 24, "num_samples": 8}
 FINAL = {"max_blocks": 240, "num_samples": 16}
@@ -110,14 +111,14 @@ def _train_and_score(options: DemoOptions) -> DemoResults:
         score=_reconstruction,
         num_scores=CURVE_SCORES,
     )
-    calm = _language_model(
+    calm, calm_trainer = _language_model(
         Stage.CALM,
         "CALM",
         folder / "calm",
         [*flags, f"--ae_name_or_path={folder / 'autoencoder'}"],
         options,
     )
-    baseline = _language_model(
+    baseline, baseline_trainer = _language_model(
         Stage.BASELINE,
         "token by token",
         folder / "baseline",
@@ -134,6 +135,7 @@ def _train_and_score(options: DemoOptions) -> DemoResults:
         autoencoder=autoencoder,
         calm=calm,
         baseline=baseline,
+        gap=measure_demo_gap(calm_trainer, baseline_trainer, options.minutes),
         commands=_commands(options, trainer),
     )
 
@@ -145,7 +147,7 @@ def _language_model(
     flags: Sequence[str],
     options: DemoOptions,
     max_tokens: int | None = None,
-) -> LanguageModelResults:
+) -> tuple[LanguageModelResults, CALMTrainer]:
     """Train, evaluate (on `max_tokens` held-out tokens) and sample one language model."""
     trainer, run = train_stage(
         stage,
@@ -166,7 +168,8 @@ def _language_model(
             for prompt, text in zip(tokenizer.batch_decode(prompts), texts, strict=True)
         ]
         speeds[temperature_name(temperature)] = speed
-    return LanguageModelResults(name, str(folder), run, evaluation, samples, speeds)
+    results = LanguageModelResults(name, str(folder), run, evaluation, samples, speeds)
+    return results, trainer
 
 
 # Flags

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from calm.evaluation import Evaluation
+from calm.experiments.demo_gap import DemoGap
 from calm.experiments.demo_stages import StageRun
 
 __all__ = [
@@ -64,6 +65,7 @@ class DemoResults:
         autoencoder: its training.
         calm: the continuous language model.
         baseline: the token-by-token baseline.
+        gap: where BrierLM of the former is lost.
         commands: of the shell, to try next.
     """
 
@@ -75,6 +77,7 @@ class DemoResults:
     autoencoder: StageRun
     calm: LanguageModelResults
     baseline: LanguageModelResults
+    gap: DemoGap
     commands: list[str]
 
 
@@ -96,6 +99,8 @@ def to_console(results: DemoResults) -> str:
             f"reconstruction of held-out text  {100 * results.accuracy:.2f} %",
             "",
             *table,
+            "",
+            *_gap(results.gap),
             *samples,
             "",
             f"{results.seconds:.0f} s in total, "
@@ -128,6 +133,11 @@ def to_markdown(results: DemoResults) -> str:
         + ", the baseline at every token. Brier-n is 2 P(y) - sum P(x)^2 of the next n tokens: "
         "100 if the model is certain and right, 0 if its probability is spread over everything, "
         "below 0 if it is certain and wrong.",
+        "## Where BrierLM is lost",
+        "\n".join(f"- {line}" for line in _gap(results.gap)),
+        "A readout is a small network trained on CALM's hidden states to draw a chunk token by "
+        "token. `docs/gap.md` explains the three numbers; `calm experiment gap` measures more of "
+        "them, and longer.",
         "## Samples",
     ]
     for heading, texts in _samples(results):
@@ -154,6 +164,18 @@ def _comparison(results: DemoResults) -> list[list[str]]:
         speeds = (model.tokens_per_second[name] for model in models)
         rows.append([f"tokens/s, T = {name}", *(f"{speed:,.0f}" for speed in speeds)])
     return rows
+
+
+def _gap(gap: DemoGap) -> list[str]:
+    """The losses of BrierLM, a line each."""
+    if gap.note:
+        return [f"where BrierLM is lost could not be measured: {gap.note}"]
+    named = {
+        "trunk: from the baseline to a readout of CALM's hidden states": gap.trunk,
+        "head: from the readout to CALM's draws": gap.head,
+        "dispersion: won back by another noise_spread": gap.dispersion,
+    }
+    return [f"{name}: {_with_interval(ends[0], ends[1:])}" for name, ends in named.items() if ends]
 
 
 def _brier(model: LanguageModelResults, order: int) -> str:

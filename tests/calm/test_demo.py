@@ -71,6 +71,15 @@ def test_figures_are_finite_and_belong_together(finished):
     assert len(hashes) == 1
 
 
+def test_the_report_says_where_brier_lm_is_lost(finished):
+    gap = json.loads((finished / "results.json").read_text())["gap"]
+    page = (finished / "report.md").read_text()
+    assert gap["note"] == "" and "## Where BrierLM is lost" in page
+    for name in ("trunk", "head", "dispersion"):
+        value, low, high = gap[name]
+        assert low <= value <= high and f"- {name}: " in page
+
+
 def test_samples_continue_the_same_held_out_documents(finished, text_file):
     results = json.loads((finished / "results.json").read_text())
     paragraphs = text_file.read_text().split("\n\n")
