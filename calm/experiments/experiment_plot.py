@@ -128,6 +128,7 @@ def _best_at_each_place(points: Sequence[_Point]) -> list[_Point]:
 def _label_x(axes: Axes, panel: Panel, places: Sequence[Any]) -> None:
     """Long names slanted; a logarithmic axis with few, short labels, linear around 0."""
     if not all(isinstance(place, int | float) for place in places):
+        axes.margins(x=0.15)
         if sum(len(str(place)) for place in set(places)) > LETTERS:
             axes.tick_params(axis="x", labelrotation=20)
         return

@@ -17,7 +17,8 @@ __all__ = ["claim_rows", "results_table", "to_report", "write_index", "write_rep
 EVIDENCE = "how much better, with 95 % interval"
 HOW = (
     "Bars and ± are 95 % intervals. Those of one seed are of the text alone: training again with "
-    "another seed may move a result by more."
+    "another seed may move a result by more. Differences are taken at the same places of the text, "
+    "so that their intervals are narrower than those of the two models."
 )
 ON_TEST = ("test/brier_lm", "test/brier1")  # shown where models were scored on that text
 COSTS = ("parameters", "training_tokens", "training_flops", "seconds")
