@@ -156,6 +156,8 @@ class CALMConfig(LlamaConfig):
         token_loss_weight: weight of a training term, the cross-entropy of each next token, read
             from the hidden state by `calm.models.readout`; 0 for none, as published. The loss of an
             evaluation is without it.
+        token_readout: its slots: ``independent``, each read from the hidden state alone, or
+            ``causal``, each with the chunk's tokens before it too, for ``method="readout"``.
         keep_token_readout: save the readout with the trained model; it is otherwise in checkpoints
             alone, and the saved model is one that never had it.
         token_score_weight: weight of a training term of the energy head, the score of tokens that
@@ -204,6 +206,7 @@ class CALMConfig(LlamaConfig):
     flow_sampler: Literal["midpoint", "euler"] = "midpoint"
     input_type: Literal["tokens", "latent", "both"] = "tokens"
     token_loss_weight: int | float = 0
+    token_readout: Literal["independent", "causal"] = "independent"
     keep_token_readout: bool = False
     token_score_weight: int | float = 0
     token_score_start: int | float = 0

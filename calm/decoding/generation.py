@@ -6,6 +6,7 @@ chunk enters the backbone as tokens, never as the latent that it was decoded fro
 loop in `calm.decoding.loop`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypedDict, Unpack
 
@@ -14,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from calm.decoding.engine.predictors import Predictor
 from calm.decoding.loop import Request, continue_prompts, prepare
-from calm.decoding.sampling.methods import build_method
+from calm.decoding.sampling.methods import READOUT, build_method
 from calm.decoding.text.prompt import Prompts
 from calm.decoding.text.result import Generation
 from calm.errors import UserError
@@ -71,10 +72,13 @@ def generate(
         attention_mask: ``[B, T]``, 0 for a tensor's padding on the left or on the right.
         max_new_tokens: tokens to add at most.
         max_length: tokens of prompt and continuation; pass this or `max_new_tokens`.
-        temperature: T in (0, 1]; 1 samples the model, below it chunks are chosen by `method`.
+        temperature: T in (0, 1]; 1 samples the model, below it chunks are chosen by `method`. Any
+            T > 0 for ``readout``.
         num_samples: N, candidates for each chunk; with more of them ``batch`` is closer to P^(1/T).
         method: ``batch`` (Algorithm 2), ``exact`` (Algorithm 1), ``medoid``, ``noise_scale`` or
-            ``direct`` (T = 1 alone), see `calm.decoding.sampling.methods`.
+            ``direct`` (T = 1 alone), see `calm.decoding.sampling.methods`. ``readout`` needs a
+            model that has kept its readout (`calm.models.readout`): the chunk's tokens are drawn
+            one after the other from softmax(logits / T), and its head is not used.
         noise_scale: factor on the head's noise, for every method; 0 is deterministic.
         prompt_alignment: how prompt tokens that fill no whole chunk are treated. ``condition``
             draws the first chunk given them. Where no draw within the cap begins with them, the
@@ -160,4 +164,14 @@ def make_predictor(model: Any, **sampling: Unpack[Sampling]) -> Predictor:
     """
     if not hasattr(model, "make_predictor"):
         raise UserError(f"model must be a CALM or the token baseline, got {type(model).__name__}")
-    return model.make_predictor(build_method(**sampling), sampling.get("temperature", 0.5))
+    temperature = sampling.get("temperature", 0.5)
+    if sampling.get("method") != READOUT:
+        return model.make_predictor(build_method(**sampling), temperature)
+    if not 0.0 < temperature < math.inf:
+        raise UserError(f"temperature must be finite and above 0, got {temperature}")
+    if sampling.get("noise_scale", 1.0) != 1:
+        raise UserError(
+            f"noise_scale must be 1 for method 'readout', which does not use the head; got "
+            f"{sampling['noise_scale']}"
+        )
+    return model.make_token_predictor(temperature)

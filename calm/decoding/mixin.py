@@ -23,3 +23,14 @@ class DecodingMixin:
             UserError: the method does not suit the model.
         """
         raise NotImplementedError
+
+    def make_token_predictor(self, temperature: float) -> Predictor:
+        """How this model's next chunk is drawn token by token.
+
+        Args:
+            temperature: T > 0, of each token's probabilities.
+
+        Raises:
+            UserError: the model knows no probabilities of tokens.
+        """
+        raise NotImplementedError

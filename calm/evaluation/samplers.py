@@ -1,8 +1,9 @@
 """What BrierLM asks of a model: draws or probabilities of the next chunk.
 
-`CALMSampler` is for models that can only be sampled, `TokenSampler` for the token-by-token
-baseline, which knows its probabilities and whose chunk is one token. `calm.evaluation.brier` treats
-both alike. What a model reads and how large its chunks are, its `Predictor` says.
+`CALMSampler` is for models that can only be sampled, `ReadoutSampler` for readouts of a CALM's
+hidden states, `TokenSampler` for the token-by-token baseline, which knows its probabilities and
+whose chunk is one token. `calm.evaluation.brier` treats all alike. What a model reads and how large
+its chunks are, its `Predictor` says.
 """
 
 import math
@@ -14,9 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from calm.decoding.engine.predictors import ChunkPredictor, Predictor, TokenPredictor, draw_tokens
+from calm.decoding.engine.predictors import (
+    ChunkPredictor,
+    Predictor,
+    ReadoutPredictor,
+    TokenPredictor,
+)
 from calm.decoding.generation import make_predictor
 from calm.decoding.sampling.seeds import advance
+from calm.decoding.sampling.token_draws import SlotReadout, draw_chunks, draw_tokens
 from calm.errors import UserError
 from calm.evaluation.rollout import Step
 from calm.models.agreement import MAX_ORDER, prefix_collisions, prefix_matches
@@ -28,6 +35,7 @@ __all__ = [
     "CALMSampler",
     "ChunkSampler",
     "DrawSampler",
+    "ReadoutSampler",
     "TokenSampler",
     "make_sampler",
 ]
@@ -67,7 +75,7 @@ class DrawSampler:
         seed: int64 ``[2]``.
     """
 
-    predictor: ChunkPredictor
+    predictor: Predictor
     num_draws: int
     is_published: bool
     seed: Tensor
@@ -114,6 +122,7 @@ class CALMSampler(DrawSampler):
         noise_spread: factor on what the noise contributes, see `GenerativeHead.sample`.
     """
 
+    predictor: ChunkPredictor
     noise_spread: float = 1.0
 
     def _draw(self, hidden: Tensor, seed: Tensor, target: Tensor | None) -> Tensor:
@@ -137,6 +146,31 @@ class CALMSampler(DrawSampler):
         if target is None or self.predictor.patch_size < MAX_ORDER:
             return model.decode_latents(latents)
         return model.decode_compared(latents, target)
+
+
+@dataclass(frozen=True)
+class ReadoutSampler(DrawSampler):
+    """Draws of a readout: of each slot on its own, or one slot after the other.
+
+    Attributes:
+        readout: of states of the predictor's model.
+    """
+
+    readout: SlotReadout
+
+    def _draw(self, hidden: Tensor, seed: Tensor, target: Tensor | None) -> Tensor:
+        """Token ids ``[N, R, K]``; logits of a few rows at a time."""
+        size = max(1, LOGITS_AT_A_TIME // (self.num_draws * self.readout.vocab_size))
+        parts = [
+            draw_chunks(self.readout, *part, num_draws=self.num_draws)
+            for part in zip(hidden.split(size), seed.split(size), strict=True)
+        ]
+        if not all(bool(is_finite.all()) for _, is_finite in parts):
+            raise UserError(
+                "the readout's logits are not finite: the weights are damaged or training "
+                "diverged; load an earlier checkpoint"
+            )
+        return torch.cat([tokens for tokens, _ in parts], dim=1)
 
 
 @dataclass(frozen=True)
@@ -209,6 +243,7 @@ def make_sampler(
     noise_scale: float,
     seed: Tensor,
     noise_spread: float = 1.0,
+    method: str = "direct",
 ) -> ChunkSampler:
     """The sampler of a CALM or of the baseline; arguments as `calm.evaluation.score_text`."""
     num_draws = num_samples if brier_draws is None else brier_draws
@@ -218,15 +253,19 @@ def make_sampler(
             f"got brier_draws={brier_draws}, num_samples={num_samples}"
         )
     is_published = brier_draws == 2
-    predictor = make_predictor(model, method="direct", temperature=1.0, noise_scale=noise_scale)
+    predictor = make_predictor(model, method=method, temperature=1.0, noise_scale=noise_scale)
     if not (math.isfinite(noise_spread) and noise_spread >= 0):
         raise UserError(f"noise_spread must be finite and at least 0, got {noise_spread}")
+    if isinstance(predictor, ChunkPredictor):
+        return CALMSampler(predictor, num_draws, is_published, seed, noise_spread=noise_spread)
+    if noise_spread != 1:
+        what = "" if isinstance(predictor, TokenPredictor) else "the readout of "
+        raise UserError(
+            f"noise_spread must be 1 for {what}a {type(model).__name__}, which has no head whose "
+            f"noise could be spread; got {noise_spread}"
+        )
     if isinstance(predictor, TokenPredictor):
-        if noise_spread != 1:
-            raise UserError(
-                f"noise_spread must be 1 for a {type(model).__name__}, which has no head whose "
-                f"noise could be spread; got {noise_spread}"
-            )
         return TokenSampler(predictor, is_published, seed)
-    assert isinstance(predictor, ChunkPredictor)  # there are two
-    return CALMSampler(predictor, num_draws, is_published, seed, noise_spread)
+    assert isinstance(predictor, ReadoutPredictor)  # there are three
+    readout = predictor.model.slot_readout()
+    return ReadoutSampler(predictor, num_draws, is_published, seed, readout)

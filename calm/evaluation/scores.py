@@ -90,6 +90,7 @@ def score_text(
     brier_draws: int | None = None,
     noise_scale: float = 1.0,
     noise_spread: float = 1.0,
+    method: str = "direct",
     skip_repeats: bool = False,
     seed: int = 0,
     batch_size: int = 4,
@@ -107,6 +108,7 @@ def score_text(
         brier_draws: None uses all of them, 2 is the published estimator.
         noise_scale: factor on the head's noise.
         noise_spread: factor on what the noise contributes, see `GenerativeHead.sample`.
+        method: what draws: the head of a CALM (``direct``) or its ``readout``.
         skip_repeats: skip n-grams of one repeated token.
         seed: of the draws, and of the bootstrap of those who summarise the scores.
         batch_size: blocks in one forward pass; does not change the result.
@@ -124,6 +126,7 @@ def score_text(
         brier_draws=brier_draws,
         noise_scale=noise_scale,
         noise_spread=noise_spread,
+        method=method,
         seed=as_seed(seed, next(model.parameters()).device),
     )
     settings = {
@@ -131,6 +134,7 @@ def score_text(
         "brier_draws": "all" if brier_draws is None else brier_draws,
         "noise_scale": noise_scale,
         "noise_spread": noise_spread,
+        "method": method,
         "seed": seed,
     }
     return score_draws(

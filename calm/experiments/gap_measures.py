@@ -18,19 +18,12 @@ from calm.decoding.generation import make_predictor
 from calm.errors import UserError
 from calm.evaluation.brier import evaluating
 from calm.evaluation.measures import measure_text
-from calm.evaluation.samplers import DrawSampler, make_sampler
+from calm.evaluation.readout_bits import BITS, readout_bits
+from calm.evaluation.samplers import DrawSampler, ReadoutSampler, make_sampler
 from calm.evaluation.scores import TextReader, TextScores, score_draws, score_text
 from calm.experiments.latent_code import latent_code
 from calm.experiments.latent_space import unconditional_energy
-from calm.experiments.readout import (
-    BITS,
-    FrozenStates,
-    Readout,
-    ReadoutSampler,
-    frozen_states,
-    readout_bits,
-    train_readout,
-)
+from calm.experiments.readout import FrozenStates, Readout, frozen_states, train_readout
 from calm.models import ContinuousTransformer
 from calm.models.agreement import prefix_collisions
 from calm_kernels.noise import as_seed

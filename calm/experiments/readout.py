@@ -10,7 +10,6 @@ vocabulary size.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,28 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calm.decoding.engine.predictors import draw_tokens
 from calm.errors import UserError
 from calm.evaluation.brier import evaluating
-from calm.evaluation.samplers import LOGITS_AT_A_TIME, DrawSampler
-from calm.evaluation.scores import Block, TextReader, TextScores
+from calm.evaluation.scores import TextReader
 from calm.labels import IGNORE_INDEX
 from calm.models.continuous import ContinuousTransformer
 from calm.training.muon import MuonAdamW
-from calm_kernels import noise
 from calm_kernels.linear_cross_entropy import linear_cross_entropy
 
-__all__ = [
-    "BITS",
-    "FrozenStates",
-    "Readout",
-    "ReadoutSampler",
-    "frozen_states",
-    "readout_bits",
-    "train_readout",
-]
+__all__ = ["FrozenStates", "Readout", "frozen_states", "train_readout"]
 
-BITS = ("bits",)
 EMBEDDING_SIZE = 64  # of the chunk's earlier tokens
 NUM_BLOCKS = 2
 BATCH = 256  # chunks of a training step
@@ -99,7 +86,7 @@ def frozen_states(model: ContinuousTransformer, blocks: Any, chunks: int) -> Fro
 
 
 class Readout(nn.Module):
-    """Logits of the K tokens after a hidden state.
+    """Logits of the K tokens after a hidden state, a `SlotReadout`.
 
     x_j = A_j h + Σ_{i<j} B_{j-i} e(token_i), the sum of a slot-causal readout alone; then residual
     blocks x + W_2 silu(W_1 norm(x)) and logits U norm(x_j), whose weights all slots share.
@@ -115,7 +102,7 @@ class Readout(nn.Module):
         self, hidden_size: int, patch_size: int, vocab_size: int, *, is_causal: bool
     ) -> None:
         super().__init__()
-        self.patch_size, self.is_causal = patch_size, is_causal
+        self.patch_size, self.vocab_size, self.is_causal = patch_size, vocab_size, is_causal
         self.slots = nn.Linear(hidden_size, patch_size * hidden_size)
         self.embedding = nn.Embedding(vocab_size, EMBEDDING_SIZE)
         self.earlier = nn.ModuleList(
@@ -139,24 +126,25 @@ class Readout(nn.Module):
         return self.output
 
     def features(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """What logits are made of, of every slot: ``[..., H]`` and ``[..., K]`` to ``[..., K, H]``.
-
-        Slot j of a slot-causal readout reads ``tokens[..., :j]``.
-        """
-        slots = self.slots(hidden).unflatten(-1, (self.patch_size, -1))
+        """See `SlotReadout`; slot j of a slot-causal readout reads ``tokens[..., :j]``."""
+        slots = self.slots(hidden.float()).unflatten(-1, (self.patch_size, -1))
         return self._finish(slots + self._earlier(tokens))
 
     def slot(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """As `features`, of the slot after the tokens ``[..., j]`` alone: ``[..., H]``."""
+        """See `SlotReadout`."""
         index = tokens.shape[-1]
         weight, bias = (
             part.unflatten(0, (self.patch_size, -1))[index]
             for part in (self.slots.weight, self.slots.bias)
         )
-        slot = F.linear(hidden, weight, bias)
+        slot = F.linear(hidden.float(), weight, bias)
         for lag, linear in enumerate(self.earlier[:index], 1):
             slot = slot + linear(self.embedding(tokens[..., index - lag]))
         return self._finish(slot)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """See `SlotReadout`."""
+        return self.output(features)
 
     def loss(self, states: FrozenStates) -> Tensor:
         """Mean cross-entropy of the tokens that count, in nats."""
@@ -216,83 +204,3 @@ def train_readout(
                 optimizer.zero_grad()
                 schedule.step()
     return readout.eval().requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class ReadoutSampler(DrawSampler):
-    """Draws of a readout: of each slot on its own, or one slot after the other.
-
-    Attributes:
-        readout: trained on states of the predictor's model.
-    """
-
-    readout: Readout
-
-    def _draw(self, hidden: Tensor, seed: Tensor, target: Tensor | None) -> Tensor:
-        """See `DrawSampler`; logits of a few rows at a time."""
-        size = max(1, LOGITS_AT_A_TIME // (self.num_draws * self.readout.output.out_features))
-        parts = zip(hidden.float().split(size), seed.split(size), strict=True)
-        return torch.cat([self._draw_rows(*part) for part in parts], dim=1)
-
-    def _draw_rows(self, hidden: Tensor, seed: Tensor) -> Tensor:
-        readout, rows = self.readout, len(hidden)
-        uniforms = noise.uniform(
-            rows, readout.patch_size, stream=noise.Stream.HEAD, seed=seed,
-            num_draws=self.num_draws, device=hidden.device, dtype=torch.float64,
-        )  # fmt: skip
-        tokens = torch.empty(self.num_draws, rows, 0, dtype=torch.int64, device=hidden.device)
-        for slot in range(readout.patch_size):
-            known = tokens if readout.is_causal else tokens[:1]  # all draws see the same
-            features = readout.slot(hidden, known)
-            chances = readout.output(features).softmax(-1).expand(self.num_draws, rows, -1)
-            drawn = draw_tokens(chances.flatten(0, 1), uniforms[..., slot].reshape(-1, 1))
-            tokens = torch.cat([tokens, drawn.view(self.num_draws, rows, 1)], dim=-1)
-        return tokens
-
-
-def readout_bits(
-    model: ContinuousTransformer,
-    readout: Readout,
-    blocks: Iterable[Block],
-    *,
-    batch_size: int = 4,
-    progress: Callable[[Iterator[Any]], Iterable[Any]] = iter,
-    describe: Mapping[str, Any] | None = None,
-) -> TextScores:
-    """-log2 P(chunk) of a readout at every predicted chunk all of whose tokens count.
-
-    Args:
-        model: whose hidden states the readout reads.
-        readout: trained on them.
-        blocks: as `calm.evaluation.scores.score_text`, and what follows.
-        batch_size: likewise.
-        progress: likewise.
-        describe: likewise.
-
-    Returns: one score, ``bits`` of K tokens.
-    """
-    size, device = model.patch_size, model.device
-    reader = TextReader(blocks, batch_size, None, progress)
-    with evaluating(model):
-        for input_ids, labels, _ in reader:
-            hidden = model(input_ids[:, :-size].to(device)).last_hidden_state.float()
-            wanted = labels[:, size:].to(device).unflatten(1, (-1, size))
-            tokens = wanted.clamp(min=0)
-            nats = _cross_entropy(readout, readout.features(hidden, tokens), tokens)
-            bits = nats.double().sum(-1, keepdim=True) / math.log(2)
-            reader.add(bits, (wanted >= 0).all(-1), size + size * torch.arange(wanted.shape[1]))
-    settings = {"positions_are": f"every predicted chunk of {size} tokens that all count"}
-    return reader.scores(model, BITS, describe or {}, settings)
-
-
-def _cross_entropy(readout: Readout, features: Tensor, tokens: Tensor) -> Tensor:
-    """Of each token ``[...]`` given ``[..., H]``; logits of a few rows at a time."""
-    size = max(1, LOGITS_AT_A_TIME // readout.output.out_features)
-    wanted = tokens.flatten()
-    parts = [
-        F.cross_entropy(readout.output(part), target, reduction="none")
-        for part, target in zip(
-            features.flatten(0, -2).split(size), wanted.split(size), strict=True
-        )
-    ]
-    return torch.cat(parts).view(tokens.shape)

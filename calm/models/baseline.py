@@ -72,6 +72,10 @@ class BaselineTransformer(DecodingMixin, LlamaForCausalLM):  # type: ignore[misc
                 f"noise_scale must be 1 for a {type(self).__name__}, which has no head whose noise "
                 f"could be scaled; got {method.noise_scale}"
             )
+        return self.make_token_predictor(temperature)
+
+    def make_token_predictor(self, temperature: float) -> TokenPredictor:
+        """See `DecodingMixin`."""
         return TokenPredictor(self, temperature)
 
     def loss_counts(self, labels: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from calm.configuration import AutoencoderConfig, CALMConfig, locate_autoencoder
-from calm.decoding.engine.predictors import ChunkPredictor
+from calm.decoding.engine.predictors import ChunkPredictor, ReadoutPredictor
 from calm.decoding.mixin import DecodingMixin
 from calm.decoding.sampling.chunk_distribution import HeadDistribution, Method
 from calm.decoding.sampling.lazy_decode import decode_compared
@@ -26,7 +26,7 @@ from calm.models.cross_entropy import cross_entropy
 from calm.models.heads.base import GenerativeHead, HeadLoss, Posterior
 from calm.models.output import CALMOutput, output_of
 from calm.models.pretrained import CALMPreTrainedModel
-from calm.models.readout import TokenReadout
+from calm.models.readout import TiedReadout, TokenReadout
 from calm.models.token_score import token_scores
 from calm_kernels.backend import is_host_readable
 from calm_kernels.noise import Seed, as_seed
@@ -232,6 +232,20 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
         """See `DecodingMixin`; the method knows its temperature."""
         return ChunkPredictor(self, method)
 
+    def make_token_predictor(self, temperature: float) -> ReadoutPredictor:
+        """See `DecodingMixin`; `UserError` without a readout."""
+        self.slot_readout()
+        return ReadoutPredictor(self, temperature)
+
+    def slot_readout(self) -> TiedReadout:
+        """The readout of tokens with the embedding that it shares; `UserError` without one."""
+        if self.token_readout is None:
+            raise UserError(
+                "the model has no readout of tokens: train it with token_loss_weight=1, "
+                "token_readout=causal and keep_token_readout=true (--config_overrides)"
+            )
+        return TiedReadout(self.token_readout, cast(nn.Embedding, self.get_input_embeddings()))
+
     # Training and evaluation
 
     def loss_counts(self, labels: Tensor) -> Tensor:
@@ -269,13 +283,14 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
         if labels is None:
             return CALMOutput(last_hidden_state=self._hidden_states(input_ids))
         targets = self._targets(input_ids, labels)
-        posterior = self._posterior(input_ids[:, self.patch_size :], targets)
+        tokens = torch.where(targets == IGNORE_INDEX, input_ids[:, self.patch_size :], targets)
+        posterior = self._posterior(tokens, targets)
         hidden = self._hidden_states(input_ids[:, : -self.patch_size])  # [B, S, H]
         address: dict[str, Any] = {
             "seed": as_seed(seed, hidden.device), "first_row": first_row * hidden.shape[1],
         }  # fmt: skip
         result = self.generative_head.loss(hidden, posterior, **address, **draws)
-        terms = self._terms(result, posterior.weight, hidden, targets, progress)
+        terms = self._terms(result, posterior.weight, hidden, tokens, targets, progress)
         config = cast(CALMConfig, self.config)
         output = output_of(terms, config, loss_counts, is_training=self.training)
         if not self.training and self.patch_size >= MAX_ORDER and loss_counts is None:
@@ -286,18 +301,24 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
         return output
 
     def _terms(
-        self, result: HeadLoss, weight: Tensor, hidden: Tensor, targets: Tensor, progress: float
+        self,
+        result: HeadLoss,
+        weight: Tensor,
+        hidden: Tensor,
+        tokens: Tensor,
+        targets: Tensor,
+        progress: float,
     ) -> dict[str, Term]:
         """Loss and parts of the head, and the terms that the configuration adds in training."""
         config, counts = self.config, weight.sum(1)
         values = {name: getattr(result, name) for name in ("loss", "fidelity", "diversity")}
         terms = {n: Term(value.sum(1), counts) for n, value in values.items() if value is not None}
         if self.token_readout is not None:
-            slots, labels = self.token_readout(hidden), self._token_labels(targets)
-            embedding: Any = self.get_input_embeddings()
+            readout, by_chunk = self.slot_readout(), tokens.unflatten(1, (-1, self.patch_size))
             terms["token_loss"] = cross_entropy(
-                slots, embedding.weight, labels, by_sequence=not self.training
-            )
+                readout.features(hidden, by_chunk), readout.embedding.weight,
+                self._token_labels(targets), by_sequence=not self.training,
+            )  # fmt: skip
         is_on = config.token_score_weight > 0 and progress >= config.token_score_start
         if self.training and is_on:
             draws = cast(Tensor, result.samples)[: config.token_score_samples]
@@ -319,12 +340,12 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
             )
         return labels[:, self.patch_size :]
 
-    def _posterior(self, following: Tensor, targets: Tensor) -> Posterior:
+    def _posterior(self, tokens: Tensor, targets: Tensor) -> Posterior:
         """Distribution of the latents to predict; a chunk counts unless its first label is -100.
 
-        A token that has no label is encoded as the input token, from `following`.
+        `tokens` are the labels, and where there is none the input token.
         """
-        mean, log_std = self._encode(torch.where(targets == IGNORE_INDEX, following, targets))
+        mean, log_std = self._encode(tokens)
         weight = self._is_counted(targets).to(torch.float32)
         return Posterior(mean, log_std, weight)
 

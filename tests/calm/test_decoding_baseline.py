@@ -5,7 +5,7 @@ import torch
 from tiny_models import Recorder, prompt, tiny_baseline
 
 from calm.decoding import generate
-from calm.decoding.engine.predictors import draw_tokens
+from calm.decoding.sampling.token_draws import draw_tokens
 from calm.errors import UserError
 from calm_kernels import noise
 

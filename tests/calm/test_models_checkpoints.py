@@ -37,6 +37,7 @@ BUILDERS = {
     "start-latent": lambda: tiny.model(has_start_patch=True, input_type="latent"),
     "both": lambda: tiny.model(input_type="both"),
     "readout": lambda: tiny.model(token_loss_weight=0.3),
+    "causal-readout": lambda: tiny.model(token_loss_weight=0.3, token_readout="causal"),
 }
 
 

@@ -46,6 +46,7 @@ from calm.errors import UserError
             {"token_loss_weight": 1, "input_type": "latent"},
             "weight must be 0 for input_type",
         ),
+        ({"token_readout": "joint"}, "'token_readout' expected one of"),
         ({"token_score_weight": -1}, "token_score_weight must be at least 0, got -1"),
         ({"token_score_start": 1.5}, r"token_score_start must lie in \[0, 1\], got 1.5"),
         ({"token_score_weight": 1, "head_type": "flow"}, "token_score_weight .* flow head.*got 1"),

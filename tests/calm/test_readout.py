@@ -8,16 +8,11 @@ from tiny_models import tiny_calm
 
 from calm.decoding.generation import make_predictor
 from calm.errors import UserError
+from calm.evaluation.readout_bits import readout_bits
+from calm.evaluation.samplers import ReadoutSampler
 from calm.evaluation.scores import score_draws
 from calm.evaluation.stored_scores import load_scores, save_scores
-from calm.experiments.readout import (
-    FrozenStates,
-    Readout,
-    ReadoutSampler,
-    frozen_states,
-    readout_bits,
-    train_readout,
-)
+from calm.experiments.readout import FrozenStates, Readout, frozen_states, train_readout
 from calm_kernels.noise import as_seed
 
 VOCAB, SIZE, WIDTH = 5, 4, 32

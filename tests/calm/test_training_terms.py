@@ -35,6 +35,8 @@ class TestLoss:
         weights, others = dict(off.named_parameters()), dict(on.named_parameters())
         assert others.keys() - weights.keys() == {"token_readout.slots.weight"}
         assert all(weight.equal(others[name]) for name, weight in weights.items())
+        causal = dict(tiny.model(**TERMS, token_readout="causal").named_parameters())
+        assert all(weight.equal(causal[name]) for name, weight in weights.items())
         ids, labels = uneven()
         output = off.train()(ids, labels, seed=3, loss_counts=off.loss_counts(labels))
         assert off.loss_counts(labels).shape == (1,)
@@ -72,6 +74,31 @@ class TestLoss:
         assert model.loss_counts(labels).tolist() == [
             (targets[..., 0] != -100).sum(), (targets != -100).sum(),
         ]  # fmt: skip
+
+    def test_slot_causal_as_written(self):
+        """Cross-entropy of each label given those before it; an input token where there is none."""
+        torch.manual_seed(0)
+        model = tiny.model(token_loss_weight=0.3, token_readout="causal").train()
+        assert model(*uneven(), seed=3).token_loss.item() == pytest.approx(math.log(31))
+        readout, table = model.token_readout, model.transformer.embed_tokens.weight
+        for weight in readout.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+        ids, labels = uneven()
+        labels[0, 6] = -100  # the third token of the second chunk
+        hidden = model(ids[:, :-4]).last_hidden_state
+        targets = labels[:, 4:].reshape(8, 3, 4)
+        tokens = torch.where(targets == -100, ids[:, 4:].reshape(8, 3, 4), targets)
+        logits = []
+        for slot in range(4):
+            x = hidden @ readout.slots.weight[16 * slot : 16 * (slot + 1)].T
+            for before in range(slot):
+                x = x + table[tokens[..., before]] @ readout.earlier[slot - before - 1].weight.T
+            normed = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * readout.norm.weight
+            x = x + F.silu(normed @ readout.up.weight.T) @ readout.down.weight.T
+            logits.append(x @ table.T)
+        logits = torch.stack(logits, dim=2)
+        expected = F.cross_entropy(logits.flatten(0, 2), targets.flatten())
+        assert model(ids, labels, seed=3).token_loss.item() == pytest.approx(expected.item())
 
     def test_the_score_takes_the_first_draws_of_the_energy_loss(self):
         model, (ids, labels) = trained_readout(token_score_samples=3), uneven()

@@ -1,8 +1,9 @@
 """From the backbone's hidden states to the next chunk: the engine's view of a model.
 
-`ChunkPredictor` is a CALM with any head and a sampling method, `TokenPredictor` the token-by-token
-baseline, whose chunk is one token drawn from the softmax. The engine treats both alike, so that
-their speeds can be compared. A model makes its own predictor, see `calm.decoding.mixin`.
+`ChunkPredictor` is a CALM with any head and a sampling method, `ReadoutPredictor` a CALM whose
+readout draws the tokens of a chunk, `TokenPredictor` the token-by-token baseline, whose chunk is
+one token drawn from the softmax. The engine treats all alike, so that their speeds can be compared.
+A model makes its own predictor, see `calm.decoding.mixin`.
 """
 
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from calm.decoding.chunk import Chunk
 from calm.decoding.sampling.chunk_distribution import Method
+from calm.decoding.sampling.prefix_rejection import Prefix
+from calm.decoding.sampling.token_draws import draw_chunks, draw_tokens
 from calm_kernels import noise
 
-__all__ = ["ChunkPredictor", "Predictor", "TokenPredictor", "draw_tokens"]
+__all__ = ["ChunkPredictor", "Predictor", "ReadoutPredictor", "TokenPredictor"]
 
 
 class Predictor(Protocol):
@@ -52,16 +55,10 @@ class Predictor(Protocol):
 
 
 @dataclass(frozen=True)
-class ChunkPredictor:
-    """A CALM and a sampling method.
-
-    Attributes:
-        model: a `calm.models.ContinuousTransformer`.
-        method: how a chunk is chosen.
-    """
+class _CALMPredictor:
+    """What predictors of a CALM share."""
 
     model: Any
-    method: Method
 
     @property
     def backbone(self) -> Any:
@@ -78,14 +75,26 @@ class ChunkPredictor:
         """See `Predictor`."""
         return self.model.start_token_id
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """See `Predictor`."""
+        return self.model.embed_patches(input_ids)
+
+
+@dataclass(frozen=True)
+class ChunkPredictor(_CALMPredictor):
+    """A CALM and a sampling method.
+
+    Attributes:
+        model: a `calm.models.ContinuousTransformer`.
+        method: how a chunk is chosen.
+    """
+
+    method: Method
+
     @property
     def is_capturable(self) -> bool:
         """See `Predictor`."""
         return self.method.is_capturable
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """See `Predictor`."""
-        return self.model.embed_patches(input_ids)
 
     def choose(self, hidden: Tensor, seed: Tensor) -> Chunk:
         """See `Predictor`."""
@@ -97,12 +106,42 @@ class ChunkPredictor:
 
 
 @dataclass(frozen=True)
+class ReadoutPredictor(_CALMPredictor):
+    """A CALM's readout at temperature T: one draw of a chunk, token by token; its head is not used.
+
+    Attributes:
+        model: a `calm.models.ContinuousTransformer` that has a readout.
+        temperature: T > 0.
+    """
+
+    temperature: float
+
+    is_capturable = True
+
+    def choose(self, hidden: Tensor, seed: Tensor) -> Chunk:
+        """See `Predictor`."""
+        return self._draw(hidden, seed, None)
+
+    def complete(self, hidden: Tensor, given: Tensor, given_length: Tensor, seed: Tensor) -> Chunk:
+        """See `Predictor`; there is no draw that would have to be rejected."""
+        return self._draw(hidden, seed, Prefix(given, given_length))
+
+    def _draw(self, hidden: Tensor, seed: Tensor, prefix: Prefix | None) -> Chunk:
+        tokens, is_finite = draw_chunks(
+            self.model.slot_readout(), hidden, seed, num_draws=1, temperature=self.temperature,
+            prefix=prefix,
+        )  # fmt: skip
+        one = torch.ones_like(seed[:, 0])
+        return Chunk(tokens[0], one, one, torch.zeros_like(is_finite), is_finite)
+
+
+@dataclass(frozen=True)
 class TokenPredictor:
     """The baseline at temperature T: one draw from softmax(logits / T), no top-k or top-p.
 
     Attributes:
         model: a `calm.models.BaselineTransformer`.
-        temperature: T in (0, 1].
+        temperature: T > 0.
     """
 
     model: Any
@@ -136,18 +175,3 @@ class TokenPredictor:
     def complete(self, hidden: Tensor, given: Tensor, given_length: Tensor, seed: Tensor) -> Chunk:
         """Not possible: a part of one token cannot be given."""
         raise NotImplementedError("a chunk of one token has no first part that a prompt could give")
-
-
-def draw_tokens(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens drawn by the inverse of the cumulative distribution.
-
-    Args:
-        probabilities: ``[B, V]``. They are summed in float64, so that the last of 1e5 terms counts.
-        uniforms: N draws for each row from the uniform distribution on [0, 1), float64 ``[B, N]``.
-
-    Returns: int64 ``[B, N]``.
-    """
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    # right=True never returns a token of probability 0; rounding may lead past the last token.
-    tokens = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
-    return tokens.clamp(max=probabilities.shape[-1] - 1)

@@ -28,7 +28,9 @@ from calm.decoding.sampling.prefix_rejection import CollectedDraws, Prefix, coll
 from calm.decoding.sampling.voting import split_power, vote, vote_by_count
 from calm.errors import UserError
 
-__all__ = ["METHODS", "Batch", "Direct", "Exact", "Medoid", "NoiseScale", "build_method"]
+__all__ = [
+    "METHODS", "READOUT", "Batch", "Direct", "Exact", "Medoid", "NoiseScale", "build_method",
+]  # fmt: skip
 
 MAX_WAVES = 25  # of N draws, by default, that a chunk may take
 
@@ -201,6 +203,7 @@ def medoid(latents: Tensor, count: Tensor) -> Tensor:
 
 
 METHODS = ("direct", "batch", "exact", "medoid", "noise_scale")
+READOUT = "readout"  # no choice among draws: see `calm.decoding.sampling.token_draws`
 
 
 def build_method(
@@ -226,7 +229,7 @@ def build_method(
         UserError: an argument out of range, or `max_draws` below what the method needs.
     """
     if method not in METHODS:
-        raise UserError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+        raise UserError(f"method must be one of {', '.join(METHODS)}, {READOUT}; got {method!r}")
     if not 0.0 < temperature <= 1.0:
         raise UserError(f"temperature must lie in (0, 1], got {temperature}")
     if not isinstance(num_samples, int) or num_samples < 1:
