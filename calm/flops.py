@@ -27,6 +27,7 @@ from calm.models.autoencoder import Decoder
 from calm.models.backbone import Backbone
 from calm.models.heads.base import GenerativeHead
 from calm.models.heads.denoising import DenoisingHead
+from calm.models.readout import TokenReadout
 from calm_kernels.energy_head import EnergyHead
 
 __all__ = [
@@ -157,9 +158,16 @@ class CALMFlops:
 
         Every candidate is decoded. Inputs that are latents cost E more.
         """
-        read = self.compressor + self.reads_latents * self.encoder
         drawn = self.drawing.of(num_draws) + num_draws * self.decoder
-        return (self.backbone + read + drawn) / self.patch_size
+        return (self._reading() + drawn) / self.patch_size
+
+    def inference_by_readout(self) -> float:
+        """Operations to generate a token by ``method="readout"``: (B + C + R) / K at any T."""
+        return (self._reading() + self.readout) / self.patch_size
+
+    def _reading(self) -> int:
+        """A chunk to the hidden state after it."""
+        return self.backbone + self.compressor + self.reads_latents * self.encoder
 
 
 Flops = AutoencoderFlops | BaselineFlops | CALMFlops
@@ -239,11 +247,19 @@ def _training_terms(model: ContinuousTransformer) -> tuple[int, int]:
     config, readout, score = model.config, 0, 0
     if model.token_readout is not None:
         embedding: Any = model.get_input_embeddings()
-        readout = _matrices(model.token_readout) + model.patch_size * _matrices(embedding)
+        readout = _readout(model.token_readout) + model.patch_size * _matrices(embedding)
     if config.token_score_weight:
         slots = min(MAX_ORDER, model.patch_size)
         score = config.token_score_samples * _decoder(model.ae_model.decoder, slots)
     return readout, score
+
+
+def _readout(readout: TokenReadout) -> int:
+    """Features of K slots: of lag d there are K - d, of what all slots share K."""
+    size = readout.patch_size
+    lags = sum((size - lag) * _matrices(linear) for lag, linear in enumerate(readout.earlier, 1))
+    shared = (readout.up, readout.down) if readout.is_causal else ()
+    return _matrices(readout.slots) + lags + size * _matrices(*shared)
 
 
 def _head(head: GenerativeHead) -> tuple[HeadFlops, HeadFlops]:

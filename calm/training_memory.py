@@ -105,8 +105,11 @@ def _of_terms(model: Any, chunks: int, element: int) -> int:
     """Training terms: gradients of a readout; a piece of the chunks whose tokens are scored."""
     config, ae_config, total = model.config, model.ae_model.config, 0
     if model.token_readout is not None:
-        slots = chunks * config.patch_size * (element + FLOAT32) * config.hidden_size
-        total += slots + FLOAT32 * config.vocab_size * config.hidden_size
+        size, width = config.patch_size, config.hidden_size
+        slots = size * (element + FLOAT32)
+        if model.token_readout.is_causal:  # tokens of each lag; the block's sum and its matmuls
+            slots += element * size * (size - 1) // 2 + size * (FLOAT32 + 3 * element)
+        total += chunks * slots * width + FLOAT32 * config.vocab_size * width
     if config.token_score_weight:
         draws, slots = config.token_score_samples, min(MAX_ORDER, config.patch_size)
         logits = draws * slots * config.vocab_size

@@ -107,6 +107,8 @@ def _cost(model: Any, run: Any, args: argparse.Namespace) -> dict[str, Any]:
     }
     if isinstance(flops, CALMFlops):
         cost["inference_flop_per_token_of_200_candidates"] = flops.inference(200)
+        if flops.readout:
+            cost["inference_flop_per_token_by_readout"] = flops.inference_by_readout()
         if terms := flops.training_terms():
             cost["training_terms_flop_per_token"] = terms
     tokens = args.tokens
@@ -149,6 +151,7 @@ def _detail(name: str, stage: str, plan: dict[str, Any]) -> str:
 
 def _cost_rows(cost: dict[str, Any]) -> list[str]:
     many = cost.get("inference_flop_per_token_of_200_candidates")
+    by_readout = cost.get("inference_flop_per_token_by_readout")
     rows = [
         f"training         {cost['training_flop_per_token'] / 1e9:>16.4g} GFLOP a token"
         + "".join(
@@ -156,7 +159,8 @@ def _cost_rows(cost: dict[str, Any]) -> list[str]:
             for name, term in cost.get("training_terms_flop_per_token", {}).items()
         ),
         f"inference        {cost['inference_flop_per_token'] / 1e9:>16.4g} GFLOP a token"
-        + (f", {many / 1e9:.4g} with 200 candidates" if many else ""),
+        + (f", {many / 1e9:.4g} with 200 candidates" if many else "")
+        + (f", {by_readout / 1e9:.4g} by its readout" if by_readout else ""),
     ]
     if "training_flop" in cost:
         rows.append(

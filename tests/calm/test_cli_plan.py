@@ -86,6 +86,9 @@ def test_training_terms_have_their_share(tmp_path, capsys):
     text = capsys.readouterr().out
     shares = [f"{value / cost['training_flop_per_token']:.1%} of it" for value in terms.values()]
     assert f"token loss {shares[0]}, token score {shares[1]}" in text and "readout" in text
+    by_readout = cost["inference_flop_per_token_by_readout"]
+    assert f"{by_readout / 1e9:.4g} by its readout" in text
+    assert "inference_flop_per_token_by_readout" not in off
 
 
 @pytest.mark.parametrize("kind", ["calm", "baseline", "ae"])

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from calm import AutoencoderConfig, BaselineTransformer, CALMConfig
+from calm.decoding.sampling.token_draws import draw_chunks
 from calm.flops import flops_of
 from calm.models import Autoencoder, EnergyTransformer
 from calm.models.loading import on_meta
@@ -187,6 +188,20 @@ def test_training_terms_by_hand_and_as_counted():
     with FlopCounterMode(display=False) as counter:
         token_scores(model.ae_model.decoder, latents, labels).sum().backward()
     assert counter.get_total_flops() == 10 * 2 * flops.token_score
+
+
+@pytest.mark.parametrize("kind", ["independent", "causal"])
+def test_a_readout_as_counted_in_training_and_as_it_draws(kind):
+    model = tiny_calm(vocab_size=31, token_loss_weight=0.3, token_readout=kind)
+    flops, readout = flops_of(model), model.slot_readout()
+    hidden, tokens = torch.zeros(2, 5, 32), torch.zeros(2, 5, 4, dtype=torch.int64)
+    assert count(lambda: readout.logits(readout.features(hidden, tokens))) == 10 * flops.readout
+    seed = torch.zeros(3, 2, dtype=torch.int64)
+    assert (
+        count(lambda: draw_chunks(readout, hidden[0, :3], seed, num_draws=1)) == 3 * flops.readout
+    )
+    once = flops.backbone + flops.compressor
+    assert flops.inference_by_readout() == (once + flops.readout) / 4
 
 
 def test_inputs_that_are_latents_are_encoded_too():
