@@ -3,8 +3,10 @@
 import argparse
 import json
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from calm.commands.model_flags import add_model_arguments, load_model, load_tokenizer_of
 from calm.commands.scoring_flags import add_scoring_arguments, check_writable, scoring_settings
@@ -16,6 +18,7 @@ EXAMPLES = """\
   calm eval --model runs/demo/calm --data embedded:docstrings
   calm eval --model runs/calm-m --data wikitext-test.txt --block-size 8192 --json brier.json
   calm eval --model runs/baseline-s --data wikitext-test.txt --max-blocks 64
+  calm eval --model runs/mine --method readout --data embedded:docstrings
 
 Compare numbers only if their protocols agree: the block size alone moves BrierLM by some 30 %.
 
@@ -23,7 +26,8 @@ Compare numbers only if their protocols agree: the block size alone moves BrierL
 brier_lm_interval and brier_intervals (bootstrap over blocks), standard_errors of brier (between
 blocks), protocol: all that is needed to compute the same numbers again; measures: energy loss, its
 terms and its floor, reconstruction and diagnostics of a CALM, cross-entropy (nats a token) and bits
-per byte of a baseline; their measures_standard_errors; and advice, a line for each that is amiss.
+per byte of a baseline, bits a chunk and per byte of a CALM with --method readout; their
+measures_standard_errors; and advice, a line for each that is amiss.
 """
 
 
@@ -41,7 +45,6 @@ def run(args: argparse.Namespace) -> int:
 
     from calm.evaluation import evaluate
     from calm.evaluation.diagnostics import advice
-    from calm.evaluation.measures import measure_text, tokens_per_byte
     from calm.memory import check_draws
 
     check_writable(args.json, "--json")
@@ -60,14 +63,8 @@ def run(args: argparse.Namespace) -> int:
         progress=partial(bar, desc="BrierLM"),
         describe={"model": args.model, "kind": type(model).__name__, **text},
     )
-    for name in ("brier_draws", "skip_repeats"):
-        settings.pop(name)
-    measures = measure_text(model, blocks, **settings, progress=partial(bar, desc="latents"))
-    values = measures.values()
-    if "cross_entropy" in values:
-        values["bits_per_byte"] = (
-            values["cross_entropy"] * tokens_per_byte(tokenizer, measures.scores.text) / math.log(2)
-        )
+    measures = _measure(model, blocks, settings, partial(bar, desc="measures"))
+    values = _values(model, measures, tokenizer)
     lines = advice(values)
     print("\n\n".join([evaluation.to_table(), measures.to_table(values), *lines]))
     if args.json:
@@ -77,3 +74,30 @@ def run(args: argparse.Namespace) -> int:
         text_of = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         Path(args.json).write_text(text_of, encoding="utf-8")
     return 0
+
+
+def _measure(model: Any, blocks: Any, settings: dict[str, Any], bar: Callable[..., Any]) -> Any:
+    """What the text says beside BrierLM, of what draws: the model itself, or its readout."""
+    from calm.evaluation.measures import TextMeasures, measure_text
+    from calm.evaluation.readout_bits import readout_bits
+
+    shared = {"batch_size": settings["batch_size"], "progress": bar}
+    if settings["method"] == "readout" and hasattr(model, "slot_readout"):
+        return TextMeasures(readout_bits(model, model.slot_readout(), blocks, **shared))
+    names = ("num_samples", "noise_scale", "noise_spread", "seed")
+    return measure_text(model, blocks, **{name: settings[name] for name in names}, **shared)
+
+
+def _values(model: Any, measures: Any, tokenizer: Any) -> dict[str, float]:
+    """Means, and bits per byte where the likelihood is known."""
+    from calm.evaluation.measures import tokens_per_byte
+
+    values = measures.values()
+    bits = None
+    if "cross_entropy" in values:
+        bits = values["cross_entropy"] / math.log(2)
+    elif "bits" in values:
+        bits = values["bits"] / model.patch_size
+    if bits is not None:
+        values["bits_per_byte"] = bits * tokens_per_byte(tokenizer, measures.scores.text)
+    return values

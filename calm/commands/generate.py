@@ -16,13 +16,16 @@ EXAMPLES = """\
   calm generate --model runs/demo/calm --prompt "Return the number of"
   calm generate --model runs/demo/calm --prompt-file start.txt --temperature 1 --seed 7
   calm generate --model runs/demo/calm --method exact --temperature 0.7 --prompt "Returns "
+  calm generate --model runs/mine --method readout --temperature 1/2 --prompt "Returns "
   calm generate --model runs/demo/baseline --prompt "Return the number of" --temperature 0.7
   echo "This is" | calm generate --model runs/demo/calm --json
   calm generate --model runs/demo/calm                              prompts are typed in
 
 Methods below temperature 1: batch is the paper's vote among --num-samples candidates. exact draws
 until the distribution is exact, at most --max-draws for a chunk. medoid and noise_scale are
-heuristics that cost the same at every temperature (docs/temperature.md).
+heuristics that cost the same at every temperature (docs/temperature.md). readout needs a CALM that
+has kept its readout (docs/readout.md): it draws token by token from softmax(logits / T), T > 0, at
+the same cost for every T, without the head.
 
 --json prints for each prompt: prompt, text (what was added), seed, method, temperature and
 num_samples; new_tokens, chunks, draws of the head, draws_saved (counted in draws, but not needed),
@@ -30,7 +33,7 @@ mean_level (draws that agreed on a chunk, mean), fallbacks (chunks that a fallba
 (without warm-up), prefill_seconds of them for the prompt, warmup_seconds, tokens_per_second. After
 Ctrl-C nothing is printed for the unfinished prompt.
 """
-METHODS = ("batch", "exact", "medoid", "noise_scale", "direct")
+METHODS = ("batch", "exact", "medoid", "noise_scale", "direct", "readout")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +77,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         type=_number,
         metavar="T",
         help="in (0, 1], as 0.5 or 1/2; 1 samples the model, lower is more likely text "
-        "(default: 0.5, for the method 'direct' 1)",
+        "(default: 0.5, for the method 'direct' 1); above 0 for the method 'readout'",
     )
     parser.add_argument(
         "--method", choices=METHODS, default="batch", help="how chunks are chosen (default: batch)"

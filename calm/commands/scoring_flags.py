@@ -49,6 +49,12 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
         "diverse (default: 1)",
     )
     parser.add_argument(
+        "--method",
+        choices=("direct", "readout"),
+        default="direct",
+        help="what draws: the head of a CALM (direct, default) or its readout (docs/readout.md)",
+    )
+    parser.add_argument(
         "--skip-repeats",
         action="store_true",
         help="skip n-grams of one repeated token, such as rules and blank runs",
@@ -65,8 +71,8 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
 def scoring_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `score_text` that the flags name."""
     names = (
-        "num_samples", "brier_draws", "noise_scale", "noise_spread", "skip_repeats", "seed",
-        "batch_size",
+        "num_samples", "brier_draws", "noise_scale", "noise_spread", "method", "skip_repeats",
+        "seed", "batch_size",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names}
 

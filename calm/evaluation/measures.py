@@ -50,6 +50,7 @@ LABELS = {
     "vote_margin": ("vote margin", "winner - runner-up, share of the draws"),
     "collapsed": ("collapsed", "share of latent dimensions at the floor of their KL"),
     "cross_entropy": ("cross-entropy", "nats a token"),
+    "bits": ("bits", "a chunk, -log2 of its probability under the readout"),
     "bits_per_byte": ("bits per byte", "of the text, end tokens included in the bits"),
 }
 BASELINE_MEASURES: tuple[str, ...] = ("cross_entropy",)
@@ -60,7 +61,8 @@ class TextMeasures:
     """Measures of a text.
 
     Attributes:
-        scores: one column for each of `CALM_MEASURES`, or of `BASELINE_MEASURES`.
+        scores: one column for each of `CALM_MEASURES`, of `BASELINE_MEASURES`, or of
+            `calm.evaluation.readout_bits.BITS`.
         dimension_kl: of a CALM, mean KL divergence of each latent dimension, ``[L]``.
         collapsed: share of dimensions in which it does not exceed the floor of the loss.
     """
@@ -75,7 +77,7 @@ class TextMeasures:
         For a CALM: ``excess`` = energy - floor, ``floor_share`` = floor / energy,
         ``conditioning_share`` = conditioning_gap / energy, ``spread_ratio`` (see
         `calm.evaluation.diagnostics`) and ``collapsed``. For the baseline: ``cross_entropy`` in
-        nats a token.
+        nats a token. For a readout: ``bits`` a chunk.
         """
         means = corpus_means(*self.scores.sums())
         named = dict(zip(self.scores.names, means.tolist(), strict=True))

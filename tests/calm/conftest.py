@@ -16,11 +16,13 @@ def save(model, folder, tokenizer):
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """A CALM, a baseline and an autoencoder with a byte tokenizer, and a text."""
+    """A CALM, one with a readout, a baseline, an autoencoder, a byte tokenizer, and a text."""
     root = tmp_path_factory.mktemp("runs")
     special = {"eos_token_id": EOS, "pad_token_id": PAD, "vocab_size": BYTE_VOCAB_SIZE}
     model = tiny_calm(**special)
     save(model, root / "calm", byte_tokenizer())
+    readout = {"token_loss_weight": 1.0, "token_readout": "causal", "keep_token_readout": True}
+    save(tiny_calm(**special, **readout), root / "readout", byte_tokenizer())
     save(tiny_baseline(**special, seed=2), root / "baseline", byte_tokenizer())
     save(Autoencoder(model.config.ae_config), root / "ae", byte_tokenizer())
     (root / "text.txt").write_text(TEXT * 30, encoding="utf-8")

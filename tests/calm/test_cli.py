@@ -221,6 +221,23 @@ def test_eval_prints_a_table_and_writes_the_record(kind, folders, tmp_path, caps
     assert capsys.readouterr().out == table
 
 
+def test_eval_of_a_readout_has_its_likelihood(folders, tmp_path, capsys):
+    """An untrained readout finds all tokens equally likely."""
+    record = tmp_path / "brier.json"
+    words = ("--data", folders / "text.txt", "--block-size", 32, "--max-blocks", 3)
+    words = (*words, "--method", "readout", "--num-samples", 4)
+    assert calm("eval", "--model", folders / "readout", *words, "--json", record) == 0
+    assert "bits per byte" in capsys.readouterr().out
+    written = json.loads(record.read_text(encoding="utf-8"))
+    assert written["protocol"]["method"] == "readout"
+    assert written["measures"]["bits"] == pytest.approx(4 * math.log2(259))
+    assert written["measures"]["bits_per_byte"] == pytest.approx(math.log2(259), rel=0.05)
+    assert calm("eval", "--model", folders / "baseline", *words) == 0  # is a readout of its own
+    assert "cross-entropy" in capsys.readouterr().out
+    error = error_of(capsys, "eval", "--model", folders / "calm", *words)
+    assert "the model has no readout of tokens" in error
+
+
 def test_eval_of_an_embedded_corpus_takes_held_out_documents(folders, tmp_path):
     record = tmp_path / "brier.json"
     words = ("--model", folders / "calm", "--data", "embedded:topics", "--max-blocks", 2)

@@ -20,6 +20,16 @@ def test_generate_prints_the_prompt_and_its_continuation(kind, folders, capsys):
     assert capsys.readouterr().out != captured.out
 
 
+def test_a_readout_draws_at_any_temperature(folders, capsys):
+    words = ("--prompt", "the quick br", "--json", "--max-new-tokens", 8)
+    words = (*words, "--method", "readout", "--temperature", "3/2")
+    assert calm("generate", "--model", folders / "readout", *words) == 0
+    (record,) = objects(capsys)
+    assert record["new_tokens"] == 8 and record["chunks"] == record["draws"] == 2
+    error = error_of(capsys, "generate", "--model", folders / "calm", *words)
+    assert "train it with token_loss_weight=1, token_readout=causal" in error
+
+
 def test_temperatures_may_be_fractions(folders, capsys):
     words = ("--model", folders / "calm", "--prompt", "the quick br", "--json")
     words = (*words, "--max-new-tokens", 4, "--num-samples", 8)
