@@ -16,25 +16,32 @@ from calm.experiments.verdicts import by_cell, seed_spread, stretches
 
 __all__ = ["ARMS", "RECIPE"]
 
+
+def _overrides(*fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Flags that set fields of the configuration."""
+    return {"config_overrides": {name: value for each in fields for name, value in each.items()}}
+
+
 REFERENCE, TOKENS = "as it is", "token baseline"
-_READOUT: Mapping[str, Any] = {"token_loss_weight": 0.3}
-_SCORE: Mapping[str, Any] = {"token_score_weight": 1.0, "token_score_start": 0.5}
-# Overrides of the configuration, on top of the scale's CALM.
+_READOUT = {"token_loss_weight": 0.3}
+_SCORE = {"token_score_weight": 1.0, "token_score_start": 0.5}
+_ONE_STEP = {"sampling_steps": 1}
+# Flags on top of the scale's CALM.
 ARMS: dict[str, Mapping[str, Any]] = {
     REFERENCE: {},
-    "readout": _READOUT,
-    "token score": _SCORE,
-    "readout, token score": {**_READOUT, **_SCORE},
-    "readout, exponent 1/2": {**_READOUT, "beta": 0.5},
-    "readout, token score, exponent 1/2": {**_READOUT, **_SCORE, "beta": 0.5},
-    "readout, token score, N = 2": {**_READOUT, **_SCORE, "num_samples": 2},
-    "readout, token score from the start": {**_READOUT, **_SCORE, "token_score_start": 0.0},
+    "readout": _overrides(_READOUT),
+    "readout, token score": _overrides(_READOUT, _SCORE),
+    "readout, exponent 1/2": _overrides(_READOUT, {"beta": 0.5}),
+    "readout, token score, exponent 1/2": _overrides(_READOUT, _SCORE, {"beta": 0.5}),
+    "readout, token score, N = 2": _overrides(_READOUT, _SCORE, {"num_samples": 2}),
+    "flow head, one step": {"model_type": "flow", **_overrides(_ONE_STEP)},
+    "flow head, one step, readout": {"model_type": "flow", **_overrides(_ONE_STEP, _READOUT)},
 }
 
 
 def _cells(scale: Scale, seed: int) -> list[Cell]:
     budget = scale.flops(scale.calm())
-    models = {name: scale.calm(seed, config_overrides=fields) for name, fields in ARMS.items()}
+    models = {name: scale.calm(seed, **flags) for name, flags in ARMS.items()}
     models[TOKENS] = scale.baseline(seed)
     return [
         Cell({"recipe": name}, scale.at_budget(training, budget), seed=seed)
