@@ -206,9 +206,9 @@ _DESK = Scale(
         num_samples=(2, 4, 8),
         num_targets=(1, 16, 100),
         antithetic=(16,),
-        exponents=(0.3, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 1.9),
-        kl_weights=(0, 1e-4, 1e-3, 1e-2, 1e-1),
-        latent_sizes=(8, 16, 64),
+        exponents=(0.3, 0.5, 1.0, 1.5, 1.9),
+        kl_weights=(0, 1e-4, 1e-2, 1e-1),
+        latent_sizes=(16, 64),
         chunk_sizes=(1, 2, 4, 8),
         sizes=(
             Size("small", _width(64), _width(64)),
