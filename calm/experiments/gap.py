@@ -24,7 +24,7 @@ from calm.models import ContinuousTransformer
 __all__ = ["Baseline", "configuration_of", "measure_gap", "write_gap"]
 
 DIGEST_LENGTH = 12
-READOUTS = {"independent": False, "causal": True}
+READOUTS = ("independent", "causal")  # that are trained
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def measure_gap(
     probe = Probe(model, blocks, training, options, keep=store.scores, describe=measured_on)
     named = {"draws": probe.draws()}
     bits = {}
-    for name, is_causal in READOUTS.items():
-        named[name] = probe.readout(is_causal)
-        bits[name] = probe.bits(is_causal)
+    for name in (*READOUTS, *(["own"] if model.token_readout is not None else [])):
+        named[name] = probe.readout(name)
+        bits[name] = probe.bits(name)
     if baseline is not None:
         digest = weights_hash(baseline.model)[:DIGEST_LENGTH]
         named["baseline"] = probe.baseline(baseline.model, baseline.blocks, digest)
@@ -89,8 +89,7 @@ def measure_gap(
         bits=_means(bits, options.seed),
         tokens_per_byte=tokens_per_byte(tokenizer, probe.draws().text),
         slots={
-            name: mean_of(probe.slots(is_causal), options.seed)
-            for name, is_causal in {"draws": None, **READOUTS}.items()
+            name: mean_of(probe.slots(name), options.seed) for name in ("draws", *READOUTS)
         },
         latent=store.values("latent", probe.latent),
     )  # fmt: skip

@@ -65,7 +65,8 @@ class Gap:
         measured_on: model, text and settings.
         patch_size: K.
         scores: Brier-1 to Brier-4 and BrierLM of ``baseline`` (if there is one), ``causal``,
-            ``independent`` and ``draws``, at the positions that all have.
+            ``independent``, the model's ``own`` readout (if it has one) and ``draws``, at the
+            positions that all have.
         losses: trunk, head and dispersion.
         joint: slot-causal readout minus independent readout: what tokens of a chunk say of each
             other.
@@ -95,7 +96,7 @@ def losses_of(probe: Probe, baseline: TextScores | None = None) -> Losses:
     """
     seed = probe.options.seed
     given = [] if baseline is None else [baseline]
-    readout, draws, *others = common_positions([probe.readout(True), probe.draws(), *given])
+    readout, draws, *others = common_positions([probe.readout("causal"), probe.draws(), *given])
     return Losses(
         trunk=difference(others[0], readout, seed) if others else None,
         head=difference(readout, draws, seed),

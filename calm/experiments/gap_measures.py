@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from calm.decoding.generation import make_predictor
+from calm.decoding.sampling.token_draws import SlotReadout
 from calm.errors import UserError
 from calm.evaluation.brier import evaluating
 from calm.evaluation.measures import measure_text
@@ -87,7 +88,7 @@ class Probe:
     ) -> None:
         self.model, self.blocks, self.options = model, blocks, options
         self._training, self._keep, self._describe = training, keep, dict(describe or {})
-        self._readouts: dict[bool, Readout] = {}
+        self._readouts: dict[str, Readout] = {}
 
     @cached_property
     def states(self) -> FrozenStates:
@@ -105,37 +106,36 @@ class Probe:
             ),
         )  # fmt: skip
 
-    def readout(self, is_causal: bool) -> TextScores:
-        """Brier-n of a readout's draws."""
+    def readout(self, name: str) -> TextScores:
+        """Brier-n of a readout's draws: ``independent`` or ``causal``, or the model's ``own``."""
         settings = {
             "num_samples": self.options.num_samples, "seed": self.options.seed,
-            "readout": _name(is_causal), "steps": self.options.steps,
+            "readout": name, "steps": self.options.steps,
         }  # fmt: skip
         return self._keep(
-            _name(is_causal),
+            name,
             lambda: score_draws(
-                self._sampler(is_causal), self.blocks, settings=settings, batch_size=BATCH,
+                self._sampler(name), self.blocks, settings=settings, batch_size=BATCH,
                 describe=self._describe,
             ),
         )  # fmt: skip
 
-    def bits(self, is_causal: bool) -> TextScores:
-        """Bits of each whole chunk under a readout."""
+    def bits(self, name: str) -> TextScores:
+        """Bits of each whole chunk under a readout; names as `readout`."""
         return self._keep(
-            f"{_name(is_causal)}-bits",
+            f"{name}-bits",
             lambda: readout_bits(
-                self.model, self._readout(is_causal), self.blocks, batch_size=BATCH,
+                self.model, self._readout(name), self.blocks, batch_size=BATCH,
                 describe=self._describe,
             ),
         )  # fmt: skip
 
-    def slots(self, is_causal: bool | None) -> TextScores:
-        """How often draws of a slot are right and how often two agree; None is the head."""
-        name = "draws" if is_causal is None else _name(is_causal)
+    def slots(self, name: str) -> TextScores:
+        """How often a slot's draws are right and how often two agree; ``draws``: of the head."""
         return self._keep(
             f"{name}-slots",
             lambda: _slot_shares(
-                self._head_sampler() if is_causal is None else self._sampler(is_causal),
+                self._head_sampler() if name == "draws" else self._sampler(name),
                 self.blocks, self.options.slot_blocks, self._describe,
             ),
         )  # fmt: skip
@@ -181,20 +181,20 @@ class Probe:
             ),
         )
 
-    def _readout(self, is_causal: bool) -> Readout:
-        if is_causal not in self._readouts:
-            self._readouts[is_causal] = train_readout(
-                self.states, self.model.config.vocab_size, is_causal=is_causal,
+    def _readout(self, name: str) -> SlotReadout:
+        if name == "own":
+            return self.model.slot_readout()
+        if name not in self._readouts:
+            self._readouts[name] = train_readout(
+                self.states, self.model.config.vocab_size, is_causal=name == "causal",
                 steps=self.options.steps, seed=self.options.seed,
             )  # fmt: skip
-        return self._readouts[is_causal]
+        return self._readouts[name]
 
-    def _sampler(self, is_causal: bool) -> ReadoutSampler:
+    def _sampler(self, name: str) -> ReadoutSampler:
         predictor: Any = make_predictor(self.model, method="direct", temperature=1.0)
         seed = as_seed(self.options.seed, self.model.device)
-        return ReadoutSampler(
-            predictor, self.options.num_samples, False, seed, self._readout(is_causal)
-        )
+        return ReadoutSampler(predictor, self.options.num_samples, False, seed, self._readout(name))
 
     def _head_sampler(self) -> DrawSampler:
         sampler = make_sampler(
@@ -241,7 +241,3 @@ def _bits_of_chunks(scores: TextScores, size: int) -> TextScores:
     blocks = scores.blocks[: len(bits)]
     is_whole = (last - first == size - 1) & (blocks == scores.blocks[size - 1 :])
     return replace(scores, offsets=first, terms=bits, blocks=blocks, names=BITS).select(is_whole)
-
-
-def _name(is_causal: bool) -> str:
-    return "causal" if is_causal else "independent"

@@ -12,7 +12,7 @@ from calm.experiments.plot_style import INK, MUTED, ORANGE, TEAL, VIOLET, style_
 
 __all__ = ["plot_gap"]
 
-COLORS = {"baseline": INK, "causal": TEAL, "independent": ORANGE, "draws": VIOLET}
+COLORS = {"baseline": INK, "causal": TEAL, "independent": ORANGE, "own": MUTED, "draws": VIOLET}
 
 
 def plot_gap(gap: Gap, path: Path) -> None:

@@ -11,6 +11,7 @@ NAMES = {
     "baseline": "token baseline",
     "causal": "readout, slot-causal",
     "independent": "readout, independent slots",
+    "own": "readout, the model's own",
     "draws": "draws of the head",
 }
 LATENT = {

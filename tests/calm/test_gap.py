@@ -42,7 +42,7 @@ class Planted:
     def draws(self, spread=1.0):
         return self._scores(self._by_spread[spread])
 
-    def readout(self, is_causal):
+    def readout(self, name):
         return self._scores(self._readout)
 
     def _scores(self, spans):
@@ -81,7 +81,7 @@ def test_the_head_loses_nothing_where_its_draws_are_those_of_the_readout(monkeyp
     def from_readout(model, blocks, *, noise_spread, seed, **settings):
         other = Probe(model, blocks, None, replace(OPTIONS, seed=seed + 1))
         other._readouts = probe._readouts
-        return other.readout(True)
+        return other.readout("causal")
 
     monkeypatch.setattr(gap_measures, "score_text", from_readout)
     planted = losses_of(probe).head
@@ -93,13 +93,13 @@ def test_the_head_loses_nothing_where_its_draws_are_those_of_the_readout(monkeyp
 def test_slots_count_draws_that_are_the_text_and_pairs_that_agree():
     model = tiny_calm()
     probe = Probe(model, blocks(30), blocks(60, seed=1), OPTIONS)
-    scores = probe.slots(True)
+    scores = probe.slots("causal")
     assert scores.names == tuple(f"{w}{s}" for w in ("match", "collision") for s in (1, 2, 3, 4))
     assert len(scores.terms) == 4 * 11 - 3  # of four blocks, those chunks all of whose tokens count
     ids = torch.stack([block["input_ids"] for block in blocks(4)])
     hidden = model(ids[:, :-4]).last_hidden_state.detach()
     rows = torch.arange(4 * 12).view(4, 12)[:, :11]
-    draws = probe._sampler(True).draws(hidden, None, rows)[:, 0]  # [N, S, K]
+    draws = probe._sampler("causal").draws(hidden, None, rows)[:, 0]  # [N, S, K]
     match = (draws == ids[0, 4:].view(-1, 4)).double().mean(0)
     pairs = [(draws[i] == draws[j]).double() for i in range(8) for j in range(i)]
     expected = torch.cat([match, torch.stack(pairs).mean(0)], dim=-1)
@@ -168,7 +168,9 @@ def lines(folders):
 def test_a_run_that_was_killed_goes_on_and_another_configuration_is_refused(
     lines, tmp_path, capsys, monkeypatch
 ):
+    """Of a model with a readout of its own, which is untrained: all tokens are equally likely."""
     more = ("--baseline", lines / "baseline", "--output-dir", tmp_path / "gap")
+    more = (*more, "--model", lines / "readout")
     with monkeypatch.context() as patch:
         patch.setattr(Probe, "latent", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -187,7 +189,8 @@ def test_a_run_that_was_killed_goes_on_and_another_configuration_is_refused(
     assert (tmp_path / "gap" / "report.png").stat().st_size > 5000
     record = json.loads((tmp_path / "gap" / "results.json").read_text(encoding="utf-8"))
     found = record["gap"]
-    assert set(found["scores"]) == set(found["bits"]) | {"draws"}
+    assert set(found["scores"]) == {*found["bits"], "draws"} >= {"own", "causal", "independent"}
+    assert found["bits"]["own"]["difference"]["bits"] == pytest.approx(4 * math.log2(259))
     causal = found["scores"]["causal"]["difference"]
     draws, head = found["scores"]["draws"]["difference"], found["losses"]["head"]["difference"]
     assert causal["brier1"] - draws["brier1"] == pytest.approx(head["brier1"])

@@ -81,6 +81,7 @@ class TestLoss:
         model = tiny.model(token_loss_weight=0.3, token_readout="causal").train()
         assert model(*uneven(), seed=3).token_loss.item() == pytest.approx(math.log(31))
         readout, table = model.token_readout, model.transformer.embed_tokens.weight
+        assert not readout.down.weight.any()
         for weight in readout.parameters():
             torch.nn.init.normal_(weight, std=0.3)
         ids, labels = uneven()
