@@ -110,6 +110,7 @@ def language_model(
     *,
     checkpoint: int | None = None,
     sampling: Mapping[str, Any] = MappingProxyType({}),
+    method: str = "direct",
     multiples_of: int = 1,
 ) -> Measured:
     """BrierLM and its parts on each text, and `measure_text`: the model's own loss and more.
@@ -120,6 +121,7 @@ def language_model(
         scale: how many blocks and draws.
         checkpoint: step of the weights; None for the final ones.
         sampling: fields of the configuration that sampling alone reads, such as `sampling_steps`.
+        method: what draws, as `score_text` has it.
         multiples_of: n-grams start at multiples of this many tokens of the text.
     """
     model = trained.load(checkpoint)
@@ -128,9 +130,12 @@ def language_model(
         for field_name, value in sampling.items():
             setattr(model.config, field_name, value)
         measured.values["inference_flops"] = trained.flops(model).inference()
+    if method == "readout":
+        calm: Any = trained.flops(model)
+        measured.values["inference_flops"] = calm.inference_by_readout()
     for name in texts.options:
         blocks = texts.blocks(name, trained, model, scale.blocks)
-        _add_brier(measured, name, model, blocks, scale.draws, multiples_of)
+        _add_brier(measured, name, model, blocks, scale.draws, method, multiples_of)
         _add_diagnostics(measured, name, model, blocks)
     return measured
 
@@ -160,9 +165,10 @@ def latent_space(trained: Trained, texts: Texts, scale: Scale) -> Measured:
 
 
 def _add_brier(
-    measured: Measured, text: str, model: Any, blocks: Any, draws: int, multiples_of: int
-) -> None:
-    scores = score_text(model, blocks, num_samples=draws, skip_repeats=True)
+    measured: Measured, text: str, model: Any, blocks: Any, draws: int, method: str,
+    multiples_of: int,
+) -> None:  # fmt: skip
+    scores = score_text(model, blocks, num_samples=draws, method=method, skip_repeats=True)
     if multiples_of > 1:
         scores = scores.starting_at_multiples_of(multiples_of)
     measured.values.update(_brier_values(text, scores))

@@ -26,34 +26,44 @@ REFERENCE, TOKENS = "as it is", "token baseline"
 _READOUT = {"token_loss_weight": 0.3}
 _SCORE = {"token_score_weight": 1.0, "token_score_start": 0.5}
 _ONE_STEP = {"sampling_steps": 1}
+_CAUSAL = {
+    "token_loss_weight": 1.0, "token_readout": "causal", "keep_token_readout": True,
+    "num_samples": 2,
+}  # fmt: skip
 # Flags on top of the scale's CALM.
 ARMS: dict[str, Mapping[str, Any]] = {
     REFERENCE: {},
     "readout": _overrides(_READOUT),
     "readout, token score": _overrides(_READOUT, _SCORE),
+    "slot-causal readout, N = 2": _overrides(_CAUSAL),
+    "flow head, one step": {"model_type": "flow", **_overrides(_ONE_STEP)},
+    "flow head, one step, readout": {"model_type": "flow", **_overrides(_ONE_STEP, _READOUT)},
     "readout, exponent 1/2": _overrides(_READOUT, {"beta": 0.5}),
     "readout, token score, exponent 1/2": _overrides(_READOUT, _SCORE, {"beta": 0.5}),
     "readout, token score, N = 2": _overrides(_READOUT, _SCORE, {"num_samples": 2}),
-    "flow head, one step": {"model_type": "flow", **_overrides(_ONE_STEP)},
-    "flow head, one step, readout": {"model_type": "flow", **_overrides(_ONE_STEP, _READOUT)},
 }
+# Draws of the readout itself, of that arm's model; not likelihood-free.
+DRAWN_BY_READOUT = ("slot-causal readout, N = 2", "draws of the slot-causal readout")
 
 
 def _cells(scale: Scale, seed: int) -> list[Cell]:
     budget = scale.flops(scale.calm())
-    models = {name: scale.calm(seed, **flags) for name, flags in ARMS.items()}
-    models[TOKENS] = scale.baseline(seed)
-    return [
+    models = {TOKENS: scale.baseline(seed)}
+    models |= {name: scale.calm(seed, **flags) for name, flags in ARMS.items()}
+    cells = [
         Cell({"recipe": name}, scale.at_budget(training, budget), seed=seed)
         for name, training in models.items()
     ]
+    arm, name = DRAWN_BY_READOUT
+    training = scale.at_budget(models[arm], budget)
+    return [*cells, Cell({"recipe": name}, training, options={"method": "readout"}, seed=seed)]
 
 
 def _claims(scale: Scale) -> list[Claim]:
     return [
         Claim("this package", f"{name} is better than {REFERENCE}", {"recipe": name},
               {"recipe": REFERENCE})
-        for name in ARMS if name != REFERENCE
+        for name in (*ARMS, DRAWN_BY_READOUT[1]) if name != REFERENCE
     ]  # fmt: skip
 
 
@@ -85,8 +95,8 @@ RECIPE = Experiment(
     name="recipe",
     question="Which options make a CALM better for the same training FLOPs?",
     cells=_cells,
-    columns=("training_tokens", "training_flops", *BRIER_COLUMNS, "held-out/energy",
-             "held-out/bits_per_token"),
+    columns=("training_tokens", "training_flops", "inference_flops", *BRIER_COLUMNS,
+             "held-out/energy", "held-out/bits_per_token"),
     panels=lambda scale: [
         Panel("Recipes", "recipe", "held-out/brier1", note="all with the same training FLOPs")
     ],
@@ -94,6 +104,7 @@ RECIPE = Experiment(
     analysis=_halves,
     notes="All arms share one autoencoder and have the training FLOPs of the first, their terms "
     "counted: an arm that costs more takes fewer steps. Energy scores of arms with another "
-    "exponent in training are those of exponent 1. Scale `demo` is the text and the budget of "
-    "`calm demo`; `desk` has another text.",
+    "exponent in training are those of exponent 1. The baseline is scored at every token, the "
+    "others at the starts of chunks. Draws of a readout are not likelihood-free. Scale `demo` is "
+    "the text and the budget of `calm demo`; `desk` has another text.",
 )  # fmt: skip
