@@ -258,7 +258,7 @@ def _readout(readout: TokenReadout) -> int:
     """Features of K slots: of lag d there are K - d, of what all slots share K."""
     size = readout.patch_size
     lags = sum((size - lag) * _matrices(linear) for lag, linear in enumerate(readout.earlier, 1))
-    shared = (readout.up, readout.down) if readout.is_causal else ()
+    shared = (readout.gate, readout.up, readout.down) if readout.is_causal else ()
     return _matrices(readout.slots) + lags + size * _matrices(*shared)
 
 

@@ -108,7 +108,7 @@ def _of_terms(model: Any, chunks: int, element: int) -> int:
         size, width = config.patch_size, config.hidden_size
         slots = size * (element + FLOAT32)
         if model.token_readout.is_causal:  # tokens of each lag; the block's sum and its matmuls
-            slots += element * size * (size - 1) // 2 + size * (FLOAT32 + 3 * element)
+            slots += element * size * (size - 1) // 2 + size * (FLOAT32 + 5 * element)
         total += chunks * slots * width + FLOAT32 * config.vocab_size * width
     if config.token_score_weight:
         draws, slots = config.token_score_samples, min(MAX_ORDER, config.patch_size)

@@ -22,10 +22,10 @@ class TokenReadout(nn.Module):
 
         independent:  logits_j = E W_j h,    j = 1..K
         causal:       x_j = W_j h + Σ_{i<j} B_{j-i} e(token_i)
-                      logits_j = E (x_j + V silu(U norm(x_j)))
+                      logits_j = E (x_j + V (silu(G n_j) ⊙ U n_j)),    n_j = norm(x_j)
 
-    Independent slots know h alone; slot-causal ones also know the chunk's tokens before them. U and
-    V, square, are those of all slots. E, with rows e, is the backbone's embedding matrix: with
+    Independent slots know h alone; slot-causal ones also know the chunk's tokens before them. G, U
+    and V, square, are those of all slots. E, with rows e, is the backbone's embedding matrix: with
     ``input_type="latent"`` there is none, and the autoencoder's frozen one has another width and a
     geometry of its own. W, B and V start at zero: all tokens are equally likely, whatever the scale
     of E, and no other weight starts elsewhere than without the readout.
@@ -37,7 +37,7 @@ class TokenReadout(nn.Module):
     Cost: 6 (K H² + K V H) operations a chunk in training, and no logits in memory
     (`calm_kernels.linear_cross_entropy`): 11 % more a step in the demo (V = 259), and 114 % more in
     CALM-M (V = 128256), where the logits of every token are what chunks are there to avoid.
-    Slot-causal: 6 (K (K - 1) / 2 + 2 K) H² more.
+    Slot-causal: 6 (K (K - 1) / 2 + 3 K) H² more.
     """
 
     def __init__(self, config: CALMConfig) -> None:
@@ -50,6 +50,7 @@ class TokenReadout(nn.Module):
             self.earlier = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(lags))
             if self.is_causal:
                 self.norm = RMSNorm(width, eps=config.rms_norm_eps)
+                self.gate = nn.Linear(width, width, bias=False)
                 self.up = nn.Linear(width, width, bias=False)
                 self.down = nn.Linear(width, width, bias=False)
 
@@ -84,7 +85,8 @@ class TokenReadout(nn.Module):
     def _finish(self, slots: Tensor) -> Tensor:
         if not self.is_causal:
             return slots
-        return slots + self.down(F.silu(self.up(self.norm(slots))))
+        normed = self.norm(slots)
+        return slots + self.down(F.silu(self.gate(normed)) * self.up(normed))
 
 
 @dataclass(frozen=True)

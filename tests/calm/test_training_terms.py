@@ -95,7 +95,8 @@ class TestLoss:
             for before in range(slot):
                 x = x + table[tokens[..., before]] @ readout.earlier[slot - before - 1].weight.T
             normed = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * readout.norm.weight
-            x = x + F.silu(normed @ readout.up.weight.T) @ readout.down.weight.T
+            gated = F.silu(normed @ readout.gate.weight.T) * (normed @ readout.up.weight.T)
+            x = x + gated @ readout.down.weight.T
             logits.append(x @ table.T)
         logits = torch.stack(logits, dim=2)
         expected = F.cross_entropy(logits.flatten(0, 2), targets.flatten())
