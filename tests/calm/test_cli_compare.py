@@ -54,6 +54,19 @@ def test_runs_are_compared_on_what_they_held_out(runs, capsys):
     assert "BrierLM is 0 wherever" in printed  # untrained models
 
 
+def test_draws_of_a_readout_are_compared_with_the_baseline(folders, runs):
+    shutil.copytree(folders / "readout", runs / "readout")
+    change(runs / "readout")
+    words = (runs / "readout", runs / "baseline", "--num-samples", 2, "--max-blocks", 2)
+    assert calm("compare", *words, "--method", "readout", "--json", runs / "compare.json") == 0
+    board = json.loads((runs / "compare.json").read_text(encoding="utf-8"))
+    assert {p["estimator"] for p in board["protocols"]} == {
+        "pairs among all draws",
+        "exact chances",
+    }
+    assert {p["method"] for p in board["protocols"]} == {"readout"}
+
+
 @pytest.mark.parametrize(
     ("entries", "words", "message"),
     [
