@@ -33,7 +33,7 @@ from calm.experiments.demo_report import (
     temperature_name,
     to_markdown,
 )
-from calm.experiments.demo_stages import train_stage
+from calm.experiments.demo_stages import StageRun, train_stage
 from calm.labels import IGNORE_INDEX
 from calm.training.lock import locked
 from calm.training.precision import has_bfloat16_units
@@ -46,6 +46,7 @@ EMBEDDED_TEXT = "docstrings of Python's standard library, flattened to sentences
 # Shares of the time; the rest is for reading the text, scoring and sampling.
 AUTOENCODER_SHARE = 0.075
 LANGUAGE_MODEL_SHARE = 0.33
+CALM, READOUT, BASELINE = "CALM", "CALM, readout", "token by token"  # names of models
 CURVE_SCORES = 8
 CURVE = {"max_blocks": 24, "num_samples": 8}
 FINAL = {"max_blocks": 240, "num_samples": 16}
@@ -111,65 +112,80 @@ def _train_and_score(options: DemoOptions) -> DemoResults:
         score=_reconstruction,
         num_scores=CURVE_SCORES,
     )
-    calm, calm_trainer = _language_model(
-        Stage.CALM,
-        "CALM",
-        folder / "calm",
-        [*flags, f"--ae_name_or_path={folder / 'autoencoder'}"],
-        options,
+    ae_flag = f"--ae_name_or_path={folder / 'autoencoder'}"
+    calm_trainer, calm_run = _train(Stage.CALM, CALM, folder / "calm", [*flags, ae_flag], options)
+    calm = _score(calm_trainer, calm_run, CALM, options)
+    model: Any = calm_trainer.model
+    readout = None
+    if model.token_readout is not None:
+        readout = _score(calm_trainer, calm_run, READOUT, options, is_readout=True)
+    baseline_trainer, baseline_run = _train(
+        Stage.BASELINE, BASELINE, folder / "baseline", flags, options
     )
-    baseline, baseline_trainer = _language_model(
-        Stage.BASELINE,
-        "token by token",
-        folder / "baseline",
-        flags,
-        options,
-        max_tokens=calm.evaluation.protocol["tokens"],
-    )
+    max_tokens = calm.evaluation.protocol["tokens"]
+    baseline = _score(baseline_trainer, baseline_run, BASELINE, options, max_tokens=max_tokens)
     return DemoResults(
         text=options.text or EMBEDDED_TEXT,
         machine=_machine(),
+        gap=measure_demo_gap(calm_trainer, baseline_trainer, options.minutes),
         seconds=time.perf_counter() - began,
         peak_memory_bytes=_peak_memory_bytes(),
         accuracy=autoencoder.scores[-1]["accuracy"],
         autoencoder=autoencoder,
         calm=calm,
+        readout=readout,
         baseline=baseline,
-        gap=measure_demo_gap(calm_trainer, baseline_trainer, options.minutes),
         commands=_commands(options, trainer),
     )
 
 
-def _language_model(
-    stage: Stage,
-    name: str,
-    folder: Path,
-    flags: Sequence[str],
-    options: DemoOptions,
-    max_tokens: int | None = None,
-) -> tuple[LanguageModelResults, CALMTrainer]:
-    """Train, evaluate (on `max_tokens` held-out tokens) and sample one language model."""
-    trainer, run = train_stage(
+def _train(
+    stage: Stage, name: str, folder: Path, flags: Sequence[str], options: DemoOptions
+) -> tuple[CALMTrainer, StageRun]:
+    """Train one language model for its share of the time."""
+    return train_stage(
         stage,
         [*flags, *_stage_flags(folder, options.minutes * LANGUAGE_MODEL_SHARE)],
         title=f"{name:14}",
         score=_curve_score,
         num_scores=CURVE_SCORES,
     )
-    evaluation = _evaluate(trainer, max_tokens, **FINAL)
+
+
+def _score(
+    trainer: CALMTrainer,
+    run: StageRun,
+    name: str,
+    options: DemoOptions,
+    *,
+    is_readout: bool = False,
+    max_tokens: int | None = None,
+) -> LanguageModelResults:
+    """Evaluate a trained model (on `max_tokens` held-out tokens), and let it write.
+
+    Args:
+        trainer: with the model.
+        run: its training.
+        name: in tables and figures.
+        options: of the demo.
+        is_readout: whether its readout draws.
+        max_tokens: None for all.
+    """
+    method = "readout" if is_readout else "direct"
+    evaluation = _evaluate(trainer, max_tokens, method=method, **FINAL)
     tokenizer: Any = trainer.processing_class
     encode = Encoder(tokenizer).prompt
     prompts = [*map(encode, PROMPTS)] if options.text is None else _beginnings(trainer)
     samples, speeds = [], {}
     for temperature in TEMPERATURES:
-        texts, speed = _continue(trainer, prompts, temperature, options.seed)
+        texts, speed = _continue(trainer, prompts, temperature, options.seed, is_readout)
         samples += [
             Sample(temperature, prompt, text)
             for prompt, text in zip(tokenizer.batch_decode(prompts), texts, strict=True)
         ]
         speeds[temperature_name(temperature)] = speed
-    results = LanguageModelResults(name, str(folder), run, evaluation, samples, speeds)
-    return results, trainer
+    folder = str(trainer.args.output_dir)
+    return LanguageModelResults(name, folder, run, evaluation, samples, speeds)
 
 
 # Flags
@@ -240,7 +256,11 @@ def _first_tokens(blocks: Iterable[Block], max_tokens: int) -> Iterator[Block]:
 
 
 def _continue(
-    trainer: CALMTrainer, prompts: list[list[int]], temperature: float, seed: int
+    trainer: CALMTrainer,
+    prompts: list[list[int]],
+    temperature: float,
+    seed: int,
+    is_readout: bool,
 ) -> tuple[list[str], float]:
     """Continuations of the prompts, and tokens/s of all together; the first run is a warm-up."""
     tokenizer: Any = trainer.processing_class
@@ -250,6 +270,7 @@ def _continue(
             prompts,
             max_new_tokens=SAMPLE_TOKENS,
             temperature=temperature,
+            method="readout" if is_readout else "batch",
             num_samples=CANDIDATES,
             seed=seed,
             return_details=True,

@@ -37,7 +37,7 @@ def plot_demo(results: DemoResults, path: Path) -> None:
     _plot_energy(figure.add_subplot(grid[0, 1]), results.calm.run)
     _plot_bits(figure.add_subplot(grid[0, 2]), results.baseline.run)
     _plot_brier(figure.add_subplot(grid[1, :2]), (results.calm, results.baseline))
-    _plot_final(figure.add_subplot(grid[1, 2]), (results.calm, results.baseline))
+    _plot_final(figure.add_subplot(grid[1, 2]), results)
     _write_samples(figure.add_subplot(grid[2, :]), results)
     figure.suptitle(
         "A CALM from nothing", x=0.008, ha="left", color=INK, fontsize=17, fontweight="bold"
@@ -118,19 +118,22 @@ def _plot_brier(axes: Axes, models: Sequence[LanguageModelResults]) -> None:
     _over_time(axes)
 
 
-def _plot_final(axes: Axes, models: Sequence[LanguageModelResults]) -> None:
+def _plot_final(axes: Axes, results: DemoResults) -> None:
+    models = results.models
+    colors = (TEAL, VIOLET, ORANGE) if results.readout else (TEAL, ORANGE)
+    width = 0.8 / len(models)
     style_axes(axes, "At the end", "Brier-n of held-out text, %, with 95 % intervals")
-    for offset, (model, color) in enumerate(zip(models, (TEAL, ORANGE), strict=True)):
+    for place, (model, color) in enumerate(zip(models, colors, strict=True)):
         values = [100 * model.evaluation.brier[f"brier{order}"] for order in ORDERS]
-        places = [order + 0.4 * offset - 0.2 for order in ORDERS]
-        bars = axes.bar(places, values, width=0.36, color=color, label=model.name)
+        places = [order + width * (place - (len(models) - 1) / 2) for order in ORDERS]
+        bars = axes.bar(places, values, width=0.9 * width, color=color, label=model.name)
         intervals = model.evaluation.brier_intervals
         if intervals is not None:
             ends = [intervals[f"brier{order}"] for order in ORDERS]
             low = [value - 100 * end[0] for value, end in zip(values, ends, strict=True)]
             high = [100 * end[1] - value for value, end in zip(values, ends, strict=True)]
             axes.errorbar(places, values, yerr=[low, high], fmt="none", color=INK, elinewidth=1)
-        axes.bar_label(bars, fmt="%.1f", padding=4, color=color, fontsize=8.5)
+        axes.bar_label(bars, fmt="%.1f", padding=4, color=color, fontsize=17 / len(models))
     axes.margins(y=0.12)
     axes.set_xticks(ORDERS, [f"{order} token{'s' if order > 1 else ''}" for order in ORDERS])
     axes.legend(frameon=False, labelcolor=INK, fontsize=9)
@@ -139,7 +142,7 @@ def _plot_final(axes: Axes, models: Sequence[LanguageModelResults]) -> None:
 def _write_samples(axes: Axes, results: DemoResults) -> None:
     """What each model writes at its lowest temperature after the first prompt."""
     axes.set_axis_off()
-    columns = ((results.calm, TEAL), (results.baseline, ORANGE))
+    columns = ((results.readout or results.calm, TEAL), (results.baseline, ORANGE))
     for (model, color), left in zip(columns, (0.0, 0.51), strict=True):
         sample = min(model.samples, key=lambda sample: sample.temperature)
         lines = textwrap.wrap(_printable(sample.prompt + sample.continuation), SAMPLE_WIDTH)

@@ -64,6 +64,7 @@ class DemoResults:
         accuracy: share of held-out tokens that the autoencoder reconstructs from a drawn latent.
         autoencoder: its training.
         calm: the continuous language model.
+        readout: the same model where its readout draws; None without one.
         baseline: the token-by-token baseline.
         gap: where BrierLM of the former is lost.
         commands: of the shell, to try next.
@@ -76,9 +77,15 @@ class DemoResults:
     accuracy: float
     autoencoder: StageRun
     calm: LanguageModelResults
+    readout: LanguageModelResults | None
     baseline: LanguageModelResults
     gap: DemoGap
     commands: list[str]
+
+    @property
+    def models(self) -> list[LanguageModelResults]:
+        """All that were scored."""
+        return [model for model in (self.calm, self.readout, self.baseline) if model]
 
 
 def temperature_name(temperature: float) -> str:
@@ -147,8 +154,8 @@ def to_markdown(results: DemoResults) -> str:
 
 
 def _comparison(results: DemoResults) -> list[list[str]]:
-    """Rows of the table: a header, then CALM and baseline side by side."""
-    models = (results.calm, results.baseline)
+    """Rows of the table: a header, then the models side by side."""
+    models = results.models
     rows = [
         ["", *(model.name for model in models)],
         ["parameters", *(f"{model.run.parameters:,}" for model in models)],
@@ -207,7 +214,7 @@ def _aligned(rows: list[list[str]]) -> list[list[str]]:
 
 def _samples(results: DemoResults) -> Iterator[tuple[str, list[str]]]:
     """A heading (model, temperature) and its texts, wrapped, with prompts in brackets."""
-    for model in (results.calm, results.baseline):
+    for model in results.models:
         for temperature in dict.fromkeys(sample.temperature for sample in model.samples):
             texts = [
                 textwrap.fill(" ".join(f"[{sample.prompt}]{sample.continuation}".split()), WIDTH)

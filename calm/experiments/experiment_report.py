@@ -124,7 +124,7 @@ def claim_rows(experiment: Experiment, scale: Scale, results: Sequence[Result]) 
         seeds = found[0].seeds
         evidence = "; ".join(map(str, found)) + f" ({seeds} seed{'s' * (seeds > 1)})"
         rows.append(Finding(claim.source, claim.text, verdict, evidence))
-    return rows + experiment.findings(results)
+    return rows + (experiment.findings(results) if results else [])
 
 
 def _what_ran(scale: Scale, record: Record, results: Sequence[Result]) -> str:

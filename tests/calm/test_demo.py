@@ -28,10 +28,15 @@ def text_file(tmp_path_factory):
 def finished(text_file, tmp_path_factory):
     """The folder of a finished demo, and what it printed."""
     folder = tmp_path_factory.mktemp("demo") / "out"
+    recipe = folder.parent / "recipe.yaml"
+    recipe.write_text(
+        "extends: tiny\ncalm:\n  config_overrides:\n    token_loss_weight: 1\n"
+        "    token_readout: causal\n    keep_token_readout: true\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
         status = main(
-            ["demo", "--text", str(text_file), "--recipe", "tiny", "--minutes", "0.06",
+            ["demo", "--text", str(text_file), "--recipe", str(recipe), "--minutes", "0.06",
              "--output-dir", str(folder), "--seed", "3"]
         )  # fmt: skip
     assert status == 0
@@ -49,7 +54,7 @@ def test_figures_are_finite_and_belong_together(finished):
     results = json.loads((finished / "results.json").read_text())
     assert 0 < results["accuracy"] <= 1
     assert results["peak_memory_bytes"] > 2**20
-    for name in ("calm", "baseline"):
+    for name in ("calm", "readout", "baseline"):
         model = results[name]
         brier = model["evaluation"]["brier"]
         assert all(math.isfinite(value) and -1 <= value <= 1 for value in brier.values())
@@ -94,7 +99,8 @@ def test_samples_continue_the_same_held_out_documents(finished, text_file):
 def test_report_shows_what_was_measured(finished):
     results = json.loads((finished / "results.json").read_text())
     report = (finished / "report.md").read_text()
-    for name in ("calm", "baseline"):
+    assert "CALM, readout |" in report and "CALM, readout, T = 1/3:" in report
+    for name in ("calm", "readout", "baseline"):
         assert f"{100 * results[name]['evaluation']['brier']['brier1']:.2f}" in report
     assert f"{100 * results['accuracy']:.3f} %" in report
     assert "river.txt" in report

@@ -133,6 +133,18 @@ def test_a_claim_that_cannot_be_judged_spoils_no_other(finished):
     assert row[2] is Verdict.UNTOLD and "same positions" in row[3]
 
 
+def test_an_index_outlives_a_grid_that_has_changed(tmp_path):
+    """Findings of no result are none; other experiments are still listed."""
+    folder = tmp_path / "scaling"
+    folder.mkdir()
+    labels = {"arm": "K = 4", "size": "small", "budget": 1.0}
+    Record("scaling", {}, {}, [Result("of an old grid", labels, 1, {})]).write(
+        folder / "results.json"
+    )
+    write_index([EXPERIMENTS["scaling"]], TINY, tmp_path)
+    assert "scaling/report.md" in (tmp_path / "README.md").read_text()
+
+
 def test_the_index_has_every_claim(finished):
     root, _, _ = finished
     write_index([SMALL, replace(SMALL, name="never run")], TINY, root)

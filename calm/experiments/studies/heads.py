@@ -85,5 +85,6 @@ HEADS = Experiment(
     claims=_claims,
     notes="Unlike figure 8, heads get equal training FLOPs instead of equal steps, and all of them "
     "the learning rate that was chosen for the energy head. Each share of the budget is a run of "
-    "its own with its whole schedule. Flow samples by midpoint: two evaluations a step.",
+    "its own with its whole schedule. A midpoint step of flow takes two evaluations, "
+    "an Euler step one.",
 )  # fmt: skip

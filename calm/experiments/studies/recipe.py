@@ -1,6 +1,7 @@
 """What makes a CALM better for the same training FLOPs: training terms, exponent, draws, widths.
 
-Arms are chosen on every other stretch of the held-out text and reported on the rest.
+Claims are judged on all of the held-out text. Who chooses an arm reads the last table: BrierLM on
+the stretches that choose, and on the others, that report.
 """
 
 from collections.abc import Mapping, Sequence
