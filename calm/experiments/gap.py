@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.evaluation.measures import tokens_per_byte
-from calm.evaluation.paired import PairedDifference, common_positions
+from calm.evaluation.paired import common_positions
 from calm.evaluation.scores import TextScores
 from calm.experiments.gap_losses import Gap, difference, losses_of, mean_of
 from calm.experiments.gap_measures import GapOptions, Probe
@@ -75,22 +75,21 @@ def measure_gap(
         digest = weights_hash(baseline.model)[:DIGEST_LENGTH]
         named["baseline"] = probe.baseline(baseline.model, baseline.blocks, digest)
         bits["baseline"] = probe.baseline_bits(baseline.model, baseline.blocks, digest)
+    scores, bits = _aligned(named), _aligned(bits)
+    draws, seed = scores["draws"], options.seed
     gap = Gap(
         measured_on={
-            **measured_on, "blocks": named["draws"].protocol["blocks"],
-            "block_size": named["draws"].protocol["block_size"],
-            "positions": len(common_positions(list(named.values()))[0].offsets),
+            **measured_on, "blocks": draws.protocol["blocks"],
+            "block_size": draws.protocol["block_size"], "positions": len(draws.offsets),
             **asdict(options),
         },
         patch_size=model.patch_size,
-        scores=_means(named, options.seed),
+        scores={name: mean_of(found, seed) for name, found in scores.items()},
         losses=losses_of(probe, named.get("baseline")),
-        joint=difference(named["causal"], named["independent"], options.seed),
-        bits=_means(bits, options.seed),
-        tokens_per_byte=tokens_per_byte(tokenizer, probe.draws().text),
-        slots={
-            name: mean_of(probe.slots(name), options.seed) for name in ("draws", *READOUTS)
-        },
+        joint=difference(scores["causal"], scores["independent"], seed),
+        bits={name: mean_of(found, seed) for name, found in bits.items()},
+        tokens_per_byte=tokens_per_byte(tokenizer, draws.text),
+        slots={name: mean_of(probe.slots(name), seed) for name in ("draws", *READOUTS)},
         latent=store.values("latent", probe.latent),
     )  # fmt: skip
     store.finish(gap)
@@ -105,7 +104,6 @@ def write_gap(gap: Gap, folder: Path) -> str:
     return report
 
 
-def _means(scores: dict[str, TextScores], seed: int) -> dict[str, PairedDifference]:
-    """Of each the means at the positions that all have."""
-    common = common_positions(list(scores.values()))
-    return {name: mean_of(one, seed) for name, one in zip(scores, common, strict=True)}
+def _aligned(scores: dict[str, TextScores]) -> dict[str, TextScores]:
+    """Each at the positions that all have."""
+    return dict(zip(scores, common_positions(list(scores.values())), strict=True))

@@ -68,8 +68,8 @@ class Gap:
             ``independent``, the model's ``own`` readout (if it has one) and ``draws``, at the
             positions that all have.
         losses: trunk, head and dispersion.
-        joint: slot-causal readout minus independent readout: what tokens of a chunk say of each
-            other.
+        joint: slot-causal readout minus independent readout, likewise: what tokens of a chunk say
+            of each other.
         bits: bits of a chunk under readouts and baseline, where all have them.
         tokens_per_byte: turns bits a token into bits a byte.
         slots: of readouts and draws ``match`` and ``collision`` of slot 1 to K.

@@ -194,6 +194,8 @@ def test_a_run_that_was_killed_goes_on_and_another_configuration_is_refused(
     causal = found["scores"]["causal"]["difference"]
     draws, head = found["scores"]["draws"]["difference"], found["losses"]["head"]["difference"]
     assert causal["brier1"] - draws["brier1"] == pytest.approx(head["brier1"])
+    independent, joint = found["scores"]["independent"]["difference"], found["joint"]["difference"]
+    assert causal["brier1"] - independent["brier1"] == pytest.approx(joint["brier1"])
     assert str(lines) not in json.dumps(record)
     message = error_of(capsys, *words(lines, *more, "--seed", 1))
     assert "results of another configuration: seed was 0, now 1" in message
