@@ -6,7 +6,7 @@ __all__ = ["GRID", "INK", "LINES", "MUTED", "ORANGE", "TEAL", "VIOLET", "style_a
 
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 TEAL, ORANGE, VIOLET = "#0f766e", "#c2410c", "#4f46e5"
-LINES = (TEAL, ORANGE, VIOLET, "#b45309", "#be185d", "#0369a1", "#4d7c0f", INK)  # in this order
+LINES = (TEAL, ORANGE, VIOLET, "#be185d", "#0369a1", "#4d7c0f", INK, "#b45309")  # in this order
 
 
 def style_axes(axes: Axes, title: str, note: str) -> None:
