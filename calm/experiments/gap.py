@@ -20,6 +20,7 @@ from calm.experiments.gap_report import to_markdown
 from calm.experiments.gap_store import GapStore
 from calm.integrity import weights_hash
 from calm.models import ContinuousTransformer
+from calm.training.resume import model_settings
 
 __all__ = ["Baseline", "configuration_of", "measure_gap", "write_gap"]
 
@@ -39,7 +40,8 @@ def configuration_of(
     model: ContinuousTransformer, options: GapOptions, text: dict[str, Any]
 ) -> dict[str, Any]:
     """What decides the scores of a probe: weights, settings and `text`, which says what is read."""
-    return {"weights": weights_hash(model), **text, **asdict(options)}
+    settings = {f"model.{name}": value for name, value in model_settings(model).items()}
+    return {"weights": weights_hash(model), **settings, **text, **asdict(options)}
 
 
 def measure_gap(

@@ -48,12 +48,13 @@ class GapStore:
             raise UserError(
                 f"{self._path} is damaged ({error}): delete the folder to start again"
             ) from error
-        for name, value in json.loads(json.dumps(configuration)).items():
-            if found.get(name) != value:
+        now = json.loads(json.dumps(configuration))
+        for name in {**now, **found}:  # a setting that is as by default has no entry
+            if found.get(name) != now.get(name):
                 raise UserError(
                     f"{self._path} holds results of another configuration: {name} was "
-                    f"{found.get(name)}, now {value}; pass another --output-dir, or delete the "
-                    "folder"
+                    f"{found.get(name)}, now {now.get(name)}; pass another --output-dir, or delete "
+                    "the folder"
                 )
 
     def scores(self, name: str, compute: Callable[[], TextScores]) -> TextScores:

@@ -14,8 +14,10 @@ from calm.errors import UserError
 from calm.evaluation.bootstrap import ORDERS
 from calm.evaluation.scores import TextScores
 from calm.experiments import gap_measures
+from calm.experiments.gap import configuration_of
 from calm.experiments.gap_losses import losses_of
 from calm.experiments.gap_measures import GapOptions, Probe
+from calm.experiments.gap_store import GapStore
 from calm.experiments.latent_code import additive_share, latent_code
 
 OPTIONS = GapOptions(num_samples=8, spreads=(0.5,), steps=20, chunks=200, slot_blocks=4)
@@ -203,6 +205,17 @@ def test_a_run_that_was_killed_goes_on_and_another_configuration_is_refused(
     assert "results of another configuration: --block-size was 40, now 36" in message
     (tmp_path / "gap" / "results.json").write_text("{", encoding="utf-8")
     assert "delete the folder to start again" in error_of(capsys, *words(lines, *more))
+
+
+@pytest.mark.parametrize(("before", "now"), [(2, 3), (2, None), (None, 2)])
+def test_another_sampler_is_another_configuration(before, now, tmp_path):
+    """Weights do not say it: a flow head of other steps draws something else."""
+    model = tiny_calm("flow", sampling_steps=before)
+    for _ in range(2):
+        GapStore(tmp_path, configuration_of(model, OPTIONS, {}))
+    model.config.sampling_steps = now
+    with pytest.raises(UserError, match=f"model.sampling_steps was {before}, now {now}"):
+        GapStore(tmp_path, configuration_of(model, OPTIONS, {}))
 
 
 @pytest.mark.parametrize(
