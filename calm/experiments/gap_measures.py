@@ -152,7 +152,8 @@ class Probe:
             self.model, rows, num_samples=options.num_samples, seed=options.seed,
             batch_size=BATCH, max_blocks=options.slot_blocks,
         ).values()  # fmt: skip
-        unconditional = unconditional_energy(self.model, rows) - found["floor"]
+        energy = unconditional_energy(self.model, rows[: options.slot_blocks])
+        unconditional = energy - found["floor"]
         names = ("energy", "floor", "excess", "spread_ratio", "reconstruction")
         return {
             **asdict(latent_code(self.model, rows)),

@@ -153,6 +153,15 @@ def test_an_additive_encoder_has_additivity_one():
         latent_code(model, same)
 
 
+def test_a_head_that_ignores_the_text_is_measured_where_the_head_is():
+    """The blocks that only the additive fit reads do not change what the head has removed."""
+    text = blocks(40)
+    few, more = (Probe(tiny_calm(), text[:n], None, OPTIONS).latent() for n in (20, 40))
+    for name in ("unconditional", "predicted", "excess"):
+        assert few[name] == more[name]
+    assert few["others"] != more["others"]
+
+
 def words(folders, *more):
     text = ("--data", folders / "text.txt", "--validation-split-percentage", 30)
     sizes = ("--block-size", 40, "--max-blocks", 4, "--quick", "--steps", 3, "--num-samples", 2)
