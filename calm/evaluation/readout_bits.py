@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calm.decoding.sampling.token_draws import SlotReadout
+from calm.errors import UserError
 from calm.evaluation.brier import evaluating
 from calm.evaluation.samplers import LOGITS_AT_A_TIME
 from calm.evaluation.scores import Block, TextReader, TextScores
@@ -39,6 +40,8 @@ def readout_bits(
         describe: likewise.
 
     Returns: one score, ``bits`` of K tokens.
+    Raises:
+        UserError: no blocks, blocks of different lengths, no chunk all of whose tokens count.
     """
     size, device = model.patch_size, model.device
     reader = TextReader(blocks, batch_size, None, progress)
@@ -51,7 +54,10 @@ def readout_bits(
             bits = nats.double().sum(-1, keepdim=True) / math.log(2)
             reader.add(bits, (wanted >= 0).all(-1), size + size * torch.arange(wanted.shape[1]))
     settings = {"positions_are": f"every predicted chunk of {size} tokens that all count"}
-    return reader.scores(model, BITS, describe or {}, settings)
+    scores = reader.scores(model, BITS, describe or {}, settings)
+    if not len(scores.offsets):
+        raise UserError("no position is left to measure: no chunk of the text is whole")
+    return scores
 
 
 def _cross_entropy(readout: SlotReadout, features: Tensor, tokens: Tensor) -> Tensor:

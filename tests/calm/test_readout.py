@@ -81,6 +81,11 @@ def test_bits_are_the_cross_entropy_on_frozen_states():
         *(part[is_whole] for part in (states.hidden, states.tokens, states.labels))
     )
     assert float(made.loss(whole)) == pytest.approx(float(nats), rel=1e-5)
+    for block in text:
+        block["labels"] = block["labels"].clone()
+        block["labels"][::SIZE] = -100
+    with pytest.raises(UserError, match="no chunk of the text is whole"):
+        readout_bits(model, made, text)
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["independent", "causal"])
