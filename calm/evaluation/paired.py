@@ -20,6 +20,7 @@ __all__ = [
     "common_positions",
     "paired_difference",
     "paired_means",
+    "paired_steps",
 ]
 
 METRICS = (*ORDERS, "brier_lm")
@@ -96,7 +97,26 @@ def paired_difference(
         resamples: how many resampled texts.
         confidence: share of them inside the interval.
     """
-    return _compared(sums_a, counts, sums_b, METRICS, _brier_values, seed, resamples, confidence)
+    sides = [(1, sums_a), (-1, sums_b)]
+    return _compared(sides, counts, METRICS, _brier_values, seed, resamples, confidence)
+
+
+def paired_steps(
+    sums_a: Tensor,
+    counts: Tensor,
+    sums_b: Tensor,
+    sums_c: Tensor,
+    *,
+    seed: int,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+) -> PairedDifference:
+    """By how much more scores fall from model a to b than from b to c: (a - b) - (b - c).
+
+    Arguments as `paired_difference`.
+    """
+    sides = [(1, sums_a), (-2, sums_b), (1, sums_c)]
+    return _compared(sides, counts, METRICS, _brier_values, seed, resamples, confidence)
 
 
 def paired_means(
@@ -120,7 +140,9 @@ def paired_means(
         resamples: likewise.
         confidence: likewise.
     """
-    return _compared(sums_a, counts, sums_b, names, _means, seed, resamples, confidence)
+    return _compared(
+        [(1, sums_a), (-1, sums_b)], counts, names, _means, seed, resamples, confidence
+    )
 
 
 def _means(means: Tensor) -> Tensor:
@@ -133,27 +155,31 @@ def _brier_values(brier: Tensor) -> Tensor:
 
 
 def _compared(
-    sums_a: Tensor,
+    sides: Sequence[tuple[int, Tensor]],
     counts: Tensor,
-    sums_b: Tensor,
     names: Sequence[str],
     values_of: Callable[[Tensor], Tensor],
     seed: int,
     resamples: int,
     confidence: float,
 ) -> PairedDifference:
-    """Differences of `values_of` the means ``[..., C]`` of two models."""
-    if sums_a.shape != sums_b.shape or len(sums_a) != len(counts):
+    """Sum of `values_of` the means ``[..., C]`` of each model, times the factor beside its sums."""
+    shapes = {sums.shape for _, sums in sides}
+    if len(shapes) > 1 or len(sides[0][1]) != len(counts):
+        groups = ", ".join(str(len(sums)) for _, sums in sides)
         raise UserError(
-            f"sums_a, sums_b and counts must have the same groups, got {len(sums_a)}, "
-            f"{len(sums_b)} and {len(counts)}; take them of common_positions"
+            f"sums and counts must have the same groups, got {groups} and {len(counts)}; take them "
+            "of common_positions"
         )
-    columns = sums_a.shape[1]
-    table = torch.cat([sums_a, sums_b, counts[:, None]], dim=1).double()
+    columns = sides[0][1].shape[1]
+    table = torch.cat([*(sums for _, sums in sides), counts[:, None]], dim=1).double()
 
     def differences(sums: Tensor) -> Tensor:
-        means = sums[..., :-1] / sums[..., -1:]
-        return values_of(means[..., :columns]) - values_of(means[..., columns:])
+        means = (sums[..., :-1] / sums[..., -1:]).split(columns, dim=-1)
+        first, *others = (
+            factor * values_of(mean) for (factor, _), mean in zip(sides, means, strict=True)
+        )
+        return sum(others, first)
 
     values = differences(table.sum(0))
     drawn = differences(resampled_sums(table, resamples=resamples, seed=seed))

@@ -20,6 +20,7 @@ from calm.evaluation.paired import (
     common_positions,
     paired_difference,
     paired_means,
+    paired_steps,
 )
 from calm.evaluation.scores import TextScores
 from calm.experiments.gap_measures import Probe
@@ -49,11 +50,13 @@ class Losses:
     Attributes:
         trunk: baseline minus slot-causal readout; None without a baseline.
         head: slot-causal readout minus the model's draws at spread 1.
+        trunk_minus_head: of the two losses, which is larger; None without a baseline.
         dispersion: the part of the head's loss that another spread wins back.
     """
 
     trunk: PairedDifference | None
     head: PairedDifference
+    trunk_minus_head: PairedDifference | None
     dispersion: Dispersion
 
 
@@ -100,6 +103,7 @@ def losses_of(probe: Probe, baseline: TextScores | None = None) -> Losses:
     return Losses(
         trunk=difference(others[0], readout, seed) if others else None,
         head=difference(readout, draws, seed),
+        trunk_minus_head=_steps(others[0], readout, draws, seed) if others else None,
         dispersion=_dispersion(probe),
     )
 
@@ -114,6 +118,11 @@ def mean_of(scores: TextScores, seed: int) -> PairedDifference:
     """The scores themselves, with their intervals: their difference from nothing."""
     sums, counts = scores.grouped(scores.protocol["block_size"])
     return _compared(sums, counts, torch.zeros_like(sums), scores.names, seed)
+
+
+def _steps(one: TextScores, other: TextScores, third: TextScores, seed: int) -> PairedDifference:
+    (sums, counts), (others, _), (thirds, _) = _grouped([one, other, third])
+    return paired_steps(sums, counts, others, thirds, seed=seed)
 
 
 def _compared(

@@ -71,31 +71,45 @@ def verdict(gap: Gap) -> str:
 
 def _largest_loss(gap: Gap) -> list[str]:
     """A sentence, and another where the readout cannot show the loss of the head."""
-    trunk, head = gap.losses.trunk, gap.losses.head
-    lost = f"that of the head's draws {_brier_lm(head)} below that of the readout"
-    if trunk is None:
-        first = f"BrierLM of a readout of the hidden states shows the head's loss: {lost}."
+    losses = gap.losses
+    if losses.trunk is None or losses.trunk_minus_head is None:
+        said = [
+            f"From a readout of the hidden states to the head's draws BrierLM falls by "
+            f"{_brier_lm(losses.head)}."
+        ]
     else:
-        by_part = {"trunk": trunk.difference["brier_lm"], "head": head.difference["brier_lm"]}
-        first = (
-            f"The {max(by_part, key=lambda part: by_part[part])} loses most: BrierLM of a readout "
-            f"of the hidden states is {_brier_lm(trunk)} below that of the baseline, and {lost}."
-        )
-    if head.interval["brier_lm"][0] > 0:
-        return [first]
-    return [first, "The readout is not better than the draws: train it longer (--steps)."]
+        said = [
+            _which(losses.head, losses.trunk_minus_head),
+            f"BrierLM falls by {_brier_lm(losses.trunk)} from the baseline to a readout of the "
+            f"hidden states, and by {_brier_lm(losses.head)} from there to the head's draws.",
+        ]
+    if losses.head.interval["brier_lm"][0] > 0:
+        return said
+    return [
+        *said,
+        "The readout is not shown to be better than the draws: train it longer (--steps).",
+    ]
+
+
+def _which(head: PairedDifference, trunk_minus_head: PairedDifference) -> str:
+    """Nothing is said of losses that the text does not tell apart, nor of a head that gains."""
+    if trunk_minus_head.is_tied("brier_lm") or head.difference["brier_lm"] < 0:
+        return "Whether trunk or head loses more cannot be told."
+    part = "trunk" if trunk_minus_head.difference["brier_lm"] > 0 else "head"
+    return f"The {part} loses most."
 
 
 def _gain(gap: Gap) -> str:
+    """What the half of the text shows that has not chosen the spread."""
     found = gap.losses.dispersion
     if found.chosen == 1:
-        return "No other noise_spread is better than 1."
-    is_sure = not found.gain.is_tied("brier_lm")
-    return (
-        f"With a noise_spread of {found.chosen:g} BrierLM is {_brier_lm(found.gain)} higher, "
-        + ("beyond" if is_sure else "within")
-        + " the error of the text."
-    )
+        return "No other noise_spread that was tried is better than 1 on the half that chooses."
+    chosen = f"A noise_spread of {found.chosen:g}, chosen on one half of the text,"
+    by = f"BrierLM there minus that of 1 is {_brier_lm(found.gain)}."
+    if found.gain.is_tied("brier_lm"):
+        return f"{chosen} is not shown to be better on the other: {by}"
+    is_better = found.gain.difference["brier_lm"] > 0
+    return f"{chosen} is {'better' if is_better else 'worse'} on the other: {by}"
 
 
 def _scores(gap: Gap) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from calm.experiments import gap_measures
 from calm.experiments.gap import configuration_of
 from calm.experiments.gap_losses import losses_of
 from calm.experiments.gap_measures import GapOptions, Probe
+from calm.experiments.gap_report import verdict
 from calm.experiments.gap_store import GapStore
 from calm.experiments.latent_code import additive_share, latent_code
 
@@ -71,6 +73,50 @@ def test_losses_of_trunk_and_head_add_up_to_the_whole():
     found = losses_of(probe, everywhere)
     assert found.trunk.difference["brier_lm"] == pytest.approx(50 - 30)
     assert found.trunk.difference["brier1"] + found.head.difference["brier1"] == pytest.approx(0.35)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "readout", "draws", "said"),
+    [
+        ([0.5] * 8, [0.4] * 8, [0.2] * 8, "The head loses most."),
+        ([0.5] * 8, [0.3] * 8, [0.2] * 8, "The trunk loses most."),
+        ([0.5] * 8, [0.2, 0.4] * 4, [0.1] * 8, "cannot be told"),
+        ([0.5] * 8, [0.2] * 8, [0.3] * 8, "cannot be told"),
+        ([0.3] * 8, [0.4] * 8, [0.2] * 8, "The head loses most."),
+        (None, [0.4] * 8, [0.2] * 8, "From a readout of the hidden states"),
+    ],
+    ids=["head", "trunk", "within-the-error", "readout-not-learned", "no-trunk-loss", "alone"],
+)
+def test_which_part_is_said_to_lose_most(baseline, readout, draws, said):
+    probe = Planted(dict.fromkeys((0.7, 0.9, 1.0), draws), readout)
+    found = losses_of(probe, baseline and probe._scores(baseline))
+    if baseline:
+        means = [sum(spans) / 8 for spans in (baseline, readout, draws)]
+        expected = 100 * (means[0] - 2 * means[1] + means[2])
+        assert found.trunk_minus_head.difference["brier_lm"] == pytest.approx(expected, abs=1e-4)
+    page = verdict_of(found)
+    assert said in page
+    assert ("train it longer" in page) == (sum(draws) > sum(readout))
+
+
+@pytest.mark.parametrize(
+    ("spans", "said"),
+    [
+        ([0.5, 0.4] * 4, "is better on the other: BrierLM there minus that of 1 is 20.00 [20.00"),
+        ([0.5, 0.1] * 4, "is worse on the other: BrierLM there minus that of 1 is -10.00"),
+        ([0.5, 0.1, 0.5, 0.3] * 2, "is not shown to be better on the other"),
+        ([0.1, 0.9] * 4, "No other noise_spread that was tried is better than 1"),
+    ],
+    ids=["better", "worse", "within-the-error", "none"],
+)
+def test_what_is_said_of_a_spread(spans, said):
+    found = losses_of(Planted({0.7: spans, 0.9: [0.1] * 8, 1.0: [0.2] * 8}, [0.6] * 8))
+    assert said in verdict_of(found)
+
+
+def verdict_of(losses):
+    latent = {"additivity": 1.0, "changed_token": 4.0, "noise": 1.0}
+    return verdict(SimpleNamespace(losses=losses, latent=latent))
 
 
 def test_the_head_loses_nothing_where_its_draws_are_those_of_the_readout(monkeypatch):
