@@ -145,7 +145,8 @@ class Probe:
 
         As `calm.experiments.latent_code.LatentCode` and
         `calm.evaluation.measures.TextMeasures.values` name them; ``unconditional``: excess of a
-        head that ignores the text; ``predicted``: 1 - excess / unconditional.
+        head that ignores the text; ``predicted``: 1 - excess / unconditional. ``additivity`` is
+        missing where the text is too short for it.
         """
         options, rows = self.options, list(self.blocks)
         found = measure_text(
@@ -155,8 +156,9 @@ class Probe:
         energy = unconditional_energy(self.model, rows[: options.slot_blocks])
         unconditional = energy - found["floor"]
         names = ("energy", "floor", "excess", "spread_ratio", "reconstruction")
+        code = asdict(latent_code(self.model, rows))
         return {
-            **asdict(latent_code(self.model, rows)),
+            **{name: value for name, value in code.items() if value is not None},
             **{name: found[name] for name in names},
             "unconditional": unconditional,
             "predicted": 1 - found["excess"] / unconditional,

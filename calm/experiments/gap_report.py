@@ -29,6 +29,8 @@ LATENT = {
     "spread_ratio": "distance of draws to each other over distance to the truth; 1 is right",
 }
 
+NO_FIT = "the text is too short to fit a code to one half of it and test it on the other"
+
 
 def to_markdown(gap: Gap) -> str:
     """The report."""
@@ -57,16 +59,7 @@ def to_markdown(gap: Gap) -> str:
 
 def verdict(gap: Gap) -> str:
     """Where most is lost, what a spread wins back, and what kind of code the latent is."""
-    latent = gap.latent
-    return " ".join(
-        [
-            *_largest_loss(gap),
-            _gain(gap),
-            f"A sum over slots explains {100 * latent['additivity']:.1f} % of the latent's mean, "
-            f"and one changed token moves it by {latent['changed_token'] / latent['noise']:.1f} "
-            "times the posterior's noise.",
-        ]
-    )
+    return " ".join([*_largest_loss(gap), _gain(gap), _code(gap.latent)])
 
 
 def _largest_loss(gap: Gap) -> list[str]:
@@ -110,6 +103,19 @@ def _gain(gap: Gap) -> str:
         return f"{chosen} is not shown to be better on the other: {by}"
     is_better = found.gain.difference["brier_lm"] > 0
     return f"{chosen} is {'better' if is_better else 'worse'} on the other: {by}"
+
+
+def _code(latent: dict[str, float]) -> str:
+    times = f"{latent['changed_token'] / latent['noise']:.1f} times the posterior's noise"
+    if "additivity" in latent:
+        return (
+            f"A sum over slots explains {100 * latent['additivity']:.1f} % of the latent's mean, "
+            f"and one changed token moves it by {times}."
+        )
+    return (
+        f"How much of the latent's mean a sum over slots explains cannot be told: {NO_FIT} "
+        f"(--max-blocks). One changed token moves the mean by {times}."
+    )
 
 
 def _scores(gap: Gap) -> str:
@@ -174,7 +180,10 @@ def _slots(gap: Gap) -> str:
 
 
 def _latent(gap: Gap) -> str:
-    rows = [[label, f"{gap.latent[name]:.4g}"] for name, label in LATENT.items()]
+    rows = [
+        [label, f"{gap.latent[name]:.4g}" if name in gap.latent else f"not known: {NO_FIT}"]
+        for name, label in LATENT.items()
+    ]
     return _table(["", "value"], rows)
 
 

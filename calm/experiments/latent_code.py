@@ -24,7 +24,8 @@ class LatentCode:
     """Means of the posterior, and how far apart they lie; distances are means over chunks.
 
     Attributes:
-        additivity: see `additive_share`; 1 for a code that is a sum over slots.
+        additivity: see `additive_share`; 1 for a code that is a sum over slots, None where the text
+            is too short to tell.
         noise: E|y - mean|, of a latent drawn from the posterior.
         changed_token: distance of the means of two chunks that differ in one token: in a slot drawn
             evenly, the token that another chunk of the text has there.
@@ -32,7 +33,7 @@ class LatentCode:
         others: of chunks from different places.
     """
 
-    additivity: float
+    additivity: float | None
     noise: float
     changed_token: float
     neighbours: float
@@ -63,7 +64,7 @@ def latent_code(model: ContinuousTransformer, blocks: Any) -> LatentCode:
     )
 
 
-def additive_share(chunks: Tensor, values: Tensor, vocab_size: int) -> float:
+def additive_share(chunks: Tensor, values: Tensor, vocab_size: int) -> float | None:
     """Share of the variance of `values` that a sum over slots explains, on rows it was not fit to.
 
     1 - Σ |v - c - Σ_j W_j(token_j)|² / Σ |v - mean v|², with c and W fit by least squares to the
@@ -75,9 +76,8 @@ def additive_share(chunks: Tensor, values: Tensor, vocab_size: int) -> float:
         values: ``[R, L]``.
         vocab_size: V.
 
-    Returns: at most 1; below 0 where the fit is worse than the mean.
-    Raises:
-        UserError: no row of the second half can be predicted.
+    Returns: at most 1; below 0 where the fit is worse than the mean. None if fewer than two rows of
+        the second half count.
     Memory: ``K * V * L`` doubles, several times.
     """
     slots = chunks + vocab_size * torch.arange(chunks.shape[1], device=chunks.device)
@@ -85,8 +85,8 @@ def additive_share(chunks: Tensor, values: Tensor, vocab_size: int) -> float:
     known = torch.zeros(vocab_size * chunks.shape[1], dtype=torch.bool, device=chunks.device)
     known[slots[:half]] = True
     is_known = known[slots[half:]].all(-1)
-    if not is_known.any():
-        raise UserError("the text is too short to fit a code to one half and test it on the other")
+    if is_known.sum() < 2:
+        return None
     centre = values[:half].mean(0)
     weights = _least_squares(slots[:half], values[:half] - centre, len(known))
     test, there = values[half:][is_known], slots[half:][is_known]

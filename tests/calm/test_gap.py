@@ -14,11 +14,10 @@ from tiny_models import tiny_calm
 from calm.errors import UserError
 from calm.evaluation.bootstrap import ORDERS
 from calm.evaluation.scores import TextScores
-from calm.experiments import gap_measures
+from calm.experiments import gap_measures, gap_report
 from calm.experiments.gap import configuration_of
 from calm.experiments.gap_losses import losses_of
 from calm.experiments.gap_measures import GapOptions, Probe
-from calm.experiments.gap_report import verdict
 from calm.experiments.gap_store import GapStore
 from calm.experiments.latent_code import additive_share, latent_code
 
@@ -116,7 +115,7 @@ def test_what_is_said_of_a_spread(spans, said):
 
 def verdict_of(losses):
     latent = {"additivity": 1.0, "changed_token": 4.0, "noise": 1.0}
-    return verdict(SimpleNamespace(losses=losses, latent=latent))
+    return gap_report.verdict(SimpleNamespace(losses=losses, latent=latent))
 
 
 def test_the_head_loses_nothing_where_its_draws_are_those_of_the_readout(monkeypatch):
@@ -197,6 +196,20 @@ def test_an_additive_encoder_has_additivity_one():
         block["labels"] = block["input_ids"]
     with pytest.raises(UserError, match="the text repeats one chunk"):
         latent_code(model, same)
+
+
+def test_a_text_too_short_for_the_additive_fit_has_the_rest_of_the_report():
+    """No token of its second half is in its first."""
+    text = blocks(4)
+    for block, tokens in zip(text, (0, 0, 3, 3), strict=True):
+        block["input_ids"] = tokens + block["input_ids"] % 2
+    latent = Probe(tiny_calm(), text, None, OPTIONS).latent()
+    assert "additivity" not in latent and latent["changed_token"] > 0
+    losses = losses_of(Planted(dict.fromkeys((0.7, 0.9, 1.0), [0.2] * 8), [0.6] * 8))
+    gap = SimpleNamespace(losses=losses, latent=latent)
+    reason = "the text is too short to fit a code to one half"
+    assert f"cannot be told: {reason}" in gap_report.verdict(gap)
+    assert f"not known: {reason}" in gap_report._latent(gap)
 
 
 def test_a_head_that_ignores_the_text_is_measured_where_the_head_is():
