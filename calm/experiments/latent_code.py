@@ -76,8 +76,8 @@ def additive_share(chunks: Tensor, values: Tensor, vocab_size: int) -> float | N
         values: ``[R, L]``.
         vocab_size: V.
 
-    Returns: at most 1; below 0 where the fit is worse than the mean. None if fewer than two rows of
-        the second half count.
+    Returns: at most 1; below 0 where the fit is worse than the mean. None if fewer than two
+        different chunks of the second half count.
     Memory: ``K * V * L`` doubles, several times.
     """
     slots = chunks + vocab_size * torch.arange(chunks.shape[1], device=chunks.device)
@@ -85,7 +85,7 @@ def additive_share(chunks: Tensor, values: Tensor, vocab_size: int) -> float | N
     known = torch.zeros(vocab_size * chunks.shape[1], dtype=torch.bool, device=chunks.device)
     known[slots[:half]] = True
     is_known = known[slots[half:]].all(-1)
-    if is_known.sum() < 2:
+    if len(chunks[half:][is_known].unique(dim=0)) < 2:
         return None
     centre = values[:half].mean(0)
     weights = _least_squares(slots[:half], values[:half] - centre, len(known))

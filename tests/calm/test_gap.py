@@ -199,7 +199,7 @@ def test_an_additive_encoder_has_additivity_one():
 
 
 def test_a_text_too_short_for_the_additive_fit_has_the_rest_of_the_report():
-    """No token of its second half is in its first."""
+    """One chunk of its second half is in its first, the others have no token that is."""
     text = blocks(4)
     for block, tokens in zip(text, (0, 0, 3, 3), strict=True):
         block["input_ids"] = tokens + block["input_ids"] % 2
