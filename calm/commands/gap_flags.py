@@ -170,7 +170,7 @@ def _training_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> tu
     """What readouts learn from, as blocks, and its name. No document of it is scored.
 
     Raises:
-        UserError: the text is the one that is scored, and all of it is.
+        UserError: all of the text that is scored, or a file of it, would be learned from.
     """
     from calm.data.corpus import load_corpus
     from calm.data.embedded import PREFIX
@@ -179,10 +179,10 @@ def _training_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> tu
     trained_on, share = training_text(args.model)
     scored = held_out_percentage(args)
     name = args.train_data or (trained_on if trained_on.startswith(PREFIX) else args.data)
-    if name == args.data and not scored:
+    if not scored and (shared := _sources(name, "--train-data") & _sources(args.data, "--data")):
         raise UserError(
-            f"readouts would learn from the text that is scored, {name}: hold a part of it out "
-            "with --validation-split-percentage, or pass another text with --train-data"
+            f"readouts would learn from the text that is scored, {min(shared)}: hold a part of it "
+            "out with --validation-split-percentage, or pass another text with --train-data"
         )
     options = corpus_options(
         name,
@@ -199,6 +199,17 @@ def _training_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> tu
         start_token_id=model.start_token_id,
     )
     return packed, name
+
+
+def _sources(data: str, flag: str) -> set[str]:
+    """The files of a text, without links and dots in their paths; a dataset is its name."""
+    from calm.data.files import expand_files, names_files
+
+    if Path(data).is_dir():
+        return {str(path.resolve()) for path in Path(data).rglob("*") if path.is_file()}
+    if names_files(data):
+        return {str(Path(file).resolve()) for file in expand_files(data, flag)}
+    return {data}
 
 
 def _without_folders(data: str) -> str:

@@ -11,6 +11,7 @@ from cli_cases import calm, error_of
 from test_readout import Blocks, blocks
 from tiny_models import tiny_calm
 
+from calm.commands.gap_flags import _sources
 from calm.errors import UserError
 from calm.evaluation.bootstrap import ORDERS
 from calm.evaluation.scores import TextScores
@@ -301,6 +302,21 @@ def test_what_it_refuses(more, message, lines, tmp_path, capsys):
     flag, value = more
     named = (flag, lines / value) if isinstance(value, str) else more
     assert message in error_of(capsys, *words(lines, "--output-dir", tmp_path / "gap", *named))
+
+
+@pytest.mark.parametrize("other", ["../runs/text.txt", "t*.txt", "more.txt,text.txt", "."])
+def test_a_scored_text_is_known_by_its_files(other, lines, tmp_path, capsys, monkeypatch):
+    """However it is spelled; another text may be learned from."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    for name in ("text.txt", "more.txt"):
+        (folder / name).write_bytes((lines / "text.txt").read_bytes())
+    monkeypatch.chdir(folder)
+    scored = ("--data", "text.txt", "--validation-split-percentage", 0)
+    message = error_of(capsys, *words(lines, *scored, "--train-data", other))
+    assert f"the text that is scored, {folder.resolve() / 'text.txt'}: hold" in message
+    assert not _sources("more.txt", "--train-data") & _sources("text.txt", "--data")
+    assert _sources("embedded:packages", "--data") == {"embedded:packages"}
 
 
 @pytest.mark.parametrize(
