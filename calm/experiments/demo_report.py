@@ -174,15 +174,21 @@ def _comparison(results: DemoResults) -> list[list[str]]:
 
 
 def _gap(gap: DemoGap) -> list[str]:
-    """The losses of BrierLM, a line each."""
+    """The losses of BrierLM, a line each; a longer training of the readout moves both bounds."""
     if gap.note:
         return [f"where BrierLM is lost could not be measured: {gap.note}"]
     named = {
-        "trunk: from the baseline to a readout of CALM's hidden states": gap.trunk,
-        "head: from the readout to CALM's draws": gap.head,
-        "dispersion: won back by another noise_spread": gap.dispersion,
+        "trunk: from the baseline to a readout of CALM's hidden states: at most": gap.trunk,
+        "head: from the readout to CALM's draws: at least": gap.head,
+        "dispersion: won back by another noise_spread:": gap.dispersion,
     }
-    return [f"{name}: {_with_interval(ends[0], ends[1:])}" for name, ends in named.items() if ends]
+    lines = [f"{name} {_with_interval(ends[0], ends[1:])}" for name, ends in named.items() if ends]
+    if gap.head and not gap.head[1] > 0:
+        lines.append(
+            "the readout has not learned enough to draw better than the head: a longer demo "
+            "(--minutes) trains it longer"
+        )
+    return lines
 
 
 def _brier(model: LanguageModelResults, order: int) -> str:

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from calm.cli import main
+from calm.experiments.demo_gap import DemoGap
+from calm.experiments.demo_report import _gap
 
 FILES = ("report.md", "results.json", "curves.png")
 
@@ -83,6 +85,18 @@ def test_the_report_says_where_brier_lm_is_lost(finished):
     for name in ("trunk", "head", "dispersion"):
         value, low, high = gap[name]
         assert low <= value <= high and f"- {name}: " in page
+
+
+@pytest.mark.parametrize(
+    ("head", "is_enough"), [((0.5, 0.1, 0.9), True), ((0.5, -0.1, 0.9), False)]
+)
+def test_losses_are_bounds_that_a_short_training_of_the_readout_leaves_wide(head, is_enough):
+    trunk, shown, *more = _gap(DemoGap((2.0, 1.0, 3.0), head))
+    assert trunk.startswith("trunk: ") and trunk.endswith(": at most 2.00 [1.00, 3.00]")
+    assert shown.startswith("head: ") and ": at least 0.50" in shown
+    assert [line.startswith("the readout has not learned enough") for line in more] == (
+        [] if is_enough else [True]
+    )
 
 
 def test_samples_continue_the_same_held_out_documents(finished, text_file):
