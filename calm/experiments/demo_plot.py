@@ -75,8 +75,14 @@ def _plot_reconstruction(axes: Axes, run: StageRun) -> None:
 
 
 def _plot_energy(axes: Axes, run: StageRun) -> None:
-    style_axes(axes, "CALM", "energy loss: distance to the text − distance among draws")
-    axes.plot(*_curve(run, "loss"), color=TEAL, linewidth=1.8)
+    """The energy loss alone, without terms that train beside it; the loss of another head."""
+    seconds, loss = _curve(run, "loss")
+    note = "training loss"
+    if (fidelity := _curve(run, "fidelity")[1]) and (diversity := _curve(run, "diversity")[1]):
+        loss = [near - far for near, far in zip(fidelity, diversity, strict=True)]
+        note = "energy loss: distance to the text − distance among draws"
+    style_axes(axes, "CALM", note)
+    axes.plot(seconds, loss, color=TEAL, linewidth=1.8)
     _over_time(axes)
 
 
@@ -142,7 +148,8 @@ def _plot_final(axes: Axes, results: DemoResults) -> None:
 def _write_samples(axes: Axes, results: DemoResults) -> None:
     """What each model writes at its lowest temperature after the first prompt."""
     axes.set_axis_off()
-    columns = ((results.readout or results.calm, TEAL), (results.baseline, ORANGE))
+    drawn = (results.readout, VIOLET) if results.readout else (results.calm, TEAL)
+    columns = (drawn, (results.baseline, ORANGE))
     for (model, color), left in zip(columns, (0.0, 0.51), strict=True):
         sample = min(model.samples, key=lambda sample: sample.temperature)
         lines = textwrap.wrap(_printable(sample.prompt + sample.continuation), SAMPLE_WIDTH)
