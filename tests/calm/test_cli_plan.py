@@ -72,11 +72,11 @@ def test_cost_for_people(capsys):
 def test_training_terms_have_their_share(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     path.write_text(
-        "extends: demo\ncalm:\n  config_overrides:\n    token_loss_weight: 0.3\n"
+        "extends: desk\ncalm:\n  config_overrides:\n    token_loss_weight: 0.3\n"
         "    token_score_weight: 1.0\n    token_score_start: 0.75\n",
         encoding="utf-8",
     )
-    cost, off = costs(capsys, path)["calm"], costs(capsys, "demo")["calm"]
+    cost, off = costs(capsys, path)["calm"], costs(capsys, "desk")["calm"]
     terms = cost["training_terms_flop_per_token"]
     added = cost["training_flop_per_token"] - off["training_flop_per_token"]
     assert set(terms) == {"token_loss", "token_score"}
