@@ -43,8 +43,8 @@ def measure_demo_gap(calm: CALMTrainer, baseline: CALMTrainer, minutes: float) -
     options = replace(QUICK, steps=max(FEWEST, round(min(1.0, minutes / WHOLE) * QUICK.steps)))
     try:
         scores = score_text(baseline.model.eval(), _first(baseline), batch_size=BATCH)
-        probe = Probe(_model(calm), _first(calm), calm.train_dataset, options)
-        losses = losses_of(probe, scores)
+        model: Any = calm.model.eval()
+        losses = losses_of(Probe(model, _first(calm), calm.train_dataset, options), scores)
     except UserError as error:
         return DemoGap(note=str(error))
     return DemoGap(
@@ -57,10 +57,6 @@ def measure_demo_gap(calm: CALMTrainer, baseline: CALMTrainer, minutes: float) -
 def _first(trainer: CALMTrainer) -> list[Any]:
     blocks: Any = trainer.eval_dataset
     return [blocks[index] for index in range(min(BLOCKS, len(blocks)))]
-
-
-def _model(trainer: CALMTrainer) -> Any:
-    return trainer.model.eval()
 
 
 def _brier_lm(found: PairedDifference) -> tuple[float, float, float]:

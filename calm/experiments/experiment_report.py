@@ -138,7 +138,8 @@ def _what_ran(scale: Scale, record: Record, results: Sequence[Result]) -> str:
         f"{len(results)} models measured in {took}, seeds {seeds}; scored on {texts}, at most "
         f"{scale.blocks} blocks, {scale.draws} draws a chunk; {machine}.",
         f"Of each: {costs}. FLOPs are those of the language model's training, without that of its "
-        "autoencoder; seconds include measuring, and training of what the model needs.",
+        "autoencoder; seconds are wall time, with whatever else the machine did, and include "
+        "measuring, and training of what the model needs.",
     ]
     if left := len(record.results) - len(results):
         lines.append(f"{left} results of cells that this grid no longer has are not shown.")

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from calm.data.options import CorpusOptions
-from calm.evaluation.measures import measure_text
+from calm.evaluation.measures import TextMeasures, measure_text
 from calm.evaluation.protocol import summarise
+from calm.evaluation.readout_bits import readout_bits
 from calm.evaluation.scores import TextScores, score_text
 from calm.evaluation.text import scored_blocks
 from calm.experiments.latent_space import latent_noise, latent_quality, unconditional_energy
@@ -136,7 +137,10 @@ def language_model(
     for name in texts.options:
         blocks = texts.blocks(name, trained, model, scale.blocks)
         _add_brier(measured, name, model, blocks, scale.draws, method, multiples_of)
-        _add_diagnostics(measured, name, model, blocks)
+        if method == "readout":
+            _add_bits(measured, name, model, blocks)
+        else:
+            _add_diagnostics(measured, name, model, blocks)
     return measured
 
 
@@ -187,6 +191,12 @@ def _add_diagnostics(measured: Measured, text: str, model: Any, blocks: Any) -> 
         sums, counts = found.scores.grouped(blocks.block_size)
         measured.groups[f"{text}/energy"] = _rows(sums[:, energy : energy + 1], counts)
     measured.values.update({f"{text}/{name}": value for name, value in values.items()})
+
+
+def _add_bits(measured: Measured, text: str, model: Any, blocks: Any) -> None:
+    """How likely a readout finds the text; the head.s energy would not be that of its draws."""
+    found = TextMeasures(readout_bits(model, model.slot_readout(), blocks)).values()
+    measured.values[f"{text}/bits_per_token"] = found["bits"] / model.patch_size
 
 
 def _brier_values(text: str, scores: TextScores) -> dict[str, Any]:

@@ -236,7 +236,7 @@ _DESK = Scale(
 _DEMO = replace(
     _DESK,
     name="demo",
-    about="as desk, with the text of `calm demo` and the steps that it takes in eight minutes",
+    about="as desk, with the text of `calm demo` and 1,362 steps",
     common={
         **_QUIET, **_UNSAVED, "dataset_name": "embedded:docstrings",
         "validation_split_percentage": 8,

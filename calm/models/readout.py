@@ -60,26 +60,29 @@ class TokenReadout(nn.Module):
         if isinstance(module, nn.Linear) and module in (self.slots, *self.earlier, *last):
             init.zeros_(module.weight)
 
-    def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
         """What the logits of all slots are products of.
 
         Args:
             hidden: ``[..., H]``.
-            embedded: the chunks' tokens, ``[..., K, H]``; slot j reads those before it.
+            tokens: of the chunks, ``[..., K]``; a causal slot j reads those before it.
+            embedding: of the tokens, H wide.
 
         Returns: ``[..., K, H]``.
         """
         slots = self.slots(hidden).unflatten(-1, (self.patch_size, -1))
-        for lag, linear in enumerate(self.earlier, 1):
-            slots = slots + F.pad(linear(embedded[..., :-lag, :]), (0, 0, lag, 0))
+        if self.is_causal:
+            embedded = embedding(tokens)
+            for lag, linear in enumerate(self.earlier, 1):
+                slots = slots + F.pad(linear(embedded[..., :-lag, :]), (0, 0, lag, 0))
         return self._finish(slots)
 
-    def slot(self, hidden: Tensor, embedded: Tensor) -> Tensor:
-        """As `forward`, of the slot after the tokens ``[..., j, H]`` alone: ``[..., H]``."""
-        index = embedded.shape[-2]
+    def slot(self, hidden: Tensor, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
+        """As `forward`, of the slot after the tokens ``[..., j]`` alone: ``[..., H]``."""
+        index = tokens.shape[-1]
         slot = F.linear(hidden, self.slots.weight.unflatten(0, (self.patch_size, -1))[index])
         for lag, linear in enumerate(self.earlier[:index], 1):
-            slot = slot + linear(embedded[..., index - lag, :])
+            slot = slot + linear(embedding(tokens[..., index - lag]))
         return self._finish(slot)
 
     def _finish(self, slots: Tensor) -> Tensor:
@@ -118,11 +121,11 @@ class TiedReadout:
 
     def features(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """See `SlotReadout`."""
-        return self.readout(hidden, self.embedding(tokens))
+        return self.readout(hidden, tokens, self.embedding)
 
     def slot(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """See `SlotReadout`."""
-        return self.readout.slot(hidden, self.embedding(tokens))
+        return self.readout.slot(hidden, tokens, self.embedding)
 
     def logits(self, features: Tensor) -> Tensor:
         """See `SlotReadout`."""

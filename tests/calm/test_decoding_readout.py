@@ -14,6 +14,7 @@ from calm.evaluation.brier import brier_sums
 from calm.evaluation.readout_bits import readout_bits
 from calm.evaluation.samplers import make_sampler
 from calm.evaluation.scores import score_text
+from calm.experiments.readout import Readout
 from calm_kernels.noise import as_seed
 
 VOCAB, SIZE, COUNT = 3, 4, 4000
@@ -52,10 +53,20 @@ def check_shares(drawn, chances):
     assert ((shares - chances).abs() < 4 * errors + 1e-3).all()
 
 
+def probe_readout(kind):
+    """That of `calm experiment gap`, which learns on frozen states."""
+    torch.manual_seed(1)
+    return Readout(32, SIZE, VOCAB, is_causal=kind == "causal").eval()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_slot_sees_the_tokens_before_it_alone(kind, generator):
-    made, hidden = calm_with_readout(kind).slot_readout(), torch.randn(3, 32, generator=generator)
+@pytest.mark.parametrize(
+    "make", [probe_readout, lambda kind: calm_with_readout(kind).slot_readout()],
+    ids=["probe", "model"],
+)  # fmt: skip
+def test_a_slot_sees_the_tokens_before_it_alone(make, kind, generator):
+    made, hidden = make(kind), torch.randn(3, 32, generator=generator)
     tokens = torch.randint(VOCAB, (3, SIZE), generator=generator)
     features = made.features(hidden, tokens)
     for slot in range(SIZE):

@@ -61,6 +61,8 @@ def test_figures_are_finite_and_belong_together(finished):
         brier = model["evaluation"]["brier"]
         assert all(math.isfinite(value) and -1 <= value <= 1 for value in brier.values())
         assert model["evaluation"]["protocol"]["skip_repeats"] is True
+        drawn = model["evaluation"]["protocol"]["method"]
+        assert drawn == ("readout" if name == "readout" else "direct")
         assert model["run"]["steps"] > 0
         assert model["run"]["scores"][-1]["train_seconds"] <= model["run"]["seconds"]
         assert {sample["temperature"] for sample in model["samples"]} == {1.0, 1 / 3}

@@ -98,6 +98,21 @@ def test_the_cost_of_a_checkpoint_and_the_places_of_ngrams(finished, monkeypatch
     assert 0.3 < counts[0] / counts[1] < 0.7  # every other chunk of 4 tokens
 
 
+def test_draws_of_a_readout_are_measured_as_its_own(finished, monkeypatch, tmp_path):
+    root = finished[0]
+    kept = {"token_loss_weight": 1, "token_readout": "causal", "keep_token_readout": True}
+    trained = ensure_trained(TINY.calm(config_overrides=kept), root / "models")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    texts = Texts(TINY.autoencoder().flags)
+    own = language_model(trained, texts, TINY, method="readout").values
+    head = language_model(trained, texts, TINY).values
+    assert own["inference_flops"] == trained.flops(trained.load()).inference_by_readout()
+    assert "inference_flops" not in head and "held-out/energy" not in own
+    # Bits of 259 tokens; a readout that starts at equal chances has learned a little.
+    assert 3 < own["held-out/bits_per_token"] < np.log2(259)
+    assert own["held-out/brier1"] != head["held-out/brier1"]
+
+
 def test_one_cell_gives_the_same_bits_again(finished, tmp_path, monkeypatch):
     _, first, _ = finished
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

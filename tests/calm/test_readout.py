@@ -55,19 +55,6 @@ def test_states_are_those_before_the_chunks_they_are_paired_with():
     assert few.tokens[11].tolist() == text[3]["input_ids"][4:8].tolist()
 
 
-@pytest.mark.parametrize("is_causal", [False, True], ids=["independent", "causal"])
-def test_a_slot_sees_the_tokens_before_it_alone(is_causal, generator):
-    made, hidden = readout(is_causal), torch.randn(3, WIDTH, generator=generator)
-    tokens = torch.randint(VOCAB, (3, SIZE), generator=generator)
-    features = made.features(hidden, tokens)
-    for slot in range(SIZE):
-        torch.testing.assert_close(made.slot(hidden, tokens[:, :slot]), features[:, slot])
-        changed = tokens.clone()
-        changed[:, slot] = (tokens[:, slot] + 1) % VOCAB
-        differs = (made.features(hidden, changed) - features).abs().amax((0, 2)) > 1e-6
-        assert differs.tolist() == [is_causal and later > slot for later in range(SIZE)]
-
-
 def test_bits_are_the_cross_entropy_on_frozen_states():
     model, made, text = tiny_calm(), readout(True), blocks()
     scores = readout_bits(model, made, text)

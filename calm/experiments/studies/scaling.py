@@ -7,16 +7,8 @@ start at multiples of the largest K, and of 8 tokens at least.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from calm.experiments.experiment import (
-    BRIER_COLUMNS,
-    Cell,
-    Experiment,
-    Finding,
-    Panel,
-    Result,
-    Verdict,
-)
-from calm.experiments.isoflop import TOKENS, Arms, Gap, arms_of_budgets, change, fit_scores
+from calm.experiments.experiment import BRIER_COLUMNS, Cell, Experiment, Finding, Panel, Result
+from calm.experiments.isoflop import TOKENS, Gap, arms_of_budgets, change, fit_scores
 from calm.experiments.scales import Scale
 from calm.experiments.verdicts import verdict_on
 
@@ -69,19 +61,20 @@ def _findings(results: Sequence[Result]) -> list[Finding]:
         if {arm, TOKENS} <= set(last.names):
             order = "better" if sign > 0 else "worse"
             text = f"{arm} is {order} than the token baseline for the same training FLOPs"
-            rows.append(_finding("figure 4", text, sign, last.gap(arm, TOKENS), last))
+            at = f"at {last.budget:.2g} FLOPs"
+            rows.append(_finding("figure 4", text, sign, last.gap(arm, TOKENS), at))
     chunked = sorted(set(last.names) - {TOKENS}, key=_chunk_size)
     if len(budgets) > 1 and len(chunked) > 1 and set(chunked) <= set(budgets[0].names):
         small, large = chunked[0], chunked[-1]
         gain = change(budgets[0], last, large, small)
-        rows += [_finding(source, f"{text} ({large} against {small})", sign, gain, last)
+        between = f"from {budgets[0].budget:.2g} to {last.budget:.2g} FLOPs"
+        rows += [_finding(source, f"{text} ({large} against {small})", sign, gain, between)
                  for source, text, sign in LARGER_GAINS]  # fmt: skip
     return rows
 
 
-def _finding(source: str, text: str, sign: int, gap: Gap, arms: Arms) -> Finding:
-    verdict: Verdict = verdict_on([sign * gap.sign])
-    return Finding(source, text, verdict, f"Brier-1, %: {gap} at {arms.budget:.2g} FLOPs")
+def _finding(source: str, text: str, sign: int, gap: Gap, where: str) -> Finding:
+    return Finding(source, text, verdict_on([sign * gap.sign]), f"Brier-1, %: {gap} {where}")
 
 
 def _chunk_size(arm: str) -> int:
