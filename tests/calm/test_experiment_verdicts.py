@@ -185,6 +185,18 @@ def test_the_best_size_is_best_over_seeds_and_arms_meet_the_token_baseline():
     assert gap.low < 0 < gap.high and gap.sign == 0  # seeds differ by more
 
 
+def test_even_stretches_choose_the_size_and_odd_ones_give_the_score():
+    """Size 1 is better where sizes are chosen, size 2 where arms are compared."""
+    results = []
+    for size, (even, odd) in {1: (0.6, 0.1), 2: (0.5, 0.9)}.items():
+        one = scaling_result("K = 4", size, 1e9, 0.0)
+        groups = [[10 * (odd if row % 2 else even), 0.0, 0.0, 0.0, 10.0] for row in range(40)]
+        one.groups["held-out/brier"][:] = groups
+        results.append(one)
+    (arms,) = arms_of_budgets(results)
+    assert arms.sizes == [1] and arms.scores == pytest.approx([0.1])
+
+
 def test_what_scaling_says_of_figure_4():
     scores = {"K = 1": (0.1, 0.1), "K = 4": (0.2, 0.4), TOKENS: (0.3, 0.3)}
     results = [
