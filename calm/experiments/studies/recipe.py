@@ -26,45 +26,58 @@ def _overrides(*fields: Mapping[str, Any]) -> Mapping[str, Any]:
 REFERENCE, TOKENS = "as it is", "token baseline"
 _READOUT = {"token_loss_weight": 0.3}
 _SCORE = {"token_score_weight": 1.0, "token_score_start": 0.5}
+_ROOT = {"beta": 0.5}  # exponent of the energy score
 _ONE_STEP = {"sampling_steps": 1}
-_CAUSAL = {
-    "token_loss_weight": 1.0, "token_readout": "causal", "keep_token_readout": True,
-    "num_samples": 2,
-}  # fmt: skip
+_CAUSAL = {**_READOUT, "token_readout": "causal", "keep_token_readout": True}
+BEST = "readout, exponent 1/2"
+# What is varied on top of it: draws, head, trunk.
+_SIZES: dict[str, Mapping[str, Any]] = {
+    "N = 2": {"num_samples": 2},
+    "N = 8": {"num_samples": 8},
+    "head of 1 block": {"num_mlp_layers": 1},
+    "head of 4 blocks": {"num_mlp_layers": 4},
+    "noise of width 128": {"noise_size": 128},
+    "trunk of 5 layers": {"num_hidden_layers": 5},
+    "trunk of 5 layers, N = 2": {"num_hidden_layers": 5, "num_samples": 2},
+}
 # Flags on top of the scale's CALM.
 ARMS: dict[str, Mapping[str, Any]] = {
     REFERENCE: {},
     "readout": _overrides(_READOUT),
     "readout, token score": _overrides(_READOUT, _SCORE),
-    "slot-causal readout, N = 2": _overrides(_CAUSAL),
+    "slot-causal readout, N = 2": _overrides(_CAUSAL, {"token_loss_weight": 1.0, "num_samples": 2}),
+    "slot-causal readout, exponent 1/2": _overrides(_CAUSAL, _ROOT),
     "flow head, one step": {"model_type": "flow", **_overrides(_ONE_STEP)},
     "flow head, one step, readout": {"model_type": "flow", **_overrides(_ONE_STEP, _READOUT)},
-    "readout, exponent 1/2": _overrides(_READOUT, {"beta": 0.5}),
-    "readout, token score, exponent 1/2": _overrides(_READOUT, _SCORE, {"beta": 0.5}),
+    BEST: _overrides(_READOUT, _ROOT),
+    "readout, token score, exponent 1/2": _overrides(_READOUT, _SCORE, _ROOT),
     "readout, token score, N = 2": _overrides(_READOUT, _SCORE, {"num_samples": 2}),
+    **{f"{BEST}, {name}": _overrides(_READOUT, _ROOT, size) for name, size in _SIZES.items()},
 }
-# Draws of the readout itself, of that arm's model; not likelihood-free.
-DRAWN_BY_READOUT = ("slot-causal readout, N = 2", "draws of the slot-causal readout")
+# Arms whose readout is saved. Its own draws are a row of the same model; not likelihood-free.
+DRAWN_BY_READOUT = {
+    "slot-causal readout, N = 2": "draws of the slot-causal readout",
+    "slot-causal readout, exponent 1/2": "draws of the slot-causal readout, exponent 1/2",
+}
 
 
 def _cells(scale: Scale, seed: int) -> list[Cell]:
     budget = scale.flops(scale.calm())
     models = {TOKENS: scale.baseline(seed)}
     models |= {name: scale.calm(seed, **flags) for name, flags in ARMS.items()}
-    cells = [
-        Cell({"recipe": name}, scale.at_budget(training, budget), seed=seed)
-        for name, training in models.items()
+    models = {name: scale.at_budget(training, budget) for name, training in models.items()}
+    cells = [Cell({"recipe": name}, training, seed=seed) for name, training in models.items()]
+    return cells + [
+        Cell({"recipe": name}, models[arm], options={"method": "readout"}, seed=seed)
+        for arm, name in DRAWN_BY_READOUT.items()
     ]
-    arm, name = DRAWN_BY_READOUT
-    training = scale.at_budget(models[arm], budget)
-    return [*cells, Cell({"recipe": name}, training, options={"method": "readout"}, seed=seed)]
 
 
 def _claims(scale: Scale) -> list[Claim]:
     return [
         Claim("this package", f"{name} is better than {REFERENCE}", {"recipe": name},
               {"recipe": REFERENCE})
-        for name in (*ARMS, DRAWN_BY_READOUT[1]) if name != REFERENCE
+        for name in (*ARMS, *DRAWN_BY_READOUT.values()) if name != REFERENCE
     ]  # fmt: skip
 
 
