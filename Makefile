@@ -21,7 +21,7 @@ PARALLEL := -n auto --dist worksteal --benchmark-disable
 TESTS = OMP_WAIT_POLICY=PASSIVE $(1)/bin/python -m pytest -q $(PARALLEL)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oldest test-gpu lint format types check bench bench-gpu \
+.PHONY: help setup demo test test-oldest test-harness test-gpu lint format types check bench bench-gpu \
   audit compile-report clean
 
 help: ## show this list
@@ -56,6 +56,10 @@ test-oldest: ## the tests with the oldest supported torch, Triton and transforme
 
 test-gpu: $(READY) ## the compiled kernels at full size: parity, graphs, torch.compile
 	$(BIN)/python -m pytest -q tests/gpu $(ARGS)
+
+test-harness: $(READY) ## install the lm-evaluation-harness and test the models in it
+	$(PIP) install -q -c $(CONSTRAINTS) -e '.[harness]'
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/calm/test_lm_eval.py $(ARGS)
 
 lint: $(READY) ## ruff, format check and spelling
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ DISPATCHERS = {
     "calm_kernels.compiling.configurations": "calm_kernels.compiling.cases",
 }
 
-ABOVE_PLAN = ("calm.experiments", "calm.commands", "calm.cli")
+ABOVE_PLAN = ("calm.experiments", "calm.commands", "calm.cli", "calm.integrations")
 ABOVE_TRAINING = ("calm.plan", "calm.training_memory", *ABOVE_PLAN)
 ABOVE_MODELS = ("calm.flops", "calm.evaluation", "calm.training", *ABOVE_TRAINING)
 # Folder of the importing file -> packages it must never import, from the lowest layer upwards.
@@ -59,9 +60,11 @@ FORBIDDEN = {
     "calm/training/": ABOVE_TRAINING,
     "calm/plan.py": ("calm.training_memory", *ABOVE_PLAN),
     "calm/training_memory.py": ABOVE_PLAN,
-    "calm/experiments": ("calm.commands", "calm.cli"),
-    "calm/commands": ("calm.cli",),
+    "calm/experiments": ("calm.commands", "calm.cli", "calm.integrations"),
+    "calm/commands": ("calm.cli", "calm.integrations"),
 }
+# Module -> the package of an extra that it needs; its own tests import it where that is installed.
+NEEDS = {"calm.integrations.lm_eval": "lm_eval"}
 
 
 def relative(path: Path) -> str:
@@ -134,6 +137,8 @@ def modules_of(package_name: str) -> Iterator[str]:
     package = importlib.import_module(package_name)
     yield package_name
     for info in pkgutil.walk_packages(package.__path__, package_name + "."):
+        if info.name in NEEDS and find_spec(NEEDS[info.name]) is None:
+            continue
         if not info.name.endswith((".kernels", ".function", "__main__")):
             yield info.name
 
