@@ -49,6 +49,7 @@ class Stream(IntEnum):
     PATH = 8
     FACTORY = 9
     SEQUENCE = 10
+    DECODER_NOISE = 11
 
 
 def as_seed(seed: Seed, device: torch.device | str) -> Tensor:

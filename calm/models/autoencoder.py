@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from calm.configuration import AutoencoderConfig
 from calm.labels import IGNORE_INDEX, Term, num_chunks
 from calm.models.cross_entropy import cross_entropy
+from calm.models.latent_options import mean_on_sphere, noise_size, on_sphere, with_noise
 from calm.models.norm import RMSNorm
 from calm.models.pretrained import CALMPreTrainedModel
 from calm_kernels.linear_argmax import linear_argmax
@@ -81,6 +82,7 @@ class Encoder(nn.Module):
         self.squeeze_layer = nn.Linear(config.patch_size * width, width)
         self.norm = RMSNorm(width, eps=config.rms_norm_eps)
         self.hidden_to_latent = nn.Linear(width, 2 * config.latent_size)
+        self.is_on_sphere = config.latent_sphere
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Token ids ``[B, P*K]`` to mean and log std side by side, ``[B, P, 2L]``."""
@@ -91,7 +93,8 @@ class Encoder(nn.Module):
         hidden = self.squeeze_layer(rearrange(hidden, "b (p k) h -> b p (k h)", k=self.patch_size))
         for block in self.encoder_layers[middle:]:
             hidden = block(hidden)
-        return self.hidden_to_latent(self.norm(hidden))
+        states = self.hidden_to_latent(self.norm(hidden))
+        return mean_on_sphere(states) if self.is_on_sphere else states
 
 
 class Decoder(nn.Module):
@@ -101,6 +104,7 @@ class Decoder(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.patch_size = config.patch_size
+        self.is_on_sphere = config.latent_sphere
         self.latent_to_hidden = nn.Linear(config.latent_size, width)
         self.decoder_layers = _blocks(config, config.num_decoder_layers)
         self.expand_layer = nn.Linear(width, config.patch_size * width)
@@ -119,7 +123,8 @@ class Decoder(nn.Module):
         This half of the blocks runs once for a chunk, `finish` once for each slot. Some heads
         always draw latents in float32; here they get the dtype of the weights.
         """
-        hidden = self.latent_to_hidden(latent_states.to(self.output_weight.dtype))
+        latents = on_sphere(latent_states) if self.is_on_sphere else latent_states
+        hidden = self.latent_to_hidden(latents.to(self.output_weight.dtype))
         for block in self.decoder_layers[: len(self.decoder_layers) // 2]:
             hidden = block(hidden)
         return self.expand_layer(hidden).unflatten(-1, (self.patch_size, -1))
@@ -195,16 +200,18 @@ class Autoencoder(CALMPreTrainedModel):
         token_keep: Tensor | None = None,
         latent_noise: Tensor | None = None,
         latent_keep: Tensor | None = None,
+        decoder_noise: Tensor | None = None,
         seed: Seed = None,
         first_row: int | Tensor = 0,
+        progress: float = 1.0,
     ) -> AutoencoderOutput:
         """Encode, draw a latent, decode.
 
         loss = K * cross-entropy + kl_weight * mean_chunk Σ_i max(kl_clamp, KL_i); in evaluation the
         cross-entropy alone
 
-        Training drops tokens of the input (they become id 0) and elements of the latent; evaluation
-        draws the latent and drops nothing.
+        Training drops tokens of the input (they become id 0) and elements of the latent, and adds
+        the noise of ``decoder_noise`` in the configuration; evaluation draws the latent alone.
 
         Args:
             input_ids: ``[B, P*K]`` int64.
@@ -218,9 +225,12 @@ class Autoencoder(CALMPreTrainedModel):
             latent_noise: ``[B*P, L]``, N(0, 1). Drawn if None.
             latent_keep: elements of the latent to keep, bool, ``[B*P, L]``. Drawn in training if
                 None.
+            decoder_noise: N(0, 1) that training adds where the configuration says so, ``[B*P, L]``.
+                Drawn if None.
             seed: of draws that are not given, see `calm_kernels.noise.as_seed`.
             first_row: index of the first sequence within the global batch; a batch split over
                 processes or accumulation steps then draws what the whole batch would.
+            progress: share of the training that is done, which decides how large that noise is.
         """
         chunks = num_chunks(input_ids, self.patch_size)
         seed, first_chunk = as_seed(seed, input_ids.device), first_row * chunks
@@ -237,6 +247,9 @@ class Autoencoder(CALMPreTrainedModel):
             seed=seed,
             first_row=first_chunk,
         )
+        size = noise_size(cast(AutoencoderConfig, self.config), progress) if self.training else 0.0
+        if size > 0.0:
+            latent = with_noise(latent, size, decoder_noise, seed, first_chunk)
         if labels is None:
             return AutoencoderOutput(logits=self.decoder(latent_states=latent))
         return self._losses(latent_states, latent, kl, labels, loss_counts)
