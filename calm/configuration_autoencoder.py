@@ -24,6 +24,9 @@ class AutoencoderConfig(PreTrainedConfig):
         num_encoder_layers: blocks of the encoder, an even number: half of them read single tokens,
             half the whole chunk.
         num_decoder_layers: likewise for the decoder.
+        num_mixing_layers: blocks that mix a chunk's K slots (`calm.models.slot_mixing`), in the
+            encoder before it sums them and in the decoder after it has formed them; 0 for none, as
+            published.
         ae_dropout: probability of dropping a token of the input, and an element of the latent, in
             training.
         token_dropout: the first of these two; None for ae_dropout, as published.
@@ -34,6 +37,10 @@ class AutoencoderConfig(PreTrainedConfig):
             decoder reads (`calm.models.latent_options.on_sphere`). Standard deviation, draw and KL
             term stay as they are; Σ mean² / 2 = l / 2 of the KL is then constant, so that above the
             floor it teaches the standard deviation alone.
+        whitening: another basis of the latent, measured on the training text when training ends
+            (`calm.models.whitening`): ``none`` (published), ``diagonal``, unit variances, or
+            ``full``, unit covariance, with one standard deviation for all chunks. Checkpoints still
+            have the basis that was trained.
         decoder_noise: s, standard deviation of noise that training adds to the latent after its
             dropout, in the latent's unit; 0 for none, as published. Nothing but the KL term keeps
             the encoder from answering with larger means, unless they are on a sphere.
@@ -60,12 +67,14 @@ class AutoencoderConfig(PreTrainedConfig):
     intermediate_size: int = 1280
     num_encoder_layers: int = 2
     num_decoder_layers: int = 2
+    num_mixing_layers: int = 0
     ae_dropout: int | float = 0.15
     token_dropout: int | float | None = None
     latent_dropout: int | float | None = None
     kl_clamp: int | float = 0.5
     kl_weight: int | float = 1e-3
     latent_sphere: bool = False
+    whitening: Literal["none", "diagonal", "full"] = "none"
     decoder_noise: int | float = 0
     decoder_noise_growth: int | float = 0.5
     hidden_act: str = "silu"
@@ -92,6 +101,8 @@ class AutoencoderConfig(PreTrainedConfig):
                 layers >= 2 and layers % 2 == 0,
                 f"{name} must be even and at least 2 (half read tokens, half chunks), got {layers}",
             )
+        mixing = self.num_mixing_layers
+        require(mixing >= 0, f"num_mixing_layers must be at least 0, got {mixing}")
         for name in ("ae_dropout", "token_dropout", "latent_dropout"):
             chance = getattr(self, name)
             is_valid = chance is None or 0 <= chance < 1
@@ -99,5 +110,10 @@ class AutoencoderConfig(PreTrainedConfig):
         for name in ("kl_clamp", "kl_weight", "decoder_noise"):
             size = getattr(self, name)
             require(size >= 0, f"{name} must be at least 0, got {size}")
+        require(
+            self.whitening == "none" or not self.latent_sphere,
+            f"whitening must be none with latent_sphere, whose means no change of basis keeps on "
+            f"the sphere; got {self.whitening!r}",
+        )
         growth = self.decoder_noise_growth
         require(0 <= growth <= 1, f"decoder_noise_growth must lie in [0, 1], got {growth}")

@@ -231,6 +231,7 @@ def _autoencoder(model: Autoencoder) -> tuple[int, int]:
     of_tokens, of_chunk = encoder.encoder_layers[:middle], encoder.encoder_layers[middle:]
     reading = model.patch_size * _matrices(of_tokens)
     reading += _matrices(encoder.squeeze_layer, of_chunk, encoder.hidden_to_latent)
+    reading += encoder.squeeze_layer.out_features * _matrices(encoder.mixing_layers)
     return reading, _decoder(decoder, model.patch_size)
 
 
@@ -239,6 +240,7 @@ def _decoder(decoder: Decoder, slots: int) -> int:
     middle = len(decoder.decoder_layers) // 2
     of_chunk, of_tokens = decoder.decoder_layers[:middle], decoder.decoder_layers[middle:]
     writing = _matrices(decoder.latent_to_hidden, of_chunk, decoder.expand_layer)
+    writing += decoder.latent_to_hidden.out_features * _matrices(decoder.mixing_layers)
     return writing + slots * (_matrices(of_tokens) + 2 * decoder.output_weight.numel())
 
 

@@ -20,13 +20,14 @@ from calm.training.recipe import Recipe, Stage, load_recipe, recipe_stages
 
 __all__ = ["Run", "count_parts", "described", "saved_model", "stages_of"]
 
-PARTS = {  # of a language model: the modules that belong to each
+PARTS = {  # of a model: the modules that belong to each
     "embedding": ("transformer.embed_tokens", "model.embed_tokens"),
     "compressor": ("embed_proj", "latent_proj"),
     "backbone": ("transformer.layers", "transformer.norm", "model.layers", "model.norm"),
     "head": ("generative_head", "mlp_generator"),
     "readout": ("token_readout",),
     "output": ("lm_head",),
+    "slot_mixing": ("encoder.mixing_layers", "decoder.mixing_layers"),
 }
 
 

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from calm.models import Autoencoder, BaselineTransformer
 from calm.models.agreement import MAX_ORDER
+from calm.models.slot_mixing import INNER_FACTOR
 from calm.models.token_score import MAX_LOGITS
 from calm.plan import Run
 from calm_kernels.energy_head import EnergyHead
@@ -146,11 +147,20 @@ def _of_head(head: Any, config: Any, element: int, run: Run) -> int:
 
 
 def _of_autoencoder(config: Any, tokens: int, element: int) -> int:
-    """Residual blocks of tokens and of chunks, K slots between them, and the logits' gradients."""
+    """Residual blocks of tokens and of chunks, K slots between them, and the logits' gradients.
+
+    A block that mixes slots is like one of tokens, whose inner width is 4 H.
+    """
     width, chunks = config.hidden_size, tokens // config.patch_size
     blocks = (config.num_encoder_layers + config.num_decoder_layers) // 2
     slots = 2 * element * config.patch_size * width
     logits = tokens * (element + FLOAT32) * width + FLOAT32 * config.vocab_size * width
+    slots += (
+        2
+        * config.num_mixing_layers
+        * config.patch_size
+        * ((FLOAT32 + 2 * element + 4 * element * INNER_FACTOR) * width)
+    )
     return blocks * _of_block(config, element) * (tokens + chunks) + chunks * slots + logits
 
 

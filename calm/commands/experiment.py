@@ -41,6 +41,7 @@ NAMES = {
     "metric": "BrierLM against the models' own losses",
     "loss": "draws, targets and exponent of the energy loss",
     "recipe": "options that make a CALM better for the same training FLOPs",
+    "latent": "options that change the latent of the autoencoder",
 }
 SCALES = ("tiny", "demo", "desk", "small", "paper")
 

@@ -16,6 +16,7 @@ from calm.evaluation.protocol import summarise
 from calm.evaluation.readout_bits import readout_bits
 from calm.evaluation.scores import TextScores, score_text
 from calm.evaluation.text import scored_blocks
+from calm.experiments.latent_code import latent_code
 from calm.experiments.latent_space import latent_noise, latent_quality, unconditional_energy
 from calm.experiments.scales import Scale
 from calm.experiments.trained import Trained
@@ -168,6 +169,26 @@ def latent_space(trained: Trained, texts: Texts, scale: Scale) -> Measured:
     return measured
 
 
+def latent_structure(trained: Trained, texts: Texts, scale: Scale) -> Measured:
+    """`latent_space`, and what kind of code the latents are (`calm.experiments.latent_code`).
+
+    ``additivity``, None where the text is too short; ``changed_token``, the distance that one
+    changed token moves the mean, over the noise of a drawn latent; ``neighbours``, the distance of
+    chunks that follow each other, over that of chunks from different places.
+    """
+    measured = latent_space(trained, texts, scale)
+    model: Any = trained.load()
+    for name in texts.options:
+        code = latent_code(model, texts.blocks(name, trained, model, scale.blocks))
+        values = {
+            "additivity": code.additivity,
+            "changed_token": code.changed_token / code.noise,
+            "neighbours": code.neighbours / code.others,
+        }
+        measured.values.update({f"{name}/{key}": value for key, value in values.items()})
+    return measured
+
+
 def _add_brier(
     measured: Measured, text: str, model: Any, blocks: Any, draws: int, method: str,
     multiples_of: int,
@@ -216,5 +237,5 @@ def _rows(sums: Tensor, counts: Tensor) -> list[list[float]]:
 
 Measure = Callable[..., Measured]
 MEASURES: dict[str, Measure] = {
-    function.__name__: function for function in (language_model, latent_space)
+    function.__name__: function for function in (language_model, latent_space, latent_structure)
 }

@@ -20,6 +20,7 @@ from calm.models.cross_entropy import cross_entropy
 from calm.models.latent_options import mean_on_sphere, noise_size, on_sphere, with_noise
 from calm.models.norm import RMSNorm
 from calm.models.pretrained import CALMPreTrainedModel
+from calm.models.slot_mixing import SlotMixing, mixing_blocks
 from calm_kernels.linear_argmax import linear_argmax
 from calm_kernels.noise import Seed, Stream, as_seed, uniform
 from calm_kernels.reparameterize import reparameterize
@@ -79,6 +80,7 @@ class Encoder(nn.Module):
         self.patch_size = config.patch_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.encoder_layers = _blocks(config, config.num_encoder_layers)
+        self.mixing_layers = mixing_blocks(config)
         self.squeeze_layer = nn.Linear(config.patch_size * width, width)
         self.norm = RMSNorm(width, eps=config.rms_norm_eps)
         self.hidden_to_latent = nn.Linear(width, 2 * config.latent_size)
@@ -90,7 +92,10 @@ class Encoder(nn.Module):
         hidden = self.embed_tokens(input_ids)
         for block in self.encoder_layers[:middle]:
             hidden = block(hidden)
-        hidden = self.squeeze_layer(rearrange(hidden, "b (p k) h -> b p (k h)", k=self.patch_size))
+        hidden = hidden.unflatten(1, (-1, self.patch_size))
+        for mixing in self.mixing_layers:
+            hidden = mixing(hidden)
+        hidden = self.squeeze_layer(rearrange(hidden, "b p k h -> b p (k h)"))
         for block in self.encoder_layers[middle:]:
             hidden = block(hidden)
         states = self.hidden_to_latent(self.norm(hidden))
@@ -108,6 +113,7 @@ class Decoder(nn.Module):
         self.latent_to_hidden = nn.Linear(config.latent_size, width)
         self.decoder_layers = _blocks(config, config.num_decoder_layers)
         self.expand_layer = nn.Linear(width, config.patch_size * width)
+        self.mixing_layers = mixing_blocks(config)
         self.norm = RMSNorm(width, eps=config.rms_norm_eps)
         # In a tuple, so that the matrix is registered and saved once, by the encoder.
         self._tied = (embed_tokens,)
@@ -127,7 +133,10 @@ class Decoder(nn.Module):
         hidden = self.latent_to_hidden(latents.to(self.output_weight.dtype))
         for block in self.decoder_layers[: len(self.decoder_layers) // 2]:
             hidden = block(hidden)
-        return self.expand_layer(hidden).unflatten(-1, (self.patch_size, -1))
+        slots = self.expand_layer(hidden).unflatten(-1, (self.patch_size, -1))
+        for mixing in self.mixing_layers:
+            slots = mixing(slots)
+        return slots
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Slots of `expand`, each on its own, to the last hidden states, ``[..., H]``."""
@@ -174,6 +183,11 @@ class Autoencoder(CALMPreTrainedModel):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config, self.encoder.embed_tokens)
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        for block in (*self.encoder.mixing_layers, *self.decoder.mixing_layers):
+            cast(SlotMixing, block).initialize(module)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding of both encoder and decoder."""

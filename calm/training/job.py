@@ -36,6 +36,7 @@ from calm.training.checkpoints import (
     set_aside_later,
 )
 from calm.training.clock import UNBOUNDED_STEPS
+from calm.training.latent_basis import is_whitened, whiten_latent
 from calm.training.lock import locked
 from calm.training.recipe import Stage
 from calm.training.resume import Takeover, check_output_folder
@@ -170,6 +171,7 @@ def _train(trainer: CALMTrainer, checkpoint: Path | None) -> None:
             set_aside_later(args.folder, checkpoint)
         logger.info("resuming from %s", checkpoint)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    whiten_latent(trainer)
     trainer.save_model()
     trainer.save_state()
     result.metrics.pop("total_flos", None)
@@ -178,7 +180,7 @@ def _train(trainer: CALMTrainer, checkpoint: Path | None) -> None:
 
 def _last_evaluation(trainer: CALMTrainer) -> dict[str, float] | None:
     """Metrics of an evaluation after the last step, if the model still has those weights."""
-    if trainer.args.load_best_model_at_end:
+    if trainer.args.load_best_model_at_end or is_whitened(trainer.model):
         return None
     for entry in reversed(trainer.state.log_history):
         if entry["step"] == trainer.state.global_step and "eval_loss" in entry:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calm.configuration import AutoencoderConfig
 from calm.data.encoding import vocabulary_size
+from calm.errors import UserError
 from calm.models import Autoencoder
 from calm.training.arguments import JobArguments
 from calm.training.building import check_vocabulary, check_weights, load_pretrained, new_config
@@ -28,6 +29,11 @@ def build_model(arguments: JobArguments, tokenizer: PreTrainedTokenizerBase) -> 
         return loaded
     config = new_config(AutoencoderConfig, model, tokenizer, vocab_size=vocabulary_size(tokenizer))
     check_vocabulary(config.vocab_size, tokenizer, "the autoencoder")
+    if config.whitening != "none" and arguments.training.fsdp:
+        raise UserError(
+            f"whitening needs whole matrices when training ends, and fsdp splits them; got "
+            f"{config.whitening!r}: set whitening=none, or take fsdp out"
+        )
     check_weights(Autoencoder, config)
     return Autoencoder(config)
 

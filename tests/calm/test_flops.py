@@ -170,6 +170,21 @@ def test_every_formula_by_hand():
     assert autoencoder.training() == 3 * autoencoder.inference()
 
 
+def test_slots_that_are_mixed_by_hand_and_as_counted():
+    """Two blocks of 3 · 4 · 16 weights on each side, used for each of 16 channels."""
+    fields = {"patch_size": 4, "latent_size": 8, "hidden_size": 16, "intermediate_size": 24}
+    plain, mixed = (
+        Autoencoder(AutoencoderConfig(vocab_size=31, **fields, num_mixing_layers=n)).eval()
+        for n in (0, 2)
+    )
+    flops, before, mixing = flops_of(mixed), flops_of(plain), 2 * 2 * 3 * 4 * 16 * 16
+    assert flops.encoder == before.encoder + mixing
+    assert flops.decoder == before.decoder + mixing
+    ids = torch.ones(2, 20, dtype=torch.int64)
+    assert count(lambda: mixed.encoder(ids)) == 10 * flops.encoder
+    assert count(lambda: mixed.decoder(torch.zeros(2, 5, 8))) == 10 * flops.decoder
+
+
 def test_training_terms_by_hand_and_as_counted():
     """A readout of 4 slots; 3 draws through a frozen decoder, in half of the steps."""
     off = flops_of(tiny_calm(vocab_size=31))

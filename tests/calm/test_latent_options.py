@@ -10,7 +10,7 @@ from calm import Autoencoder, AutoencoderConfig, EnergyTransformer
 from calm.errors import UserError
 from calm.models.latent_options import mean_on_sphere, noise_size, on_sphere
 
-SPHERE, NOISE = {"latent_sphere": True}, {"decoder_noise": 0.7}
+SPHERE, NOISE, MIXING = {"latent_sphere": True}, {"decoder_noise": 0.7}, {"num_mixing_layers": 2}
 PLAIN = {"ae_dropout": 0.0, "initializer_range": 0.2}
 
 
@@ -18,6 +18,7 @@ PLAIN = {"ae_dropout": 0.0, "initializer_range": 0.2}
     ("fields", "message"),
     [
         ({"latent_sphere": "yes"}, "'latent_sphere'.*'yes'"),
+        ({"num_mixing_layers": -1}, "num_mixing_layers must be at least 0, got -1"),
         ({"decoder_noise": -0.1}, "decoder_noise must be at least 0, got -0.1"),
         ({"decoder_noise": float("nan")}, "decoder_noise must be a finite number, got nan"),
         ({"decoder_noise_growth": 1.5}, r"decoder_noise_growth must lie in \[0, 1\], got 1.5"),
@@ -29,7 +30,7 @@ def test_bad_fields(fields, message):
         AutoencoderConfig(**fields)
 
 
-@pytest.mark.parametrize("fields", [SPHERE, NOISE], ids=str)
+@pytest.mark.parametrize("fields", [SPHERE, MIXING, NOISE], ids=str)
 def test_an_option_is_saved_with_both_models(tmp_path, fields):
     ids = tiny.tokens()
     model = tiny.autoencoder(**PLAIN, **fields)
@@ -86,6 +87,68 @@ class TestSphere:
         model(ids, ids, seed=1).loss.backward()
         of_mean, of_log_std = model.encoder.hidden_to_latent.weight.grad.chunk(2)
         assert of_log_std.abs().max() > 1e4 * of_mean.abs().max() > 0
+
+
+def mixed(**fields):
+    """An autoencoder whose mixing blocks are no longer the identity."""
+    model = tiny.autoencoder(**PLAIN, **MIXING, **fields)
+    for block in (*model.encoder.mixing_layers, *model.decoder.mixing_layers):
+        torch.nn.init.normal_(block.down.weight, std=0.5)
+    return model
+
+
+class TestMixing:
+    def test_its_formula(self):
+        torch.manual_seed(0)
+        block, hidden = mixed().encoder.mixing_layers[0], torch.randn(2, 4, 12)
+        torch.nn.init.normal_(block.norm.weight)
+        expected = hidden.clone()
+        normed = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt() * block.norm.weight
+        for row in range(2):
+            for channel in range(12):
+                slots = normed[row, :, channel]
+                gate, up = block.gate.weight @ slots, block.up.weight @ slots
+                gated = gate * gate.sigmoid() * up
+                expected[row, :, channel] += block.down.weight @ gated
+        assert torch.allclose(block(hidden), expected, atol=1e-5)
+
+    @pytest.mark.parametrize("initializer", ["normal", "fan_in"])
+    def test_it_starts_as_the_identity_and_learns(self, initializer):
+        model, ids = tiny.autoencoder(**MIXING, initializer=initializer), tiny.tokens()
+        hidden = torch.randn(2, 4, 12)
+        for part in (model.encoder, model.decoder):
+            assert all(block(hidden).equal(hidden) for block in part.mixing_layers)
+        model.train()(ids, ids, seed=0).loss.backward()
+        assert all(b.down.weight.grad.abs().max() > 0 for b in model.decoder.mixing_layers)
+        assert model.encoder.mixing_layers[0].gate.weight.std().item() == pytest.approx(
+            0.5, rel=0.4
+        )
+
+    def test_tokens_multiply(self):
+        """What leaves the published encoder's slots is a sum over tokens; here it is not."""
+
+        def interaction(model):
+            states = []
+            handle = model.encoder.squeeze_layer.register_forward_hook(
+                lambda *given: states.append(given[2])
+            )
+            chunks = torch.tensor([[1, 2, 3, 4], [9, 2, 3, 4], [1, 8, 3, 4], [9, 8, 3, 4]])
+            model.encoder(chunks)
+            handle.remove()
+            plain, first, second, both = states[0][:, 0]
+            return (both - first - second + plain).norm() / (both - plain).norm()
+
+        assert interaction(tiny.autoencoder(**PLAIN)) < 1e-5
+        assert interaction(mixed()) > 1e-2
+
+    def test_lazy_decoding_gives_the_same_tokens(self):
+        model = tiny.model(ae_fields=MIXING).eval()
+        model.ae_model = mixed()
+        latents, target = torch.randn(6, 5, tiny.LATENT), tiny.tokens(batch=5, chunks=1)
+        whole = model.decode_latents(latents)
+        assert whole.equal(model.ae_model.decoder(latents).unflatten(1, (-1, 4)).argmax(-1))
+        compared = model.decode_compared(latents, target)
+        assert torch.where(compared >= 0, compared, whole).equal(whole)
 
 
 class TestNoise:

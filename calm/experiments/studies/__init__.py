@@ -5,6 +5,7 @@ from calm.experiments.studies.autoencoder import AUTOENCODER
 from calm.experiments.studies.domains import DOMAINS
 from calm.experiments.studies.heads import HEADS
 from calm.experiments.studies.input import INPUT
+from calm.experiments.studies.latent import LATENT
 from calm.experiments.studies.loss import LOSS
 from calm.experiments.studies.metric import METRIC
 from calm.experiments.studies.recipe import RECIPE
@@ -25,5 +26,6 @@ EXPERIMENTS: dict[str, Experiment] = {
         METRIC,
         DOMAINS,
         RECIPE,
+        LATENT,
     )
 }
