@@ -32,13 +32,13 @@ class LatentMoments(NamedTuple):
     """Sums over chunks, float64; those of several batches add up.
 
     Attributes:
-        count: chunks, ``[]``.
+        chunks: how many, ``[]``.
         mean: Σ μ, ``[L]``.
         products: Σ μ μᵀ, ``[L, L]``.
         variance: Σ σ², ``[L]``.
     """
 
-    count: Tensor
+    chunks: Tensor
     mean: Tensor
     products: Tensor
     variance: Tensor
@@ -75,17 +75,17 @@ def whiten(model: Autoencoder, moments: LatentMoments, kind: Literal["diagonal",
     Raises:
         ValueError: fewer than two chunks.
     """
-    if moments.count < 2:
-        raise ValueError(f"moments must be of at least 2 chunks, got {int(moments.count)}")
+    if moments.chunks < 2:
+        raise ValueError(f"moments must be of at least 2 chunks, got {int(moments.chunks)}")
     basis = _diagonal(moments) if kind == "diagonal" else _full(moments)
     _fold(model, basis)
 
 
 def _central(moments: LatentMoments) -> tuple[Tensor, Tensor, Tensor]:
     """c, C and the diagonal of S."""
-    centre = moments.mean / moments.count
-    covariance = moments.products / moments.count - torch.outer(centre, centre)
-    return centre, covariance, moments.variance / moments.count
+    centre = moments.mean / moments.chunks
+    covariance = moments.products / moments.chunks - torch.outer(centre, centre)
+    return centre, covariance, moments.variance / moments.chunks
 
 
 def _diagonal(moments: LatentMoments) -> _Basis:
