@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from calm.data.embedded import PREFIX, embedded_stamp
 from calm.data.options import CorpusOptions
 from calm.evaluation.measures import TextMeasures, measure_text
 from calm.evaluation.protocol import summarise
@@ -71,6 +72,14 @@ class Texts:
                             (text.dataset_name, text.train_file, text.validation_file) if source)
             for name, text in self.options.items()
         }  # fmt: skip
+
+    def stamps(self) -> dict[str, str]:
+        """What changes with each embedded text: it is read from what is installed."""
+        return {
+            name: embedded_stamp(text.dataset_name)
+            for name, text in self.options.items()
+            if text.dataset_name and text.dataset_name.startswith(PREFIX)
+        }
 
     def blocks(self, name: str, trained: Trained, model: PreTrainedModel, limit: int) -> Any:
         """The first `limit` blocks of a text, as `model` reads them."""

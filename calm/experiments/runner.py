@@ -165,6 +165,7 @@ def _open(path: Path, experiment: Experiment, scale: Scale, texts: Texts) -> Rec
         "scale": scale.name,
         "text": {name: str(scale.common.get(name, "")) for name in ("dataset_name", "train_file")},
         "texts": texts.describe(),
+        "stamps": texts.stamps(),
         "blocks": scale.blocks,
         "draws": scale.draws,
     }
@@ -172,7 +173,7 @@ def _open(path: Path, experiment: Experiment, scale: Scale, texts: Texts) -> Rec
         return Record(experiment.name, configuration, _machine(), [])
     record = Record.read(path)
     for name, value in configuration.items():
-        there = record.configuration.get(name)
+        there = record.configuration.setdefault(name, value)  # older records lack some
         if there != value:
             raise UserError(
                 f"{path} holds results of another configuration: {name} was {there}, now {value}; "

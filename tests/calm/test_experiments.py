@@ -177,6 +177,14 @@ def test_results_of_another_configuration_are_refused(finished):
         run_experiment(SMALL, TINY, Texts(TINY.autoencoder().flags, "other.jsonl"), root)
 
 
+def test_results_of_other_packages_are_refused(finished, monkeypatch):
+    """Embedded text is read from what is installed, and another version has another text."""
+    root, _, _ = finished
+    monkeypatch.setattr("calm.experiments.measures.embedded_stamp", lambda name: "other")
+    with pytest.raises(UserError, match=r"another configuration: stamps was .* now .*'other'"):
+        run_experiment(SMALL, TINY, Texts(TINY.autoencoder().flags), root)
+
+
 def test_damaged_results_are_an_error(tmp_path):
     path = tmp_path / "results.json"
     path.write_text('{"experiment": "small"', encoding="utf-8")
