@@ -1,11 +1,11 @@
 """One training job of any stage: text, tokenizer, model, training, evaluation, files.
 
 A job writes ``output_dir``: the final weights with configuration, tokenizer and ``protocol.json``
-(what `calm eval` and `calm generate` load), ``train_results.json``, ``eval_results.json``,
-``trainer_state.json`` with the logs, and ``checkpoint-<step>`` folders. Started again with the same
-``output_dir``, it resumes from the last good checkpoint if its settings are the same
-(`calm.training.resume`); ``--overwrite_output_dir`` starts afresh, ``--resume_from_checkpoint
-<folder>`` chooses a checkpoint. One job at a time may train in a folder.
+(what `calm eval` and `calm generate` load), a model card ``README.md``, ``train_results.json``,
+``eval_results.json``, ``trainer_state.json`` with the logs, and ``checkpoint-<step>`` folders.
+Started again with the same ``output_dir``, it resumes from the last good checkpoint if its settings
+are the same (`calm.training.resume`); ``--overwrite_output_dir`` starts afresh,
+``--resume_from_checkpoint <folder>`` chooses a checkpoint. One job at a time may train in a folder.
 """
 
 import atexit
@@ -38,6 +38,7 @@ from calm.training.checkpoints import (
 from calm.training.clock import UNBOUNDED_STEPS
 from calm.training.latent_basis import is_whitened, whiten_latent
 from calm.training.lock import locked
+from calm.training.model_card import write_model_card
 from calm.training.recipe import Stage
 from calm.training.resume import Takeover, check_output_folder
 from calm.training.scoring import check_best_metric
@@ -97,8 +98,12 @@ def run_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
         trainer = prepare_job(arguments, build_model, checkpoint)
         if args.do_train:
             _train(trainer, checkpoint)
+        metrics: dict[str, float] = {}
         if args.do_eval:
-            _report(trainer, "eval", _last_evaluation(trainer) or trainer.evaluate())
+            metrics = _last_evaluation(trainer) or trainer.evaluate()
+            _report(trainer, "eval", metrics)
+        if args.do_train and args.should_save:
+            write_model_card(trainer, metrics)
     return trainer
 
 
