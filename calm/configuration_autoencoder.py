@@ -46,6 +46,10 @@ class AutoencoderConfig(PreTrainedConfig):
             the encoder from answering with larger means, unless they are on a sphere.
         decoder_noise_growth: share of the training over which s grows from 0, in a straight line;
             0 for all of it from the start.
+        alignment_weight: λ of a training term, λ (1 - cos(P μ + b, t)) with the state t of a token
+            baseline (`calm.models.alignment`), which training takes from ``teacher_name_or_path``;
+            0 for none, as published. The loss of an evaluation is without it, and the trained model
+            is saved as one without it.
         initializer: ``normal`` (published: N(0, initializer_range²)) or ``fan_in`` (N(0, 0.49 /
             fan_in)), which learns faster at small widths.
         initializer_range: standard deviation of ``normal`` weights.
@@ -57,7 +61,7 @@ class AutoencoderConfig(PreTrainedConfig):
 
     model_type = "calm_autoencoder"
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
-        "logits", "reconstruction_loss", "kl", "collapsed",
+        "logits", "reconstruction_loss", "kl", "collapsed", "alignment",
     ]  # fmt: skip
 
     vocab_size: int = 128256
@@ -77,6 +81,7 @@ class AutoencoderConfig(PreTrainedConfig):
     whitening: Literal["none", "diagonal", "full"] = "none"
     decoder_noise: int | float = 0
     decoder_noise_growth: int | float = 0.5
+    alignment_weight: int | float = 0
     hidden_act: str = "silu"
     rms_norm_eps: int | float = 1e-6
     mlp_bias: bool = False
@@ -107,7 +112,7 @@ class AutoencoderConfig(PreTrainedConfig):
             chance = getattr(self, name)
             is_valid = chance is None or 0 <= chance < 1
             require(is_valid, f"{name} must lie in [0, 1), got {chance}")
-        for name in ("kl_clamp", "kl_weight", "decoder_noise"):
+        for name in ("kl_clamp", "kl_weight", "decoder_noise", "alignment_weight"):
             size = getattr(self, name)
             require(size >= 0, f"{name} must be at least 0, got {size}")
         require(

@@ -52,15 +52,24 @@ class AutoencoderFlops:
         patch_size: K.
         encoder: K tokens to a latent.
         decoder: a latent to the logits of K tokens.
+        projection: of a latent to its teacher's width, where it has one; else 0.
+        teacher: K tokens to its middle layer; likewise.
     """
 
     patch_size: int
     encoder: int
     decoder: int
+    projection: int = 0
+    teacher: int = 0
 
     def training(self) -> float:
-        """Operations to learn from a token: 3 (E + D) / K."""
-        return 3 * self.inference()
+        """Operations to learn from a token: 3 (E + D) / K, and `training_terms`."""
+        return 3 * self.inference() + sum(self.training_terms().values())
+
+    def training_terms(self) -> dict[str, float]:
+        """What a teacher costs a token, by the term's name: ``alignment``, (3 P + T) / K."""
+        cost = (3 * self.projection + self.teacher) / self.patch_size
+        return {"alignment": cost} if cost else {}
 
     def inference(self, num_draws: int = 1) -> float:
         """Operations to read a token and write it `num_draws` times: (E + N D) / K."""
@@ -179,7 +188,8 @@ def flops_of(model: PreTrainedModel, context: int = 2048) -> Flops:
     Args:
         model: an autoencoder, a CALM or the token baseline.
         context: S, positions that attention reads: chunks of a CALM, tokens of the baseline. The
-            paper's tables fit 2048 of either.
+            paper's tables fit 2048 of either. An autoencoder's teacher reads the tokens of so many
+            chunks.
 
     Raises:
         ValueError: another kind of model, or a context below 1.
@@ -187,7 +197,9 @@ def flops_of(model: PreTrainedModel, context: int = 2048) -> Flops:
     if context < 1:
         raise ValueError(f"context must be at least 1 position, got {context}")
     if isinstance(model, Autoencoder):
-        return AutoencoderFlops(model.patch_size, *_autoencoder(model))
+        return AutoencoderFlops(
+            model.patch_size, *_autoencoder(model), *_teacher(model, model.patch_size * context)
+        )
     if isinstance(model, BaselineTransformer):
         return BaselineFlops(_backbone(model.model, context), _matrices(model.lm_head))
     if not isinstance(model, ContinuousTransformer):
@@ -233,6 +245,14 @@ def _autoencoder(model: Autoencoder) -> tuple[int, int]:
     reading += _matrices(encoder.squeeze_layer, of_chunk, encoder.hidden_to_latent)
     reading += encoder.squeeze_layer.out_features * _matrices(encoder.mixing_layers)
     return reading, _decoder(decoder, model.patch_size)
+
+
+def _teacher(model: Autoencoder, context: int) -> tuple[int, int]:
+    """Projection of a chunk, and its teacher's layers for K tokens, which attend to `context`."""
+    alignment = model.alignment
+    if alignment is None:
+        return 0, 0
+    return _matrices(alignment.projection), model.patch_size * _backbone(alignment.teacher, context)
 
 
 def _decoder(decoder: Decoder, slots: int) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import LlamaConfig, PreTrainedModel
 
 from calm.configuration import AutoencoderConfig, CALMConfig
@@ -27,6 +28,7 @@ PARTS = {  # of a model: the modules that belong to each
     "head": ("generative_head", "mlp_generator"),
     "readout": ("token_readout",),
     "output": ("lm_head",),
+    "alignment": ("alignment",),
     "slot_mixing": ("encoder.mixing_layers", "decoder.mixing_layers"),
 }
 
@@ -131,10 +133,25 @@ def _model(stage: Stage, recipe: Any, autoencoder: Any, vocab_size: int) -> PreT
     ae_overrides = (autoencoder or {}).get("config_overrides", {})
     ae_config = build_config(AutoencoderConfig, ae_overrides, vocab_size=vocab_size)
     if stage is Stage.AUTOENCODER:
-        return on_meta(Autoencoder, ae_config)
+        return _with_teacher(on_meta(Autoencoder, ae_config), recipe)
     shared = {key: getattr(ae_config, key) for key in ("vocab_size", "patch_size", "latent_size")}
     config = build_config(CALMConfig, overrides, ae_config=ae_config, head_type=head, **shared)
     return on_meta(MODEL_CLASSES[head], config)
+
+
+def _with_teacher(model: Autoencoder, recipe: Any) -> Autoencoder:
+    """The autoencoder with the teacher that the recipe names, if it trains with one."""
+    folder = recipe.get("teacher_name_or_path")
+    if model.config.alignment_weight and not folder:
+        raise UserError(
+            "alignment_weight needs teacher_name_or_path in the recipe too, a folder with the "
+            "config.json of a token baseline: its operations are part of the training"
+        )
+    if folder:
+        config = load_config(LlamaConfig, folder, "teacher_name_or_path")
+        with torch.device("meta"):
+            model.attach_teacher(BaselineTransformer(config))
+    return model
 
 
 def _run(name: str, stage: Stage, recipe: Any) -> Run:

@@ -43,7 +43,7 @@ class TrainingMemory:
     """Bytes a GPU.
 
     Attributes:
-        weights: float32, a frozen autoencoder included.
+        weights: float32, a frozen autoencoder or teacher included.
         gradients: float32, of what is trained.
         optimizer: two float32 moments of AdamW.
         buckets: gradients once more, as DistributedDataParallel exchanges them among GPUs.
@@ -70,11 +70,13 @@ class TrainingMemory:
 def memory_of(model: PreTrainedModel, run: Run, gpus: int) -> TrainingMemory:
     """Memory to train `model`, which may be on the meta device, as `run` says on so many GPUs."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
+    alignment: Any = getattr(model, "alignment", None)
+    taught = alignment.teacher.parameters() if alignment is not None else ()
     size = sum(weight.numel() for weight in trained)
     linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     matrices = sum(weight.numel() for weight in linears if weight.requires_grad)
     return TrainingMemory(
-        weights=FLOAT32 * sum(weight.numel() for weight in model.parameters()),
+        weights=FLOAT32 * sum(weight.numel() for weight in (*model.parameters(), *taught)),
         gradients=FLOAT32 * size,
         optimizer=2 * FLOAT32 * size,
         buckets=FLOAT32 * size if gpus > 1 else 0,

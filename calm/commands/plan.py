@@ -109,8 +109,8 @@ def _cost(model: Any, run: Any, args: argparse.Namespace) -> dict[str, Any]:
         cost["inference_flop_per_token_of_200_candidates"] = flops.inference(200)
         if flops.readout:
             cost["inference_flop_per_token_by_readout"] = flops.inference_by_readout()
-        if terms := flops.training_terms():
-            cost["training_terms_flop_per_token"] = terms
+    if terms := getattr(flops, "training_terms", dict)():
+        cost["training_terms_flop_per_token"] = terms
     tokens = args.tokens
     cost["gpus"] = args.gpus
     if run is not None:

@@ -96,13 +96,21 @@ def all_cells(experiment: Experiment, scale: Scale) -> list[Cell]:
 
 
 def training_commands(cells: Sequence[Cell], root: Path) -> list[str]:
-    """The commands that train the models of `cells`, autoencoders first, each once."""
+    """The commands that train the models of `cells`, each once.
+
+    Teachers of autoencoders come first, then autoencoders, then all others.
+    """
     wanted: dict[str, Training] = {}
     for cell in cells:
-        for training in (cell.training.autoencoder, cell.training):
-            if training is not None:
-                wanted.setdefault(training.key, training)
-    ordered = sorted(wanted.values(), key=lambda training: training.stage is not Stage.AUTOENCODER)
+        for training in (*cell.training.needed, cell.training):
+            wanted.setdefault(training.key, training)
+    needed = {each.key for training in wanted.values() for each in training.needed}
+
+    def place(training: Training) -> int:
+        is_autoencoder = training.stage is Stage.AUTOENCODER
+        return 1 if is_autoencoder else 0 if training.key in needed else 2
+
+    ordered = sorted(wanted.values(), key=place)
     return [
         shlex.join(["calm", COMMANDS[training.stage][0], *training.words(root / MODELS)])
         for training in ordered

@@ -102,9 +102,12 @@ class Scale:
     devices: int = 1
     caution: str = ""
 
-    def autoencoder(self, seed: int = 1, **changes: Any) -> Training:
-        """The reference autoencoder with `changes`."""
-        return self._training(Stage.AUTOENCODER, seed, None).but(**changes)
+    def autoencoder(
+        self, seed: int = 1, teacher: Training | None = None, **changes: Any
+    ) -> Training:
+        """The reference autoencoder with `changes`, aligned to `teacher` if they say so."""
+        training = self._training(Stage.AUTOENCODER, seed, None).but(**changes)
+        return replace(training, teacher=teacher)
 
     def calm(self, seed: int = 1, autoencoder: Training | None = None, **changes: Any) -> Training:
         """The reference CALM with `changes`, on `autoencoder` or the reference one.

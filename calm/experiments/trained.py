@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,14 @@ class Training:
         recipe: that gives its flags.
         changes: flags on top of it; ``config_overrides`` is merged entry by entry.
         autoencoder: that a CALM learns on.
+        teacher: token baseline that an autoencoder is aligned to.
     """
 
     stage: Stage
     recipe: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     autoencoder: "Training | None" = None
+    teacher: "Training | None" = None
 
     @cached_property
     def flags(self) -> dict[str, Any]:
@@ -61,12 +63,19 @@ class Training:
     def key(self) -> str:
         """Hash of everything that decides the weights."""
         before = self.autoencoder.key if self.autoencoder else None
-        return digest([self.stage.value, self.flags, before])
+        taught = [self.teacher.key] if self.teacher else []
+        return digest([self.stage.value, self.flags, before, *taught])
+
+    @property
+    def needed(self) -> "list[Training]":
+        """The models that it learns from, each after those that it needs itself."""
+        direct = [training for training in (self.teacher, self.autoencoder) if training is not None]
+        return [each for training in direct for each in (*training.needed, training)]
 
     def but(self, **changes: Any) -> "Training":
         """The same training with further flags."""
         merged = merge(_as_text(self.changes), _as_text(changes))
-        return Training(self.stage, self.recipe, merged, self.autoencoder)
+        return replace(self, changes=merged)
 
     def flops_per_step(self, devices: int = 1) -> float:
         """Floating-point operations of a step on `devices` of them; see `calm.flops`."""
@@ -79,6 +88,8 @@ class Training:
         words = [*recipe_arguments(self.flags), f"--output_dir={models / self.key}"]
         if self.autoencoder:
             words.append(f"--ae_name_or_path={models / self.autoencoder.key}")
+        if self.teacher:
+            words.append(f"--teacher_name_or_path={models / self.teacher.key}")
         return words
 
 
@@ -125,13 +136,13 @@ class Trained:
 
 
 def ensure_trained(training: Training, models: Path) -> Trained:
-    """Train what is not in its folder under `models` yet, the autoencoder first.
+    """Train what is not in its folder under `models` yet, what it needs first.
 
     A run that was interrupted goes on from its last checkpoint if its recipe saves any. A model
     trained elsewhere by ``words`` is taken as it is.
     """
-    if training.autoencoder:
-        ensure_trained(training.autoencoder, models)
+    for before in training.needed:
+        ensure_trained(before, models)
     folder = models / training.key
     if not (folder / "model.safetensors").is_file() or find_damage(folder) is not None:
         _train(training, models, folder)

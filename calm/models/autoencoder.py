@@ -15,7 +15,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils import ModelOutput
 
 from calm.configuration import AutoencoderConfig
+from calm.errors import UserError
 from calm.labels import IGNORE_INDEX, Term, num_chunks
+from calm.models.alignment import Alignment, middle_of
+from calm.models.baseline import BaselineTransformer
 from calm.models.cross_entropy import cross_entropy
 from calm.models.latent_options import mean_on_sphere, noise_size, on_sphere, with_noise
 from calm.models.norm import RMSNorm
@@ -33,22 +36,25 @@ class AutoencoderOutput(ModelOutput):
     """What `Autoencoder.forward` returns: scalars unless a shape is given, or None.
 
     Attributes:
-        loss: K * reconstruction_loss + kl_weight * kl in training; reconstruction_loss in
-            evaluation. With `loss_counts`, this batch's share of it.
+        loss: K * reconstruction_loss + kl_weight * kl in training, and with a teacher
+            alignment_weight * alignment; reconstruction_loss in evaluation. With `loss_counts`,
+            this batch's share of it.
         reconstruction_loss: mean cross-entropy of a token.
         kl: mean over chunks of the KL divergence, summed over dimensions after the floor.
         collapsed: share of latent dimensions whose mean KL divergence does not exceed the floor.
+        alignment: mean over chunks of 1 - cos, see `calm.models.alignment`; in training.
         accuracy: share of tokens reconstructed from a drawn latent, ``[B]``; in evaluation.
         logits: ``[B, P*K, V]``; without labels.
         terms: with `loss_counts`: ``reconstruction_loss``, ``kl`` and ``dimension_kl`` (the KL
-            divergence of each latent dimension, before the floor), and ``accuracy`` in evaluation,
-            as sums and counts.
+            divergence of each latent dimension, before the floor), ``accuracy`` in evaluation and
+            ``alignment`` in training, as sums and counts.
     """
 
     loss: Tensor | None = None
     reconstruction_loss: Tensor | None = None
     kl: Tensor | None = None
     collapsed: Tensor | None = None
+    alignment: Tensor | None = None
     accuracy: Tensor | None = None
     logits: Tensor | None = None
     terms: dict[str, Term] | None = None
@@ -176,13 +182,20 @@ class Autoencoder(CALMPreTrainedModel):
     aliases: ClassVar[dict[str, str]] = {
         r"decoder\.lm_head_weight$": "encoder.embed_tokens.weight",
     }
+    # Of checkpoints, which hold what training alone needs.
+    _keys_to_ignore_on_load_unexpected = [r"^alignment\."]  # noqa: RUF012 (as in transformers)
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__(config)
         self.patch_size = config.patch_size
         self.encoder = Encoder(config)
         self.decoder = Decoder(config, self.encoder.embed_tokens)
+        self.alignment: Alignment | None = None
         self.post_init()
+
+    def attach_teacher(self, baseline: BaselineTransformer) -> None:
+        """Train with ``alignment_weight`` from now on; `baseline` is taken apart (`middle_of`)."""
+        self.alignment = Alignment(cast(AutoencoderConfig, self.config), middle_of(baseline))
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -248,6 +261,7 @@ class Autoencoder(CALMPreTrainedModel):
         """
         chunks = num_chunks(input_ids, self.patch_size)
         seed, first_chunk = as_seed(seed, input_ids.device), first_row * chunks
+        read_ids = input_ids
         token_dropout, latent_dropout = self._dropouts() if self.training else (0.0, 0.0)
         if token_keep is not None or token_dropout > 0.0:
             input_ids = self._drop_tokens(input_ids, token_keep, token_dropout, seed, first_chunk)
@@ -266,7 +280,24 @@ class Autoencoder(CALMPreTrainedModel):
             latent = with_noise(latent, size, decoder_noise, seed, first_chunk)
         if labels is None:
             return AutoencoderOutput(logits=self.decoder(latent_states=latent))
-        return self._losses(latent_states, latent, kl, labels, loss_counts)
+        is_counted = labels[:, :: self.patch_size] != IGNORE_INDEX
+        alignment = self._alignment(latent_states, read_ids, is_counted)
+        return self._losses(latent_states, latent, kl, labels, loss_counts, alignment)
+
+    def _alignment(
+        self, latent_states: Tensor, input_ids: Tensor, is_counted: Tensor
+    ) -> dict[str, Term]:
+        """The term of ``alignment_weight``, in training."""
+        if not self.training or not self.config.alignment_weight:
+            return {}
+        if self.alignment is None:
+            raise UserError(
+                f"alignment_weight={self.config.alignment_weight} needs a teacher: pass "
+                "--teacher_name_or_path, the folder of a trained token baseline, or call "
+                "attach_teacher"
+            )
+        gaps = self.alignment(latent_states.chunk(2, dim=-1)[0], input_ids)
+        return {"alignment": Term((gaps * is_counted).sum(1), is_counted.sum(1))}
 
     def _dropouts(self) -> tuple[float, float]:
         """Probabilities of dropping a token, and an element of the latent, in training."""
@@ -309,6 +340,7 @@ class Autoencoder(CALMPreTrainedModel):
         kl: Tensor,
         labels: Tensor,
         loss_counts: Tensor | None,
+        extra: dict[str, Term],
     ) -> AutoencoderOutput:
         decoded = self.decoder.decode(latent)  # [B, P, K, H]
         by_chunk = rearrange(labels, "b (p k) -> b p k", k=self.patch_size)
@@ -321,10 +353,13 @@ class Autoencoder(CALMPreTrainedModel):
         kl_term = Term((kl * is_counted).sum(1), chunks)
         dimension_kl = Term(self._dimension_kl(latent_states, is_counted), chunks)
         terms = {"reconstruction_loss": reconstruction, "kl": kl_term, "dimension_kl": dimension_kl}
+        terms |= extra
         of_tokens, of_chunks = (None, None) if loss_counts is None else loss_counts
         loss, accuracy = reconstruction.mean(of_tokens), None
         if self.training:
             loss = self.patch_size * loss + self.config.kl_weight * kl_term.mean(of_chunks)
+            for term in extra.values():
+                loss = loss + self.config.alignment_weight * term.mean(of_chunks)
         else:
             is_right = self.decoder.tokens(decoded) == by_chunk  # no token is IGNORE_INDEX
             terms["accuracy"] = Term(is_right.sum((1, 2)), reconstruction.counts)
@@ -334,6 +369,7 @@ class Autoencoder(CALMPreTrainedModel):
             reconstruction_loss=reconstruction.mean().detach(),
             kl=kl_term.mean().detach(),
             collapsed=self.collapsed(dimension_kl.mean()),
+            alignment=extra["alignment"].mean().detach() if extra else None,
             accuracy=accuracy,
             terms=None if loss_counts is None else {n: term.detach() for n, term in terms.items()},
         )

@@ -1,20 +1,16 @@
 """A readout of the next chunk's tokens from the hidden state, a training term."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from calm.configuration import CALMConfig
 from calm.models.norm import RMSNorm
 
-__all__ = ["TiedReadout", "TokenReadout", "without_readout"]
+__all__ = ["TiedReadout", "TokenReadout"]
 
 
 class TokenReadout(nn.Module):
@@ -130,22 +126,3 @@ class TiedReadout:
     def logits(self, features: Tensor) -> Tensor:
         """See `SlotReadout`."""
         return F.linear(features, self.embedding.weight)
-
-
-@contextmanager
-def without_readout(model: PreTrainedModel) -> Iterator[None]:
-    """Meanwhile `model` is saved as one that never had a readout, which generation does not need.
-
-    Not with ``keep_token_readout``. Another model is saved as it is.
-    """
-    readout, config = getattr(model, "token_readout", None), model.config
-    if readout is None or config.keep_token_readout:
-        yield
-        return
-    names = {name for name in model.state_dict() if name.startswith("token_readout.")}
-    saved: Any = (model._keys_to_ignore_on_save, config.token_loss_weight)
-    model._keys_to_ignore_on_save, config.token_loss_weight = names, 0
-    try:
-        yield
-    finally:
-        model._keys_to_ignore_on_save, config.token_loss_weight = saved

@@ -98,6 +98,10 @@ class ModelArguments:
     ae_name_or_path: str | None = _flag(
         None, "Trained autoencoder: folder or hub name (language model only)."
     )
+    teacher_name_or_path: str | None = _flag(
+        None,
+        "Trained token baseline for alignment_weight: folder or hub name (autoencoder only).",
+    )
     model_name_or_path: str | None = _flag(
         None, "Weights to start from: folder or hub name. Default: random ones."
     )
@@ -324,6 +328,10 @@ def _check(arguments: JobArguments) -> None:
     if arguments.stage is not Stage.CALM and model.ae_name_or_path:
         raise UserError(
             f"ae_name_or_path belongs to the language model, not to the {arguments.stage}"
+        )
+    if arguments.stage is not Stage.AUTOENCODER and model.teacher_name_or_path:
+        raise UserError(
+            f"teacher_name_or_path belongs to the autoencoder, not to the {arguments.stage}"
         )
     if training.do_eval and not (training.do_train or model.model_name_or_path):
         raise UserError(

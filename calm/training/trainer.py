@@ -29,7 +29,7 @@ from calm.data.blocks import collate
 from calm.integrity import find_non_finite, write_atomically, write_manifest
 from calm.labels import IGNORE_INDEX
 from calm.models.backbone import compile_layers
-from calm.models.readout import without_readout
+from calm.models.saving import without_training_parts
 from calm.training.arguments import CALMTrainingArguments
 from calm.training.checkpoints import (
     CheckpointCompletion,
@@ -368,7 +368,7 @@ class CALMTrainer(Trainer):
             has_state = _internal_call and not self.args.save_only_model
             check_space(folder, bytes_to_save(self.model, self.optimizer if has_state else None))
         trained = self.accelerator.unwrap_model(self.model)
-        with nullcontext() if _internal_call else without_readout(trained):
+        with nullcontext() if _internal_call else without_training_parts(trained):
             super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             # A pickle that names paths of this machine; the protocol holds the settings.

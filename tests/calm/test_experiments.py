@@ -213,6 +213,20 @@ def test_keys_follow_what_decides_the_weights():
     assert merged["beta"] == "0.5" and merged["hidden_size"] == "32"
 
 
+def test_a_teacher_is_trained_first():
+    """It decides the weights of the autoencoder, and of what learns on that."""
+    other = TINY.autoencoder(1, TINY.baseline(), config_overrides={"alignment_weight": 0.5})
+    plain = TINY.autoencoder(1, config_overrides={"alignment_weight": 0.5})
+    assert other.key != plain.key == plain.but().key and other.but(a=1).teacher is other.teacher
+    calm = TINY.calm(1, other)
+    assert [training.stage.value for training in calm.needed] == ["baseline", "autoencoder"]
+    cells = [Cell({"n": 1}, TINY.baseline(2)), Cell({"n": 2}, calm)]
+    commands = [command.split() for command in training_commands(cells, Path("runs"))]
+    assert [words[1] for words in commands] == ["train-ar", "train-ae", "train-ar", "train"]
+    assert f"--teacher_name_or_path=runs/models/{TINY.baseline().key}" in commands[1]
+    assert "--seed=1" in commands[0] and "--seed=2" in commands[2]
+
+
 @pytest.mark.parametrize("scale", SCALES.values(), ids=list(SCALES))
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=list(EXPERIMENTS))
 def test_every_grid_is_sound(experiment, scale):

@@ -19,6 +19,7 @@ PLAIN = {"ae_dropout": 0.0, "initializer_range": 0.2}
     [
         ({"latent_sphere": "yes"}, "'latent_sphere'.*'yes'"),
         ({"num_mixing_layers": -1}, "num_mixing_layers must be at least 0, got -1"),
+        ({"alignment_weight": -1}, "alignment_weight must be at least 0, got -1"),
         ({"decoder_noise": -0.1}, "decoder_noise must be at least 0, got -0.1"),
         ({"decoder_noise": float("nan")}, "decoder_noise must be a finite number, got nan"),
         ({"decoder_noise_growth": 1.5}, r"decoder_noise_growth must lie in \[0, 1\], got 1.5"),

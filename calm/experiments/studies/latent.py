@@ -1,4 +1,4 @@
-"""What the autoencoder's latent should be like: a sphere, mixed slots, another basis, noise."""
+"""What the latent should be like: a sphere, mixed slots, another basis, under noise, aligned."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from calm.experiments.scales import Scale
 __all__ = ["ARMS", "LATENT"]
 
 REFERENCE = "as it is"
-_NOISE = {"decoder_noise": 0.5}
+_NOISE, _ALIGNED = {"decoder_noise": 0.5}, {"alignment_weight": 0.5}
 # Fields of the autoencoder on top of the scale's.
 ARMS: dict[str, Mapping[str, Any]] = {
     REFERENCE: {},
@@ -20,6 +20,8 @@ ARMS: dict[str, Mapping[str, Any]] = {
     "growing noise": _NOISE,
     "sphere, growing noise": {"latent_sphere": True, **_NOISE},
     "mixed slots, growing noise": {"num_mixing_layers": 1, **_NOISE},
+    "aligned": _ALIGNED,
+    "mixed slots, aligned": {"num_mixing_layers": 1, **_ALIGNED},
 }
 
 
@@ -27,7 +29,8 @@ def _cells(scale: Scale, seed: int) -> list[Cell]:
     budget = scale.flops(scale.calm())
     cells = []
     for name, fields in ARMS.items():
-        autoencoder = scale.autoencoder(seed, config_overrides=fields)
+        teacher = scale.baseline() if "alignment_weight" in fields else None
+        autoencoder = scale.autoencoder(seed, teacher, config_overrides=fields)
         training = scale.at_budget(scale.calm(seed, autoencoder), budget)
         cells.append(Cell({"latent": name}, training, "latent_structure", seed=seed))
     return cells
@@ -58,6 +61,8 @@ LATENT = Experiment(
     claims=_claims,
     notes="Every arm and seed trains an autoencoder of its own, all with the same steps. The CALM "
     "on it has the training FLOPs of the first arm's: a dearer encoder leaves it fewer steps. "
+    "The aligned autoencoders have one teacher, the scale's token baseline, whose training and "
+    "reading is not in these FLOPs. "
     "Energy scores of different latents have different units and are not compared. docs/latent.md "
     "says what the arms are.",
 )  # fmt: skip
