@@ -94,7 +94,7 @@ def _cost(model: Any, run: Any, args: argparse.Namespace) -> dict[str, Any]:
         run: how the recipe trains; None for a checkpoint.
         args: of the command.
     """
-    from calm.flops import PEAK, CALMFlops, flops_of
+    from calm.flops import PEAK, BaselineFlops, CALMFlops, flops_of
     from calm.training_memory import memory_of
 
     chunk = getattr(model.config, "patch_size", 1)
@@ -109,7 +109,7 @@ def _cost(model: Any, run: Any, args: argparse.Namespace) -> dict[str, Any]:
         cost["inference_flop_per_token_of_200_candidates"] = flops.inference(200)
         if flops.readout:
             cost["inference_flop_per_token_by_readout"] = flops.inference_by_readout()
-    if terms := getattr(flops, "training_terms", dict)():
+    if not isinstance(flops, BaselineFlops) and (terms := flops.training_terms()):
         cost["training_terms_flop_per_token"] = terms
     tokens = args.tokens
     cost["gpus"] = args.gpus

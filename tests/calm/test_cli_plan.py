@@ -3,7 +3,12 @@
 import json
 
 import pytest
+import yaml
 from cli_cases import calm, error_of
+from tiny_models import tiny_baseline
+
+from calm import Autoencoder, AutoencoderConfig
+from calm.flops import flops_of
 
 
 def costs(capsys, *words):
@@ -54,6 +59,28 @@ def test_candidates_cost_a_baseline_nothing(capsys):
     cost = costs(capsys, "baseline-s")["baseline"]
     assert "inference_flop_per_token_of_200_candidates" not in cost
     assert cost["training_flop_per_token"] == 3 * cost["inference_flop_per_token"]
+
+
+def test_options_of_the_latent_that_cost(capsys, tmp_path):
+    """192 weights of mixed slots and 16 of a norm on each side; a teacher, and what reads it."""
+    teacher = tiny_baseline(vocab_size=259)
+    teacher.save_pretrained(tmp_path / "teacher")
+    recipe = tmp_path / "recipe.yaml"
+    sizes = "hidden_size: 16, intermediate_size: 24, latent_size: 8, vocab_size: 259"
+    recipe.write_text(
+        f"autoencoder:\n  teacher_name_or_path: {tmp_path / 'teacher'}\n  block_size: 64\n"
+        f"  config_overrides: {{{sizes}, num_mixing_layers: 1, alignment_weight: 0.5}}\n"
+    )
+    assert calm("plan", recipe, "--json") == 0
+    plan = next(iter(json.loads(capsys.readouterr().out).values()))["autoencoder"]
+    assert plan["slot_mixing"] == 2 * (192 + 16) and plan["alignment"] == 8 * 32 + 32
+    terms = plan["cost"]["training_terms_flop_per_token"]
+    model = Autoencoder(AutoencoderConfig(**yaml.safe_load(f"{{{sizes}}}"), alignment_weight=0.5))
+    model.attach_teacher(teacher)
+    assert terms == flops_of(model, context=16).training_terms()
+    assert calm("plan", recipe) == 0
+    shown = capsys.readouterr().out
+    assert "slot mixing" in shown and ", alignment " in shown and "% of it" in shown
 
 
 def test_cost_for_people(capsys):
