@@ -25,7 +25,6 @@ from calm.decoding.text.prompt import (
     Prompts,
     left_aligned,
     read_prompts,
-    right_aligned,
 )
 from calm.decoding.text.result import Generation, Times, assemble
 from calm.decoding.text.stopping import StopStrings, end_tokens
@@ -109,9 +108,10 @@ def prepare(predictor: Predictor, *, batch_size: int, max_length: int) -> float:
 def _run(predictor: Predictor, transcript: Transcript, seeds: Tensor, *, is_watched: bool) -> Times:
     """Fill the transcript; if `is_watched`, after every step, for a streamer or stop strings."""
     times, size = Times(), predictor.patch_size
-    ids, starts = right_aligned([prompt.chunks for prompt in transcript.prompts], size)
+    chunks = [prompt.chunks for prompt in transcript.prompts]
+    ids, lengths = left_aligned(chunks, fill=0), [len(row) // size for row in chunks]
     num_chunks = max(_new_chunks(prompt, size) for prompt in transcript.prompts)
-    batch_size, capacity = len(starts), ids.shape[1] // size + num_chunks
+    batch_size, capacity = len(chunks), max(lengths) + num_chunks
     begin, captured = time.perf_counter(), None
     if _is_captured(predictor):
         captured = captured_step(predictor, batch_size=batch_size, capacity=capacity)
@@ -120,7 +120,7 @@ def _run(predictor: Predictor, transcript: Transcript, seeds: Tensor, *, is_watc
         state = DecodeState.allocate(predictor, batch_size=batch_size, capacity=capacity)
     times.warmup = time.perf_counter() - begin
     begin = time.perf_counter()
-    hidden = prefill(state, ids.to(seeds.device), starts, seeds)
+    hidden = prefill(state, ids.to(seeds.device), lengths, seeds)
     if seeds.is_cuda:
         torch.cuda.synchronize(seeds.device)
     times.prefill = time.perf_counter() - begin

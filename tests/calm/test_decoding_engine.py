@@ -49,13 +49,14 @@ def make_backbone(**fields):
     return model
 
 
-def uncached(backbone, embeds, starts):
-    """States of every chunk, each sequence read alone and at once; zero before its start."""
-    states = [
-        torch.cat([row.new_zeros(start, row.shape[-1]), read(backbone, row[start:])])
-        for row, start in zip(embeds, starts, strict=True)
-    ]
-    return torch.stack(states)
+def uncached(backbone, embeds, lengths, steps):
+    """The last state of each sequence alone and after each step, ``[B, 1 + steps, H]``.
+
+    A sequence is its first chunks of `embeds`, then what the steps bring, the last of `embeds`.
+    """
+    rows = [torch.cat([row[:length], row[len(row) - steps :]])
+            for row, length in zip(embeds, lengths, strict=True)]  # fmt: skip
+    return torch.stack([read(backbone, row)[-1 - steps :] for row in rows])
 
 
 def read(backbone, row):
@@ -64,16 +65,16 @@ def read(backbone, row):
 
 @torch.no_grad()
 @pytest.mark.parametrize("is_fixed", [False, True], ids=["growing", "fixed"])
-@pytest.mark.parametrize("starts", [[0, 0, 0], [0, 2, 4]], ids=["equal", "ragged"])
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [5, 3, 1]], ids=["equal", "ragged"])
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_the_cached_backbone_equals_the_backbone(fields, starts, is_fixed):
+def test_the_cached_backbone_equals_the_backbone(fields, lengths, is_fixed):
     backbone = make_backbone(**fields)
     embeds = torch.randn(3, 11, 32, generator=torch.Generator().manual_seed(1))
     cached = CachedBackbone(backbone)
     cache = cached.allocate(3, 16, is_fixed=is_fixed)
-    states = [cached.prefill(embeds[:, :5], starts, cache)]
+    states = [cached.prefill(embeds[:, :5], lengths, cache)]
     states += [cached.decode_step(embeds[:, column : column + 1], cache) for column in range(5, 11)]
-    expected = uncached(backbone, embeds, starts)[:, 4:]
+    expected = uncached(backbone, embeds, lengths, 6)
     assert torch.allclose(torch.stack(states, 1), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -85,7 +86,7 @@ def test_a_decode_step_with_a_mask_pins_its_attention(monkeypatch, is_fixed, dev
     """Two backends are left on a GPU, none of which plans anew; all is as before afterwards."""
     backbone = CachedBackbone(tiny_calm().transformer)
     cache = backbone.allocate(2, 8, is_fixed=is_fixed)
-    backbone.prefill(torch.randn(2, 3, 32), [0, 0], cache)
+    backbone.prefill(torch.randn(2, 3, 32), [3, 3], cache)
     enabled, attention = [], torch.nn.functional.scaled_dot_product_attention
 
     def backends():
@@ -112,11 +113,11 @@ def test_a_decode_step_with_a_mask_pins_its_attention(monkeypatch, is_fixed, dev
 def test_the_cached_backbone_rounds_no_worse_in_bfloat16():
     exact, backbone = make_backbone(), make_backbone().bfloat16()
     embeds = torch.randn(2, 9, 32).bfloat16()
-    expected = uncached(exact, embeds.float(), [0, 0])[:, 4:]
-    plain = uncached(backbone, embeds, [0, 0])[:, 4:]
+    expected = uncached(exact, embeds.float(), [5, 5], 4)
+    plain = uncached(backbone, embeds, [5, 5], 4)
     cached = CachedBackbone(backbone)
     cache = cached.allocate(2, 9)
-    states = [cached.prefill(embeds[:, :5], [0, 0], cache)]
+    states = [cached.prefill(embeds[:, :5], [5, 5], cache)]
     states += [cached.decode_step(embeds[:, column : column + 1], cache) for column in range(5, 9)]
     lean = torch.stack(states, 1)
     assert lean.dtype == torch.bfloat16
@@ -128,11 +129,11 @@ def test_a_cache_can_be_reset_and_selected():
     backbone = make_backbone()
     cached, embeds = CachedBackbone(backbone), torch.randn(3, 8, 32)
     cache = cached.allocate(3, 8)
-    for starts in ([0, 3, 1], [2, 0, 0]):
-        cached.prefill(embeds[:, :6], starts, cache)
+    for lengths in ([6, 3, 5], [4, 6, 6]):
+        cached.prefill(embeds[:, :6], lengths, cache)
         rest = cache.select(torch.tensor([2, 0]))
         state = cached.decode_step(embeds[[2, 0], 6:7], rest)
-        expected = uncached(backbone, embeds[:, :7], starts)[[2, 0], -1]
+        expected = uncached(backbone, embeds[:, :7], lengths, 1)[[2, 0], -1]
         assert torch.allclose(state, expected, atol=1e-5)
     with pytest.raises(UserError, match="the cache holds 8 chunks, 6 of them in use; 3 more do"):
         cache.reserve(3)

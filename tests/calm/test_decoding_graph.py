@@ -121,6 +121,6 @@ def test_an_earlier_text_that_was_not_finite_leaves_no_trace():
         state.cache.keys.fill_(value)
         state.cache.values.fill_(value)
         state.tokens.zero_()
-        prefill(state, prompt(2, 8), [0, 1], seed)
+        prefill(state, prompt(2, 8), [2, 1], seed)
         records.append(torch.stack([decode_step(state) for _ in range(3)]))
     assert torch.equal(*records)

@@ -32,9 +32,9 @@ class _Positions(NamedTuple):
     """Where the chunks of one call go in the cache, and which columns they attend to."""
 
     rotation: Tensor  # [B or 1, Q, 1, D/2] complex
-    columns: slice | Tensor  # to write
+    columns: slice | Tensor  # to write: of all sequences alike, or one column of each, [B]
     length: int  # columns that attention reads
-    mask: Tensor | None  # 0 or -inf, [B or 1, 1, Q, length]
+    mask: Tensor | None  # 0 or -inf, [B, 1, 1, length]
     is_causal: bool
 
 
@@ -93,29 +93,25 @@ class CachedBackbone:
         cos, sin = self.backbone.rotary_emb(like, positions)
         return torch.complex(cos, sin)[0, :, : self.head_dim // 2]
 
-    def prefill(self, embeds: Tensor, starts: list[int], cache: KVCache) -> Tensor:
-        """Read prompts of any lengths, which end in the last column.
+    def prefill(self, embeds: Tensor, lengths: list[int], cache: KVCache) -> Tensor:
+        """Read prompts of any lengths, which begin in the first column.
 
         Args:
-            embeds: ``[B, P, H]``; columns before a sequence's start may hold any finite numbers.
-            starts: first column of each sequence, at most P - 1.
+            embeds: ``[B, P, H]``; after a sequence's end they may hold any finite numbers.
+            lengths: chunks of each sequence, 1 to P, the longest P.
             cache: its contents are overwritten.
 
         Returns: the hidden state after each prompt's last chunk, ``[B, H]``.
         """
-        cache.begin(starts)
-        cache.reserve(embeds.shape[1])
-        column = torch.arange(embeds.shape[1], device=embeds.device)
-        mask, rotation = None, cache.rotations[None, : len(column), None]
-        if cache.is_ragged:
-            rotation = cache.rotations[(column - cache.starts[:, None]).clamp(min=0)][:, :, None]
-            is_own = column >= cache.starts[:, None, None, None]  # [B, 1, 1, P]
-            is_past = column < column[:, None]
-            # a column before the start sees itself, so that its softmax is not empty
-            mask = self._additive((is_own & is_past) | (column == column[:, None]))
-        columns = slice(0, len(column))
-        positions = _Positions(rotation, columns, len(column), mask, is_causal=mask is None)
-        return self._run(embeds, cache, positions)
+        cache.begin(lengths)
+        columns = slice(0, embeds.shape[1])
+        rotation = cache.rotations[None, columns, None]
+        positions = _Positions(rotation, columns, embeds.shape[1], None, is_causal=True)
+        hidden = self._run(embeds, cache, positions)
+        if not cache.is_ragged:
+            return self.backbone.norm(hidden[:, -1])
+        rows = torch.arange(len(lengths), device=embeds.device)
+        return self.backbone.norm(hidden[rows, cache.lengths - 1])
 
     def decode_step(self, embeds: Tensor, cache: KVCache) -> Tensor:
         """Read one more chunk.
@@ -127,44 +123,38 @@ class CachedBackbone:
         Returns: ``[B, H]``. With a fixed cache all shapes are fixed and nothing synchronises.
         """
         cache.reserve(1)
-        if cache.position is None:
-            positions = self._next_positions(cache)
-        else:
-            positions = self._fixed_positions(cache, cache.position)
+        positions = self._next_positions(cache)
         is_pinned = positions.mask is not None and self.device.type == "cuda"
         with sdpa_kernel(WITH_MASK) if is_pinned else nullcontext():
-            return self._run(embeds, cache, positions)
+            hidden = self._run(embeds, cache, positions)
+        cache.advance()
+        return self.backbone.norm(hidden[:, -1])
 
     def _next_positions(self, cache: KVCache) -> _Positions:
-        """The column after `cache.length` filled ones; attention reads no more than those."""
-        column, mask = cache.length, None
-        rotation = cache.rotations[column].view(1, 1, 1, -1)
-        if cache.is_ragged:
-            rotation = cache.rotations[column - cache.starts][:, None, None]
-            columns = torch.arange(column + 1, device=cache.starts.device)
-            mask = self._additive(columns >= cache.starts[:, None, None, None])
-        return _Positions(rotation, slice(column, column + 1), column + 1, mask, is_causal=False)
-
-    def _fixed_positions(self, cache: KVCache, position: Tensor) -> _Positions:
-        """The column that the device counts; attention reads all columns and masks later ones."""
-        rotation = cache.rotations[position - cache.starts][:, None, None]
-        column = torch.arange(cache.capacity, device=position.device)
-        mask = (column >= cache.starts[:, None, None, None]) & (column <= position)
-        return _Positions(rotation, position, cache.capacity, self._additive(mask), is_causal=False)
+        """The next column of each sequence; attention reads what is filled, or all of it masked."""
+        column = cache.length
+        if not (cache.is_fixed or cache.is_ragged):
+            rotation = cache.rotations[column].view(1, 1, 1, -1)
+            columns = slice(column, column + 1)
+            return _Positions(rotation, columns, column + 1, None, is_causal=False)
+        length = cache.capacity if cache.is_fixed else column + 1
+        rotation = cache.rotations[cache.lengths][:, None, None]
+        every = torch.arange(length, device=cache.lengths.device)
+        mask = self._additive(every <= cache.lengths[:, None, None, None])
+        return _Positions(rotation, cache.lengths, length, mask, is_causal=False)
 
     def _additive(self, mask: Tensor) -> Tensor:
         """0 where `mask` is true, else -inf; attention would convert it so in every layer."""
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, -torch.inf)
 
     def _run(self, hidden: Tensor, cache: KVCache, positions: _Positions) -> Tensor:
-        """All layers on ``[B, Q, H]``; the last chunk's state, normalised, ``[B, H]``."""
+        """All layers on ``[B, Q, H]``; states before the last norm."""
         layers = cast(Any, self.backbone.layers)
         for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
             normed = layer.input_layernorm(hidden)
             hidden = hidden + self._attend(layer.self_attn, normed, keys, values, positions)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        cache.advance(hidden.shape[1])
-        return self.backbone.norm(hidden[:, -1])
+        return hidden
 
     def _attend(
         self, attention: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor, at: _Positions
@@ -204,4 +194,5 @@ def _write(cache: Tensor, columns: slice | Tensor, fresh: Tensor) -> None:
     if isinstance(columns, slice):
         cache[:, :, columns] = fresh
     else:
-        cache.index_copy_(2, columns, fresh)
+        index = columns[:, None, None, None].expand_as(fresh)
+        cache.scatter_(2, index, fresh)

@@ -44,8 +44,8 @@ class DecodeState:
         """For `batch_size` sequences of at most `capacity` chunks; for `is_fixed` see `KVCache`."""
         backbone = CachedBackbone(predictor.backbone)
         cache = backbone.allocate(batch_size, capacity, is_fixed=is_fixed)
-        seed = cache.starts.new_zeros(batch_size, 2)
-        tokens = cache.starts.new_zeros(batch_size, predictor.patch_size)
+        seed = cache.lengths.new_zeros(batch_size, 2)
+        tokens = cache.lengths.new_zeros(batch_size, predictor.patch_size)
         return cls(predictor, backbone, cache, seed, tokens)
 
     def select(self, rows: list[int]) -> "DecodeState":
@@ -60,19 +60,19 @@ class DecodeState:
         )
 
 
-def prefill(state: DecodeState, input_ids: Tensor, starts: list[int], seed: Tensor) -> Tensor:
+def prefill(state: DecodeState, input_ids: Tensor, lengths: list[int], seed: Tensor) -> Tensor:
     """Read prompts.
 
     Args:
         state: what it held is overwritten.
-        input_ids: whole chunks, ``[B, P * K]``, ending in the last column; any ids before a start.
-        starts: first chunk of each sequence, at most P - 1.
+        input_ids: whole chunks, ``[B, P * K]``, from the first column on; any ids after an end.
+        lengths: chunks of each prompt, 1 to P, the longest P.
         seed: int64 ``[B, 2]``; chunk i draws from it advanced by i.
 
     Returns: hidden states ``[B, H]`` after the prompts.
     """
     state.seed.copy_(seed)
-    return state.backbone.prefill(state.predictor.embed(input_ids), starts, state.cache)
+    return state.backbone.prefill(state.predictor.embed(input_ids), lengths, state.cache)
 
 
 def first_chunk(

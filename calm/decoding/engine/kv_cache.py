@@ -12,27 +12,28 @@ __all__ = ["KVCache"]
 
 @dataclass
 class KVCache:
-    """Keys and values of a batch whose sequences end in the same column.
+    """Keys and values of a batch, in which every sequence has a length of its own.
 
-    A shorter sequence starts further right: column c of sequence b is its chunk ``c - starts[b]``,
-    and columns before its start are never attended to. All sequences grow by one column a step.
+    Column c of a sequence is its chunk c. Columns from its length on hold nothing: they are never
+    attended to, and the next chunk takes the first of them.
 
     Attributes:
         keys: ``[layers, B, heads, capacity, D]``, rotated.
         values: likewise.
         rotations: cos + i sin of the angles of each position, complex ``[capacity, D/2]``.
-        starts: first column of each sequence, int64 ``[B]``.
-        position: columns filled, int64 ``[1]`` on the device, if the cache is fixed: a step then
-            has fixed shapes and can be replayed from a graph. None if `length` alone counts.
-        is_ragged: whether a sequence starts after column 0.
-        length: columns filled, counted by the host; replays of a graph are not counted.
+        lengths: chunks of each sequence, int64 ``[B]`` on the device.
+        is_fixed: whether a step attends to all columns, masked, so that it has fixed shapes and can
+            be replayed from a graph.
+        is_ragged: whether lengths differ.
+        length: chunks of the longest sequence, counted by the host; replays of a graph are not
+            counted.
     """
 
     keys: Tensor
     values: Tensor
     rotations: Tensor
-    starts: Tensor
-    position: Tensor | None = None
+    lengths: Tensor
+    is_fixed: bool = False
     is_ragged: bool = False
     length: int = 0
 
@@ -53,13 +54,28 @@ class KVCache:
         """An empty cache. It holds zeros, because masked columns must be finite too."""
         shape = (2, num_layers, batch_size, num_heads, capacity, head_dim)
         keys, values = torch.zeros(shape, device=device, dtype=dtype)
-        starts = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return cls(keys, values, rotations, starts, starts.new_zeros(1) if is_fixed else None)
+        lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return cls(keys, values, rotations, lengths, is_fixed)
 
     @property
     def capacity(self) -> int:
         """Columns."""
         return self.keys.shape[3]
+
+    def begin(self, lengths: list[int]) -> None:
+        """Forget everything: the sequences get these lengths, and a prefill fills them.
+
+        Raises:
+            UserError: the cache is smaller.
+        """
+        self.length = 0
+        self.reserve(max(lengths))
+        self.length, self.is_ragged = max(lengths), len(set(lengths)) > 1
+        self.lengths.copy_(torch.tensor(lengths))
+        if self.is_fixed:
+            # A fixed step reads all columns, and an earlier text may have left infinite numbers.
+            self.keys.zero_()
+            self.values.zero_()
 
     def reserve(self, columns: int) -> None:
         """Raise `UserError` if there is no room for so many more columns."""
@@ -69,22 +85,10 @@ class KVCache:
                 f"{columns} more do not fit: make it larger"
             )
 
-    def begin(self, starts: list[int]) -> None:
-        """Forget everything; the next prefill's sequences start in these columns."""
-        self.starts.copy_(torch.tensor(starts))
-        self.is_ragged = any(starts)
-        self.length = 0
-        if self.position is not None:
-            self.position.zero_()
-            # A fixed step reads all columns, and an earlier text may have left infinite numbers.
-            self.keys.zero_()
-            self.values.zero_()
-
-    def advance(self, columns: int) -> None:
-        """Count columns that were written."""
-        self.length += columns
-        if self.position is not None:
-            self.position += columns
+    def advance(self) -> None:
+        """Count the column that a step has written for every sequence."""
+        self.length += 1
+        self.lengths += 1
 
     def select(self, rows: Tensor) -> "KVCache":
         """The sequences `rows`, int64 ``[b]``, in a cache of their own."""
@@ -92,8 +96,15 @@ class KVCache:
             self.keys[:, rows],
             self.values[:, rows],
             self.rotations,
-            self.starts[rows],
-            None if self.position is None else self.position.clone(),
+            self.lengths[rows],
+            self.is_fixed,
             self.is_ragged,
             self.length,
+        )
+
+    def slot(self, row: int) -> "KVCache":
+        """One sequence, as a cache of B = 1 in this cache's memory; the host counts it apart."""
+        one = slice(row, row + 1)
+        return KVCache(
+            self.keys[:, one], self.values[:, one], self.rotations, self.lengths[one], self.is_fixed
         )

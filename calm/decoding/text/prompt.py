@@ -17,7 +17,6 @@ __all__ = [
     "Prompts",
     "left_aligned",
     "read_prompts",
-    "right_aligned",
 ]
 
 ALIGNMENTS = ("condition", "pad")
@@ -248,14 +247,6 @@ class PromptFormat:
                 f"of {context * size} tokens; ask for fewer" + (hint if room > 0 else "")
             )
         return tokens[len(tokens) - room :]
-
-
-def right_aligned(rows: list[list[int]], size: int) -> tuple[Tensor, list[int]]:
-    """Rows of a multiple of `size` ids that end together, ``[B, T]``, and their first chunks."""
-    longest = max(map(len, rows))
-    missing = [longest - len(row) for row in rows]
-    ids = [[0] * count + row for count, row in zip(missing, rows, strict=True)]
-    return torch.tensor(ids, dtype=torch.int64), [count // size for count in missing]
 
 
 def left_aligned(rows: list[list[int]], fill: int, width: int | None = None) -> Tensor:
