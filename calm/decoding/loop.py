@@ -33,7 +33,7 @@ from calm.errors import UserError
 from calm.integrity import check_finite
 from calm_kernels.noise import Seed
 
-__all__ = ["Request", "continue_prompts", "prepare"]
+__all__ = ["Request", "continue_prompts", "draw_first", "prepare", "read"]
 
 STEPS_PER_SYNC = 8  # decode steps of a captured graph between two reads by the host
 
@@ -107,11 +107,10 @@ def prepare(predictor: Predictor, *, batch_size: int, max_length: int) -> float:
 
 def _run(predictor: Predictor, transcript: Transcript, seeds: Tensor, *, is_watched: bool) -> Times:
     """Fill the transcript; if `is_watched`, after every step, for a streamer or stop strings."""
-    times, size = Times(), predictor.patch_size
-    chunks = [prompt.chunks for prompt in transcript.prompts]
-    ids, lengths = left_aligned(chunks, fill=0), [len(row) // size for row in chunks]
-    num_chunks = max(_new_chunks(prompt, size) for prompt in transcript.prompts)
-    batch_size, capacity = len(chunks), max(lengths) + num_chunks
+    times, size, prompts = Times(), predictor.patch_size, transcript.prompts
+    num_chunks = max(_new_chunks(prompt, size) for prompt in prompts)
+    longest = max(len(prompt.chunks) for prompt in prompts) // size
+    batch_size, capacity = len(prompts), longest + num_chunks
     begin, captured = time.perf_counter(), None
     if _is_captured(predictor):
         captured = captured_step(predictor, batch_size=batch_size, capacity=capacity)
@@ -120,19 +119,31 @@ def _run(predictor: Predictor, transcript: Transcript, seeds: Tensor, *, is_watc
         state = DecodeState.allocate(predictor, batch_size=batch_size, capacity=capacity)
     times.warmup = time.perf_counter() - begin
     begin = time.perf_counter()
-    hidden = prefill(state, ids.to(seeds.device), lengths, seeds)
+    hidden = read(state, prompts, seeds)
     if seeds.is_cuda:
         torch.cuda.synchronize(seeds.device)
     times.prefill = time.perf_counter() - begin
     begin = time.perf_counter()
-    given = [prompt.given for prompt in transcript.prompts]
-    fill = predictor.model.config.pad_token_id or 0  # where no draw continues the prompt
-    given_ids = left_aligned(given, fill=fill, width=size).to(seeds.device)
-    first = first_chunk(state, hidden, given_ids, [len(tokens) for tokens in given])
+    first = draw_first(state, hidden, prompts)
     steps_per_sync = STEPS_PER_SYNC if captured is not None and not is_watched else 1
     _fill_transcript(transcript, state, captured, first, num_chunks, steps_per_sync)
     times.decode = time.perf_counter() - begin
     return times
+
+
+def read(state: DecodeState, prompts: Sequence[Prompt], seeds: Tensor) -> Tensor:
+    """Read the whole chunks of prompts; seeds are int64 ``[B, 2]``. Hidden states ``[B, H]``."""
+    chunks = [prompt.chunks for prompt in prompts]
+    lengths = [len(row) // state.predictor.patch_size for row in chunks]
+    return prefill(state, left_aligned(chunks, fill=0).to(seeds.device), lengths, seeds)
+
+
+def draw_first(state: DecodeState, hidden: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """The first new chunks, packed, given what the prompts begin of them."""
+    given = [prompt.given for prompt in prompts]
+    fill = state.predictor.model.config.pad_token_id or 0  # where no draw continues the prompt
+    ids = left_aligned(given, fill=fill, width=state.predictor.patch_size).to(hidden.device)
+    return first_chunk(state, hidden, ids, [len(tokens) for tokens in given])
 
 
 def _fill_transcript(

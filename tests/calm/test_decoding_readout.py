@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import Recorder, prompt, tiny_baseline, tiny_calm
+from tiny_models import Recorder, calm_with_readout, prompt, tiny_baseline, tiny_calm
 
 from calm import EnergyTransformer
 from calm.decoding.engine.decode_step import DecodeState, decode_step
@@ -18,18 +18,7 @@ from calm.experiments.readout import Readout
 from calm_kernels.noise import as_seed
 
 VOCAB, SIZE, COUNT = 3, 4, 4000
-KEPT = {"token_loss_weight": 1.0, "keep_token_readout": True}
 KINDS = ["independent", "causal"]
-
-
-def calm_with_readout(kind="causal", *, vocab_size=VOCAB, **fields):
-    """One whose readout is far from uniform."""
-    model = tiny_calm(vocab_size=vocab_size, token_readout=kind, **KEPT, **fields)
-    torch.manual_seed(1)
-    for weight in model.token_readout.parameters():
-        if weight.dim() == 2:
-            torch.nn.init.normal_(weight, std=0.25 / weight.shape[1] ** 0.5)
-    return model
 
 
 def every_chunk(vocab_size=VOCAB):

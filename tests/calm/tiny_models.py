@@ -52,6 +52,19 @@ def tiny_calm(head="energy", *, patch_size=4, vocab_size=5, seed=0, **fields):
     return model
 
 
+READOUT = {"token_loss_weight": 1.0, "keep_token_readout": True}
+
+
+def calm_with_readout(kind="causal", *, vocab_size=3, **fields):
+    """One whose readout is far from uniform."""
+    model = tiny_calm(vocab_size=vocab_size, token_readout=kind, **READOUT, **fields)
+    torch.manual_seed(1)
+    for weight in model.token_readout.parameters():
+        if weight.dim() == 2:
+            torch.nn.init.normal_(weight, std=0.25 / weight.shape[1] ** 0.5)
+    return model
+
+
 def tiny_baseline(*, vocab_size=3, seed=0, **fields):
     """A token-by-token model whose distribution is far from uniform."""
     torch.manual_seed(seed)

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calm.decoding.chunk import Chunk
 from calm.decoding.engine.backbone import CachedBackbone
 from calm.decoding.engine.kv_cache import KVCache
 from calm.decoding.engine.predictors import Predictor
 
-__all__ = ["DecodeState", "decode_step", "first_chunk", "prefill"]
+__all__ = ["DecodeState", "advance", "decode_step", "first_chunk", "next_hidden", "prefill"]
 
 
 @dataclass
@@ -59,6 +58,13 @@ class DecodeState:
             self.tokens[index],
         )
 
+    def slot(self, row: int) -> "DecodeState":
+        """One sequence, as a state of B = 1 in this state's memory."""
+        one = slice(row, row + 1)
+        return DecodeState(
+            self.predictor, self.backbone, self.cache.slot(row), self.seed[one], self.tokens[one]
+        )
+
 
 def prefill(state: DecodeState, input_ids: Tensor, lengths: list[int], seed: Tensor) -> Tensor:
     """Read prompts.
@@ -84,17 +90,21 @@ def first_chunk(
         chunk = state.predictor.complete(hidden, given, length, state.seed)
     else:
         chunk = state.predictor.choose(hidden, state.seed)
-    return _advance(state, chunk)
+    return advance(state, chunk.pack())
 
 
 def decode_step(state: DecodeState) -> Tensor:
     """One chunk for each sequence, packed as `Chunk.pack` does."""
-    hidden = state.backbone.decode_step(state.predictor.embed(state.tokens), state.cache)
-    return _advance(state, state.predictor.choose(hidden, state.seed))
+    return advance(state, state.predictor.choose(next_hidden(state), state.seed).pack())
 
 
-def _advance(state: DecodeState, chunk: Chunk) -> Tensor:
-    """Keep the chunk as the next input, move the seed on, and pack the chunk."""
-    state.tokens.copy_(chunk.tokens)
+def next_hidden(state: DecodeState) -> Tensor:
+    """Read the last chunk of each sequence: hidden states ``[B, H]``."""
+    return state.backbone.decode_step(state.predictor.embed(state.tokens), state.cache)
+
+
+def advance(state: DecodeState, packed: Tensor) -> Tensor:
+    """Keep packed chunks as the next input, move the seed on, and return the chunks."""
+    state.tokens.copy_(packed[:, : state.tokens.shape[1]])
     state.seed[:, 1] += 1
-    return chunk.pack()
+    return packed

@@ -15,7 +15,7 @@ from torch import Tensor
 from calm.decoding.chunk import Chunk
 from calm.decoding.sampling.chunk_distribution import Method
 from calm.decoding.sampling.prefix_rejection import Prefix
-from calm.decoding.sampling.token_draws import draw_chunks, draw_tokens
+from calm.decoding.sampling.token_draws import draw_chunks, draw_tokens, token_chances
 from calm_kernels import noise
 
 __all__ = ["ChunkPredictor", "Predictor", "ReadoutPredictor", "TokenPredictor"]
@@ -43,6 +43,10 @@ class Predictor(Protocol):
     @property
     def is_capturable(self) -> bool:
         """Whether `choose` has fixed shapes and does not synchronise."""
+
+    @property
+    def is_one_draw(self) -> bool:
+        """Whether `choose` takes one draw of each sequence; a sequence more then costs little."""
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids ``[B, P * K]`` to the backbone's inputs ``[B, P, H]``."""
@@ -96,6 +100,11 @@ class ChunkPredictor(_CALMPredictor):
         """See `Predictor`."""
         return self.method.is_capturable
 
+    @property
+    def is_one_draw(self) -> bool:
+        """See `Predictor`."""
+        return self.method.is_one_draw
+
     def choose(self, hidden: Tensor, seed: Tensor) -> Chunk:
         """See `Predictor`."""
         return self.method.choose(self.model.distribution(hidden), seed)
@@ -111,12 +120,13 @@ class ReadoutPredictor(_CALMPredictor):
 
     Attributes:
         model: a `calm.models.ContinuousTransformer` that has a readout.
-        temperature: T > 0.
+        temperature: T >= 0; 0 takes the likeliest token of each slot.
     """
 
     temperature: float
 
     is_capturable = True
+    is_one_draw = True
 
     def choose(self, hidden: Tensor, seed: Tensor) -> Chunk:
         """See `Predictor`."""
@@ -141,7 +151,7 @@ class TokenPredictor:
 
     Attributes:
         model: a `calm.models.BaselineTransformer`.
-        temperature: T > 0.
+        temperature: T >= 0; 0 takes the likeliest token.
     """
 
     model: Any
@@ -150,6 +160,7 @@ class TokenPredictor:
     patch_size = 1
     start_token_id = None
     is_capturable = True
+    is_one_draw = True
 
     @property
     def backbone(self) -> Any:
@@ -167,9 +178,9 @@ class TokenPredictor:
             len(hidden), 1, stream=noise.Stream.VOTE, seed=seed, device=hidden.device,
             dtype=torch.float64,
         )  # fmt: skip
-        tokens = draw_tokens((logits / self.temperature).softmax(-1), uniforms)
+        chances, is_finite = token_chances(logits, self.temperature)
+        tokens = draw_tokens(chances, uniforms)
         one = torch.ones_like(seed[:, 0])
-        is_finite = torch.isfinite(logits).all(-1)
         return Chunk(tokens, one, one, torch.zeros_like(is_finite), is_finite)
 
     def complete(self, hidden: Tensor, given: Tensor, given_length: Tensor, seed: Tensor) -> Chunk:

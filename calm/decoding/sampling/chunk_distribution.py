@@ -68,6 +68,10 @@ class Method(Protocol):
     def is_capturable(self) -> bool:
         """Whether `choose` has fixed shapes and does not synchronise."""
 
+    @property
+    def is_one_draw(self) -> bool:
+        """Whether `choose` takes one draw of each sequence."""
+
     def choose(self, distribution: ChunkDistribution, seed: Tensor) -> Chunk:
         """The next chunk of each sequence; `seed` is int64 ``[B, 2]``, a stream for each."""
 

@@ -49,6 +49,7 @@ class Exact:
     noise_scale: float = 1.0
     max_draws: int = 5000
     is_capturable: ClassVar[bool] = False
+    is_one_draw: ClassVar[bool] = False
 
     def choose(self, distribution: ChunkDistribution, seed: Tensor) -> Chunk:
         """See `Method`."""

@@ -29,7 +29,8 @@ from calm.decoding.sampling.voting import split_power, vote, vote_by_count
 from calm.errors import UserError
 
 __all__ = [
-    "METHODS", "READOUT", "Batch", "Direct", "Exact", "Medoid", "NoiseScale", "build_method",
+    "MAX_WAVES", "METHODS", "READOUT", "Batch", "Direct", "Exact", "Medoid", "NoiseScale",
+    "build_method",
 ]  # fmt: skip
 
 MAX_WAVES = 25  # of N draws, by default, that a chunk may take
@@ -49,6 +50,7 @@ class Direct:
     noise_scale: float = 1.0
     max_draws: int = MAX_WAVES * 200
     is_capturable: ClassVar[bool] = True
+    is_one_draw: ClassVar[bool] = True
 
     @property
     def noise_spread(self) -> float:
@@ -142,6 +144,7 @@ class Batch(Direct):
 
     temperature: float = 0.5
     is_slotwise: bool | None = None
+    is_one_draw: ClassVar[bool] = False
 
     @property
     def needed(self) -> int:
@@ -173,6 +176,8 @@ class Medoid(Direct):
     Attributes:
         num_samples: N.
     """
+
+    is_one_draw: ClassVar[bool] = False
 
     @property
     def needed(self) -> int:

@@ -6,12 +6,13 @@ Shapes: B sequences, N draws, K tokens (and slots) of a chunk, H hidden size, V 
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from calm.decoding.sampling.prefix_rejection import Prefix
 from calm_kernels import noise
 
-__all__ = ["SlotReadout", "draw_chunks", "draw_tokens"]
+__all__ = ["SlotReadout", "draw_chunks", "draw_tokens", "token_chances"]
 
 
 class SlotReadout(Protocol):
@@ -61,7 +62,7 @@ def draw_chunks(
         hidden: ``[B, H]``.
         seed: int64 ``[B, 2]``; each token takes one number of its row's stream.
         num_draws: N.
-        temperature: T > 0.
+        temperature: T >= 0, see `token_chances`.
         prefix: the first tokens of the chunks, if they are given.
 
     Returns: tokens ``[N, B, K]``, and whether all logits / T were finite, bool ``[B]``; where not,
@@ -76,15 +77,33 @@ def draw_chunks(
     is_finite = torch.ones(rows, dtype=torch.bool, device=hidden.device)
     for slot in range(readout.patch_size):
         known = tokens if readout.is_causal else tokens[:1]  # all draws see the same
-        logits = readout.logits(readout.slot(hidden, known)).to(torch.float32) / temperature
-        is_finite = is_finite & torch.isfinite(logits).all(-1).view(-1, rows).all(0)
-        chances = logits.softmax(-1).expand(num_draws, rows, -1)
+        logits = readout.logits(readout.slot(hidden, known)).to(torch.float32)
+        chances, is_usable = token_chances(logits, temperature)
+        is_finite = is_finite & is_usable.view(-1, rows).all(0)
+        chances = chances.expand(num_draws, rows, -1)
         drawn = draw_tokens(chances.flatten(0, 1), uniforms[..., slot].reshape(-1, 1))
         drawn = drawn.view(num_draws, rows)
         if prefix is not None:
             drawn = torch.where(slot < prefix.length, prefix.tokens[:, slot], drawn)
         tokens = torch.cat([tokens, drawn[..., None]], dim=-1)
     return tokens, is_finite
+
+
+def token_chances(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """softmax(logits / T); for T = 0 its limit, 1 at the first of the largest logits.
+
+    Args:
+        logits: float32 ``[..., V]``.
+        temperature: T >= 0.
+
+    Returns: float32 ``[..., V]``, and whether all logits / T were finite, bool ``[...]``.
+    """
+    if temperature > 0:
+        logits = logits / temperature
+        chances = logits.softmax(-1)
+    else:
+        chances = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+    return chances, torch.isfinite(logits).all(-1)
 
 
 def draw_tokens(probabilities: Tensor, uniforms: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ from typing import Any, TextIO
 
 from transformers.generation.streamers import BaseStreamer
 
-__all__ = ["TextStream", "text_after"]
+__all__ = ["TextPieces", "TextStream", "text_after"]
 
 CONTEXT = 16  # tokens that are decoded before an edge where all of them would take long
 UNFINISHED = "\ufffd"  # what a part of a character decodes to
-MOST_UNFINISHED = 3  # tokens: all but the last byte of a character
+MOST_UNFINISHED = 3  # of these signs: all but the last byte of a character
+MOST_UNCLEAR = 64  # of these signs in a row, before a character is no longer hoped for
 
 
 def text_after(
@@ -45,6 +46,42 @@ def text_after(
     return whole[sum(1 for _ in common) :]
 
 
+class TextPieces:
+    """Text of tokens as they come, in whole characters.
+
+    Args:
+        tokenizer: with `decode`.
+        before: ids that stand before the first token.
+    """
+
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        self._before = list(before[-CONTEXT:])  # tokens whose text was returned
+        self._pending: list[int] = []  # those after them
+        self._num_shown = 0  # characters of theirs that were returned
+
+    def put(self, tokens: Sequence[int]) -> str:
+        """What can be shown after these tokens; part of a character waits for its other bytes."""
+        self._pending += tokens
+        text = text_after(self.tokenizer, self._before, self._pending)
+        unclear = len(text) - len(text.rstrip(UNFINISHED))
+        if not 0 < unclear <= MOST_UNCLEAR:
+            return self._take(text)
+        # Bytes that are no character show as the same sign; the last few may become one yet.
+        begin, self._num_shown = self._num_shown, len(text) - min(unclear, MOST_UNFINISHED)
+        return text[begin : self._num_shown]
+
+    def end(self) -> str:
+        """What is left, which may end in a part of a character."""
+        return self._take(text_after(self.tokenizer, self._before, self._pending))
+
+    def _take(self, text: str) -> str:
+        """The rest of the text of all pending tokens, which are shown then."""
+        self._before = [*self._before, *self._pending][-CONTEXT:]
+        begin, self._num_shown, self._pending = self._num_shown, 0, []
+        return text[begin:]
+
+
 class TextStream(BaseStreamer):
     """A streamer that prints every token's text as soon as its characters are whole.
 
@@ -54,32 +91,19 @@ class TextStream(BaseStreamer):
     """
 
     def __init__(self, tokenizer: Any, file: TextIO | None = None) -> None:
-        self.tokenizer = tokenizer
         self.file = file or sys.stdout
-        self._shown: list[int] = []  # the last tokens that were printed
-        self._pending: list[int] = []
+        self._pieces = TextPieces(tokenizer)
         self._has_begun = False
 
     def put(self, value: Any) -> None:
         """Print the text of these tokens, a tensor of any shape."""
         self._has_begun = True
-        self._pending += value.flatten().tolist()
-        for held in range(MOST_UNFINISHED + 1):
-            ready = self._pending[: len(self._pending) - held]
-            if not text_after(self.tokenizer, self._shown, ready).endswith(UNFINISHED):
-                self._print(len(ready))
-                return
-        self._print(len(self._pending))  # no character: the model wrote other bytes
+        self._print(self._pieces.put(value.flatten().tolist()))
 
     def end(self) -> None:
         """Print what is left and end the line, if anything came."""
-        self._print(len(self._pending))
-        if self._has_begun:
-            self.file.write("\n")
-            self.file.flush()
+        self._print(self._pieces.end() + ("\n" if self._has_begun else ""))
 
-    def _print(self, count: int) -> None:
-        tokens, self._pending = self._pending[:count], self._pending[count:]
-        self.file.write(text_after(self.tokenizer, self._shown, tokens))
+    def _print(self, text: str) -> None:
+        self.file.write(text)
         self.file.flush()
-        self._shown = [*self._shown, *tokens][-CONTEXT:]

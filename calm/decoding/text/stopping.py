@@ -1,11 +1,12 @@
 """Where a text ends: tokens that end it, and strings that do."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from calm.decoding.text.edges import CONTEXT, text_after
 from calm.errors import UserError
 
-__all__ = ["StopStrings", "end_tokens"]
+__all__ = ["StopStrings", "TextBeforeStops", "end_tokens"]
 
 MARGIN = 8  # tokens beside those of a stop string: some decode to nothing or to half a character
 
@@ -60,3 +61,44 @@ class StopStrings:
             return None
         ends = range(first + 1, len(tokens) + 1)
         return next((end for end in ends if is_in(end)), len(tokens))
+
+
+class TextBeforeStops:
+    """Text as it comes, up to the first stop string, which is not shown.
+
+    Args:
+        strings: none of them empty.
+
+    Attributes:
+        is_stopped: whether a string has appeared.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self.strings = tuple(strings)
+        self.is_stopped = False
+        self._held = ""
+
+    def put(self, text: str) -> str:
+        """What can be shown after this text: an end that may begin a stop string is held back."""
+        if self.is_stopped:
+            return ""
+        self._held += text
+        found = [place for s in self.strings if (place := self._held.find(s)) >= 0]
+        self.is_stopped = bool(found)
+        shown = min(found) if found else len(self._held) - self._begun()
+        text, self._held = self._held[:shown], self._held[shown:]
+        return text
+
+    def end(self) -> str:
+        """What was held back and is no stop string."""
+        text, self._held = self._held, ""
+        return "" if self.is_stopped else text
+
+    def _begun(self) -> int:
+        """Characters of the longest end of the text that begins a stop string."""
+        longest = max((len(s) - 1 for s in self.strings), default=0)
+        lengths = range(min(longest, len(self._held)), 0, -1)
+        return next((n for n in lengths if self._is_begin(self._held[-n:])), 0)
+
+    def _is_begin(self, end: str) -> bool:
+        return any(string.startswith(end) for string in self.strings)

@@ -28,6 +28,8 @@ class Transcript:
     Attributes:
         new: generated tokens of each sequence.
         records: the record of each of its chunks.
+        has_ended: whether each has.
+        has_stopped: whether an end token or a stop string ended it, rather than its budget.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Transcript:
         self.new: list[list[int]] = [[] for _ in prompts]
         self.records: list[list[ChunkRecord]] = [[] for _ in prompts]
         self.has_ended = [False] * len(prompts)
+        self.has_stopped = [False] * len(prompts)
         if streamer is not None:
             streamer.put(torch.tensor([prompts[0].tokens], dtype=torch.int64))
 
@@ -80,13 +83,13 @@ class Transcript:
         new = self.new[row]
         end = next((i for i in range(old_length, len(new)) if new[i] in self.ends), None)
         if end is not None:
-            self.has_ended[row] = True
+            self.has_ended[row] = self.has_stopped[row] = True
             if not self.keeps_tail:
                 del new[end + 1 :]
         if self.stops is not None:
             end = self.stops.cut(self.prompts[row].tokens, new, len(new) - old_length)
             if end is not None:
-                self.has_ended[row] = True
+                self.has_ended[row] = self.has_stopped[row] = True
                 del new[end:]
 
     @property
