@@ -46,6 +46,7 @@ COMMANDS = {
     "eval": Command("calm.commands.evaluate", "BrierLM of a model on a text"),
     "compare": Command("calm.commands.compare", "rank several models on one text", "train,plot"),
     "generate": Command("calm.commands.generate", "continue a prompt", ""),
+    "serve": Command("calm.commands.serve", "serve models behind OpenAI's interface", "serve"),
     "verify": Command("calm.commands.verify", "whether a run's files are as they were written"),
     "experiment": Command("calm.commands.experiment", "study a trained model", "train,plot"),
 }

@@ -33,7 +33,13 @@ DISPATCHERS = {
     "calm_kernels.compiling.configurations": "calm_kernels.compiling.cases",
 }
 
-ABOVE_PLAN = ("calm.experiments", "calm.commands", "calm.cli", "calm.integrations")
+ABOVE_PLAN = (
+    "calm.experiments",
+    "calm.serving",
+    "calm.commands",
+    "calm.cli",
+    "calm.integrations",
+)
 ABOVE_TRAINING = ("calm.plan", "calm.training_memory", *ABOVE_PLAN)
 ABOVE_MODELS = ("calm.flops", "calm.evaluation", "calm.training", *ABOVE_TRAINING)
 # Folder of the importing file -> packages it must never import, from the lowest layer upwards.
@@ -60,7 +66,8 @@ FORBIDDEN = {
     "calm/training/": ABOVE_TRAINING,
     "calm/plan.py": ("calm.training_memory", *ABOVE_PLAN),
     "calm/training_memory.py": ABOVE_PLAN,
-    "calm/experiments": ("calm.commands", "calm.cli", "calm.integrations"),
+    "calm/experiments": ("calm.serving", "calm.commands", "calm.cli", "calm.integrations"),
+    "calm/serving": ("calm.models", *(set(ABOVE_MODELS) - {"calm.serving"})),
     "calm/commands": ("calm.cli", "calm.integrations"),
 }
 # Module -> the package of an extra that it needs; its own tests import it where that is installed.

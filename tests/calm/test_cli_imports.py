@@ -52,21 +52,25 @@ def test_any_public_name_registers_the_models(name):
 
 
 @pytest.mark.parametrize(
-    ("command", "flag", "extras"),
-    [("demo", "--output-dir", "train,plot"), ("train", "--output_dir", "train")],
+    ("command", "flag", "package", "extras"),
+    [
+        ("demo", "--output-dir", "datasets", "train,plot"),
+        ("train", "--output_dir", "datasets", "train"),
+        ("serve", "--model", "fastapi", "serve"),
+    ],
 )
-def test_a_missing_package_is_named_with_its_extra(command, flag, extras):
+def test_a_missing_package_is_named_with_its_extra(command, flag, package, extras):
     """In a Python of its own, as imports that fail halfway leave modules behind."""
     code = (
         "import sys\n"
-        "sys.modules['datasets'] = None\n"
+        f"sys.modules['{package}'] = None\n"
         "from calm import cli\n"
         f"sys.exit(cli.main(['{command}', '{flag}', 'nowhere']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: `calm {command}` needs datasets, which is not installed: "
+        f"error: `calm {command}` needs {package}, which is not installed: "
         f"pip install 'calm-lm[{extras}]'\n"
     )
 
