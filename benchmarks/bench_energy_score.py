@@ -16,6 +16,9 @@ REQUIREMENTS = (
     Requirement(REFERENCE, min_speedup=40.0, max_memory_share=0.1),
     Requirement(CDIST, min_speedup=4.0),
 )
+UNWEIGHTED, ONE = "without weights", "one Gaussian"
+WEIGHTED = (Requirement(UNWEIGHTED, min_speedup=1 / 1.15),)
+NUM_GAUSSIANS = 4
 NUM_PAIRS = ENERGY.num_samples * (ENERGY.num_samples - 1)
 
 
@@ -167,6 +170,71 @@ def bench_given_targets(benchmark, chunks):
         },
         shape=ENERGY,
         rounds=3,
+    )
+
+
+@pytest.mark.benchmark(group="energy_score, weighted targets, fwd+bwd")
+def bench_weighted_targets(benchmark, chunks):
+    samples, mean, log_std = chunks
+    targets = draw_targets(mean, log_std)
+    weights = torch.softmax(torch.randn(targets.shape[:-1]), 0)
+
+    def weighted(of=weights, **options):
+        return energy_score(samples, targets, target_weights=of, **options)
+
+    def same_with_equal_weights():
+        equal = torch.full_like(weights, 1 / len(weights))
+        assert_same_score(weighted(equal), energy_score(samples, targets), samples)
+
+    def same_as_reference():
+        assert_same_score(weighted(), weighted(backend="reference"), samples)
+
+    compare(
+        benchmark,
+        lambda: gradient_of(weighted(), samples),
+        {
+            UNWEIGHTED: Baseline(
+                lambda: gradient_of(energy_score(samples, targets), samples),
+                same_with_equal_weights,
+            ),
+            "reference backend": Baseline(
+                lambda: gradient_of(weighted(backend="reference"), samples), same_as_reference
+            ),
+        },
+        shape=ENERGY,
+        requirements=WEIGHTED,
+    )
+
+
+@pytest.mark.benchmark(group="gaussian_energy_score, mixture of 4, fwd+bwd")
+def bench_mixture(benchmark, chunks):
+    samples, mean, log_std = chunks
+    means = mean + 0.1 * torch.randn(NUM_GAUSSIANS, *mean.shape)
+    spreads = log_std.expand_as(means).contiguous()
+    weights = torch.softmax(torch.randn(means.shape[:-1]), 0)
+
+    def one(g=0):
+        return gaussian_energy_score(samples, means[g], spreads[g])
+
+    def mixture():
+        return gaussian_energy_score(samples, means, spreads, target_weights=weights)
+
+    def each():
+        """Weights sum to 1: the score of the mixture is the weighted score of its parts."""
+        return sum(weights[g] * one(g) for g in range(NUM_GAUSSIANS))
+
+    def same():
+        assert_same_score(mixture(), each(), samples)
+
+    compare(
+        benchmark,
+        lambda: gradient_of(mixture(), samples),
+        {
+            ONE: Baseline(lambda: gradient_of(one(), samples), same),
+            "four scores": Baseline(lambda: gradient_of(each(), samples), same),
+        },
+        shape=ENERGY,
+        requirements=(Requirement(ONE, min_speedup=1 / NUM_GAUSSIANS),),
     )
 
 

@@ -63,8 +63,9 @@ _FEW_ARGMAX_ROWS = {
 }
 
 # (operation, architecture): settings by the largest width that each is for. Suffixes name forms
-# that take more registers: ".heavy" also differentiates the target, ".blocks" loops over blocks of
-# samples. Without a row of its own a form takes that of its name without the last suffix.
+# that take more registers: ".heavy" also differentiates the target, ".mixture" loops over
+# Gaussians, ".blocks" over blocks of samples. Without a row of its own a form takes that of its
+# name without the last suffix.
 TABLE: dict[tuple[str, str], dict[int, Launch]] = {
     ("energy_score.analytic", DEFAULT): {
         512: Launch(block_n=16),

@@ -165,6 +165,10 @@ def _given_works(shape: Shape, device: str) -> Iterator[Work]:
         backend: lambda *points, backend=backend: energy_score(*points, backend=backend)
         for backend in ("triton", "torch")
     }
+    equal = torch.full((shape.num_targets, shape.rows), 1 / shape.num_targets, device=device)
+    scores["triton, with weights"] = lambda *points: energy_score(
+        *points, target_weights=equal, backend="triton"
+    )
     scores["torch.cdist"] = cdist_score
     results = [_gradient(score, buffers[0], upstream) for score in scores.values()]
     for other in results[1:]:

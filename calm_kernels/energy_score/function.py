@@ -25,10 +25,17 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def energy_score_triton(
-    samples: Tensor, targets: Tensor, exponent: float, weight: Tensor | None
+    samples: Tensor,
+    targets: Tensor,
+    target_weights: Tensor | None,
+    exponent: float,
+    weight: Tensor | None,
 ) -> Tensor:
-    """Score ``[R]`` of samples ``[N, R, L]`` against given targets ``[M, R, L]``."""
-    score, *_ = _given_op(samples, targets, weight, exponent, *_needs(samples, targets))
+    """Score ``[R]`` of samples ``[N, R, L]`` against given targets ``[M, R, L]``, weights
+    ``[M, R]``.
+    """
+    needs = _needs(samples, targets, target_weights)
+    score, *_ = _given_op(samples, targets, target_weights, weight, exponent, *needs)
     return score
 
 
@@ -36,19 +43,22 @@ def gaussian_energy_score_triton(
     samples: Tensor,
     mean: Tensor,
     log_std: Tensor,
+    target_weights: Tensor | None,
     exponent: float,
     draws: TargetDraws | None,
     weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Score, fidelity, diversity and, without draws, the largest r2 of each position, ``[R]``.
 
-    Samples are ``[N, R, L]``, mean and log_std ``[R, L]``. Without draws the expectation over
-    targets is exact.
+    Samples are ``[N, R, L]``, mean and log_std ``[G, R, L]`` with weights ``[G, R]``, or G = 1
+    without. Without draws the expectation over targets is exact.
     """
-    needs = _needs(samples, mean, log_std)
+    needs = _needs(samples, mean, log_std, target_weights)
     options = (exponent, needs[0], needs[1] or needs[2])
     if draws is None:
-        score, terms, *_ = _analytic_op(samples, mean, log_std, weight, *options)
+        score, terms, *_ = _analytic_op(
+            samples, mean, log_std, target_weights, weight, *options, needs[3]
+        )
         fidelity, diversity, max_r2 = terms.unbind()
         return score, fidelity, diversity, max_r2
     first_row = as_first_row(draws.first_row, samples.device)
@@ -61,8 +71,9 @@ def gaussian_energy_score_triton(
     return score, fidelity, diversity, None
 
 
-def _needs(*inputs: Tensor) -> tuple[bool, ...]:
-    return tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs)
+def _needs(*inputs: Tensor | None) -> tuple[bool, ...]:
+    has_graph = torch.is_grad_enabled()
+    return tuple(has_graph and tensor is not None and tensor.requires_grad for tensor in inputs)
 
 
 def _outputs(samples: Tensor, need_samples: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,40 +89,44 @@ def _outputs(samples: Tensor, need_samples: bool) -> tuple[Tensor, Tensor, Tenso
     return score, terms, samples.new_empty(shape, dtype=dtype)
 
 
-def _posterior_outputs(mean: Tensor, log_std: Tensor, is_needed: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of mean and log_std in float32, empty if not needed."""
-    shape = mean.shape if is_needed else (0,)
-    return mean.new_empty(shape, dtype=torch.float32), log_std.new_empty(shape, dtype=torch.float32)
-
-
-def _target_output(samples: Tensor, targets: Tensor, is_needed: bool) -> Tensor:
-    """Gradient of given targets ``[R, M, L]`` in float32, empty if not needed."""
-    num_targets, num_rows, width = targets.shape
-    shape = (num_rows, num_targets, width) if is_needed else (0,)
-    return targets.new_empty(shape, dtype=torch.float32)
+def _target_output(samples: Tensor, targets: Tensor | None, is_needed: bool) -> Tensor:
+    """Gradient in float32 of what targets have, ``[M, R, ...]``: ``[R, M, ...]``, empty if not
+    needed.
+    """
+    shape: tuple[int, ...] = (0,)
+    if targets is not None and is_needed:
+        num_targets, num_rows, *features = targets.shape
+        shape = (num_rows, num_targets, *features)
+    return samples.new_empty(shape, dtype=torch.float32)
 
 
 @operator("energy_score")
 def _given_op(
     samples: Tensor,
     targets: Tensor,
+    target_weights: Tensor | None,
     weight: Tensor | None,
     exponent: float,
     need_samples: bool,
     need_targets: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Score, terms, gradients of samples ``[R, N, L]`` and of targets ``[R, M, L]`` in float32."""
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Score, terms, gradients of samples ``[R, N, L]`` and, in float32, of targets ``[R, M, L]``
+    and their weights ``[R, M]``.
+    """
     score, terms, dsamples = _outputs(samples, need_samples)
     dtargets = _target_output(samples, targets, need_targets)
+    dweights = _target_output(samples, target_weights, need_weights)
     if samples.shape[1]:
         problem = Problem.of(
-            samples, weight, exponent, need_samples=need_samples, need_posterior=False
-        )
-        direct_given_score(
-            problem, samples, targets, weight, score, terms, dsamples, dtargets,
-            need_targets=need_targets,
+            samples, weight, exponent, need_samples=need_samples, need_posterior=False,
+            target_weights=target_weights, need_target_weights=need_weights,
         )  # fmt: skip
-    return score, terms, dsamples, dtargets
+        direct_given_score(
+            problem, samples, targets, target_weights, weight, score, terms, dsamples, dtargets,
+            dweights, need_targets=need_targets,
+        )  # fmt: skip
+    return score, terms, dsamples, dtargets, dweights
 
 
 @operator("analytic_energy_score")
@@ -119,22 +134,29 @@ def _analytic_op(
     samples: Tensor,
     mean: Tensor,
     log_std: Tensor,
+    target_weights: Tensor | None,
     weight: Tensor | None,
     exponent: float,
     need_samples: bool,
     need_posterior: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Score, terms and the gradients of samples ``[R, N, L]``, mean and log_std ``[R, L]``."""
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Score, terms and the gradients of samples ``[R, N, L]``, mean and log_std ``[R, G, L]``, and
+    the weights ``[R, G]``.
+    """
     score, terms, dsamples = _outputs(samples, need_samples)
-    dmean, dlog_std = _posterior_outputs(mean, log_std, need_posterior)
+    dmean, dlog_std = (_target_output(samples, v, need_posterior) for v in (mean, log_std))
+    dweights = _target_output(samples, target_weights, need_weights)
     if samples.shape[1]:
         problem = Problem.of(
-            samples, weight, exponent, need_samples=need_samples, need_posterior=need_posterior
-        )
+            samples, weight, exponent, need_samples=need_samples, need_posterior=need_posterior,
+            target_weights=target_weights, need_target_weights=need_weights,
+        )  # fmt: skip
         analytic_score(
-            problem, samples, mean, log_std, weight, score, terms, dsamples, dmean, dlog_std
-        )
-    return score, terms, dsamples, dmean, dlog_std
+            problem, samples, mean, log_std, target_weights, weight, score, terms, dsamples, dmean,
+            dlog_std, dweights,
+        )  # fmt: skip
+    return score, terms, dsamples, dmean, dlog_std, dweights
 
 
 @operator("drawn_energy_score")
@@ -152,9 +174,11 @@ def _drawn_op(
     need_samples: bool,
     need_posterior: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `_analytic_op` for targets drawn from a seed, or from given noise ``[M, R, L]``."""
+    """As `_analytic_op` for targets drawn from a seed, or from given noise ``[M, R, L]``, of one
+    Gaussian ``[1, R, L]``.
+    """
     score, terms, dsamples = _outputs(samples, need_samples)
-    dmean, dlog_std = _posterior_outputs(mean, log_std, need_posterior)
+    dmean, dlog_std = (_target_output(samples, v, need_posterior) for v in (mean, log_std))
     if samples.shape[1]:
         problem = Problem.of(
             samples, weight, exponent, need_samples=need_samples, need_posterior=need_posterior
@@ -163,8 +187,9 @@ def _drawn_op(
         has_gram = noise is None and takes_gram(problem)
         launch = gram_score if has_gram else direct_drawn_score
         launch(
-            problem, samples, mean, log_std, weight, draws, score, terms, dsamples, dmean, dlog_std
-        )
+            problem, samples, mean[0], log_std[0], weight, draws, score, terms, dsamples, dmean,
+            dlog_std,
+        )  # fmt: skip
     return score, terms, dsamples, dmean, dlog_std
 
 
@@ -172,19 +197,39 @@ def _drawn_op(
 def _(
     samples: Tensor,
     targets: Tensor,
+    target_weights: Tensor | None,
     weight: Tensor | None,
     exponent: float,
     need_samples: bool,
     need_targets: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_outputs(samples, need_samples), _target_output(samples, targets, need_targets)
+    need_weights: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        *_outputs(samples, need_samples),
+        _target_output(samples, targets, need_targets),
+        _target_output(samples, target_weights, need_weights),
+    )
 
 
 @_analytic_op.register_fake
+def _(
+    samples: Tensor, mean: Tensor, log_std: Tensor, target_weights: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    *_, need_samples, need_posterior, need_weights = options
+    return (
+        *_outputs(samples, need_samples),
+        *(_target_output(samples, value, need_posterior) for value in (mean, log_std)),
+        _target_output(samples, target_weights, need_weights),
+    )
+
+
 @_drawn_op.register_fake
 def _(samples: Tensor, mean: Tensor, log_std: Tensor, *options: Any) -> tuple[Tensor, ...]:
     *_, need_samples, need_posterior = options
-    return *_outputs(samples, need_samples), *_posterior_outputs(mean, log_std, need_posterior)
+    return (
+        *_outputs(samples, need_samples),
+        *(_target_output(samples, value, need_posterior) for value in (mean, log_std)),
+    )
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -193,12 +238,12 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.set_materialize_grads(False)  # of the other outputs: zeros that nobody reads
     ctx.save_for_backward(*output[2:])
     ctx.num_inputs = len(inputs)
-    ctx.dtypes = [value.dtype for value in inputs[: len(output) - 2]]
+    ctx.dtypes = [None if value is None else value.dtype for value in inputs[: len(output) - 2]]
 
 
 def _scale_gradients(ctx: Any, dscore: Tensor, *_: None) -> Gradients:
-    """Stored gradients ``[R, ...]`` times upstream ``[R]``, with draws as the first axis; None
-    where no gradient was stored.
+    """Stored gradients ``[R, M, ...]`` times upstream ``[R]``, as ``[M, R, ...]``; None where no
+    gradient was stored.
     """
     refuse_second_derivative("the energy score", advice="")
     scaled: list[Tensor | None] = []
@@ -208,7 +253,7 @@ def _scale_gradients(ctx: Any, dscore: Tensor, *_: None) -> Gradients:
             continue
         upstream = dscore.view(-1, *[1] * (gradient.dim() - 1))
         total = torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
-        scaled.append(total.transpose(0, 1) if gradient.dim() == 3 else total)
+        scaled.append(total.transpose(0, 1))
     return *scaled, *[None] * (ctx.num_inputs - len(scaled))
 
 

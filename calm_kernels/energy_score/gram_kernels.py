@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from calm_kernels.device import exp2, power_terms
-from calm_kernels.energy_score.problem import Problem, pointer_and_stride
+from calm_kernels.energy_score.problem import Problem, pointer_and_strides
 from calm_kernels.energy_score.targets import TargetDraws
 from calm_kernels.energy_score.tile_kernels import load_weight, store_terms
 from calm_kernels.noise_kernels import load_key, normal_slices
@@ -363,7 +363,7 @@ def gram_score(
     """Launch: score ``[R]``, terms ``[3, R]`` and gradients, written to the last five tensors."""
     num_rows = samples.shape[1]
     constants, options = gram_constants(problem, is_antithetic=draws.is_antithetic)
-    pointer, stride = pointer_and_stride(weight, samples)
+    pointer, (stride,) = pointer_and_strides(weight, samples)
     with torch.cuda.device_of(samples):
         gram_kernel[(num_rows,)](
             samples, mean, log_std, pointer, draws.seed, draws.first_row, score, terms, dsamples,

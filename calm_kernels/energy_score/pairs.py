@@ -14,7 +14,8 @@ from calm_kernels.energy_score.row_blocks import in_row_blocks, working_set
 
 __all__ = ["between", "within"]
 
-Terms = tuple[Tensor, Tensor | None, Tensor | None]
+# The sum, and its gradients in x, in y and in the weights.
+Terms = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 # Matmuls from this many dimensions on; with fewer, too many pairs are near.
 MIN_MATMUL_WIDTH = 64
 # |v|² of at least this share of |x|² + |y|² has lost at most four bits to cancellation.
@@ -49,25 +50,34 @@ def within(
 
 
 def between(
-    x: Tensor, y: Tensor, exponent: float, scale: Tensor, *, need_dx: bool, need_dy: bool
+    x: Tensor,
+    y: Tensor,
+    exponent: float,
+    scale: Tensor,
+    weights: Tensor | None = None,
+    *,
+    need_dx: bool,
+    need_dy: bool,
 ) -> Terms:
-    """The sum scale · Σ_{n,m} |x_n - y_m|^α of each position and its gradients in x and y.
+    """The sum scale · Σ_{n,m} w_m |x_n - y_m|^α of each position, and its gradients.
 
     Args:
         x: ``[R, N, L]``.
         y: ``[R, M, L]``.
         exponent: α.
         scale: ``[R]``, multiplies the sum and the gradients.
+        weights: w, ``[R, M]``, 1 if not given. Given, their gradient comes with the sum.
         need_dx: whether to compute the gradient of x.
         need_dy: whether to compute the gradient of y.
     """
     num_samples, num_targets, width = x.shape[1], y.shape[1], x.shape[2]
     # Reading which pairs are near would synchronise a GPU.
     if x.device.type != "cpu" or width < MIN_MATMUL_WIDTH:
-        return _by_differences(x, y, exponent, scale, need_dx, need_dy)
+        return _by_differences(x, y, exponent, scale, weights, need_dx, need_dy)
 
     def compute(rows: slice) -> Terms:
-        part = (x[rows], y[rows], exponent, scale[rows], need_dx, need_dy)
+        of_rows = None if weights is None else weights[rows]
+        part = (x[rows], y[rows], exponent, scale[rows], of_rows, need_dx, need_dy)
         return _by_matmul(*part) or _by_differences(*part)
 
     elements = (num_samples + num_targets) * max(num_samples, width)
@@ -75,16 +85,23 @@ def between(
 
 
 def _by_differences(
-    x: Tensor, y: Tensor, exponent: float, scale: Tensor, need_dx: bool, need_dy: bool
+    x: Tensor,
+    y: Tensor,
+    exponent: float,
+    scale: Tensor,
+    weights: Tensor | None,
+    need_dx: bool,
+    need_dy: bool,
 ) -> Terms:
     """`between` by differences ``[r, N, m, L]``, as many at a time as a block holds."""
     num_samples, num_targets, width = x.shape[1], y.shape[1], x.shape[2]
     block = max(1, min(num_targets, working_set(x.device) // max(1, num_samples * width)))
+    factors = _factors(scale, weights, num_targets)
     scratch = x.new_empty(0)
 
     def compute(rows: slice) -> Terms:
         nonlocal scratch
-        total = torch.zeros_like(scale[rows], dtype=torch.float64)
+        sums = torch.zeros_like((scale if weights is None else weights)[rows], dtype=torch.float64)
         dx = torch.zeros_like(x[rows]) if need_dx else None
         dy = torch.empty_like(y[rows]) if need_dy else None
         for start in range(0, num_targets, block):
@@ -95,24 +112,34 @@ def _by_differences(
                 scratch = x.new_empty(shape.numel())
             difference = torch.sub(near, far, out=scratch[: shape.numel()].view(shape))
             powered, slope = _power(difference, exponent, need_slope=need_dx or need_dy)
-            total += powered.sum(dim=(1, 2), dtype=torch.float64)
+            if weights is None:
+                sums += powered.sum(dim=(1, 2), dtype=torch.float64)
+            else:
+                sums[:, part] = powered.sum(1, dtype=torch.float64)
             if slope is None:
                 continue
-            slope *= scale[rows, None, None]
+            slope *= factors[rows, None, part]
             if dx is not None:
                 dx += torch.matmul(slope[:, :, None], difference)[:, :, 0]
             if dy is not None:
                 dy[:, part] = -difference.mul_(slope[..., None]).sum(1)
-        return total * scale[rows], dx, dy
+        total, dweights = _weighted(sums, scale[rows], None if weights is None else weights[rows])
+        return total, dx, dy, dweights
 
     return in_row_blocks(compute, x.shape[0], num_samples * block * width, x.device)
 
 
 def _by_matmul(
-    x: Tensor, y: Tensor, exponent: float, scale: Tensor, need_dx: bool, need_dy: bool
+    x: Tensor,
+    y: Tensor,
+    exponent: float,
+    scale: Tensor,
+    weights: Tensor | None,
+    need_dx: bool,
+    need_dy: bool,
 ) -> Terms | None:
     """As `between`, by a matmul of points centred on the targets' mean; None if many are near."""
-    center = y.mean(1, keepdim=True)
+    center = _center(y, weights)
     near_x, near_y = x, y  # near points differ in digits that centring rounds away
     x, y = x - center, y - center
     squares = x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None]  # [r, N, M]
@@ -127,15 +154,19 @@ def _by_matmul(
     need_slope = need_dx or need_dy
     length = square.masked_fill_(~is_far, 1.0).sqrt_()
     powered, slope = _powers(length, exponent, need_slope=need_slope)
-    total = powered.masked_fill(~is_far, 0.0).sum((1, 2), dtype=torch.float64)
+    powered = powered.masked_fill(~is_far, 0.0)
+    sums = powered.sum((1, 2) if weights is None else 1, dtype=torch.float64)
     row, n, m = near
     difference = near_x[row, n] - near_y[row, m]
-    powered, near_slope = _power(difference, exponent, need_slope=need_slope)
-    total.index_add_(0, row, powered.double())
+    near_powered, near_slope = _power(difference, exponent, need_slope=need_slope)
+    place = (row,) if weights is None else (row, m)
+    sums.index_put_(place, near_powered.double(), accumulate=True)
+    total, dweights = _weighted(sums, scale, weights)
     if slope is None or near_slope is None:
-        return total * scale, None, None
-    slope = slope.masked_fill_(~is_far, 0.0).mul_(scale[:, None, None])
-    pull = difference * (near_slope * scale[row])[:, None]
+        return total, None, None, dweights
+    factors = _factors(scale, weights, y.shape[1])
+    slope = slope.masked_fill_(~is_far, 0.0).mul_(factors[:, None])
+    pull = difference * (near_slope * factors[row, m])[:, None]
     dx = dy = None
     if need_dx:
         dx = torch.baddbmm(x * slope.sum(2, keepdim=True), slope, y, alpha=-1)
@@ -144,7 +175,33 @@ def _by_matmul(
         dy = y * slope.sum(1)[..., None]
         dy.baddbmm_(slope.transpose(1, 2), x, alpha=-1)
         dy.index_put_((row, m), -pull, accumulate=True)
-    return total * scale, dx, dy
+    return total, dx, dy, dweights
+
+
+def _center(y: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean of the points of each position, ``[r, 1, L]``; those of weight 0 do not count."""
+    if weights is None:
+        return y.mean(1, keepdim=True)
+    present = (weights != 0).to(y.dtype)
+    share = present / present.sum(1, keepdim=True).clamp_min(1)
+    return torch.bmm(share[:, None], y)
+
+
+def _factors(scale: Tensor, weights: Tensor | None, num_targets: int) -> Tensor:
+    """What multiplies the slope of each target, ``[r, M]``."""
+    if weights is None:
+        return scale[:, None].expand(-1, num_targets)
+    return scale[:, None] * weights
+
+
+def _weighted(sums: Tensor, scale: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The whole sum ``[r]`` and its gradient in the weights, from the sum over all pairs ``[r]``,
+    or with weights over those of each target ``[r, M]``.
+    """
+    if weights is None:
+        return sums * scale, None
+    dweights = sums * scale[:, None]
+    return (dweights * weights).sum(1), dweights
 
 
 def _power(

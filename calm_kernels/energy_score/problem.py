@@ -18,7 +18,7 @@ from calm_kernels.tuning import (
     warp_size,
 )
 
-__all__ = ["Problem", "pointer_and_stride"]
+__all__ = ["Problem", "pointer_and_strides"]
 
 
 class Problem(NamedTuple):
@@ -33,12 +33,15 @@ class Problem(NamedTuple):
     has_weight: bool
     arch: str
     has_fast_math: bool
+    has_target_weights: bool = False
+    need_target_weights: bool = False
     can_round: bool = True  # the interpreter would multiply bf16 operands as bit patterns
 
     @classmethod
     def of(
         cls, samples: Tensor, weight: Tensor | None, exponent: float, *, need_samples: bool,
-        need_posterior: bool,
+        need_posterior: bool, target_weights: Tensor | None = None,
+        need_target_weights: bool = False,
     ) -> "Problem":  # fmt: skip
         """Of samples ``[N, R, L]`` on this machine."""
         num_samples, _, width = samples.shape
@@ -52,6 +55,8 @@ class Problem(NamedTuple):
             has_weight=weight is not None,
             arch=architecture(samples.device),
             has_fast_math=use_fast_math(),
+            has_target_weights=target_weights is not None,
+            need_target_weights=need_target_weights,
             can_round=not is_interpreted(),
         )
 
@@ -75,6 +80,13 @@ class Problem(NamedTuple):
             "FAST": self.has_fast_math,
         }
 
+    def weighted(self) -> dict[str, Any]:
+        """Constants of the kernels that take weights of targets."""
+        return {
+            "HAS_TARGET_WEIGHTS": self.has_target_weights,
+            "NEED_TARGET_WEIGHTS": self.need_target_weights,
+        }
+
     def tiled(self, operation: str) -> Constants:
         """Common constants with those of a tile of samples, and the options of its launch."""
         launch = self.setting(operation)
@@ -86,6 +98,8 @@ class Problem(NamedTuple):
         )
 
 
-def pointer_and_stride(weight: Tensor | None, samples: Tensor) -> tuple[Tensor, int]:
-    """The weight and its stride; without a weight a pointer that the kernels do not read."""
-    return (samples, 0) if weight is None else (weight, weight.stride(0))
+def pointer_and_strides(
+    weight: Tensor | None, samples: Tensor, num_axes: int = 1
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The weight and its strides; without a weight a pointer that the kernels do not read."""
+    return (samples, (0,) * num_axes) if weight is None else (weight, weight.stride())

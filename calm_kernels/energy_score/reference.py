@@ -5,10 +5,12 @@ drawn targets are broadcast against samples, ``[N, M, R, L]``, as the published 
 departure is the gradient of |v|^α at v = 0: zero here, NaN for α < 1 in the published code. The
 second derivative would be NaN there, so it is refused, as on the other backends.
 
-Shapes: samples ``[N, R, L]``, targets ``[M, R, L]``, mean and log_std ``[R, L]``, R positions.
+Shapes: samples ``[N, R, L]``; targets ``[M, R, L]`` with weights ``[M, R]``; mean and log_std of G
+Gaussians ``[G, R, L]`` with weights ``[G, R]``, or of one without; R positions.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,17 +44,26 @@ def diversity(samples: Tensor, exponent: float) -> Tensor:
     return distances.sum(dim=(0, 1)) / (num_samples * (num_samples - 1))
 
 
-def fidelity(samples: Tensor, targets: Tensor, exponent: float) -> Tensor:
-    """2 · mean_{i,m} |x_i - y_m|^α, ``[R]``."""
-    return 2 * distance(samples[:, None], targets[None], exponent).mean(dim=(0, 1))
+def fidelity(distances: Tensor, target_weights: Tensor | None) -> Tensor:
+    """2 · Σ_m w_m mean_i of distances ``[N, M, R]``, w_m = 1/M without weights ``[M, R]``."""
+    if target_weights is None:
+        return 2 * distances.mean(dim=(0, 1))
+    return 2 * (target_weights * distances.mean(dim=0)).sum(0)
 
 
 def energy_score_reference(
-    samples: Tensor, targets: Tensor, exponent: float, weight: Tensor | None
+    samples: Tensor,
+    targets: Tensor,
+    target_weights: Tensor | None,
+    exponent: float,
+    weight: Tensor | None,
 ) -> Tensor:
     """Score ``[R]`` of samples against given targets."""
     samples, targets = without_masked(weight, samples, targets)
-    score = diversity(samples, exponent) - fidelity(samples, targets, exponent)
+    target_weights, targets = without_absent(weight, target_weights, targets)
+    apart = diversity(samples, exponent)
+    near = fidelity(distance(samples[:, None], targets[None], exponent), target_weights)
+    score = apart - near
     score = score if weight is None else weight * score
     return once_differentiable(score, "the energy score")
 
@@ -61,6 +72,7 @@ def gaussian_energy_score_reference(
     samples: Tensor,
     mean: Tensor,
     log_std: Tensor,
+    target_weights: Tensor | None,
     exponent: float,
     noise: Tensor | None,
     weight: Tensor | None,
@@ -71,15 +83,18 @@ def gaussian_energy_score_reference(
     over them is exact.
     """
     samples, mean, log_std = without_masked(weight, samples, mean, log_std)
+    target_weights, mean, log_std = without_absent(weight, target_weights, mean, log_std)
     std = torch.exp(log_std)
     max_r2 = None
     if noise is None:
-        max_r2 = relative_variance(samples, mean, std)
-        expected = expected_distance_reference(samples - mean, std.expand_as(samples), exponent)
-        near = 2 * expected.mean(dim=0).to(samples.dtype)
+        max_r2 = relative_variance(samples, mean, std, target_weights)
+        offset = samples[:, None] - mean  # [N, G, R, L]
+        expected = expected_distance_reference(offset, std.expand_as(offset), exponent)
+        near = fidelity(expected, target_weights).to(samples.dtype)
     else:
         (noise,) = without_masked(weight, noise)
-        near = fidelity(samples, mean + std * noise.to(std.dtype), exponent)
+        points = mean + std * noise.to(std.dtype)
+        near = fidelity(distance(samples[:, None], points[None], exponent), None)
     apart = diversity(samples, exponent)
     if weight is not None:
         near, apart = weight * near, weight * apart
@@ -96,16 +111,39 @@ def without_masked(weight: Tensor | None, *inputs: Tensor) -> tuple[Tensor, ...]
     return tuple(value.masked_fill((weight == 0)[:, None], 0) for value in inputs)
 
 
-def relative_variance(samples: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def without_absent(
+    weight: Tensor | None, target_weights: Tensor | None, *inputs: Tensor
+) -> tuple[Any, ...]:
+    """Target weights ``[M, R]`` and inputs ``[M, R, L]``, with zeros where a target's weight is 0.
+
+    If the weights need a gradient, inputs stay as they are: it is the distance to them.
+    """
+    if target_weights is None:
+        return None, *inputs
+    target_weights = target_weights.to(inputs[0].dtype)
+    if weight is not None:
+        target_weights = target_weights.masked_fill(weight == 0, 0)
+    if target_weights.requires_grad:
+        return target_weights, *inputs
+    absent = (target_weights == 0)[..., None]
+    return target_weights, *(value.masked_fill(absent, 0) for value in inputs)
+
+
+def relative_variance(
+    samples: Tensor, mean: Tensor, std: Tensor, target_weights: Tensor | None
+) -> Tensor:
     """Largest r2 = Var|v|² / (E|v|²)² of a position's v_n ~ N(x_n - mean, std²), ``[R]``.
 
-    It is 0 where v = 0.
+    It is 0 where v = 0; Gaussians of weight 0 do not count.
     """
-    variance, offset2 = std.square(), (samples - mean).square()
+    variance, offset2 = std.square(), (samples[:, None] - mean).square()  # [N, G, R, L]
     mean_square = (variance + offset2).sum(-1, keepdim=True)
     mean_square = torch.where(mean_square == 0, 1.0, mean_square)
     variance, offset2 = variance / mean_square, offset2 / mean_square  # squares stay in range
-    return (2 * variance * (variance + 2 * offset2)).sum(-1).amax(0)
+    r2 = (2 * variance * (variance + 2 * offset2)).sum(-1)
+    if target_weights is not None:
+        r2 = r2.masked_fill(target_weights == 0, 0)
+    return r2.amax((0, 1))
 
 
 def expected_distance_reference(offset: Tensor, std: Tensor, exponent: float) -> Tensor:

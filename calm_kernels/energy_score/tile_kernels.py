@@ -15,8 +15,10 @@ __all__ = [
     "feature_tile",
     "load_features",
     "load_samples",
+    "load_target_weight",
     "load_weight",
     "pair_terms",
+    "store_added",
     "store_features",
     "store_samples",
     "store_terms",
@@ -36,6 +38,15 @@ def load_weight(weight_ptr, row, stride_weight, HAS_WEIGHT: tl.constexpr):
     weight = tl.cast(1.0, tl.float32)
     if HAS_WEIGHT:
         weight = tl.load(weight_ptr + row * stride_weight).to(tl.float32)
+    return weight
+
+
+@triton.jit
+def load_target_weight(pointer, row_weight, HAS_TARGET_WEIGHTS: tl.constexpr):
+    """Weight of one target, 1 where none was given; not read where the position's weight is 0."""
+    weight = tl.cast(1.0, tl.float32)
+    if HAS_TARGET_WEIGHTS:
+        weight = tl.load(pointer, mask=row_weight != 0.0, other=0.0).to(tl.float32)
     return weight
 
 
@@ -97,6 +108,14 @@ def store_samples(
 def store_features(pointer, values, feature, WIDTH: tl.constexpr):
     """One row of features into contiguous memory."""
     tl.store(pointer + feature, values.to(pointer.dtype.element_ty), mask=feature < WIDTH)
+
+
+@triton.jit
+def store_added(pointer, value, is_first, IS_ONLY: tl.constexpr):
+    """One number, added to what earlier blocks of samples stored in its place."""
+    if not IS_ONLY:
+        value += tl.load(pointer, mask=not is_first, other=0.0)
+    tl.store(pointer, value)
 
 
 @triton.jit

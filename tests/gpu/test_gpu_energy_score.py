@@ -75,6 +75,27 @@ def test_given_targets_and_their_gradient():
         assert relative_error(value, wanted) < 1e-5  # differences, no matmul: see FP32 of triton/
 
 
+@pytest.mark.parametrize("kind", ["given", "mixture"])
+def test_weights_of_targets_and_every_gradient(kind):
+    """Signed weights, some of them 0; one block of samples and two."""
+    for num_samples in (8, 16):
+        samples, mean, log_std = make_inputs(256, num_samples, dtype=torch.float32)
+        generator = torch.Generator("cuda").manual_seed(1)
+        options = {"device": "cuda", "generator": generator}
+        places = mean.detach() + torch.randn(5, *mean.shape, **options)
+        points = [places, log_std.detach().expand_as(places).clone()][: 1 + (kind == "mixture")]
+        weights = torch.randn(5, 256, **options) + 0.2
+        weights[0, ::2] = 0
+        leaves = [samples, *(value.requires_grad_() for value in (*points, weights))]
+        score = energy_score if kind == "given" else gaussian_energy_score
+        results = []
+        for backend in ("triton", "torch"):
+            value = score(*leaves[:-1], target_weights=weights, backend=backend)
+            results.append([value, *torch.autograd.grad(value.mean(), leaves)])
+        for value, wanted in zip(*results, strict=True):
+            assert relative_error(value, wanted) < 2e-5  # no matmul; approximate logarithms
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_replayed_graph_draws_afresh(mode):
     inputs = [value.detach() for value in make_inputs(256)]
@@ -92,6 +113,25 @@ def test_a_replayed_graph_draws_afresh(mode):
     expected = gaussian_energy_score(*inputs, **options | {"seed": seed.clone()})
     assert torch.equal(replays[-1], expected)
     assert torch.equal(replays[0], replays[1]) == (mode == "analytic")
+
+
+def test_compile_gives_the_same_with_weights():
+    samples, mean, log_std = make_inputs(64)
+    points = [
+        value.detach().expand(3, -1, -1).clone().requires_grad_() for value in (mean, log_std)
+    ]
+    weights = torch.rand(3, 64, device="cuda", requires_grad=True)
+
+    def loss(samples, mean, log_std, weights):
+        options = {"target_weights": weights, "backend": "triton"}
+        given = energy_score(samples, mean, **options)
+        return (given + gaussian_energy_score(samples, mean, log_std, **options)).mean()
+
+    inputs = [samples, *points, weights]
+    eager = torch.autograd.grad(loss(*inputs), inputs)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*inputs), inputs)
+    for value, wanted in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(value, wanted)
 
 
 def test_compile_gives_the_same():

@@ -17,15 +17,19 @@ def make_points(width, generator):
     return [value.double() for value in points]
 
 
-def assert_as_by_differences(x, y, exponent):
+def assert_as_by_differences(x, y, exponent, weights=None):
+    """With weights their gradient, too, of distances as near as those of the sum."""
     scale = torch.linspace(0.5, 1.5, ROWS)
-    expected = pairs._by_differences(x, y, exponent, scale.double(), True, True)
+    exact = None if weights is None else weights.double()
+    expected = pairs._by_differences(x, y, exponent, scale.double(), exact, True, True)
     options = {"need_dx": True, "need_dy": True}
-    actual = pairs.between(x.float(), y.float(), exponent, scale, **options)
+    actual = pairs.between(x.float(), y.float(), exponent, scale, weights, **options)
+    assert (actual[3] is None) == (weights is None)
     # 8 eps for the distances, which are all positive; 40 for gradients, where directions cancel.
-    for value, truth, tolerance in zip(actual, expected, (1e-6, 5e-6, 5e-6), strict=True):
-        assert torch.isfinite(value).all()
-        assert (value - truth).norm() <= tolerance * truth.norm()
+    for value, truth, tolerance in zip(actual, expected, (1e-6, 5e-6, 5e-6, 1e-6), strict=True):
+        if value is not None:
+            assert torch.isfinite(value).all()
+            assert (value - truth).norm() <= tolerance * truth.norm()
 
 
 @pytest.fixture
@@ -55,6 +59,17 @@ def test_near_pairs(width, apart, exponent, matmuls, generator):
     y = y.float().double()
     assert_as_by_differences(x, y, exponent)
     assert matmuls == [True]
+
+
+@pytest.mark.parametrize("width", [8, 64])
+def test_weights(width, matmuls, generator):
+    """Of near pairs and of far ones; padding of weight 0 takes no part in the centre."""
+    x, y = (value + 100.0 for value in make_points(width, generator))
+    y[0, 3] = x[0, 1]
+    weights = torch.rand(ROWS, M, generator=generator)
+    weights[1, 5:], y[1, 5:] = 0.0, 0.0
+    assert_as_by_differences(x.float().double(), y.float().double(), 1.0, weights)
+    assert matmuls == [True] * (width == 64)
 
 
 def test_points_far_from_the_origin(matmuls, generator):
@@ -96,7 +111,7 @@ def test_only_the_needed_gradients(need, generator):
     whole = pairs.between(x, y, 1.5, scale, need_dx=True, need_dy=True)
     part = pairs.between(x, y, 1.5, scale, need_dx=need[0], need_dy=need[1])
     assert torch.equal(part[0], whole[0])
-    for wanted, value, expected in zip(need, part[1:], whole[1:], strict=True):
+    for wanted, value, expected in zip(need, part[1:3], whole[1:3], strict=True):
         assert torch.equal(value, expected) if wanted else value is None
 
 
@@ -114,6 +129,6 @@ def test_a_position_that_is_no_number_keeps_it_to_itself(generator):
     expected = pairs.between(x, y, 1.0, scale, **options)
     y[1, 2, 3] = float("nan")
     actual = pairs.between(x, y, 1.0, scale, **options)
-    for value, wanted in zip(actual, expected, strict=True):
+    for value, wanted in zip(actual[:3], expected[:3], strict=True):
         assert not torch.isfinite(value[1]).all()
         torch.testing.assert_close(value[::2], wanted[::2])

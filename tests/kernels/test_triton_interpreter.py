@@ -15,6 +15,7 @@ FILES = sorted(path.name for path in (ROOT / "tests" / "triton").glob("test_*.py
 SLOW = (
     "test_interpreted_energy_head.py",
     "test_interpreted_energy_score.py",
+    "test_interpreted_energy_score_weights.py",
     "test_interpreted_integration.py",
 )
 FAST = [name for name in FILES if name not in SLOW]

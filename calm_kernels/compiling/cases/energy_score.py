@@ -1,4 +1,4 @@
-"""The energy score at 8192 positions, N = 8 samples, M = 100 targets, L = 128."""
+"""The energy score at 8192 positions, N = 8 samples, M = 100 targets, G = 4 Gaussians, L = 128."""
 
 import math
 from collections.abc import Iterator
@@ -18,20 +18,26 @@ from calm_kernels.energy_score.problem import Problem
 
 __all__ = ["cases"]
 
-NUM_SAMPLES, NUM_TARGETS, WIDTH = 8, 100, 128
+NUM_SAMPLES, NUM_TARGETS, NUM_GAUSSIANS, WIDTH = 8, 100, 4, 128
 _FLOAT32 = (
-    "weight_ptr", "score_ptr", "terms_ptr", "dmean_ptr", "dlog_std_ptr", "dtargets_ptr",
+    "weight_ptr", "target_weights_ptr", "score_ptr", "terms_ptr", "dmean_ptr", "dlog_std_ptr",
+    "dtargets_ptr", "dtarget_weights_ptr",
 )  # fmt: skip
 _TYPES = (
     dict.fromkeys(_FLOAT32, "*fp32")
     | dict.fromkeys(("seed_ptr", "first_row_ptr"), "*i64")
     | dict.fromkeys(("first", "step", "log_scale"), "fp32")
 )
-_ONES = ("stride_l", "stride_mean_l", "stride_std_l", "stride_target_l", "stride_weight")
-_ALIGNED = (
-    "num_rows", "stride_n", "stride_r", "stride_mean_r", "stride_std_r", "stride_target_m",
-    "stride_target_r",
+_ONES = (
+    "stride_l", "stride_mean_l", "stride_std_l", "stride_target_l", "stride_weight",
+    "stride_target_weight_r",
 )  # fmt: skip
+_ALIGNED = (
+    "num_rows", "stride_n", "stride_r", "stride_mean_g", "stride_mean_r", "stride_std_g",
+    "stride_std_r", "stride_target_m", "stride_target_r", "stride_target_weight_g",
+    "stride_target_weight_m",
+)  # fmt: skip
+_WEIGHTED = {"has_target_weights": True}
 
 
 def _problem(target: Target, dtype: torch.dtype, **changes: Any) -> Problem:
@@ -75,15 +81,20 @@ def _analytic(
     is_main: bool = False, **changes: Any,
 ) -> Configuration:  # fmt: skip
     width, exponent = changes.get("width", WIDTH), changes.get("exponent", 1.0)
-    count = nodes(exponent, width).num_nodes if is_far else 0
+    inner: tuple[int, ...] = (nodes(exponent, width).num_nodes if is_far else 0,)
+    rest: dict[str, Any] = {"budget": budget}
+    if "has_target_weights" in changes:
+        inner = (NUM_GAUSSIANS, *inner)
+        vectors = 2 * changes.get("num_samples", NUM_SAMPLES) + 2 * NUM_GAUSSIANS
+        rest["bytes_per_row"] = vectors * width * dtype.itemsize
     return _case(
         f"analytic.{name}",
         dtype,
         changes,
         kernel=analytic_kernel,
         constants=lambda target: analytic_constants(_problem(target, dtype, **changes)),
-        trips=lambda constants: _trips(constants, count, _pairs(constants)),
-        budget=budget,
+        trips=lambda constants: _trips(constants, *inner, _pairs(constants)),
+        **rest,
         is_main=is_main,
     )
 
@@ -161,6 +172,17 @@ def _analytic_cases() -> Iterator[Configuration]:
     yield _analytic(
         "posterior.L1024.N16", bf16, is_far=True, width=1024, num_samples=16, **posterior
     )
+    every = _WEIGHTED | posterior | {"need_target_weights": True}
+    yield _analytic("mixture.series", bf16, is_far=False, is_main=True, **_WEIGHTED)
+    yield _analytic("mixture.quadrature", bf16, is_far=True, is_main=True, **_WEIGHTED)
+    yield _analytic("mixture.fp32", fp32, is_far=True, **_WEIGHTED)
+    yield _analytic("mixture.N16", bf16, is_far=True, num_samples=16, **_WEIGHTED)
+    yield _analytic("mixture.L32", bf16, is_far=True, width=32, **_WEIGHTED)
+    yield _analytic("mixture.L1024", bf16, is_far=True, width=1024, **_WEIGHTED)
+    yield _analytic("mixture.posterior", bf16, is_far=True, is_main=True, **every)
+    yield _analytic("mixture.posterior.N16", fp32, is_far=True, num_samples=16, **every)
+    yield _analytic("mixture.posterior.L512", bf16, is_far=True, width=512, **every)
+    yield _analytic("mixture.posterior.L1024", fp32, is_far=True, width=1024, **every)
 
 
 def _gram_cases() -> Iterator[Configuration]:
@@ -213,6 +235,14 @@ def _direct_cases() -> Iterator[Configuration]:
     yield _direct("given.fp32.dtargets", fp32, is_given=True, need_targets=True, is_main=True)
     yield _direct("given.N16.dtargets", bf16, is_given=True, need_targets=True, num_samples=16)
     yield _direct("given.L1024.dtargets", fp32, is_given=True, need_targets=True, width=1024)
+    given: dict[str, Any] = {"is_given": True, **_WEIGHTED}
+    every = given | {"need_targets": True, "need_target_weights": True}
+    yield _direct("weighted", bf16, **given)
+    yield _direct("weighted.fp32", fp32, is_main=True, **given)
+    yield _direct("weighted.fp32.dtargets", fp32, is_main=True, need_targets=True, **given)
+    yield _direct("weighted.fp32.dweights", fp32, is_main=True, **every)
+    yield _direct("weighted.N16.dweights", bf16, num_samples=16, **every)
+    yield _direct("weighted.L1024.dweights", fp32, width=1024, **every)
 
 
 def cases() -> Iterator[Configuration]:
