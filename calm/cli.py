@@ -55,6 +55,9 @@ TRAINING = {
     "train-ae": Command("calm.training.train_autoencoder", "train an autoencoder"),
     "train": Command("calm.training.train_calm", "train a CALM on an autoencoder"),
     "train-ar": Command("calm.training.train_ar", "train the token-by-token baseline"),
+    "distill-temperature": Command(
+        "calm.training.distill_temperature", "teach a CALM low temperatures in one draw"
+    ),
 }
 
 

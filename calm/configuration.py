@@ -10,7 +10,13 @@ from typing import Any, ClassVar, Literal
 from transformers import LlamaConfig, PreTrainedConfig
 
 from calm.configuration_autoencoder import AutoencoderConfig, Initializer
-from calm.configuration_checks import check_backbone, checked, require, require_positive
+from calm.configuration_checks import (
+    check_backbone,
+    check_tempered_range,
+    checked,
+    require,
+    require_positive,
+)
 
 __all__ = [
     "HEAD_TYPES",
@@ -82,6 +88,9 @@ class CALMConfig(LlamaConfig):
             `calm.models.token_score` defines; 0 for none, as published.
         token_score_start: share of the training before which that term is off, and costs nothing.
         token_score_samples: how many of the num_samples draws it takes, at least 2.
+        tempered_range: least and largest T < 1 of which a second energy head draws in one step
+            (`calm.models.heads.tempered`), which ``calm distill-temperature`` adds to a trained
+            model and trains; None for none, as published.
         has_start_patch: a chunk of K begin tokens (bos_token_id) stands before each document, in
             training and before every prompt, so that first chunks are predicted too.
         initializer, embedding_std: see `AutoencoderConfig`.
@@ -129,6 +138,7 @@ class CALMConfig(LlamaConfig):
     token_score_weight: int | float = 0
     token_score_start: int | float = 0
     token_score_samples: int = 2
+    tempered_range: list[int | float] | None = None
     has_start_patch: bool = False
     initializer: Initializer = "normal"
     embedding_std: int | float | None = None
@@ -163,6 +173,7 @@ class CALMConfig(LlamaConfig):
         )
         self._check_sampling_steps()
         self._check_training_terms()
+        check_tempered_range(self.tempered_range, self.head_type)
         self._check_start_patch()
         if isinstance(self.ae_config, PreTrainedConfig):
             self._check_pair(self.ae_config)

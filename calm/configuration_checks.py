@@ -12,7 +12,14 @@ from transformers.activations import ACT2FN
 
 from calm.errors import UserError
 
-__all__ = ["check_backbone", "checked", "require", "require_numbers", "require_positive"]
+__all__ = [
+    "check_backbone",
+    "check_tempered_range",
+    "checked",
+    "require",
+    "require_numbers",
+    "require_positive",
+]
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
@@ -75,6 +82,21 @@ def check_backbone(config: LlamaConfig) -> None:
     )
     dropout = config.attention_dropout or 0
     require(0 <= dropout < 1, f"attention_dropout must lie in [0, 1), got {dropout}")
+
+
+def check_tempered_range(bounds: list[int | float] | None, head_type: str | None) -> None:
+    """The temperatures of a tempered head lie in (0, 1), and the head is one that can have it."""
+    if bounds is None:
+        return
+    require(
+        len(bounds) == 2 and 0 < bounds[0] <= bounds[1] < 1,
+        f"tempered_range must be two temperatures 0 < least <= largest < 1, got {bounds}",
+    )
+    require(
+        head_type in (None, "energy"),
+        f"tempered_range must be None for the {head_type} head: an energy head alone can have "
+        "learned temperatures",
+    )
 
 
 def require_positive(config: PreTrainedConfig, *names: str) -> None:

@@ -17,7 +17,7 @@ from calm.models.loading import load_config, on_meta
 from calm.ranges import Range, at_least, number
 from calm.training.arguments import DEFAULT_BLOCK_SIZE
 from calm.training.config_overrides import build_config
-from calm.training.recipe import Recipe, Stage, load_recipe, recipe_stages
+from calm.training.recipe import PRETRAINING, Recipe, Stage, load_recipe, recipe_stages
 
 __all__ = ["Run", "count_parts", "described", "saved_model", "stages_of"]
 
@@ -26,6 +26,7 @@ PARTS = {  # of a model: the modules that belong to each
     "compressor": ("embed_proj", "latent_proj"),
     "backbone": ("transformer.layers", "transformer.norm", "model.layers", "model.norm"),
     "head": ("generative_head", "mlp_generator"),
+    "tempered head": ("tempered_head",),
     "readout": ("token_readout",),
     "output": ("lm_head",),
     "alignment": ("alignment",),
@@ -55,13 +56,14 @@ class Run:
 
 
 def stages_of(name: str, vocab_size: int | None = None) -> dict[Stage, tuple[PreTrainedModel, Run]]:
-    """Model and run of each stage of the recipe or YAML file `name`.
+    """Model and run of each stage of pre-training in the recipe or YAML file `name`.
 
     Args:
         name: of a recipe, or a path.
         vocab_size: entries of the tokenizer; None for those of the recipe's, else the published.
     """
-    recipes = {stage: load_recipe(name, stage) for stage in recipe_stages(name)}
+    stages = [stage for stage in recipe_stages(name) if stage in PRETRAINING]
+    recipes = {stage: load_recipe(name, stage) for stage in stages}
     vocab_size = vocab_size or _vocab_size(next(iter(recipes.values())))
     autoencoder = recipes.get(Stage.AUTOENCODER)
     return {

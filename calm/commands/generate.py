@@ -23,9 +23,10 @@ EXAMPLES = """\
 
 Methods below temperature 1: batch is the paper's vote among --num-samples candidates. exact draws
 until the distribution is exact, at most --max-draws for a chunk. medoid and noise_scale are
-heuristics that cost the same at every temperature (docs/temperature.md). readout needs a CALM that
-has kept its readout (docs/readout.md): it draws token by token from softmax(logits / T), T > 0, at
-the same cost for every T, without the head.
+heuristics that cost the same at every temperature (docs/temperature.md). amortized takes one draw
+of a head that `calm distill-temperature` has trained, in its range of temperatures. readout needs a
+CALM that has kept its readout (docs/readout.md): it draws token by token from softmax(logits / T),
+T > 0, at the same cost for every T, without the head.
 
 --json prints for each prompt: prompt, text (what was added), seed, method, temperature and
 num_samples; new_tokens, chunks, draws of the head, draws_saved (counted in draws, but not needed),
@@ -33,7 +34,7 @@ mean_level (draws that agreed on a chunk, mean), fallbacks (chunks that a fallba
 (without warm-up), prefill_seconds of them for the prompt, warmup_seconds, tokens_per_second. After
 Ctrl-C nothing is printed for the unfinished prompt.
 """
-METHODS = ("batch", "exact", "medoid", "noise_scale", "direct", "readout")
+METHODS = ("batch", "exact", "medoid", "noise_scale", "amortized", "direct", "readout")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -76,9 +76,11 @@ def generate(
             T > 0 for ``readout``.
         num_samples: N, candidates for each chunk; with more of them ``batch`` is closer to P^(1/T).
         method: ``batch`` (Algorithm 2), ``exact`` (Algorithm 1), ``medoid``, ``noise_scale`` or
-            ``direct`` (T = 1 alone), see `calm.decoding.sampling.methods`. ``readout`` needs a
-            model that has kept its readout (`calm.models.readout`): the chunk's tokens are drawn
-            one after the other from softmax(logits / T), and its head is not used.
+            ``direct`` (T = 1 alone), see `calm.decoding.sampling.methods`. ``amortized`` needs a
+            model whose head has learned T (`calm distill-temperature`), in the range that it was
+            trained for, or 1, which is the model as it is. ``readout`` needs a model that has kept
+            its readout (`calm.models.readout`): the chunk's tokens are drawn one after the other
+            from softmax(logits / T), and its head is not used.
         noise_scale: factor on the head's noise, for every method; 0 is deterministic.
         prompt_alignment: how prompt tokens that fill no whole chunk are treated. ``condition``
             draws the first chunk given them. Where no draw within the cap begins with them, the

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from calm.experiments.trained import Training
-from calm.training.recipe import Stage, load_recipe
+from calm.training.recipe import PRETRAINING, Stage, load_recipe
 
 __all__ = ["SCALES", "Budget", "Flags", "Grid", "Scale", "Size"]
 
@@ -146,12 +146,12 @@ _OWN_TEXT = {"dataset_name": "embedded:packages", "validation_split_percentage":
 
 
 def _steps(autoencoder: int, calm: int, baseline: int) -> dict[Stage, Flags]:
-    counts = zip(Stage, (autoencoder, calm, baseline), strict=True)
+    counts = zip(PRETRAINING, (autoencoder, calm, baseline), strict=True)
     return {stage: {"max_steps": count} for stage, count in counts}
 
 
 def _recipes(autoencoder: str, calm: str, baseline: str) -> dict[Stage, str]:
-    return dict(zip(Stage, (autoencoder, calm, baseline), strict=True))
+    return dict(zip(PRETRAINING, (autoencoder, calm, baseline), strict=True))
 
 
 def _width(width: int) -> Flags:

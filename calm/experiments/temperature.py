@@ -22,6 +22,7 @@ from calm.experiments.temperature_measures import (
     Setting,
     Study,
     StudyOptions,
+    difference,
     draw_outcomes,
     geometric_mean,
     interval,
@@ -30,9 +31,11 @@ from calm.experiments.temperature_measures import (
 )
 from calm.experiments.temperature_plot import plot_study
 from calm.models.continuous import ContinuousTransformer
+from calm.models.heads.tempered import in_range
 
-__all__ = ["QUICK", "run_study", "settings_of", "write_study"]
+__all__ = ["QUICK", "run_study", "settings_of", "to_markdown", "write_study"]
 
+ONE_DRAW = ("noise_scale", "amortized", "readout")  # methods that stand against the vote
 ANY_TEMPERATURE = 0.5  # for methods whose distribution does not depend on it
 Progress = Callable[[list[Setting]], Iterable[Setting]]
 
@@ -43,9 +46,13 @@ QUICK = StudyOptions(
 )  # fmt: skip
 
 
-def settings_of(options: StudyOptions) -> list[Setting]:
-    """Every setting that the study measures, in the order of the table."""
-    temperatures = options.temperatures
+def settings_of(options: StudyOptions, model: ContinuousTransformer) -> list[Setting]:
+    """Every setting that the study measures of this model, in the order of the table.
+
+    Last are those of models that have more than their head: a head for low temperatures, where it
+    knows them, and a readout.
+    """
+    temperatures, bounds = options.temperatures, model.config.tempered_range
     draws_at_once = max(options.candidates)
     noise_temperatures = sorted({*temperatures, *options.noise_temperatures}, reverse=True)
     return [
@@ -55,6 +62,8 @@ def settings_of(options: StudyOptions) -> list[Setting]:
         *(Setting("medoid", ANY_TEMPERATURE, n) for n in options.medoids),
         *(Setting("noise_scale", t) for t in noise_temperatures),
         Setting("direct", noise_scale=0.0),
+        *(Setting("amortized", t) for t in temperatures if bounds and in_range(t, bounds)),
+        *(Setting("readout", t) for t in (1.0, *temperatures) if model.token_readout is not None),
     ]
 
 
@@ -73,12 +82,12 @@ def run_study(
         progress: wraps the settings, to show a bar.
     """
     measured: list[tuple[Setting, Outcomes, float]] = []
-    for index, setting in enumerate(progress(settings_of(options))):
-        method = setting.build(options.max_draws)
+    for index, setting in enumerate(progress(settings_of(options, model))):
+        predictor = setting.build(model, options.max_draws)
         # Settings draw from seeds of their own: distances need independent draws.
         seed = options.seed * 1009 + index
-        outcomes = draw_outcomes(model, positions, method, options.repeats, seed)
-        measured.append((setting, outcomes, milliseconds(model, positions, method)))
+        outcomes = draw_outcomes(predictor, positions, options.repeats, seed)
+        measured.append((setting, outcomes, milliseconds(predictor, positions)))
     exact = {
         setting.temperature: outcomes
         for setting, outcomes, _ in measured
@@ -92,7 +101,12 @@ def run_study(
         "seed": options.seed, "machine": platform.machine(), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "device": str(model.device),
     }  # fmt: skip
-    results = [_result(*entry, positions, exact, within_cap) for entry in measured]
+    votes = {  # of each temperature, that among most candidates, which is the last
+        setting.temperature: outcomes
+        for setting, outcomes, _ in measured
+        if setting.method == "batch"
+    }
+    results = [_result(*entry, positions, exact, votes, within_cap) for entry in measured]
     return Study(measured_on, results)
 
 
@@ -102,9 +116,11 @@ def _result(
     elapsed: float,
     positions: Positions,
     exact: dict[float, Outcomes],
+    votes: dict[float, Outcomes],
     within_cap: Tensor,
 ) -> Result:
     matches, collisions = outcomes.matches(positions.chunks), outcomes.collisions()
+    vote = votes.get(setting.temperature) if setting.method in ONE_DRAW else None
     return Result(
         setting=setting,
         accuracy=float(geometric_mean(matches.mean(0))),
@@ -119,6 +135,9 @@ def _result(
         draws=float(outcomes.draws.double().mean()),
         fallbacks=float(outcomes.is_fallback.double().mean()),
         milliseconds=elapsed,
+        against_vote=None
+        if vote is None
+        else difference((matches, collisions), (vote.matches(positions.chunks), vote.collisions())),
     )
 
 
@@ -134,9 +153,10 @@ def write_study(study: Study, folder: Path) -> str:
 
 
 def to_markdown(study: Study) -> str:
-    """Two tables: a row for each setting, and the heuristics nearest to each exact distribution."""
+    """Three tables: of settings, of distances to exact distributions, of differences from votes."""
     facts = ", ".join(f"{name} {value}" for name, value in study.measured_on.items())
-    return f"{_settings_table(study)}\n\n{_nearest_table(study)}\n\nMeasured on: {facts}.\n"
+    tables = (_settings_table(study), _nearest_table(study), _differences_table(study))
+    return "\n\n".join([*tables, f"Measured on: {facts}.\n"])
 
 
 def _settings_table(study: Study) -> str:
@@ -170,37 +190,67 @@ def _noise(setting: Setting) -> float:
 
 
 def _nearest_table(study: Study) -> str:
-    """Squared distances from exact distributions: the model's, and each heuristic's least."""
+    """Squared distances from exact distributions: the model's, and the least of each method."""
+    by_method: dict[str, list[Result]] = {}
+    for result in study.results:
+        name = "plain" if result.setting == Setting("direct") else result.setting.method
+        by_method.setdefault(name, []).append(result)
+    columns = {  # name: results, and whether those of the same temperature alone count
+        "the model itself": (by_method["plain"], False),
+        "vote, same T": (by_method["batch"], True),
+        "medoid": (by_method["medoid"], False),
+        "noise scaled, same T": (by_method["noise_scale"], True),
+        "noise scaled": (by_method["noise_scale"], False),
+        **{
+            f"{name}, same T": (by_method[name], True)
+            for name in ("amortized", "readout")
+            if name in by_method
+        },
+    }
     lines = [
-        "| exact distribution at T | the model itself | vote, same T | medoid "
-        "| noise scaled, same T | noise scaled |",
-        "|---|---|---|---|---|---|",
+        f"| exact distribution at T | {' | '.join(columns)} |",
+        "|---|" + len(columns) * "---|",
     ]
-    plain = [result for result in study.results if result.setting == Setting("direct")]
-    votes, medoids, scaled = (
-        [result for result in study.results if result.setting.method == method]
-        for method in ("batch", "medoid", "noise_scale")
-    )
-    for index, (temperature, *_) in enumerate(plain[0].distances):
-        same, same_scaled = (
-            [result for result in results if result.setting.temperature == temperature]
-            for results in (votes, scaled)
-        )
-        groups = (plain, same, medoids, same_scaled, scaled)
-        cells = [_nearest(results, index) for results in groups]
+    for index, (temperature, *_) in enumerate(by_method["plain"][0].distances):
+        cells = [
+            _nearest([r for r in results if not is_same or r.setting.temperature == temperature],
+                     index)
+            for results, is_same in columns.values()
+        ]  # fmt: skip
         lines.append(f"| {temperature:.2f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _nearest(results: list[Result], index: int) -> str:
     """Least distance from the exact distribution number `index`, and the setting that has it."""
+    if not results:
+        return ""
     best = min(results, key=lambda result: result.distances[index][1])
     setting = best.setting
     _, distance, error = best.distances[index]
-    name = f"N = {setting.num_samples}"
+    text = f"{distance:.3f} ± {error:.3f}"
     if setting.method in ("direct", "noise_scale"):
-        name = f"noise times {_noise(setting):.3g}"
-    return f"{distance:.3f} ± {error:.3f} ({name})"
+        return f"{text} (noise times {_noise(setting):.3g})"
+    return f"{text} (N = {setting.num_samples})" if setting.num_samples > 1 else text
+
+
+def _differences_table(study: Study) -> str:
+    """How far methods of one draw are from the vote among most candidates, in points."""
+    lines = [
+        "| one draw | T | accuracy - that of the vote | collision - that of the vote |",
+        "|---|---|---|---|",
+    ]
+    for result in study.results:
+        if (found := result.against_vote) is None:
+            continue
+        cells = [
+            result.setting.method,
+            f"{result.setting.temperature:.2f}",
+            _percent(found.accuracy, found.accuracy_interval),
+            _percent(found.collision, found.collision_interval),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _percent(value: float, ends: tuple[float, float]) -> str:

@@ -18,19 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calm.decoding.sampling.chunk_distribution import Method
-from calm.decoding.sampling.methods import build_method
+from calm.decoding.engine.predictors import Predictor
+from calm.decoding.generation import make_predictor
 from calm.errors import UserError
 from calm.models.agreement import prefix_collisions, prefix_matches
 from calm.models.continuous import ContinuousTransformer
 
 __all__ = [
+    "Difference",
     "Outcomes",
     "Positions",
     "Result",
     "Setting",
     "Study",
     "StudyOptions",
+    "difference",
     "draw_outcomes",
     "geometric_mean",
     "interval",
@@ -55,10 +57,11 @@ class Setting:
     num_samples: int = 1
     noise_scale: float = 1.0
 
-    def build(self, max_draws: int) -> Method:
-        """The method."""
-        return build_method(
-            self.method,
+    def build(self, model: ContinuousTransformer, max_draws: int) -> Predictor:
+        """What chooses chunks of `model` so."""
+        return make_predictor(
+            model,
+            method=self.method,
             temperature=self.temperature,
             num_samples=self.num_samples,
             noise_scale=self.noise_scale,
@@ -108,6 +111,8 @@ class Result:
         draws: of the head for one chunk, mean.
         fallbacks: share of chunks that a stated fallback decided.
         milliseconds: to choose a chunk of one sequence.
+        against_vote: of a method that takes one draw, its differences from the vote among most
+            candidates at the same temperature, at the same positions.
     """
 
     setting: Setting
@@ -119,6 +124,17 @@ class Result:
     draws: float
     fallbacks: float
     milliseconds: float
+    against_vote: "Difference | None" = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two settings at the same positions: of shares, with 95 % bootstrap intervals."""
+
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    collision: float
+    collision_interval: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -199,25 +215,23 @@ def take_positions(
 
 
 @torch.no_grad()
-def draw_outcomes(
-    model: ContinuousTransformer, positions: Positions, method: Method, repeats: int, seed: int
-) -> Outcomes:
+def draw_outcomes(predictor: Predictor, positions: Positions, repeats: int, seed: int) -> Outcomes:
     """R = `repeats` independent chunks at each position; another `seed` draws others.
 
     Raises:
-        UserError: the head drew latents that are not finite.
+        UserError: latents or logits are not finite.
     """
     hidden = positions.hidden.repeat(repeats, 1)  # [R*P, H]
     rows = torch.arange(len(hidden), device=hidden.device)
     seeds = torch.stack([(seed << 32) + rows, torch.zeros_like(rows)], dim=1)
     parts = [
-        method.choose(model.distribution(some), some_seeds)
+        predictor.choose(some, some_seeds)
         for some, some_seeds in zip(
             hidden.split(SEQUENCES_AT_A_TIME), seeds.split(SEQUENCES_AT_A_TIME), strict=True
         )
     ]
     if not all(bool(part.is_finite.all()) for part in parts):
-        raise UserError("the head drew latents that are not finite; load an earlier checkpoint")
+        raise UserError("the model drew what is not finite; load an earlier checkpoint")
     shape = (repeats, len(positions))
     return Outcomes(
         tokens=torch.cat([part.tokens for part in parts]).unflatten(0, shape),
@@ -259,27 +273,49 @@ def geometric_mean(shares: Tensor) -> Tensor:
 
 def interval(shares: Tensor, seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval, over positions, of the geometric mean of means; ``[P, orders]``."""
+    return _middle(_resampled(shares, seed))
+
+
+def difference(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> Difference:
+    """Ours - theirs, of matches and collisions, ``[P, orders]`` each, at the same P positions."""
+    accuracy, collision = (
+        float(geometric_mean(mine.mean(0)) - geometric_mean(other.mean(0)))
+        for mine, other in zip(ours, theirs, strict=True)
+    )
+    intervals = [
+        _middle(_resampled(mine) - _resampled(other))
+        for mine, other in zip(ours, theirs, strict=True)
+    ]
+    return Difference(accuracy, intervals[0], collision, intervals[1])
+
+
+def _resampled(shares: Tensor, seed: int = 0) -> Tensor:
+    """Geometric means of means of resampled positions; the same positions for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(shares), (RESAMPLES, len(shares)), generator=generator)
-    values = geometric_mean(shares.cpu().to(torch.float64)[chosen].mean(1))
+    return geometric_mean(shares.cpu().to(torch.float64)[chosen].mean(1))
+
+
+def _middle(values: Tensor) -> tuple[float, float]:
+    """The middle 95 % of `values`."""
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high
 
 
 @torch.no_grad()
-def milliseconds(model: ContinuousTransformer, positions: Positions, method: Method) -> float:
+def milliseconds(predictor: Predictor, positions: Positions) -> float:
     """Mean over positions of the time it takes to choose the chunk of one sequence.
 
     The backbone is not timed. Of `TIMED_RUNS` runs with the same draws the fastest counts.
     """
     times = []
     for index in range(min(TIMED_POSITIONS, len(positions))):
-        source = model.distribution(positions.hidden[index : index + 1])
-        seed = torch.tensor([[index, 0]], device=positions.hidden.device)
+        hidden = positions.hidden[index : index + 1]
+        seed = torch.tensor([[index, 0]], device=hidden.device)
         tries = []
         for _ in range(TIMED_RUNS):
             begin = time.perf_counter()
-            method.choose(source, seed).tokens.tolist()
+            predictor.choose(hidden, seed).tokens.tolist()
             tries.append(1e3 * (time.perf_counter() - begin))
         times.append(min(tries))
     return sum(times) / len(times)

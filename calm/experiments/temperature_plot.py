@@ -6,13 +6,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from calm.experiments.plot_style import INK, MUTED, ORANGE, TEAL, VIOLET, style_axes
+from calm.experiments.plot_style import INK, LINES, MUTED, ORANGE, TEAL, VIOLET, style_axes
 from calm.experiments.temperature_measures import Result, Study
 
 __all__ = ["plot_study"]
 
-COLORS = {"direct": VIOLET, "batch": TEAL, "medoid": ORANGE, "exact": INK}
-MARKERS = {"direct": "s", "batch": "o", "medoid": "^", "exact": "D"}
+COLORS = {
+    "direct": VIOLET, "batch": TEAL, "medoid": ORANGE, "exact": INK, "amortized": LINES[3],
+    "readout": LINES[4],
+}  # fmt: skip
+MARKERS = {
+    "direct": "s", "batch": "o", "medoid": "^", "exact": "D", "amortized": "P", "readout": "X",
+}  # fmt: skip
 LIGHTEST = 0.35
 LABELLED_TEMPERATURES = (1.0, 0.5, 0.1)  # of scaled noise; labels would overlap otherwise
 

@@ -1,14 +1,17 @@
 """The continuous autoregressive language models, one for each head."""
 
+from copy import deepcopy
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from calm.configuration import CALMConfig
+from calm.errors import UserError
 from calm.models.continuous import ContinuousTransformer
 from calm.models.heads.diffusion import DiffusionHead
 from calm.models.heads.energy import EnergyGenerativeHead
 from calm.models.heads.flow import FlowHead
+from calm.models.heads.tempered import TemperedHead, in_range
 from calm.models.output import CALMOutput
 from calm_kernels.noise import Seed
 
@@ -19,6 +22,9 @@ class EnergyTransformer(ContinuousTransformer):
     """Language model with the one-step energy head, trained with the energy score.
 
     The head is registered and saved as ``mlp_generator``; `generative_head` is the same head.
+
+    Attributes:
+        tempered_head: with ``tempered_range``, a second head that draws at these T; else None.
 
     Source: CALM, section 3.
     """
@@ -31,6 +37,44 @@ class EnergyTransformer(ContinuousTransformer):
 
     def _build_head(self, config: CALMConfig) -> None:
         self.mlp_generator = EnergyGenerativeHead(config)
+        self.tempered_head = TemperedHead(config) if config.tempered_range else None
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if self.tempered_head is not None:
+            self.tempered_head.initialize(module)
+
+    def add_tempered_head(self, bounds: tuple[float, float]) -> TemperedHead:
+        """A head for T between `bounds`, saved with the model: its own, or a copy of its head.
+
+        Args:
+            bounds: least and largest T, 0 < least <= largest < 1. Where the model has such a head,
+                they replace those it was trained for.
+        """
+        config = deepcopy(self.config)
+        config.tempered_range = list(bounds)
+        config.validate_architecture()
+        self.config.tempered_range = config.tempered_range
+        if self.tempered_head is None:
+            self.tempered_head = TemperedHead(config).to(self.device, self.dtype)
+            self.tempered_head.start_from(self.mlp_generator)
+            self.tempered_head.train(self.training)
+        return self.tempered_head
+
+    def head_at(self, temperature: float) -> TemperedHead:
+        """The head that draws at this T below 1; `UserError` outside of its range."""
+        bounds = self.config.tempered_range
+        if self.tempered_head is None:
+            raise UserError(
+                f"temperature {temperature} of method 'amortized' needs a head that has learned "
+                "it, which this model lacks: run `calm distill-temperature`"
+            )
+        if not in_range(temperature, bounds):
+            raise UserError(
+                f"temperature of method 'amortized' must be 1 or lie in [{bounds[0]:g}, "
+                f"{bounds[1]:g}], which this model's head was trained for; got {temperature}"
+            )
+        return self.tempered_head
 
     @property
     def generative_head(self) -> EnergyGenerativeHead:  # type: ignore[override] # never assigned

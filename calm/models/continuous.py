@@ -23,7 +23,8 @@ from calm.models.agreement import MAX_ORDER, brier_terms
 from calm.models.autoencoder import Autoencoder
 from calm.models.backbone import Backbone, compressor
 from calm.models.cross_entropy import cross_entropy
-from calm.models.heads.base import GenerativeHead, HeadLoss, Posterior
+from calm.models.heads.base import GenerativeHead, HeadLoss, Objective, Posterior
+from calm.models.heads.tempered import TemperedHead
 from calm.models.output import CALMOutput, output_of
 from calm.models.pretrained import CALMPreTrainedModel
 from calm.models.readout import TiedReadout, TokenReadout
@@ -41,12 +42,17 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
 
     A checkpoint holds the autoencoder too, which always stays frozen and in evaluation mode. A
     subclass names its `head_type` and registers its head in `_build_head`.
+
+    Attributes:
+        objective: what training and its evaluation measure instead of the head's loss and all
+            other terms; None, by default, for those.
     """
 
     config_class = CALMConfig
     aliases: ClassVar[dict[str, str]] = Autoencoder.aliases
     head_type: ClassVar[Literal["energy", "diffusion", "flow"]]
     generative_head: GenerativeHead
+    objective: Objective | None = None
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer"]  # noqa: RUF012 (an instance attribute of the parent)
 
@@ -224,12 +230,28 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
         inputs = self.embed_patches(input_ids)
         return self.transformer(inputs_embeds=inputs, use_cache=False).last_hidden_state
 
-    def distribution(self, hidden: Tensor) -> HeadDistribution:
-        """The distribution of the chunk that follows each hidden state ``[B, H]``."""
-        return HeadDistribution(self.generative_head, self.ae_model.decoder, hidden)
+    def distribution(self, hidden: Tensor, temperature: float = 1.0) -> HeadDistribution:
+        """The distribution of the chunk that follows each hidden state ``[B, H]``.
+
+        Below T = 1 it is that of `head_at`.
+        """
+        head: GenerativeHead = self.generative_head
+        if temperature != 1:
+            head = tempered = self.head_at(temperature)
+            hidden = tempered.condition(hidden, temperature)
+        return HeadDistribution(head, self.ae_model.decoder, hidden)
+
+    def head_at(self, temperature: float) -> TemperedHead:
+        """The head that draws at this T below 1; `UserError` where there is none."""
+        raise UserError(
+            f"temperature {temperature} of method 'amortized' needs a head that has learned it, "
+            f"which a {type(self).__name__} cannot have: the head must be an energy head"
+        )
 
     def make_predictor(self, method: Method, temperature: float) -> ChunkPredictor:
         """See `DecodingMixin`; the method knows its temperature."""
+        if method.head_temperature != 1:
+            self.head_at(method.head_temperature)  # an error before prompts are read
         return ChunkPredictor(self, method)
 
     def make_token_predictor(self, temperature: float) -> ReadoutPredictor:
@@ -289,7 +311,10 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
         address: dict[str, Any] = {
             "seed": as_seed(seed, hidden.device), "first_row": first_row * hidden.shape[1],
         }  # fmt: skip
-        result = self.generative_head.loss(hidden, posterior, **address, **draws)
+        if self.objective is None:
+            result = self.generative_head.loss(hidden, posterior, **address, **draws)
+        else:
+            result = self.objective.loss(self, hidden, posterior, **address)
         terms = self._terms(result, posterior.weight, hidden, tokens, targets, progress)
         config = cast(CALMConfig, self.config)
         output = output_of(terms, config, loss_counts, is_training=self.training)
@@ -313,6 +338,8 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
         config, counts = self.config, weight.sum(1)
         values = {name: getattr(result, name) for name in ("loss", "fidelity", "diversity")}
         terms = {n: Term(value.sum(1), counts) for n, value in values.items() if value is not None}
+        if self.objective is not None:
+            return terms
         if self.token_readout is not None:
             readout, by_chunk = self.slot_readout(), tokens.unflatten(1, (-1, self.patch_size))
             terms["token_loss"] = cross_entropy(

@@ -1,4 +1,4 @@
-"""Flags of the three training programs: the published ones, those of transformers and our own.
+"""Flags of the training programs: the published ones, those of transformers and our own.
 
     calm train --config calm-m --ae_name_or_path runs/ae --train_file 'pile/*.jsonl'
 
@@ -27,6 +27,7 @@ from calm.training.old_flags import translate_old_flags
 from calm.training.parser import TrainingParser
 from calm.training.precision import has_bfloat16_units
 from calm.training.recipe import Stage, load_recipe, recipe_arguments, recipe_names
+from calm.training.tempering import TemperingArguments, check_source
 from calm_kernels.backend import Backend
 
 __all__ = [
@@ -44,14 +45,17 @@ logger = logging.getLogger(__name__)
 # Flags that name a text: a dataset, or files.
 TEXT_SOURCES = ({"dataset_name", "dataset_config_name"}, {"train_file", "validation_file"})
 # Tokens of a block where no flag says otherwise, as in the published scripts.
-DEFAULT_BLOCK_SIZE = {Stage.AUTOENCODER: 2048, Stage.CALM: 8192, Stage.BASELINE: 2048}
+DEFAULT_BLOCK_SIZE = {
+    Stage.AUTOENCODER: 2048, Stage.CALM: 8192, Stage.BASELINE: 2048, Stage.TEMPERATURE: 8192,
+}  # fmt: skip
 
 # The numbers that flags take, ours and those of transformers; others take any finite number.
 RANGES = {
     **dict.fromkeys(
         (
             "block_size", "dataloader_prefetch_factor", "ddp_timeout", "eval_accumulation_steps",
-            "gradient_accumulation_steps", "max_eval_samples", "max_train_samples",
+            "gradient_accumulation_steps", "max_draws", "max_eval_samples", "max_train_samples",
+            "min_draws",
             "per_device_eval_batch_size", "per_device_train_batch_size",
             "preprocessing_num_workers", "stream_lanes",
         ),
@@ -78,6 +82,7 @@ COMMANDS = {
     Stage.AUTOENCODER: ("train-ae", "autoencoder"),
     Stage.CALM: ("train", "continuous language model"),
     Stage.BASELINE: ("train-ar", "token-by-token baseline"),
+    Stage.TEMPERATURE: ("distill-temperature", "head that draws at low temperatures in one step"),
 }
 NO_AUTOENCODER = (
     "a language model needs a trained autoencoder: pass ae_name_or_path (a folder that "
@@ -249,6 +254,7 @@ class JobArguments:
     model: ModelArguments
     data: DataTrainingArguments
     training: CALMTrainingArguments
+    tempering: TemperingArguments | None = None  # of its own stage alone
 
     @property
     def block_size(self) -> int:
@@ -272,6 +278,8 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
             combinations that do not work.
     """
     groups: list[Any] = [ModelArguments, DataTrainingArguments, CALMTrainingArguments]
+    if stage is Stage.TEMPERATURE:
+        groups.append(TemperingArguments)
     command, trained = COMMANDS[stage]
     parser = TrainingParser(
         groups,
@@ -325,7 +333,9 @@ def _check(arguments: JobArguments) -> None:
             f"{training.n_gpu} GPUs in one process would share their random draws; launch with "
             f"torchrun --nproc_per_node {training.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES"
         )
-    if arguments.stage is not Stage.CALM and model.ae_name_or_path:
+    if arguments.stage is Stage.TEMPERATURE:
+        check_source(model)
+    elif arguments.stage is not Stage.CALM and model.ae_name_or_path:
         raise UserError(
             f"ae_name_or_path belongs to the language model, not to the {arguments.stage}"
         )

@@ -21,6 +21,9 @@ ABOUT = {
     Stage.CALM: "A continuous autoregressive language model (CALM, arXiv 2510.27688): it predicts "
     "{patch_size} tokens with each step of its backbone. The autoencoder is in the file.",
     Stage.BASELINE: "A token-by-token language model, trained as a baseline of CALMs.",
+    Stage.TEMPERATURE: "A continuous autoregressive language model (CALM, arXiv 2510.27688), "
+    "{patch_size} tokens a step, whose second head has learned low temperatures: "
+    '`generate(method="amortized", temperature=...)` takes one draw for each step.',
 }
 USE = """\
 ```python

@@ -35,6 +35,8 @@ def check_best_metric(name: str | None, model: PreTrainedModel) -> None:
     """
     is_autoencoder = isinstance(model, Autoencoder)
     known = AUTOENCODER_METRICS if is_autoencoder else LANGUAGE_MODEL_METRICS
+    if _has_objective(model):
+        known = ("loss",)
     if name is not None and name.removeprefix("eval_") not in known:
         raise UserError(f"metric_for_best_model must be one of {', '.join(known)}, got {name!r}")
 
@@ -59,11 +61,12 @@ def score_sequences(
         model: an autoencoder or a language model.
         inputs: ``input_ids`` and ``labels`` ``[B, T]``.
         terms: of the model's output in evaluation, one row a sequence.
-        loss_only: the first column alone.
+        loss_only: the first column alone, as always for a model with an objective of its own.
         seed: of the draws.
         first_sequence: index of the first sequence in the evaluation set; addresses the draws.
         num_samples: N, draws per position.
     """
+    loss_only = loss_only or _has_objective(model)
     if isinstance(model, Autoencoder):
         measured = [terms[name] for name in AUTOENCODER_TERMS]
     else:
@@ -114,6 +117,11 @@ def metrics_of(model: PreTrainedModel, prediction: EvalPrediction) -> dict[str, 
     if "token_loss" in parts:
         metrics["token_loss"] = parts["token_loss"].item()
     return {**metrics, "brier_lm": brier_lm(brier).item()}
+
+
+def _has_objective(model: Any) -> bool:
+    """Whether the model learns something else than to predict the text."""
+    return getattr(model, "objective", None) is not None
 
 
 def _parts(model: Any) -> list[str]:

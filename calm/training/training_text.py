@@ -1,7 +1,7 @@
 """The text of a training job: documents, tokenizer, blocks, and a record of all three."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -185,6 +185,7 @@ def protocol(
         "eval_seed": training.eval_seed,
         "eval_num_samples": training.eval_num_samples,
         "training": {name: getattr(training, name) for name in RECORDED.split()},
+        **({"tempering": asdict(arguments.tempering)} if arguments.tempering else {}),
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
     }
 

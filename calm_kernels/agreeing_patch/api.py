@@ -6,14 +6,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calm_kernels.agreeing_patch.eager import agreeing_patch_eager
+from calm_kernels.agreeing_patch.eager import (
+    agreeing_patch_eager,
+    count_occurrences,
+    vote_weights,
+)
 from calm_kernels.agreeing_patch.reference import agreeing_patch_reference
 from calm_kernels.agreeing_patch.votes import TOLERANCE, draw_votes, split_power
 from calm_kernels.backend import Backend, resolve
 from calm_kernels.checks import check_device, check_dtype, check_tensor
 from calm_kernels.noise import Seed, as_seed
 
-__all__ = ["agreeing_patch"]
+__all__ = ["agreeing_patch", "vote_chances"]
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 NUMBERS = (torch.float64, torch.float32, *INTEGERS)
@@ -66,15 +70,7 @@ def agreeing_patch(
         memory; in Triton two launches, O(B N² K) comparisons over the whole device and O(B N)
         memory. Neither loops over the batch or synchronises.
     """
-    check_tensor("candidates", candidates)
-    check_dtype("candidates", candidates, INTEGERS)
-    if candidates.dim() != 3 or candidates.shape[1] == 0 or candidates.shape[2] == 0:
-        raise ValueError(
-            f"candidates must have shape [B, N, K] with N, K >= 1, got {tuple(candidates.shape)}"
-        )
-    if form not in ("factory", "gamma"):
-        raise ValueError(f"form must be 'factory' or 'gamma', got {form!r}")
-    power = _power(num_agreeing, candidates)
+    power = _checked_power(candidates, num_agreeing, form)
     chosen = resolve(backend, "agreeing_patch", candidates)
     seed = _checked_seed(seed, candidates)
     is_factory = form == "factory"
@@ -95,6 +91,48 @@ def agreeing_patch(
             )
     # The kernels mark repeated occurrences by a sign.
     return (tokens, level, counts.abs().to(torch.int64)) if return_counts else (tokens, level)
+
+
+def vote_chances(
+    candidates: Tensor,
+    num_agreeing: int | float | Tensor,
+    *,
+    form: Literal["factory", "gamma"] = "factory",
+) -> Tensor:
+    """The distribution of `agreeing_patch` over its candidates, without the draw of a vote.
+
+    chance of a candidate = w(chunk) / (c Σ w),    summed over the chunks that occur
+
+    The c copies of a chunk share its chance equally. So a mixture of the draws with these chances
+    has the distribution of the vote's winner, given its candidates.
+
+    Args:
+        candidates: ``[B, N, K]``, as `agreeing_patch` takes them.
+        num_agreeing: likewise.
+        form: likewise.
+
+    Returns: float64 ``[B, N]``; each row sums to 1. With any backend in torch: K sorts.
+
+    Raises:
+        TypeError, ValueError: as `agreeing_patch`.
+    """
+    whole, fraction = split_power(_checked_power(candidates, num_agreeing, form))
+    counts, _ = count_occurrences(candidates)
+    shares = vote_weights(counts, whole, fraction, form == "factory")[0] / counts
+    return shares / shares.sum(dim=1, keepdim=True)
+
+
+def _checked_power(candidates: Tensor, num_agreeing: int | float | Tensor, form: str) -> Tensor:
+    """The arguments checked; the s of each row, float64 ``[B]``, at least 1."""
+    check_tensor("candidates", candidates)
+    check_dtype("candidates", candidates, INTEGERS)
+    if candidates.dim() != 3 or candidates.shape[1] == 0 or candidates.shape[2] == 0:
+        raise ValueError(
+            f"candidates must have shape [B, N, K] with N, K >= 1, got {tuple(candidates.shape)}"
+        )
+    if form not in ("factory", "gamma"):
+        raise ValueError(f"form must be 'factory' or 'gamma', got {form!r}")
+    return _power(num_agreeing, candidates)
 
 
 def _checked_seed(seed: Seed, candidates: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ all. And the cascade stops at m = min(n, max count), one lower (if a > 0) for th
 import torch
 from torch import Tensor
 
-__all__ = ["agreeing_patch_eager", "choose"]
+__all__ = ["agreeing_patch_eager", "choose", "count_occurrences", "vote_weights"]
 
 
 def agreeing_patch_eager(
@@ -25,7 +25,7 @@ def agreeing_patch_eager(
     is_factory: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens ``[B, K]``, level ``[B]`` and counts ``[B, N]``; see `calm_kernels.agreeing_patch`."""
-    counts, is_first = _occurrences(candidates)
+    counts, is_first = count_occurrences(candidates)
     index, level = choose(counts, is_first, whole, fraction, vote, is_factory)
     return candidates[torch.arange(len(index), device=index.device), index], level, counts
 
@@ -39,27 +39,31 @@ def choose(
     is_factory: bool,
 ) -> tuple[Tensor, Tensor]:
     """Index of the choice and level, ``[B]`` each, among chunks that occur `counts` times."""
-    highest = counts.amax(dim=1).to(torch.float64)
-    misses = ((fraction > 0.0) & is_factory).to(torch.float64)  # hits needed beyond m
-    level = torch.minimum(whole, highest - misses)
-    cumulative = (_weights(counts, highest, level, fraction, misses) * is_first).cumsum(dim=1)
+    weights, level = vote_weights(counts, whole, fraction, is_factory)
+    cumulative = (weights * is_first).cumsum(dim=1)
     index = (cumulative > vote[:, None] * cumulative[:, -1:]).to(torch.uint8).argmax(dim=1)
     return index, level.to(torch.int64)
 
 
-def _weights(
-    counts: Tensor, highest: Tensor, level: Tensor, fraction: Tensor, misses: Tensor
-) -> Tensor:
-    """Weights ``[B, N]`` relative to that of the highest count; at level 0 the count."""
+def vote_weights(
+    counts: Tensor,  # [B, N]
+    whole: Tensor,  # [B]
+    fraction: Tensor,  # [B]
+    is_factory: bool,
+) -> tuple[Tensor, Tensor]:
+    """Weights ``[B, N]`` relative to that of the highest count, at level 0 the count; level."""
+    highest = counts.amax(dim=1).to(torch.float64)
+    misses = ((fraction > 0.0) & is_factory).to(torch.float64)  # hits needed beyond m
+    level = torch.minimum(whole, highest - misses)
     power = torch.where(level == 0.0, 1.0, level + fraction)[:, None]
     occurrences = torch.arange(2, counts.shape[1] + 2, dtype=torch.float64, device=counts.device)
     factors = torch.where(occurrences <= highest[:, None], 1.0 - power / occurrences, 1.0)
     table = factors.flip(1).cumprod(dim=1).flip(1)  # of count 1, 2, ..., N
     least = torch.where(level == 0.0, 0.0, level + misses)[:, None]
-    return torch.where(counts >= least, table.gather(1, counts - 1), 0.0)
+    return torch.where(counts >= least, table.gather(1, counts - 1), 0.0), level
 
 
-def _occurrences(candidates: Tensor) -> tuple[Tensor, Tensor]:
+def count_occurrences(candidates: Tensor) -> tuple[Tensor, Tensor]:
     """How often each candidate's chunk occurs, int64 ``[B, N]``, and whether it is the first one.
 
     Stable sorts by the last token, then the one before, and so on: equal chunks end up side by

@@ -9,12 +9,13 @@ from cli_cases import calm, error_of
 from tiny_models import tiny_calm
 
 from calm.errors import UserError
-from calm.experiments.temperature import run_study, settings_of
+from calm.experiments.temperature import run_study, settings_of, to_markdown
 from calm.experiments.temperature_measures import (
     Outcomes,
     Positions,
     Setting,
     StudyOptions,
+    difference,
     draw_outcomes,
     geometric_mean,
     interval,
@@ -113,13 +114,13 @@ def test_draws_are_independent_and_repeat_with_the_seed():
     model = tiny_calm()
     hidden = torch.randn(1, 32).expand(40, -1)
     positions = Positions(hidden, torch.zeros(40, 4, dtype=torch.int64))
-    method = Setting("direct").build(100)
-    drawn = draw_outcomes(model, positions, method, 3, seed=1)
+    predictor = Setting("direct").build(model, 100)
+    drawn = draw_outcomes(predictor, positions, 3, seed=1)
     assert drawn.tokens.shape == (3, 40, 4) and drawn.draws.unique().tolist() == [1]
     assert len(drawn.tokens.flatten(0, 1).unique(dim=0)) > 20  # no two rows share their draws
-    again = draw_outcomes(model, positions, method, 3, seed=1)
+    again = draw_outcomes(predictor, positions, 3, seed=1)
     assert torch.equal(drawn.tokens, again.tokens)
-    other = draw_outcomes(model, positions, method, 3, seed=2)
+    other = draw_outcomes(predictor, positions, 3, seed=2)
     assert not torch.equal(drawn.tokens, other.tokens)
 
 
@@ -130,7 +131,8 @@ def test_a_vote_comes_nearer_to_the_exact_distribution_than_the_model():
     options = StudyOptions(
         temperatures=(0.5,), candidates=(200,), medoids=(8,), noise_temperatures=(0.1,), repeats=8
     )
-    assert [s.temperature for s in settings_of(options) if s.method == "noise_scale"] == [0.5, 0.1]
+    settings = settings_of(options, model)
+    assert [s.temperature for s in settings if s.method == "noise_scale"] == [0.5, 0.1]
     study = run_study(model, positions, options)
     plain, exact, vote, *_, still = study.results
     assert exact.distances == [] and exact.draws > 2
@@ -138,7 +140,46 @@ def test_a_vote_comes_nearer_to_the_exact_distribution_than_the_model():
     ((_, near, error),) = vote.distances
     assert temperature == 0.5 and near < far / 3 and abs(near) < 4 * error + 0.01
     assert still.collision == 1.0 and plain.collision < exact.collision
-    assert vote.draws == 200 and plain.draws == 1
+    assert vote.draws == 200 and plain.draws == 1 and vote.against_vote is None
+
+
+def test_models_with_more_than_their_head_show_it():
+    """Learned temperatures within their range, and a readout; the other settings stay the same."""
+    options = StudyOptions(temperatures=(0.5, 0.2), repeats=2)
+    plain = settings_of(options, tiny_calm())
+    model = tiny_calm(token_loss_weight=1.0, keep_token_readout=True, tempered_range=[0.3, 0.8])
+    added = settings_of(options, model)
+    assert added[: len(plain)] == plain
+    assert [(s.method, s.temperature) for s in added[len(plain) :]] == [
+        ("amortized", 0.5), ("readout", 1.0), ("readout", 0.5), ("readout", 0.2),
+    ]  # fmt: skip
+    few = StudyOptions(
+        temperatures=(0.5,), candidates=(4, 20), medoids=(4,), noise_temperatures=(), repeats=2,
+        max_draws=20,
+    )  # fmt: skip
+    hidden = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
+    positions = Positions(hidden, torch.zeros(20, 4, dtype=torch.int64))
+    study = run_study(model, positions, few)
+    table = to_markdown(study)
+    assert "| amortized, same T | readout, same T |" in table
+    (learned,) = (r for r in study.results if r.setting.method == "amortized")
+    (vote,) = (r for r in study.results if r.setting.num_samples == 20 and r.draws == 20)
+    found = learned.against_vote
+    assert found.accuracy == pytest.approx(learned.accuracy - vote.accuracy)
+    assert found.collision == pytest.approx(learned.collision - vote.collision)
+    low, high = found.collision_interval
+    assert low <= found.collision <= high and "| amortized | 0.50 | " in table
+
+
+def test_differences_are_paired():
+    """Of equal shares they are zero at every resample; a shift shows without its noise."""
+    shares = torch.rand(200, 4, generator=torch.Generator().manual_seed(0)) / 2
+    found = difference((shares, 1.5 * shares), (shares, shares))
+    assert found.accuracy == 0 and found.accuracy_interval == (0, 0)
+    value = float(geometric_mean(shares.mean(0)))
+    assert found.collision == pytest.approx(value / 2)
+    low, high = found.collision_interval
+    assert 0.4 * value < low < found.collision < high < 0.6 * value
 
 
 def test_the_command_writes_table_record_and_figure(folders, tmp_path, capsys):

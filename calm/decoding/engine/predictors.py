@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calm.decoding.chunk import Chunk
-from calm.decoding.sampling.chunk_distribution import Method
+from calm.decoding.sampling.chunk_distribution import ChunkDistribution, Method
 from calm.decoding.sampling.prefix_rejection import Prefix
 from calm.decoding.sampling.token_draws import draw_chunks, draw_tokens, token_chances
 from calm_kernels import noise
@@ -107,11 +107,14 @@ class ChunkPredictor(_CALMPredictor):
 
     def choose(self, hidden: Tensor, seed: Tensor) -> Chunk:
         """See `Predictor`."""
-        return self.method.choose(self.model.distribution(hidden), seed)
+        return self.method.choose(self._distribution(hidden), seed)
 
     def complete(self, hidden: Tensor, given: Tensor, given_length: Tensor, seed: Tensor) -> Chunk:
         """See `Predictor`."""
-        return self.method.complete(self.model.distribution(hidden), given, given_length, seed)
+        return self.method.complete(self._distribution(hidden), given, given_length, seed)
+
+    def _distribution(self, hidden: Tensor) -> ChunkDistribution:
+        return self.model.distribution(hidden, self.method.head_temperature)
 
 
 @dataclass(frozen=True)

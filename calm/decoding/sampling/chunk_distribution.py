@@ -65,6 +65,10 @@ class Method(Protocol):
         """Factor on the head's noise."""
 
     @property
+    def head_temperature(self) -> float:
+        """T of the head that it draws from; 1 for the head of the model as it is."""
+
+    @property
     def is_capturable(self) -> bool:
         """Whether `choose` has fixed shapes and does not synchronise."""
 

@@ -48,6 +48,7 @@ class Exact:
     num_samples: int = 200
     noise_scale: float = 1.0
     max_draws: int = 5000
+    head_temperature: ClassVar[float] = 1.0
     is_capturable: ClassVar[bool] = False
     is_one_draw: ClassVar[bool] = False
 

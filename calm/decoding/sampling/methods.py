@@ -7,6 +7,7 @@
 | `Exact` | P^(1/T), or Algorithm 2 at its cap (Algorithm 1) | as many as it takes |
 | `Medoid` | none stated: the middle of N draws | N, of which one is decoded |
 | `NoiseScale` | none stated: what the head's noise contributes is narrowed | 1 |
+| `Amortized` | that which a head has learned of the vote's winners | 1 |
 
 At T = 1 all are `Direct`. Any of them also completes a chunk whose first tokens are given: it then
 chooses among the head's draws that begin with these tokens, in the order drawn.
@@ -29,7 +30,8 @@ from calm.decoding.sampling.voting import split_power, vote, vote_by_count
 from calm.errors import UserError
 
 __all__ = [
-    "MAX_WAVES", "METHODS", "READOUT", "Batch", "Direct", "Exact", "Medoid", "NoiseScale",
+    "MAX_WAVES", "METHODS", "READOUT", "Amortized", "Batch", "Direct", "Exact", "Medoid",
+    "NoiseScale",
     "build_method",
 ]  # fmt: skip
 
@@ -55,6 +57,11 @@ class Direct:
     @property
     def noise_spread(self) -> float:
         """Factor on what the noise contributes, see `GenerativeHead.sample`."""
+        return 1.0
+
+    @property
+    def head_temperature(self) -> float:
+        """See `Method`."""
         return 1.0
 
     @property
@@ -129,6 +136,24 @@ class NoiseScale(Direct):
     def noise_spread(self) -> float:
         """T²."""
         return self.temperature**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amortized(Direct):
+    """One draw of a head that takes T, see `calm.models.heads.tempered`.
+
+    Its distribution has to be one of that head's, of `head_temperature`.
+
+    Attributes:
+        temperature: T in (0, 1].
+    """
+
+    temperature: float = 0.5
+
+    @property
+    def head_temperature(self) -> float:
+        """T."""
+        return self.temperature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +232,7 @@ def medoid(latents: Tensor, count: Tensor) -> Tensor:
     return latents[index, torch.arange(len(index), device=index.device)]
 
 
-METHODS = ("direct", "batch", "exact", "medoid", "noise_scale")
+METHODS = ("direct", "batch", "exact", "medoid", "noise_scale", "amortized")
 READOUT = "readout"  # no choice among draws: see `calm.decoding.sampling.token_draws`
 
 
@@ -269,7 +294,8 @@ def build_method(
         return Medoid(**common)
     if method == "exact":
         return Exact(temperature=temperature, **common)
-    return (Batch if method == "batch" else NoiseScale)(temperature=temperature, **common)
+    chosen = {"batch": Batch, "noise_scale": NoiseScale, "amortized": Amortized}[method]
+    return chosen(temperature=temperature, **common)
 
 
 class _Common(TypedDict):

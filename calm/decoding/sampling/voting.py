@@ -16,10 +16,10 @@ from torch import Tensor, zeros_like
 from calm.decoding.sampling.chunk_distribution import ChunkDistribution, decode
 from calm.decoding.sampling.lazy_decode import Candidates, decode_and_vote
 from calm.decoding.sampling.prefix_rejection import Prefix
-from calm_kernels.agreeing_patch import agreeing_patch
+from calm_kernels.agreeing_patch import agreeing_patch, vote_chances
 from calm_kernels.backend import is_host_readable
 
-__all__ = ["Power", "split_power", "vote", "vote_by_count"]
+__all__ = ["Power", "split_power", "vote", "vote_by_count", "vote_distribution"]
 
 TOLERANCE = 1e-6  # as in `calm_kernels.agreeing_patch`
 
@@ -77,6 +77,30 @@ def vote(
         return tokens, num_agreeing
     candidates = Candidates(distribution.slots(latents), distribution.project, *(prefix or ()))
     return decode_and_vote(candidates, temperature, seed=seed)
+
+
+def vote_distribution(
+    distribution: ChunkDistribution, latents: Tensor, num_agreeing: float | Tensor
+) -> Tensor:
+    """The chance of each candidate, its chunk's chance to win `vote` shared among equal ones.
+
+    The candidates with these chances are a mixture of latents that has the distribution of `vote`'s
+    winner, given the draws, and none of the vote's own randomness.
+
+    Args:
+        distribution: whose decoder turns latents into tokens.
+        latents: ``[N, B, L]``.
+        num_agreeing: 1/T >= 1, a number or ``[B]``.
+
+    Returns: float64 ``[N, B]``; each column sums to 1.
+    """
+    if is_host_readable(latents):  # decoded as far as two candidates may be equal
+        candidates = Candidates(distribution.slots(latents), distribution.project)
+        candidates.split(2)
+        chunks = candidates.groups[..., None]
+    else:
+        chunks = decode(distribution, latents).transpose(0, 1)  # [B, N, K]
+    return vote_chances(chunks, num_agreeing).T
 
 
 def vote_by_count(

@@ -1,11 +1,13 @@
 """The interface of a language model's head."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["GenerativeHead", "HeadLoss", "Posterior", "expand_rows", "is_recomputed"]
+__all__ = [
+    "GenerativeHead", "HeadLoss", "Objective", "Posterior", "expand_rows", "is_recomputed",
+]  # fmt: skip
 
 
 class Posterior(NamedTuple):
@@ -68,6 +70,29 @@ class GenerativeHead(Protocol):
     def initialize(self, module: nn.Module) -> None:
         """Give `module`, if it belongs to the head, its initial weights."""
         ...
+
+
+class Objective(Protocol):
+    """What a model learns instead of its head's own loss."""
+
+    def loss(
+        self,
+        model: Any,
+        hidden: Tensor,
+        posterior: Posterior,
+        *,
+        seed: Tensor,
+        first_row: int | Tensor,
+    ) -> HeadLoss:
+        """Loss of each chunk.
+
+        Args:
+            model: a `calm.models.ContinuousTransformer`.
+            hidden: ``[B, S, H]``.
+            posterior: of the chunk that follows each.
+            seed: of all draws.
+            first_row: global index of the first chunk.
+        """
 
 
 def is_recomputed(module: nn.Module, is_asked: bool) -> bool:

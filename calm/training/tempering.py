@@ -1,0 +1,183 @@
+"""Learning a temperature: a second energy head draws in one step what a vote chooses among many.
+
+At each position the model's own head, which stays as it is, makes N draws z_i, and the vote of
+Algorithm 2 gives each the chance w_i(T) that it wins (`vote_distribution`). The tempered head draws
+x_1 .. x_n for this T and learns with the energy score against the mixture of the z_i,
+
+    loss = 2/n Σ_j Σ_i w_i |x_j - z_i|^α - 1/(n(n-1)) Σ_{j≠k} |x_j - x_k|^α
+
+whose mean over draws is least where x has the distribution of the vote's winner. Draws of a chunk
+other than the winner's have weight 0: nothing here says which latent stands for a chunk, the head
+itself does, and what is left is exactly its own distribution, reweighted. T is drawn for each
+position, 1/T uniform on a logarithmic scale, and N for each step, likewise.
+
+Shapes: B sequences, S positions, N draws of the vote, n of the tempered head, L latent size, H
+hidden size.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calm.decoding.sampling.chunk_distribution import HeadDistribution
+from calm.decoding.sampling.seeds import advance
+from calm.decoding.sampling.voting import vote_distribution
+from calm.errors import UserError
+from calm.models import EnergyTransformer
+from calm.models.heads.base import HeadLoss, Posterior, is_recomputed
+from calm_kernels import noise
+from calm_kernels.noise import Stream
+
+__all__ = ["TemperatureObjective", "TemperingArguments", "check_source"]
+
+DRAWS_AT_A_TIME = 2**13  # of a vote, decoded together: half a gigabyte at the published sizes
+VOTE_STRIDE = 2**40  # the vote's draws are those of steps that no run reaches
+
+
+def _flag(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TemperingArguments:
+    """Which temperatures are learned, from which votes."""
+
+    _argument_group_name = "temperature"
+
+    min_temperature: float = _flag(0.3, "Least T that the head learns, in (0, 1).")
+    max_temperature: float = _flag(0.8, "Largest T, likewise.")
+    min_draws: int = _flag(200, "Least N, candidates of a vote.")
+    max_draws: int = _flag(200, "Largest N; each step draws its own, uniform in log N.")
+
+    def __post_init__(self) -> None:
+        low, high = self.min_temperature, self.max_temperature
+        if not 0 < low <= high < 1:
+            raise UserError(
+                "min_temperature and max_temperature must be 0 < min <= max < 1 (T = 1 is the "
+                f"model as it is), got {low} and {high}"
+            )
+        least = 1 / low
+        if not least <= self.min_draws <= self.max_draws:
+            raise UserError(
+                f"min_draws must lie between 1/min_temperature, {least:.4g} draws that have to "
+                f"agree, and max_draws; got {self.min_draws} and {self.max_draws}"
+            )
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and largest T."""
+        return self.min_temperature, self.max_temperature
+
+
+def check_source(model: Any) -> None:
+    """The flags `model` name a trained model, and nothing that would describe another one."""
+    if not model.model_name_or_path:
+        raise UserError(
+            "model_name_or_path is needed: the folder of a trained CALM, whose head learns "
+            "temperatures"
+        )
+    for name in ("config_overrides", "config_name", "model_type"):
+        if value := getattr(model, name):
+            raise UserError(
+                f"{name} describes a new model; the one at model_name_or_path stays as it is: "
+                f"take it out, got {value!r}"
+            )
+
+
+@dataclass(frozen=True)
+class TemperatureObjective:
+    """The loss of the tempered head, as a `calm.models.heads.base.Objective`.
+
+    Attributes:
+        arguments: temperatures and numbers of draws.
+    """
+
+    arguments: TemperingArguments
+
+    def loss(
+        self,
+        model: EnergyTransformer,
+        hidden: Tensor,
+        posterior: Posterior,
+        *,
+        seed: Tensor,
+        first_row: int | Tensor,
+    ) -> HeadLoss:
+        """See `Objective`; of the posterior it needs only which chunks count."""
+        rows, config = hidden.flatten(0, 1), model.config
+        power = self._powers(len(rows), seed, first_row)
+        targets, chances = self._targets(model, rows, power, seed, first_row)
+        head: Any = model.tempered_head
+        samples = head.sample(
+            head.condition(rows, 1 / power), None, config.num_samples, seed, first_row,
+            recompute=is_recomputed(head, config.head_recompute),
+        )  # fmt: skip
+        fidelity, diversity = score_terms(samples, targets, chances, float(config.beta))
+        weight = posterior.weight
+        fidelity, diversity = (
+            term.unflatten(0, weight.shape) * weight for term in (fidelity, diversity)
+        )
+        return HeadLoss(fidelity - diversity, fidelity.detach(), diversity.detach())
+
+    def _powers(self, num_rows: int, seed: Tensor, first_row: int | Tensor) -> Tensor:
+        """1/T of each position, ``[B*S]``."""
+        least, largest = self.arguments.bounds
+        drawn = noise.uniform(
+            num_rows, 1, stream=Stream.VOTE, seed=seed, first_row=first_row, device=seed.device
+        )[:, 0]
+        return (1 / largest) * (largest / least) ** drawn
+
+    def _num_draws(self, seed: Tensor) -> int:
+        """N of the step."""
+        least, largest = self.arguments.min_draws, self.arguments.max_draws
+        if least == largest:
+            return least
+        own = advance(seed, VOTE_STRIDE)
+        drawn = noise.uniform(1, 1, stream=Stream.VOTE, seed=own, device=seed.device)
+        return round(least * (largest / least) ** float(drawn))
+
+    @torch.no_grad()
+    def _targets(
+        self,
+        model: EnergyTransformer,
+        hidden: Tensor,
+        power: Tensor,
+        seed: Tensor,
+        first_row: int | Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Draws of the model's own head, ``[N, B*S, L]``, and their chances ``[N, B*S]``."""
+        count, own = self._num_draws(seed), advance(seed, VOTE_STRIDE)
+        size = max(1, DRAWS_AT_A_TIME // count)
+        drawn, chances = [], []
+        for begin in range(0, len(hidden), size):
+            rows = slice(begin, begin + size)
+            latents = model.generative_head.sample(
+                hidden[rows], num_samples=count, seed=own, first_row=first_row + begin
+            )
+            distribution = HeadDistribution(
+                model.generative_head, model.ae_model.decoder, hidden[rows]
+            )
+            chances.append(vote_distribution(distribution, latents, power[rows]))
+            drawn.append(latents)
+        return torch.cat(drawn, dim=1), torch.cat(chances, dim=1)
+
+
+def score_terms(
+    samples: Tensor, targets: Tensor, chances: Tensor, exponent: float
+) -> tuple[Tensor, Tensor]:
+    """Fidelity and diversity of the energy score against weighted targets, ``[R]`` each.
+
+    Args:
+        samples: ``[n, R, L]``, differentiable.
+        targets: ``[N, R, L]``.
+        chances: ``[N, R]``.
+        exponent: α.
+    """
+    points, others = samples.float().transpose(0, 1), targets.float().transpose(0, 1)
+    distances = torch.cdist(points, others, compute_mode="donot_use_mm_for_euclid_dist")
+    fidelity = 2 * (distances**exponent * chances.T[:, None].float()).sum(-1).mean(-1)
+    pairs = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    diversity = (pairs**exponent).sum((-2, -1)) / (len(samples) * (len(samples) - 1))
+    return fidelity, diversity
