@@ -25,7 +25,7 @@ def build_model(arguments: JobArguments, tokenizer: PreTrainedTokenizerBase) -> 
 
     A model that has such a head already goes on from it, in the range that the flags give.
     """
-    model = train_calm.build_model(arguments, tokenizer)
+    model = train_calm.new_or_trained(arguments, tokenizer)
     if not isinstance(model, EnergyTransformer):
         raise UserError(
             f"model_name_or_path: {arguments.model.model_name_or_path} has a {model.head_type} "

@@ -18,13 +18,26 @@ from calm.training.config_overrides import parse_overrides
 from calm.training.job import run_stage
 from calm.training.recipe import Stage
 
-__all__ = ["build_model", "main"]
+__all__ = ["build_model", "main", "new_or_trained"]
 
 
 def build_model(
     arguments: JobArguments, tokenizer: PreTrainedTokenizerBase
 ) -> ContinuousTransformer:
     """A new model on the autoencoder ``ae_name_or_path``, or the one at ``model_name_or_path``."""
+    model = new_or_trained(arguments, tokenizer)
+    if model.config.tempered_range and arguments.training.do_train:
+        raise UserError(
+            f"model_name_or_path: the head of {arguments.model.model_name_or_path} that has "
+            "learned temperatures would not fit any more: go on with the model that it was made of"
+        )
+    return model
+
+
+def new_or_trained(
+    arguments: JobArguments, tokenizer: PreTrainedTokenizerBase
+) -> ContinuousTransformer:
+    """The model that the flags name, as it is."""
     model = arguments.model
     loaded = _continued(model) if model.model_name_or_path else _new(model, tokenizer)
     check_vocabulary(loaded.config.vocab_size, tokenizer, "the language model")

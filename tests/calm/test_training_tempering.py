@@ -74,7 +74,9 @@ def distill(calm, folder, *extra):
 
 
 class TestProgram:
-    def test_from_a_trained_model_to_one_that_draws_at_low_temperature(self, calm, tmp_path):
+    def test_from_a_trained_model_to_one_that_draws_at_low_temperature(
+        self, calm, tmp_path, capsys
+    ):
         folder = tmp_path / "temperature"
         assert distill(calm, tmp_path, "--do_train", "--do_eval") == 0
         old = EnergyTransformer.from_pretrained(calm / "calm").eval()
@@ -95,6 +97,9 @@ class TestProgram:
         results = json.loads((folder / "eval_results.json").read_text())
         assert "eval_loss" in results and "eval_brier_lm" not in results
         weights, losses = (folder / "model.safetensors").read_bytes(), logs(folder)
+        again = flags(tmp_path, "calm", f"--model_name_or_path={folder}", "--config_overrides=")
+        assert MAIN["calm"](again) == 2
+        assert "would not fit any more" in capsys.readouterr().err
         shutil.rmtree(folder / "checkpoint-4")  # stopped, and started again
         assert distill(calm, tmp_path) == 0
         assert (folder / "model.safetensors").read_bytes() == weights and logs(folder) == losses
@@ -118,7 +123,7 @@ class TestProgram:
     def test_another_head(self, tmp_path, monkeypatch):
         from calm.training import distill_temperature as program
 
-        monkeypatch.setattr(program.train_calm, "build_model", lambda *_: tiny.model("flow"))
+        monkeypatch.setattr(program.train_calm, "new_or_trained", lambda *_: tiny.model("flow"))
         arguments = type("Job", (), {"model": TemperingArguments()})
         arguments.model.model_name_or_path = "runs/flow"
         with pytest.raises(UserError, match="runs/flow has a flow head; an energy head alone"):
