@@ -287,17 +287,18 @@ class TestObjective:
     def test_on_a_finite_alphabet_it_learns_the_tempered_distribution(self, temperature):
         """Total variation to P^(1/T) / Z: within the noise, and far from what the model draws."""
         head, chances = FreeHead(), (0.4, 0.35, 0.25)
-        bounds = {"min_temperature": temperature, "max_temperature": temperature}
-        model, chosen = toy_model(head, chances), objective(**bounds)
+        fields = {"min_temperature": temperature, "max_temperature": temperature}
+        fields |= {"min_draws": 100, "max_draws": 100}
+        model, chosen = toy_model(head, chances), objective(**fields)
         optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 60)
         for step in range(60):
             optimizer.zero_grad()
-            loss_of(chosen, model, 32, step).loss.mean().backward()
+            loss_of(chosen, model, 64, step).loss.mean().backward()
             optimizer.step()
             schedule.step()
         edges = head.edges.detach()
         learned = torch.cat([edges, torch.ones(1)]).diff(prepend=torch.zeros(1))
         wanted = sharpened(chances, 1 / temperature)
-        assert (learned - wanted).abs().sum().item() / 2 < 0.03
-        assert (learned - torch.tensor(chances)).abs().sum().item() / 2 > 0.06
+        assert (learned - wanted).abs().sum().item() / 2 < 0.04
+        assert (learned - torch.tensor(chances)).abs().sum().item() / 2 > 0.05
