@@ -31,8 +31,7 @@ from calm.errors import UserError
 
 __all__ = [
     "MAX_WAVES", "METHODS", "READOUT", "Amortized", "Batch", "Direct", "Exact", "Medoid",
-    "NoiseScale",
-    "build_method",
+    "NoiseScale", "build_method",
 ]  # fmt: skip
 
 MAX_WAVES = 25  # of N draws, by default, that a chunk may take
