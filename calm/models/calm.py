@@ -1,7 +1,7 @@
 """The continuous autoregressive language models, one for each head."""
 
 from copy import deepcopy
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -51,7 +51,7 @@ class EnergyTransformer(ContinuousTransformer):
             bounds: least and largest T, 0 < least <= largest < 1. Where the model has such a head,
                 they replace those it was trained for.
         """
-        config = deepcopy(self.config)
+        config = cast(CALMConfig, deepcopy(self.config))
         config.tempered_range = list(bounds)
         config.validate_architecture()
         self.config.tempered_range = config.tempered_range

@@ -34,7 +34,7 @@ def check_best_metric(name: str | None, model: PreTrainedModel) -> None:
     Without it training would end at the first evaluation.
     """
     is_autoencoder = isinstance(model, Autoencoder)
-    known = AUTOENCODER_METRICS if is_autoencoder else LANGUAGE_MODEL_METRICS
+    known: tuple[str, ...] = AUTOENCODER_METRICS if is_autoencoder else LANGUAGE_MODEL_METRICS
     if _has_objective(model):
         known = ("loss",)
     if name is not None and name.removeprefix("eval_") not in known:
