@@ -8,7 +8,6 @@ import shutil
 import datasets
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models
 from training_cases import MAIN, SIZES, flags, logs, write_corpus
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
@@ -69,24 +68,6 @@ class TestResults:
         assert len(files) > 20
         for path in files:
             assert str(autoencoder.parent).encode() not in path.read_bytes(), path
-
-    def test_a_model_card_whose_example_runs(self, tmp_path, run, capsys, monkeypatch):
-        """What the hub reads of it, and the code that it shows; a person's own card stays."""
-        assert run("calm", "--do_train", "--do_eval")[0] == 0
-        path = tmp_path / "calm" / "README.md"
-        card = ModelCard.load(path)
-        assert card.data.library_name == "calm-lm"
-        (score,) = card.data.eval_results
-        found = read(tmp_path / "calm" / "eval_results.json")["eval_brier_lm"]
-        assert score.metric_value == pytest.approx(found, abs=1e-3)
-        assert "| trained on | text.jsonl: " in card.text and "4 steps of " in card.text
-        monkeypatch.chdir(tmp_path)
-        capsys.readouterr()
-        exec(card.text.split("```python\n")[1].split("```")[0], {})
-        assert capsys.readouterr().out.startswith("Returns the ")
-        path.write_text("mine", encoding="utf-8")
-        assert run("calm", "--do_train", "--overwrite_output_dir")[0] == 0
-        assert path.read_text(encoding="utf-8") == "mine"
 
     def test_language_model_stands_alone(self, tmp_path, run, autoencoder):
         status, _ = run("calm", "--eval_strategy=steps", "--eval_steps=2", "--eval_num_samples=3")
