@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "DECODING",
+    "DECODING_LAYER",
     "ENERGY",
     "HEAD",
     "PROJECTION",
@@ -101,6 +102,20 @@ class DecodingShape(ModelShape):
 
 
 DECODING = DecodingShape()
+
+
+@dataclass(frozen=True)
+class DecodingLayerShape:
+    """A layer of a decode step: CALM-M's, with half a context of chunks."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 2752
+    num_heads: int = 16
+    head_size: int = 64
+    capacity: int = 256
+
+
+DECODING_LAYER = DecodingLayerShape()
 ENERGY = EnergyShape()
 HEAD = HeadShape()
 REPARAMETERIZE = ReparameterizeShape()

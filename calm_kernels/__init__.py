@@ -7,6 +7,7 @@ The package needs torch alone, and Triton only where its backend is chosen.
 from calm_kernels import noise
 from calm_kernels.agreeing_patch import agreeing_patch
 from calm_kernels.backend import Backend, set_backend, use_backend
+from calm_kernels.decode_attention import decode_attention
 from calm_kernels.energy_head import EnergyHead, energy_head
 from calm_kernels.energy_score import (
     EnergyScoreDiagnostics,
@@ -16,6 +17,7 @@ from calm_kernels.energy_score import (
 )
 from calm_kernels.linear_argmax import linear_argmax
 from calm_kernels.linear_cross_entropy import linear_cross_entropy
+from calm_kernels.norm_linear import linear_residual, norm_linear, norm_swiglu
 from calm_kernels.reparameterize import reparameterize
 from calm_kernels.warmup import warmup
 
@@ -24,13 +26,17 @@ __all__ = [
     "EnergyHead",
     "EnergyScoreDiagnostics",
     "agreeing_patch",
+    "decode_attention",
     "energy_head",
     "energy_score",
     "expected_distance",
     "gaussian_energy_score",
     "linear_argmax",
     "linear_cross_entropy",
+    "linear_residual",
     "noise",
+    "norm_linear",
+    "norm_swiglu",
     "reparameterize",
     "set_backend",
     "use_backend",

@@ -49,6 +49,10 @@ OPERATIONS: dict[str, frozenset[Backend]] = {
     "linear_argmax": _FUSED,
     "agreeing_patch": _FUSED,
     "linear_cross_entropy": _FUSED,
+    "norm_linear": _FUSED,
+    "norm_swiglu": _FUSED,
+    "linear_residual": _FUSED,
+    "decode_attention": _FUSED,
 }
 
 

@@ -14,6 +14,8 @@ __all__ = [
     "log2",
     "power_terms",
     "reciprocal",
+    "sigmoid",
+    "silu",
     "square_root",
     "sum_features",
     "sum_log2_features",
@@ -25,6 +27,7 @@ _VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 LANE_AXIS = tl.constexpr(0 if _VERSION < (3, 7) else 2)
 # Squared distances at or below the smallest normal float32 count as zero.
 _SMALLEST = tl.constexpr(1.1754943508222875e-38)
+_MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 
 
 @triton.jit
@@ -58,6 +61,18 @@ def reciprocal(x):
     """
     root = tl.rsqrt(x)
     return root * root
+
+
+@triton.jit
+def sigmoid(x, FAST: tl.constexpr):
+    """1 / (1 + e^-x)."""
+    return reciprocal(1.0 + exp2(x * _MINUS_LOG2_E, FAST))
+
+
+@triton.jit
+def silu(x, FAST: tl.constexpr):
+    """x / (1 + e^-x)."""
+    return x * sigmoid(x, FAST)
 
 
 @triton.jit

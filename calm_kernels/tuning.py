@@ -19,6 +19,7 @@ __all__ = [
     "SampleTile",
     "architecture",
     "fuses_head",
+    "fuses_layers",
     "launch_options",
     "num_processors",
     "sample_tile",
@@ -34,6 +35,7 @@ DEFAULT = "default"
 MANY = 2**62
 # Size of an energy head's residual stream; beyond either, the library's matmuls are faster.
 FUSED_HEAD_ROWS, FUSED_HEAD_ELEMENTS = 1024, 2**20
+FUSED_LAYER_ROWS = 64  # of the backbone and the decoder; likewise
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,52 @@ TABLE: dict[tuple[str, str], dict[int, Launch]] = {
     ("energy_head.layer.fp32", "gfx942"): {
         MANY: Launch(num_warps=4, num_stages=2, block_rows=64, block_outputs=32)
     },
+    # The width of norm_linear and of its family is the number of rows. Beyond 16, two blocks of 32
+    # rows read less through L2 than one of 64, and fill more processors.
+    ("norm_linear", DEFAULT): {
+        16: Launch(num_warps=4, num_stages=4, block_rows=16, block_outputs=16, block_features=256),
+        MANY: Launch(
+            num_warps=4, num_stages=4, block_rows=32, block_outputs=32, block_features=128
+        ),
+    },
+    ("norm_linear", "gfx942"): {
+        16: Launch(num_warps=4, num_stages=2, block_rows=16, block_outputs=16, block_features=256),
+        MANY: Launch(
+            num_warps=4, num_stages=2, block_rows=32, block_outputs=32, block_features=128
+        ),
+    },
+    # A norm also keeps the squares of a step in registers.
+    ("norm_linear.norm", DEFAULT): {
+        16: Launch(num_warps=4, num_stages=5, block_rows=16, block_outputs=16, block_features=128),
+        MANY: Launch(
+            num_warps=4, num_stages=4, block_rows=32, block_outputs=32, block_features=128
+        ),
+    },
+    ("norm_linear.norm", "gfx942"): {
+        16: Launch(num_warps=4, num_stages=2, block_rows=16, block_outputs=16, block_features=128),
+        MANY: Launch(
+            num_warps=4, num_stages=2, block_rows=32, block_outputs=32, block_features=128
+        ),
+    },
+    ("norm_linear.fp32", DEFAULT): {
+        MANY: Launch(num_warps=4, num_stages=3, block_rows=16, block_outputs=16)
+    },
+    ("norm_linear.fp32", "gfx942"): {
+        MANY: Launch(num_warps=4, num_stages=2, block_rows=16, block_outputs=16)
+    },
+    # Rows are columns of the cache.
+    ("decode_attention", DEFAULT): {
+        128: Launch(num_warps=4, num_stages=3, block_rows=64),
+        256: Launch(num_warps=4, num_stages=2, block_rows=32),
+    },
+    ("decode_attention", "gfx942"): {
+        128: Launch(num_warps=4, num_stages=2, block_rows=64),
+        256: Launch(num_warps=4, num_stages=2, block_rows=32),
+    },
+    ("decode_attention.fp32", DEFAULT): {
+        128: Launch(num_warps=4, num_stages=2, block_rows=32),
+        256: Launch(num_warps=4, num_stages=1, block_rows=16),
+    },
     # The width of linear_argmax is its number of rows: few rows are limited by reading the weight,
     # many by the matmuls, and then a block of 256 tokens reads least from the cache. ".total" also
     # sums exponentials, for which 256 tokens leave too few registers.
@@ -263,6 +311,11 @@ def fuses_head(num_rows: int, width: int) -> bool:
     """
     most = min(FUSED_HEAD_ROWS, FUSED_HEAD_ELEMENTS // width)
     return 0 < num_rows <= most and width % 16 == 0
+
+
+def fuses_layers(num_rows: int) -> bool:
+    """Whether layers without gradients run in `calm_kernels.norm_linear`."""
+    return 0 < num_rows <= FUSED_LAYER_ROWS
 
 
 def use_fast_math() -> bool:

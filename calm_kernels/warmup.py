@@ -7,15 +7,18 @@ import torch
 
 from calm_kernels.agreeing_patch import agreeing_patch
 from calm_kernels.backend import Backend, resolve
+from calm_kernels.decode_attention import decode_attention
 from calm_kernels.energy_head import EnergyHead
 from calm_kernels.energy_score import gaussian_energy_score
 from calm_kernels.linear_argmax import linear_argmax
 from calm_kernels.linear_cross_entropy import linear_cross_entropy
+from calm_kernels.norm_linear import linear_residual, norm_linear, norm_swiglu
 from calm_kernels.reparameterize import reparameterize
 
 __all__ = ["warmup"]
 
 NUM_CANDIDATES = 200  # candidates of a vote, the default of `generate`
+CAPACITY = 512  # chunks of a cache
 
 
 def warmup(
@@ -27,7 +30,8 @@ def warmup(
 
     Args:
         config: a language model's configuration (`num_samples`, `latent_size`, `beta`, `targets`,
-            `num_targets`, `hidden_size`, `noise_size`, `patch_size`), or an autoencoder's
+            `num_targets`, `hidden_size`, `noise_size`, `patch_size`, and the backbone's
+            `intermediate_size`, `num_attention_heads`, `num_key_value_heads`), or an autoencoder's
             (`latent_size`, `kl_clamp`, `ae_dropout`, `latent_dropout`, `vocab_size`,
             `hidden_size`).
         device: where the kernels will run.
@@ -103,6 +107,36 @@ def _agreeing_patch(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None
     agreeing_patch(candidates, torch.full_like(like, 2.0, dtype=torch.float64), seed=seed)
 
 
+@torch.no_grad()
+def _norm_linear(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
+    width, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
+    heads, kv_heads, size = _heads(config)
+    weights = [like.new_zeros(count * size, width) for count in (heads, kv_heads, kv_heads)]
+    norm, gate = like.new_zeros(width), like.new_zeros(inner, width)
+    for num_rows in (1, 17):  # few rows have their own settings
+        rows = like.new_zeros(num_rows, width)
+        norm_linear(rows, norm, weights, norm_eps=eps)
+        features = norm_swiglu(rows, norm, gate, gate, norm_eps=eps)
+        linear_residual(features, like.new_zeros(width, inner), rows)
+        attended = like.new_zeros(num_rows, heads * size)
+        linear_residual(attended, like.new_zeros(width, heads * size), rows)
+
+
+def _decode_attention(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
+    heads, kv_heads, size = _heads(config)
+    keys, values = like.new_zeros(2, 1, kv_heads, CAPACITY, size)
+    rotations = torch.ones(CAPACITY, size // 2, dtype=torch.complex64, device=like.device)
+    rows = like.new_zeros(1, (heads + 2 * kv_heads) * size)
+    decode_attention(rows, keys, values, rotations, seed[:1])
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """Query heads, key heads, features of each."""
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, config.num_key_value_heads or heads, size
+
+
 _Run = Callable[[Any, torch.Tensor, torch.Tensor], None]
 _AUTOENCODER: dict[str, _Run] = {
     "reparameterize": _reparameterize,
@@ -113,4 +147,6 @@ _LANGUAGE_MODEL: dict[str, _Run] = {
     "gaussian_energy_score": _energy_score,
     "energy_head": _energy_head,
     "agreeing_patch": _agreeing_patch,
+    "norm_linear": _norm_linear,
+    "decode_attention": _decode_attention,
 }

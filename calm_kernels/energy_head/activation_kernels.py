@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from calm_kernels.device import exp2, reciprocal
+from calm_kernels.device import sigmoid
 from calm_kernels.tuning import Constants, architecture, launch_options, setting, use_fast_math
 
 __all__ = [
@@ -27,18 +27,11 @@ __all__ = [
     "swiglu_kernel",
 ]
 
-_MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
-
-
-@triton.jit
-def _sigmoid(x, FAST: tl.constexpr):
-    return reciprocal(1.0 + exp2(x * _MINUS_LOG2_E, FAST))
-
 
 @triton.jit
 def _silu_terms(x, FAST: tl.constexpr):
     """SiLU and its slope."""
-    gate = _sigmoid(x, FAST)
+    gate = sigmoid(x, FAST)
     value = x * gate
     return value, gate + value * (1.0 - gate)
 
@@ -66,7 +59,7 @@ def silu_kernel(
         position = (row.to(tl.int32) // num_draws).to(tl.int64)  # a division of 64 bits is slow
         offs_context = position[:, None] * stride_context + column[None, :]
         x += tl.load(context_ptr + offs_context, mask=mask, other=0.0).to(tl.float32)
-    value = x * _sigmoid(x, FAST)
+    value = x * sigmoid(x, FAST)
     tl.store(out_ptr + offs, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -143,7 +136,7 @@ def swiglu_kernel(
     up = tl.load(matmul_ptr + WIDTH + offs, mask=mask, other=0.0).to(tl.float32)
     gate += _load_vector(bias_ptr, column, WIDTH)
     up += _load_vector(bias_ptr + WIDTH, column, WIDTH)
-    value = (gate * _sigmoid(gate, FAST) * up).to(out_ptr.dtype.element_ty)
+    value = (gate * sigmoid(gate, FAST) * up).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * WIDTH + column[None, :], value, mask=mask)
 
 

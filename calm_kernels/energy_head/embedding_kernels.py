@@ -18,6 +18,7 @@ from torch import Tensor
 from calm_kernels.backend import is_interpreted
 from calm_kernels.energy_head.norm_kernels import row_segments
 from calm_kernels.energy_head.parameters import NORM_EPS, Pair
+from calm_kernels.matmul_kernels import DOT_DTYPES
 from calm_kernels.noise_kernels import load_key, philox
 from calm_kernels.tuning import (
     Constants,
@@ -29,7 +30,6 @@ from calm_kernels.tuning import (
 )
 
 __all__ = [
-    "DOT_DTYPES",
     "Noise",
     "embed_backward_kernel",
     "embed_kernel",
@@ -38,11 +38,6 @@ __all__ = [
     "embedding_constants",
 ]
 
-DOT_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 _STREAM_HEAD = tl.constexpr(2)  # noise.Stream.HEAD
 _UNIFORM_STEP = tl.constexpr(2.0**-24)
 

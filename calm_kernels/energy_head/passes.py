@@ -21,7 +21,7 @@ from calm_kernels.energy_head.activation_kernels import (
 from calm_kernels.energy_head.embedding_kernels import Noise, embed_noise, embed_noise_backward
 from calm_kernels.energy_head.gradient_slots import GradientSlots
 from calm_kernels.energy_head.norm_kernels import layer_norm, layer_norm_backward
-from calm_kernels.energy_head.parameters import BlockParameters, HeadParameters, Pair
+from calm_kernels.energy_head.parameters import BlockParameters, HeadParameters
 from calm_kernels.energy_head.small_rows_kernels import residual_layer, silu_layer, swiglu_layer
 from calm_kernels.tuning import architecture, setting
 
@@ -91,16 +91,15 @@ def small_rows_pass(hidden: Tensor, noise: Noise, head: HeadParameters) -> Tenso
     """As `forward_pass`, for few rows and without gradients: four launches a block.
 
     At decoding a matmul takes as long as reading its weights, and a launch takes as long as a
-    matmul. So each matmul is fused with the work before and after it.
+    matmul. So each matmul is fused with the work before and after it. The context's half of a first
+    weight is multiplied with every draw, in the matmul of the other half: that saves a launch a
+    block, and a matmul of few rows waits for its weights in any case.
     """
-    width = hidden.shape[1]
     _, condition = _embed_hidden(hidden, head)
     stream, rows = embed_noise(noise, *head.noise_embd, head.norm_noise, head.blocks[0].norm)
     parts: Tensor | None = None  # statistics of the stream; the first rows are normalised already
     for block in head.blocks:
-        own, shared = block.first.weight.split(width, dim=1)
-        context = condition @ shared.T
-        features = silu_layer(rows, Pair(own, block.first.bias), block.norm, parts, context)
+        features = silu_layer(rows, block.first, block.norm, parts, condition)
         features = swiglu_layer(silu_layer(features, block.second), block.gate_up)
         rows, parts = stream, residual_layer(features, block.down, stream)
     features = silu_layer(rows, head.final_first, head.final_norm, parts)

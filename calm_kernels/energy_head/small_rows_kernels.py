@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from calm_kernels.backend import is_interpreted
-from calm_kernels.device import exp2, reciprocal
-from calm_kernels.energy_head.embedding_kernels import DOT_DTYPES
+from calm_kernels.device import silu
 from calm_kernels.energy_head.parameters import NORM_EPS, Pair
+from calm_kernels.matmul_kernels import DOT_DTYPES, LAYER_NORM, NO_NORM, matmul_rows
 from calm_kernels.tuning import Constants, architecture, launch_options, setting, use_fast_math
 
 __all__ = [
@@ -34,12 +34,6 @@ __all__ = [
 
 Form = Literal["silu", "swiglu", "residual"]
 _BLOCK_TILES = 32  # tiles whose statistics are in registers at once
-_MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
-
-
-@triton.jit
-def _silu(x, FAST: tl.constexpr):
-    return x * reciprocal(1.0 + exp2(x * _MINUS_LOG2_E, FAST))
 
 
 @triton.jit
@@ -87,54 +81,48 @@ def _statistics(
 @triton.jit
 def _matmul(
     rows_ptr, norm_weight_ptr, norm_shift_ptr, weight_ptr, row, output, mean, scale, stride_output,
-    HAS_NORM: tl.constexpr, WIDTH: tl.constexpr, IS_EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr, WIDTH: tl.constexpr, IS_EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """weight[output] · x with x the row or its LayerNorm, ``[BLOCK_R, outputs]``."""
     feature = tl.arange(0, BLOCK_K)
     row_ptrs = rows_ptr + row[:, None] * WIDTH + feature[None, :]
     weight_ptrs = weight_ptr + output[None, :] * stride_output + feature[:, None]
-    matmul = tl.zeros([row.shape[0], output.shape[0]], tl.float32)
-    for start in range(0, WIDTH, BLOCK_K):
-        inside = feature < WIDTH - start
-        if IS_EVEN:
-            rows = tl.load(row_ptrs + start)  # [BLOCK_R, BLOCK_K]
-            weight = tl.load(weight_ptrs + start)  # [BLOCK_K, outputs]
-        else:
-            rows = tl.load(row_ptrs + start, mask=inside[None, :], other=0.0)
-            weight = tl.load(weight_ptrs + start, mask=inside[:, None], other=0.0)
-        if HAS_NORM:
-            factor = tl.load(norm_weight_ptr + start + feature, mask=inside, other=0.0)
-            shift = tl.load(norm_shift_ptr + start + feature, mask=inside, other=0.0)
-            normal = rows * scale - mean * scale
-            rows = normal * factor.to(tl.float32)[None, :] + shift.to(tl.float32)[None, :]
-            rows = rows.to(weight_ptr.dtype.element_ty)
-        matmul = tl.dot(rows.to(DOT_DTYPE), weight.to(DOT_DTYPE), matmul, input_precision=PRECISION)
+    matmul, _ = matmul_rows(
+        row_ptrs, norm_weight_ptr, norm_shift_ptr, weight_ptrs, mean, scale, NORM, WIDTH, IS_EVEN,
+        DOT_DTYPE, PRECISION,
+    )  # fmt: skip
     return matmul
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_draws"])
 def silu_layer_kernel(
-    rows_ptr, parts_ptr, norm_weight_ptr, norm_shift_ptr, weight_ptr, bias_ptr, context_ptr,
-    out_ptr, num_rows, num_draws, stride_output, HAS_NORM: tl.constexpr, HAS_CONTEXT: tl.constexpr,
+    rows_ptr, parts_ptr, norm_weight_ptr, norm_shift_ptr, weight_ptr, bias_ptr, condition_ptr,
+    out_ptr, num_rows, num_draws, stride_output, HAS_NORM: tl.constexpr, IS_JOINED: tl.constexpr,
     WIDTH: tl.constexpr, IS_EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr, TILE: tl.constexpr, BLOCK_T: tl.constexpr, NORM_EPS: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """out = SiLU(weight · x + bias + context[row // num_draws]), x = rows or LN(rows)."""
+    """out = SiLU(weight · x + bias), x = rows or LN(rows), or with [x; condition[row // num_draws]]
+    in place of x, of which the weight has a half each.
+    """
     row, column, mask = _rows_and_features(num_rows, WIDTH, BLOCK_R, BLOCK_C)
     shift = tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
-    if HAS_CONTEXT:
-        offs_context = (row // num_draws)[:, None] * WIDTH + column[None, :]
-        shift += tl.load(context_ptr + offs_context, mask=mask, other=0.0).to(tl.float32)
     mean, scale = 0.0, 1.0
     if HAS_NORM:
         mean, scale = _statistics(parts_ptr, row, num_rows, WIDTH, TILE, BLOCK_T, NORM_EPS)
+    output = tl.minimum(column, WIDTH - 1)
     matmul = _matmul(
-        rows_ptr, norm_weight_ptr, norm_shift_ptr, weight_ptr, row, tl.minimum(column, WIDTH - 1),
-        mean, scale, stride_output, HAS_NORM, WIDTH, IS_EVEN, BLOCK_K, DOT_DTYPE, PRECISION,
+        rows_ptr, norm_weight_ptr, norm_shift_ptr, weight_ptr, row, output, mean, scale,
+        stride_output, LAYER_NORM if HAS_NORM else NO_NORM, WIDTH, IS_EVEN, BLOCK_K, DOT_DTYPE,
+        PRECISION,
     )  # fmt: skip
-    value = _silu(matmul + shift, FAST).to(out_ptr.dtype.element_ty)
+    if IS_JOINED:
+        matmul += _matmul(
+            condition_ptr, bias_ptr, bias_ptr, weight_ptr + WIDTH, row // num_draws, output, 0.0,
+            1.0, stride_output, NO_NORM, WIDTH, IS_EVEN, BLOCK_K, DOT_DTYPE, PRECISION,
+        )  # fmt: skip
+    value = silu(matmul + shift, FAST).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * WIDTH + column[None, :], value, mask=mask)
 
 
@@ -153,11 +141,11 @@ def swiglu_layer_kernel(
     output = tl.minimum(tl.program_id(1) * BLOCK_C + index // 2, WIDTH - 1) + (index % 2) * WIDTH
     bias = tl.load(bias_ptr + output).to(tl.float32)[None, :]
     matmul = _matmul(
-        rows_ptr, bias_ptr, bias_ptr, weight_ptr, row, output, 0.0, 1.0, stride_output, False,
+        rows_ptr, bias_ptr, bias_ptr, weight_ptr, row, output, 0.0, 1.0, stride_output, NO_NORM,
         WIDTH, IS_EVEN, BLOCK_K, DOT_DTYPE, PRECISION,
     )  # fmt: skip
     gate, up = tl.split(tl.reshape(matmul + bias, (BLOCK_R, BLOCK_C, 2)))
-    value = (_silu(gate, FAST) * up).to(out_ptr.dtype.element_ty)
+    value = (silu(gate, FAST) * up).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * WIDTH + column[None, :], value, mask=mask)
 
 
@@ -177,7 +165,7 @@ def residual_layer_kernel(
     bias = tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
     matmul = _matmul(
         rows_ptr, bias_ptr, bias_ptr, weight_ptr, row, tl.minimum(column, WIDTH - 1), 0.0, 1.0,
-        stride_output, False, WIDTH, IS_EVEN, BLOCK_K, DOT_DTYPE, PRECISION,
+        stride_output, NO_NORM, WIDTH, IS_EVEN, BLOCK_K, DOT_DTYPE, PRECISION,
     )  # fmt: skip
     stream = tl.where(mask, stream + (matmul + bias), 0.0)
     tl.store(stream_ptrs, stream, mask=mask)
@@ -230,17 +218,18 @@ def _constants(
 
 def silu_layer(
     rows: Tensor, linear: Pair, norm: Pair | None = None, parts: Tensor | None = None,
-    context: Tensor | None = None,
+    condition: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """SiLU(weight · x + bias + context), the context ``[R, C]`` for N rows each.
+    """SiLU(weight · x + bias), x the rows or, with `parts` of them, their LayerNorm.
 
-    x is the rows or, with `parts` of them, their LayerNorm.
+    With a condition ``[R, C]``, each for N rows, the weight is ``[C, 2C]``, and [x; condition]
+    stands in place of x.
     """
     weight, bias = linear
     out = weight.new_empty(rows.shape)
-    flags = {"HAS_NORM": parts is not None, "HAS_CONTEXT": context is not None}
+    flags = {"HAS_NORM": parts is not None, "IS_JOINED": condition is not None}
     grid, (constants, options) = _constants("silu", rows, weight, **flags)
-    shared = rows if context is None else context
+    shared = rows if condition is None else condition
     silu_layer_kernel[grid](
         rows, rows if parts is None else parts, *(norm or linear), weight, bias, shared, out,
         len(rows), len(rows) // len(shared), weight.stride(0), **constants, **options,

@@ -160,6 +160,8 @@ def test_warmup_launches_what_the_model_will(monkeypatch):
         "gaussian_energy_score",
         "energy_head",
         "agreeing_patch",
+        "norm_linear",
+        "decode_attention",
     ]
     assert launches.names == ["analytic_kernel"]
     assert warmup(tiny_autoencoder().config, "cpu") == [

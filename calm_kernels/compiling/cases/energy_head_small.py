@@ -34,7 +34,8 @@ def _layer(
 ) -> Configuration:
     """Weights once, rows in and out; the residual layer reads and writes the stream."""
     has_norm = flags.get("HAS_NORM", False)
-    num_outputs = 2 * width if form == "swiglu" else width
+    is_joined = flags.get("IS_JOINED", False)
+    num_outputs = 2 * width if form == "swiglu" or is_joined else width  # or twice as many inputs
     in_and_out = {"silu": 2, "swiglu": 2, "residual": 1}[form] * dtype.itemsize
     stream = 8 * (form == "residual") + (4 - dtype.itemsize) * has_norm
     suffix = ".norm" * has_norm + ".fp32" * (dtype == torch.float32)
@@ -45,7 +46,8 @@ def _layer(
         constants=lambda target: layer_constants(
             form, rows, width, dtype, target.name, has_fast_math=target.is_nvidia, **flags
         ),
-        trips=lambda found: (Fixed(math.ceil(width / found["BLOCK_K"])),),
+        # Of the two loops of a joined matmul the compiler may unroll one alone.
+        trips=lambda found: None if is_joined else (Fixed(math.ceil(width / found["BLOCK_K"])),),
         bytes_per_row=(in_and_out + stream) * width + dtype.itemsize * num_outputs * width / rows,
         rows=rows,
         programs=lambda found: (
@@ -88,8 +90,8 @@ def _at(
     rows: int, width: int, dtype: torch.dtype, needed: dict[str, str] = _WARP,
     with_norm: dict[str, str] = _WARP,
 ) -> Iterator[Configuration]:  # fmt: skip
-    yield _layer("silu", rows, width, dtype, with_norm, HAS_NORM=True, HAS_CONTEXT=True)
-    yield _layer("silu", rows, width, dtype, needed, HAS_NORM=False, HAS_CONTEXT=False)
+    yield _layer("silu", rows, width, dtype, with_norm, HAS_NORM=True, IS_JOINED=True)
+    yield _layer("silu", rows, width, dtype, needed, HAS_NORM=False, IS_JOINED=False)
     yield _layer("swiglu", rows, width, dtype, needed)
     yield _layer("residual", rows, width, dtype, needed)
 
