@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils import ModelOutput
 
 from calm.configuration import AutoencoderConfig
+from calm.decoding.engine.fused_layers import are_fused, fused_mlp, is_plain_mlp
 from calm.errors import UserError
 from calm.labels import IGNORE_INDEX, Term, num_chunks
 from calm.models.alignment import Alignment, middle_of
@@ -69,7 +70,9 @@ class ResidualBlock(nn.Module):
         self.layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """``[..., H]`` to ``[..., H]``."""
+        """``[..., H]`` to ``[..., H]``; in two launches where kernels run and rows are few."""
+        if are_fused(hidden) and is_plain_mlp(self.layernorm, self.mlp):
+            return fused_mlp(self.layernorm, self.mlp, hidden)
         return hidden + self.mlp(self.layernorm(hidden))
 
 

@@ -5,46 +5,82 @@ text.
 import pytest
 import torch
 from model_cases import Launches, tiny_model
+from transformers import LlamaConfig
 
+from calm import BaselineTransformer
 from calm.decoding.engine.decode_step import DecodeState, decode_step, prefill
-from calm.decoding.engine.predictors import ChunkPredictor
+from calm.decoding.engine.predictors import ChunkPredictor, TokenPredictor
 from calm.decoding.sampling.methods import Batch, Direct
 from calm_kernels import use_backend
 from calm_kernels.agreeing_patch import kernels as vote_kernels
+from calm_kernels.decode_attention import kernels as attention_kernels
 from calm_kernels.energy_head import embedding_kernels, norm_kernels, small_rows_kernels
 from calm_kernels.linear_argmax import kernels as argmax_kernels
+from calm_kernels.norm_linear import kernels as layer_kernels
 
+MLP = ["norm_swiglu_kernel", "linear_residual_kernel"]
+LAYER = ["norm_linear_kernel", "attention_kernel", "linear_residual_kernel", *MLP]
 HEAD = ["norm_kernel", "embed_kernel", "silu_layer_kernel", "silu_layer_kernel",
         "swiglu_layer_kernel", "residual_layer_kernel", "silu_layer_kernel"]  # fmt: skip
-ARGMAX, VOTE = ["partial_kernel", "reduce_kernel"], ["count_kernel", "choose_kernel"]
+CALM = [*LAYER, *HEAD, *MLP * 2, "partial_kernel", "reduce_kernel"]
+VOTE = ["count_kernel", "choose_kernel"]
 METHODS = {
-    "direct": (Direct(), HEAD + ARGMAX),
-    "batch": (Batch(temperature=0.5, num_samples=9, is_slotwise=False), HEAD + ARGMAX + VOTE),
+    "direct": (Direct(), CALM),
+    "batch": (Batch(temperature=0.5, num_samples=9, is_slotwise=False), CALM + VOTE),
 }
+KERNELS = (
+    embedding_kernels, norm_kernels, small_rows_kernels, argmax_kernels, vote_kernels,
+    layer_kernels, attention_kernels,
+)  # fmt: skip
 
 
 @torch.no_grad()
-def decode(model, method, backend, steps=3):
-    """Tokens and how they were found, ``[steps, B, K + 5]``."""
-    predictor = ChunkPredictor(model.eval(), method)
-    state = DecodeState.allocate(predictor, batch_size=2, capacity=8)
-    prompt = torch.randint(64, (2, 4), generator=torch.Generator().manual_seed(1))
+def decode(predictor, backend, *, is_fixed=False):
+    """Tokens and how they were found, ``[2, B, K + 5]``; the second prompt is shorter."""
+    state = DecodeState.allocate(predictor, batch_size=2, capacity=8, is_fixed=is_fixed)
+    size = predictor.patch_size
+    prompt = torch.randint(64, (2, 3 * size), generator=torch.Generator().manual_seed(1))
     with use_backend(backend):
-        prefill(state, prompt, [0, 0], torch.tensor([[3, 0], [4, 0]]))
-        state.tokens.copy_(prompt[:, -2:])
-        return torch.stack([decode_step(state) for _ in range(steps)])
+        prefill(state, prompt, [3, 2], torch.tensor([[3, 0], [4, 0]]))
+        state.tokens.copy_(prompt[:, -size:])
+        return torch.stack([decode_step(state) for _ in range(2)])
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_step_is_that_of_torch(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "is_fixed"), [("direct", False), ("direct", True), ("batch", True)]
+)
+def test_a_step_is_that_of_torch(name, is_fixed, monkeypatch):
     method, kernels = METHODS[name]
-    model = tiny_model()
-    expected = decode(model, method, "torch")
-    launches = Launches(
-        monkeypatch, embedding_kernels, norm_kernels, small_rows_kernels, argmax_kernels,
-        vote_kernels,
-    )  # fmt: skip
-    actual = decode(model, method, "auto")
+    predictor = ChunkPredictor(tiny_model().eval(), method)
+    expected = decode(predictor, "torch", is_fixed=is_fixed)
+    launches = Launches(monkeypatch, *KERNELS)
+    actual = decode(predictor, "auto", is_fixed=is_fixed)
     assert launches.names == kernels * len(actual)
     assert torch.equal(actual, expected)
     assert len(actual[..., :2].unique()) > 2  # not one token again and again
+
+
+def test_a_step_of_the_baseline_is_that_of_torch(monkeypatch):
+    """Through the same kernels of the backbone; four heads share two keys."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    predictor = TokenPredictor(BaselineTransformer(config).eval(), 1.0)
+    expected = decode(predictor, "torch")
+    launches = Launches(monkeypatch, *KERNELS)
+    actual = decode(predictor, "auto")
+    assert launches.names == LAYER * 2 * len(actual)
+    assert torch.equal(actual, expected)
+    assert len(actual[..., 0].unique()) > 2
+
+
+def test_a_layer_that_is_more_than_its_weights_runs_as_it_is(monkeypatch):
+    """Every call of a module with a hook reaches the hook."""
+    model, calls = tiny_model().eval(), []
+    model.transformer.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
+    predictor = ChunkPredictor(model, Direct())
+    launches = Launches(monkeypatch, layer_kernels, attention_kernels)
+    decode(predictor, "auto")
+    assert len(calls) == 3 and launches.names == MLP * 2 * 2  # prefill, two steps; the decoder

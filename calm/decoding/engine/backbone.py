@@ -3,12 +3,14 @@
 When it reads one chunk, `transformers.LlamaModel` spends more time between its operations than in
 them. `CachedBackbone` calls the same modules in the same order, but computes once per call what all
 layers share: masks, rotations, cache columns. It holds no copy of a weight, so that it always reads
-the model as it is now.
+the model as it is now. Where kernels are chosen, a decode step of few sequences runs `fused_layer`
+instead of the modules.
 
 Shapes: B sequences, Q chunks of this call, P chunks of a prompt, H hidden size, D head size.
 """
 
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from calm.decoding.engine.fused_layers import are_fused, fused_layer, is_plain
 from calm.decoding.engine.kv_cache import KVCache
 from calm.errors import UserError
 
@@ -68,6 +71,11 @@ class CachedBackbone:
         """Where the backbone runs."""
         return cast(Tensor, self.backbone.norm.weight).device
 
+    @cached_property
+    def _is_plain(self) -> bool:
+        """Whether layers can be fused; what changes a layer later is not seen here."""
+        return all(is_plain(layer) for layer in self.backbone.layers)
+
     def allocate(self, batch_size: int, capacity: int, *, is_fixed: bool = False) -> KVCache:
         """A cache of `capacity` chunks, see `KVCache`."""
         return KVCache.allocate(
@@ -91,7 +99,7 @@ class CachedBackbone:
         positions = torch.arange(capacity, device=self.device)[None]
         like = torch.empty((), dtype=torch.float32, device=self.device)
         cos, sin = self.backbone.rotary_emb(like, positions)
-        return torch.complex(cos, sin)[0, :, : self.head_dim // 2]
+        return torch.complex(cos, sin)[0, :, : self.head_dim // 2].contiguous()
 
     def prefill(self, embeds: Tensor, lengths: list[int], cache: KVCache) -> Tensor:
         """Read prompts of any lengths, which begin in the first column.
@@ -123,12 +131,21 @@ class CachedBackbone:
         Returns: ``[B, H]``. With a fixed cache all shapes are fixed and nothing synchronises.
         """
         cache.reserve(1)
+        if are_fused(embeds[:, 0]) and self._is_plain:
+            return self._run_fused(embeds[:, 0], cache)
         positions = self._next_positions(cache)
         is_pinned = positions.mask is not None and self.device.type == "cuda"
         with sdpa_kernel(WITH_MASK) if is_pinned else nullcontext():
             hidden = self._run(embeds, cache, positions)
         cache.advance()
         return self.backbone.norm(hidden[:, -1])
+
+    def _run_fused(self, hidden: Tensor, cache: KVCache) -> Tensor:
+        """All layers on ``[B, H]``, fused; the state, normalised."""
+        for layer, keys, values in zip(self.backbone.layers, cache.keys, cache.values, strict=True):
+            hidden = fused_layer(layer, hidden, keys, values, cache)
+        cache.advance()
+        return self.backbone.norm(hidden)
 
     def _next_positions(self, cache: KVCache) -> _Positions:
         """The next column of each sequence; attention reads what is filled, or all of it masked."""

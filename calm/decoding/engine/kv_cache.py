@@ -22,6 +22,7 @@ class KVCache:
         values: likewise.
         rotations: cos + i sin of the angles of each position, complex ``[capacity, D/2]``.
         lengths: chunks of each sequence, int64 ``[B]`` on the device.
+        arrivals: zeros in which the attention kernel counts, int32 ``[B * heads]``.
         is_fixed: whether a step attends to all columns, masked, so that it has fixed shapes and can
             be replayed from a graph.
         is_ragged: whether lengths differ.
@@ -33,6 +34,7 @@ class KVCache:
     values: Tensor
     rotations: Tensor
     lengths: Tensor
+    arrivals: Tensor
     is_fixed: bool = False
     is_ragged: bool = False
     length: int = 0
@@ -55,7 +57,8 @@ class KVCache:
         shape = (2, num_layers, batch_size, num_heads, capacity, head_dim)
         keys, values = torch.zeros(shape, device=device, dtype=dtype)
         lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return cls(keys, values, rotations, lengths, is_fixed)
+        arrivals = lengths.new_zeros(batch_size * num_heads, dtype=torch.int32)
+        return cls(keys, values, rotations, lengths, arrivals, is_fixed)
 
     @property
     def capacity(self) -> int:
@@ -97,6 +100,7 @@ class KVCache:
             self.values[:, rows],
             self.rotations,
             self.lengths[rows],
+            self.arrivals.new_zeros(len(rows) * self.keys.shape[2]),
             self.is_fixed,
             self.is_ragged,
             self.length,
@@ -105,6 +109,12 @@ class KVCache:
     def slot(self, row: int) -> "KVCache":
         """One sequence, as a cache of B = 1 in this cache's memory; the host counts it apart."""
         one = slice(row, row + 1)
+        arrivals = self.arrivals[row * self.keys.shape[2] :][: self.keys.shape[2]]
         return KVCache(
-            self.keys[:, one], self.values[:, one], self.rotations, self.lengths[one], self.is_fixed
+            self.keys[:, one],
+            self.values[:, one],
+            self.rotations,
+            self.lengths[one],
+            arrivals,
+            self.is_fixed,
         )
