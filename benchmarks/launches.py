@@ -5,6 +5,9 @@ bfloat16 autocast; the optimizer's step; a decode step of both. Kernels of ours 
 each and do nothing. Every other operation of torch counts as one, though the library may need
 several kernels for it (attention's backward pass, fused AdamW); views and allocations count none.
 
+A decode step has a table of its own, with what it reads and its modelled time
+(`benchmarks.decode_steps`).
+
 Training runs on a CPU with the layers of CALM-M and narrow widths, on which no count depends, and
 with the dtypes of CUDA's autocast. Decoding runs on the meta device at full size, where the size
 chooses the head's kernels. Weights have gradients already, as in all micro-batches but the first.
@@ -14,29 +17,28 @@ import argparse
 import json
 import re
 import sys
-from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch._inductor.utils import run_and_get_code
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.gpu.decoding import REFERENCE, make_baseline, make_calm
+from benchmarks.counting import Launches, OnCuda, restored
+from benchmarks.decode_steps import (
+    CASES,
+    count_decoding,
+    decode_table,
+    meta_models,
+    part_weights,
+)
+from benchmarks.gpu.decoding import REFERENCE, make_baseline
 from benchmarks.host_time import stub_launches
 from benchmarks.models import autoencoder_config, calm_config
 from benchmarks.tables import table, write_between
 from calm import EnergyTransformer
-from calm.decoding.engine.decode_step import DecodeState, decode_step
-from calm.decoding.sampling.methods import build_method
 from calm.models import baseline
 from calm.models.backbone import compile_layers
 from calm.models.heads import energy
@@ -47,137 +49,14 @@ __all__ = ["DOCUMENT", "RESULTS", "Launches", "counted", "faults", "main", "sect
 RESULTS = Path(__file__).parent / "results" / "launches.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "gpu.md"
 MARKER = "launches"
-# Operations that return a view, or memory without contents.
-FREE = """
-_reshape_alias _unsafe_view alias as_strided detach diagonal empty empty_like empty_strided expand
-imag lift_fresh new_empty new_empty_strided permute real select slice split split_with_sizes squeeze
-t transpose unbind unfold unsqueeze view view_as_complex view_as_real
-"""
-HOST_READS = frozenset({"_local_scalar_dense", "item", "is_nonzero", "nonzero"})
 NARROW = replace(
     REFERENCE, vocab_size=64, latent_size=8, ae_hidden_size=16, ae_intermediate_size=24,
     hidden_size=32, num_heads=2, intermediate_size=48, noise_size=8, baseline_hidden_size=32,
     baseline_intermediate_size=48,
 )  # fmt: skip
-REST, OPTIMIZER = "rest", "optimizer, once a step"
+OPTIMIZER = "optimizer, once a step"
 SLACK = 0.1  # counts may be lower by this share; what is lower by more should be committed
-BATCH, CHUNKS, DRAWS, CANDIDATES = 2, 8, 8, 200
-
-
-COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
-CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-
-
-class Launches(TorchDispatchMode):
-    """Counts launches by part; operations of a backward pass belong to the part of their forward.
-
-    Attributes:
-        counts: launches of each part.
-        names: operations that were counted.
-        host_reads: operations that wait for the device.
-        casts: of each weight to another dtype, by name.
-
-    Args:
-        stub: stands for our kernels.
-        weights: by name, whose casts are counted.
-    """
-
-    def __init__(
-        self, stub: Any, weights: Mapping[str, torch.Tensor] = MappingProxyType({})
-    ) -> None:
-        super().__init__()
-        self.casts: Counter[str] = Counter()
-        self._names = {weight.data_ptr(): name for name, weight in weights.items()}
-        self._stub, self._seen = stub, stub.count
-        self.counts: Counter[str] = Counter()
-        self.names: Counter[tuple[str, str]] = Counter()
-        self.host_reads: list[str] = []
-        self._part = REST
-        self._began = [0]  # numbers of autograd's nodes at which parts begin
-        self._parts = [REST]
-
-    def watch(self, owner: Any, name: str, part: str) -> None:
-        """What the function `name` of `owner` does from now on belongs to `part`."""
-        function = getattr(owner, name)
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            before = self._part
-            self.begin(part)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.begin(before)
-
-        setattr(owner, name, watched)
-
-    def begin(self, part: str) -> None:
-        """What follows belongs to `part`."""
-        self._part = part
-        self._began.append(torch._C._autograd._get_sequence_nr())
-        self._parts.append(part)
-
-    def count(self, name: str) -> None:
-        """One launch, and those of our kernels since the last."""
-        part = self._current_part()
-        self.counts[part] += 1
-        self.names[part, name] += 1
-        self._count_kernels(part)
-
-    def _count_kernels(self, part: str) -> None:
-        self.counts[part] += self._stub.count - self._seen
-        self.names[part, "kernels of ours"] += self._stub.count - self._seen
-        self._seen = self._stub.count
-
-    def _current_part(self) -> str:
-        node = torch._C._current_autograd_node()
-        if node is None:
-            return self._part
-        if node.name().endswith("AccumulateGrad"):
-            return "adding gradients up"
-        return self._parts[bisect_right(self._began, node._sequence_nr()) - 1]
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        namespace, _, name = function._schema.name.partition("::")
-        kwargs = kwargs or {}
-        if namespace == "calm_kernels":
-            with self:  # what it does is counted, on any device
-                result = function.redispatch(CPU_KEYS, *args, **kwargs)
-            self._count_kernels(self._current_part())
-            return result
-        has_own = function.has_kernel_for_dispatch_key(torch._C.DispatchKey.CPU)
-        if function.has_kernel_for_dispatch_key(COMPOSITE) and not has_own:
-            with self:  # inside the operators above, where autograd does not take it apart
-                return function.decompose(*args, **kwargs)
-        if name in HOST_READS:
-            self.host_reads.append(name)
-        elif name not in FREE.split() and namespace == "aten":
-            self.count(name)
-        if name == "_to_copy" and (weight := self._names.get(args[0].data_ptr())):
-            self.casts[weight] += 1
-        return function(*args, **kwargs)
-
-
-class OnCuda(TorchFunctionMode):
-    """Attention and norms as CUDA has them: a launch each, norms in float32 under autocast."""
-
-    def __init__(self, launches: Launches) -> None:
-        super().__init__()
-        self.launches = launches
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention and args[0].is_meta:
-            self.launches.count("scaled_dot_product_attention")
-            return args[0].new_empty(args[0].shape)
-        if function is F.rms_norm:  # whose pieces a CPU runs one by one
-            return F.layer_norm(*args, kwargs["weight"], None, kwargs["eps"])
-        if function is F.layer_norm and torch.is_autocast_enabled("cpu"):
-            args = (args[0].float(), *args[1:])
-        return function(*args, **kwargs)
+BATCH, CHUNKS, DRAWS = 2, 8, 8
 
 
 def _training_step(model: Any, watch: Callable[[Launches], None], stub: Any) -> Launches:
@@ -215,7 +94,7 @@ def calm_training(stub: Any) -> Launches:
     )
     torch.manual_seed(0)
     model = EnergyTransformer(config)
-    with _restored(energy, "gaussian_energy_score"):
+    with restored(energy, "gaussian_energy_score"):
 
         def watch(launches: Launches) -> None:
             launches.watch(model, "embed_patches", "embedding")
@@ -231,7 +110,7 @@ def baseline_training(stub: Any) -> Launches:
     """The baseline's layers, on narrow widths."""
     torch.manual_seed(0)
     model = make_baseline(NARROW, "cpu", torch.float32)
-    with _restored(baseline, "cross_entropy"), _restored(api, "_check_range"):
+    with restored(baseline, "cross_entropy"), restored(api, "_check_range"):
         api._check_range = lambda *_: None  # which does nothing on a GPU
 
         def watch(launches: Launches) -> None:
@@ -241,49 +120,13 @@ def baseline_training(stub: Any) -> Launches:
         return _training_step(model, watch, stub)
 
 
-@contextmanager
-def _restored(module: Any, name: str) -> Iterator[None]:
-    function = getattr(module, name)
-    try:
-        yield
-    finally:
-        setattr(module, name, function)
-
-
-@torch.no_grad()
-def decoding(model: Any, temperature: float, stub: Any) -> Launches:
-    """The second step of a captured decode step, batch 1."""
-    method = build_method(
-        method="direct" if temperature == 1 else "batch", temperature=temperature,
-        num_samples=CANDIDATES,
-    )  # fmt: skip
-    predictor = model.make_predictor(method, temperature)
-    state = DecodeState.allocate(predictor, batch_size=1, capacity=1024, is_fixed=True)
-    decode_step(state)
-    launches = Launches(stub)
-    launches.watch(state.backbone, "decode_step", "backbone")
-    if hasattr(model, "ae_model"):
-        launches.watch(model, "embed_patches", "embedding")
-        launches.watch(model.generative_head, "sample", "head")
-        launches.watch(model.ae_model.decoder, "expand", "decoder")
-        launches.watch(model.ae_model.decoder, "project", "decoder")
-    else:
-        launches.watch(model.lm_head, "forward", "output layer")
-    with launches, OnCuda(launches):
-        decode_step(state)
-    return launches
-
-
 def counted(stub: Any) -> Iterator[tuple[str, Launches]]:
     """Name and count of everything."""
     yield "training, CALM-M", calm_training(stub)
     yield "training, baseline", baseline_training(stub)
-    with torch.device("meta"):
-        calm = make_calm(REFERENCE, "meta", torch.bfloat16)
-        token_model = make_baseline(REFERENCE, "meta", torch.bfloat16)
-    yield "decode step, CALM-M, T = 1", decoding(calm, 1.0, stub)
-    yield f"decode step, CALM-M, T = 1/2, N = {CANDIDATES}", decoding(calm, 0.5, stub)
-    yield "decode step, baseline", decoding(token_model, 1.0, stub)
+    models = meta_models()
+    for case in CASES:
+        yield case.title, count_decoding(models[case.model], case, stub)
 
 
 def compiled_layer() -> dict[str, int]:
@@ -311,13 +154,16 @@ def versions() -> dict[str, str]:
 
 def section(results: dict[str, Any]) -> str:
     """The tables in Markdown."""
-    tables = []
-    for title, parts in (results["counts"] | results["compiled"]).items():
+    tables, counts = [], dict(results["counts"])
+    steps = {case.title: (case, counts.pop(case.title)) for case in CASES}
+    for title, parts in (counts | results["compiled"]).items():
         once = {part: count for part, count in parts.items() if part == OPTIMIZER}
         total = sum(parts.values()) - sum(once.values())
         rows = {part: count for part, count in parts.items() if part not in once}
         rows |= {"**all**": total, **once}
         tables.append(table((title, "launches"), [(part, str(n)) for part, n in rows.items()]))
+    for case, parts in steps.values():
+        tables.append(decode_table(case, parts, results["weights"][case.model], REFERENCE))
     return "\n\n".join(tables)
 
 
@@ -364,6 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         return _check(json.loads(RESULTS.read_text(encoding="utf-8")))
     results: dict[str, Any] = {"versions": versions(), "counts": {}}
     results["compiled"] = {"one layer of the backbone, compiled": compiled_layer()}
+    results["weights"] = {name: part_weights(model) for name, model in meta_models().items()}
     with stub_launches() as stub:
         for title, launches in counted(stub):
             results["counts"][title] = dict(launches.counts)
