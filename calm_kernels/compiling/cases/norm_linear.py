@@ -38,7 +38,14 @@ def _layer(
         kernel=_KERNELS[form],
         dtype=dtype,
         constants=lambda target: layer_constants(
-            form, rows, width, dtype, target.name, has_fast_math=target.is_nvidia, **outputs
+            form,
+            rows,
+            width,
+            dtype,
+            target.name,
+            has_fast_math=target.is_nvidia,
+            can_round=True,
+            **outputs,
         ),
         trips=lambda found: (Fixed(math.ceil(width / found["BLOCK_K"])),),
         bytes_per_row=dtype.itemsize * (moved + num_weights * total * width / rows),
