@@ -28,6 +28,7 @@ from calm.errors import UserError
 from calm.models import EnergyTransformer
 from calm.models.heads.base import HeadLoss, Posterior, is_recomputed
 from calm_kernels import noise
+from calm_kernels.energy_score import energy_score
 from calm_kernels.noise import Stream
 
 __all__ = ["TemperatureObjective", "TemperingArguments", "check_source"]
@@ -114,12 +115,12 @@ class TemperatureObjective:
             head.condition(rows, 1 / power), None, config.num_samples, seed, first_row,
             recompute=is_recomputed(head, config.head_recompute),
         )  # fmt: skip
-        fidelity, diversity = score_terms(samples, targets, chances, float(config.beta))
         weight = posterior.weight
-        fidelity, diversity = (
-            term.unflatten(0, weight.shape) * weight for term in (fidelity, diversity)
-        )
-        return HeadLoss(fidelity - diversity, fidelity.detach(), diversity.detach())
+        score = energy_score(
+            samples, targets, exponent=float(config.beta), target_weights=chances,
+            weight=weight.flatten(),
+        )  # fmt: skip
+        return HeadLoss(-score.unflatten(0, weight.shape))
 
     def _powers(self, num_rows: int, seed: Tensor, first_row: int | Tensor) -> Tensor:
         """1/T of each position, ``[B*S]``."""
@@ -162,22 +163,3 @@ class TemperatureObjective:
             chances.append(vote_distribution(distribution, latents, power[rows]))
             drawn.append(latents)
         return torch.cat(drawn, dim=1), torch.cat(chances, dim=1)
-
-
-def score_terms(
-    samples: Tensor, targets: Tensor, chances: Tensor, exponent: float
-) -> tuple[Tensor, Tensor]:
-    """Fidelity and diversity of the energy score against weighted targets, ``[R]`` each.
-
-    Args:
-        samples: ``[n, R, L]``, differentiable.
-        targets: ``[N, R, L]``.
-        chances: ``[N, R]``.
-        exponent: α.
-    """
-    points, others = samples.float().transpose(0, 1), targets.float().transpose(0, 1)
-    distances = torch.cdist(points, others, compute_mode="donot_use_mm_for_euclid_dist")
-    fidelity = 2 * (distances**exponent * chances.T[:, None].float()).sum(-1).mean(-1)
-    pairs = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
-    diversity = (pairs**exponent).sum((-2, -1)) / (len(samples) * (len(samples) - 1))
-    return fidelity, diversity

@@ -258,7 +258,7 @@ def test_whole_and_fraction_of_the_inverse_temperature(temperature, power):
         ({"noise_scale": -1.0}, "noise_scale must be finite and at least 0, got -1.0"),
         (
             {"method": "beam"},
-            "method must be one of direct, batch, exact, medoid, noise_scale, readout; got",
+            "one of direct, batch, exact, medoid, noise_scale, amortized, readout; got",
         ),
         (
             {"method": "direct"},

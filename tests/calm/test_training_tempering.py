@@ -31,19 +31,16 @@ class TestRun:
     def test_the_new_head_alone_learns(self, tmp_path):
         model = learner()
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
-        trainer = train(model, tmp_path, max_steps=3)
+        train(model, tmp_path, max_steps=3)
         for name, weight in model.state_dict().items():
             assert weight.equal(before[name]) != name.startswith("tempered_head."), name
-        for entry in trainer.state.log_history[:3]:
-            parts = entry["fidelity"] - entry["diversity"]
-            assert entry["loss"] == pytest.approx(parts, abs=2e-4)
 
     def test_a_resumed_run_is_that_which_never_stopped(self, tmp_path):
         saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "sequences": 16}
         whole = train(learner(), tmp_path, **saving)
         again = make_trainer(learner(), tmp_path, **saving)
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-        for name in ("loss", "grad_norm", "fidelity"):
+        for name in ("loss", "grad_norm"):
             assert history(again, name) == history(whole, name), name
         for left, right in zip(whole.model.parameters(), again.model.parameters(), strict=True):
             assert left.equal(right)
