@@ -150,7 +150,8 @@ def decode_and_vote(
         `calm_kernels.agreeing_patch` on all tokens.
     """
     power = 1.0 / temperature
-    candidates.split_largest(math.ceil(power - _MARGIN * power))
+    beyond = candidates.groups.shape[1] + 1  # a size that no group has
+    candidates.split_largest(min(math.ceil(power - _MARGIN * power), beyond))
     groups = candidates.groups
     chosen, num_agreeing, *_ = agreeing_patch(
         groups[..., None], power, seed=seed, first_row=first_row

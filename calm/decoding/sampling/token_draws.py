@@ -14,6 +14,8 @@ from calm_kernels import noise
 
 __all__ = ["SlotReadout", "draw_chunks", "draw_tokens", "token_chances"]
 
+COLDEST = 1e-30  # T at which each chance has long been 0 or 1, and float32 holds logits / T
+
 
 class SlotReadout(Protocol):
     """Logits of the K tokens that follow a hidden state.
@@ -94,12 +96,12 @@ def token_chances(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: float32 ``[..., V]``.
-        temperature: T >= 0.
+        temperature: T >= 0; below 1e-30 as at 1e-30.
 
     Returns: float32 ``[..., V]``, and whether all logits / T were finite, bool ``[...]``.
     """
     if temperature > 0:
-        logits = logits / temperature
+        logits = logits / max(temperature, COLDEST)
         chances = logits.softmax(-1)
     else:
         chances = F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor, zeros_like
 from calm.decoding.sampling.chunk_distribution import ChunkDistribution, decode
 from calm.decoding.sampling.lazy_decode import Candidates, decode_and_vote
 from calm.decoding.sampling.prefix_rejection import Prefix
+from calm.errors import UserError
 from calm_kernels.agreeing_patch import agreeing_patch, vote_chances
 from calm_kernels.backend import is_host_readable
 
@@ -36,8 +37,13 @@ def split_power(temperature: float) -> Power:
 
     Args:
         temperature: T in (0, 1].
+
+    Raises:
+        UserError: 1/T is infinite.
     """
     power = 1.0 / temperature
+    if math.isinf(power):
+        raise UserError(f"temperature must be so large that 1/T is finite, got {temperature}")
     nearest = round(power)
     if abs(power - nearest) <= TOLERANCE * power:
         return Power(nearest, 0.0)
