@@ -159,19 +159,22 @@ class ServedModel:
         )
 
     def completion_prompts(self, request: CompletionRequest) -> list[list[int]]:
-        """The ids of each prompt of a request."""
+        """The ids of each prompt of a request; `APIError` if it asks for too many texts."""
         prompt = request.prompt
         many: list[Any] = list(prompt)
         if isinstance(prompt, str) or isinstance(prompt[0], int):
             many = [prompt]
+        self.lane.check_size(len(many) * (request.n or 1))  # before anything is made for each
         return [self._encoder.prompt(p) if isinstance(p, str) else p for p in many]
 
     def chat_prompt(self, request: ChatRequest) -> list[int]:
         """The ids of a conversation, as the tokenizer's template writes it.
 
         Raises:
-            APIError: the tokenizer has no template, or it refuses the conversation.
+            APIError: the tokenizer has no template, or it refuses the conversation; too many texts
+                are asked for.
         """
+        self.lane.check_size(request.n or 1)
         tokenizer = self._encoder.tokenizer
         if not tokenizer.chat_template:
             raise bad_request(
@@ -282,4 +285,5 @@ class ServedModel:
         if settings.method == READOUT:
             return self.model.make_token_predictor(0.0)
         sampling.update({"method": "direct", "temperature": 1.0, "noise_scale": 0.0})
+        sampling.update({"num_samples": 1, "max_draws": 1})  # all draws of a chunk are equal
         return make_predictor(self.model, **sampling)

@@ -41,6 +41,20 @@ class Lane:
         """Texts in slots and in the queue."""
         return len(self.waiting) + len(self.active)
 
+    def check_size(self, count: int) -> None:
+        """`APIError` for a request of so many texts that there is never room for them."""
+        if count > self.max_texts:
+            raise bad_request(
+                "n",
+                f"the request asks for {count} texts; this server takes at most {self.max_texts} "
+                "at a time",
+            )
+
+    def drop_cancelled(self) -> None:
+        """Forget waiting texts that nobody waits for; no text may be queued meanwhile."""
+        if any(text.is_cancelled for text in self.waiting):
+            self.waiting = deque(text for text in self.waiting if not text.is_cancelled)
+
     def advance(self) -> None:
         """Free the slots of cancelled texts, fill free ones, and draw a chunk of every text."""
         for slot, text in list(self.active.items()):
@@ -55,9 +69,16 @@ class Lane:
                 self._add(slot, record)
 
     def abandon(self, error: Exception) -> None:
-        """End every text with an error."""
-        for slot in list(self.active):
-            self._fail(slot, error)
+        """End every text with an error, and free all slots."""
+        slots = list(self.active)
+        self.dismiss(error)
+        for slot in slots:
+            self.slots.free(slot)
+
+    def dismiss(self, error: Exception) -> None:
+        """End every text with an error; slots, which may be broken, are not touched."""
+        while self.active:
+            self.active.popitem()[1].send(error)
         while self.waiting:
             self.waiting.popleft().send(error)
 
@@ -114,15 +135,9 @@ class Worker:
         """Queue texts: all of them or none.
 
         Raises:
-            APIError: they have no room in the queue (429), now or ever (400), or the server is
-                shutting down (503).
+            APIError: they have no room in the queue now (429), or the server is shutting down
+                (503).
         """
-        if len(texts) > lane.max_texts:
-            raise bad_request(
-                "n",
-                f"the request asks for {len(texts)} texts; this server takes at most "
-                f"{lane.max_texts} at a time",
-            )
         with self._wake:
             if not self.is_alive:
                 raise APIError(503, STOPPING)
@@ -138,18 +153,27 @@ class Worker:
             self._wake.notify()
 
     def _run(self) -> None:
+        try:
+            self._advance_lanes()
+        finally:  # also where a device has failed and slots cannot even be freed
+            with self._wake:
+                self._is_stopping = True
+            for lane in self.lanes:
+                lane.dismiss(APIError(503, STOPPING))
+
+    def _advance_lanes(self) -> None:
         while True:
             with self._wake:
                 self._wake.wait_for(
                     lambda: self._is_stopping or any(lane.num_texts for lane in self.lanes)
                 )
                 if self._is_stopping:
-                    break
+                    return
+                for lane in self.lanes:
+                    lane.drop_cancelled()
             for lane in self.lanes:
                 try:
                     lane.advance()
                 except Exception:
                     logger.exception("a decode step failed; its texts end with an error")
                     lane.abandon(APIError(500, "a decode step failed; the server's log says more"))
-        for lane in self.lanes:
-            lane.abandon(APIError(503, STOPPING))

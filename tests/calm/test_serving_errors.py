@@ -11,7 +11,9 @@ from serving_cases import client_of, error_of, running, served, until
 
 from calm.errors import UserError
 from calm.serving.app import Access
+from calm.serving.errors import APIError
 from calm.serving.models import Limits
+from calm.serving.schema import CompletionRequest
 from calm.serving.server import bind, is_loopback
 
 GOOD = {"model": "calm", "prompt": "Returns the ", "max_tokens": 8, "seed": 1}
@@ -53,6 +55,7 @@ REFUSED = [
     ({"max_tokens": True}, "max_tokens", "valid integer; got True"),
     ({"temperature": 1.2}, "temperature", "must lie in [0, 1] for a CALM, got 1.2"),
     ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+    ({"temperature": 5e-324}, "calm", "temperature must be so large that 1/T is finite"),
     ({"n": 129}, "n", "less than or equal to 128"),
     ({"n": 11}, "n", "the request asks for 11 texts; this server takes at most 10"),
     ({"seed": 2**63}, "seed", "less than"),
@@ -78,6 +81,12 @@ def test_arguments_that_cannot_be_served(http, change, param, message):
     error = error_of(http.post("/v1/completions", json={**GOOD, **change}), 400)
     assert error["param"] == param and message in error["message"], error
     assert error["type"] == "invalid_request_error" and len(error["message"]) < 300
+
+
+def test_too_many_texts_are_refused_before_they_are_made():
+    request = CompletionRequest(model="calm", prompt=[[1, 2, 3, 4]] * 6, n=2)
+    with pytest.raises(APIError, match="asks for 12 texts; this server takes at most 10"):
+        served().completion_prompts(request)
 
 
 def test_neutral_values_are_accepted(http):
