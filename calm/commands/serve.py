@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
-        choices=("batch", "exact", "medoid", "noise_scale", "readout"),
+        choices=("batch", "exact", "medoid", "noise_scale", "amortized", "readout"),
         default="batch",
         help="how a CALM's chunks are chosen, unless a request says so (default: batch)",
     )

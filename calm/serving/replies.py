@@ -15,8 +15,8 @@ DONE = "data: [DONE]\n\n"
 
 
 def event(content: dict[str, Any]) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    """One server-sent event, in ASCII: some clients end a line at U+0085 or U+2028 too."""
+    return f"data: {json.dumps(content)}\n\n"
 
 
 def model_object(served: ServedModel) -> dict[str, Any]:

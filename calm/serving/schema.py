@@ -46,7 +46,9 @@ class _Strict(BaseModel):
 class SamplingFields(_Strict):
     """The field ``calm`` of a request: how chunks are chosen, as in `calm.decoding.generate`."""
 
-    method: Literal["batch", "exact", "medoid", "noise_scale", "direct", "readout"] | None = None
+    method: (
+        Literal["batch", "exact", "medoid", "noise_scale", "amortized", "direct", "readout"] | None
+    ) = None
     num_samples: int | None = Field(default=None, ge=1)
     noise_scale: float | None = Field(default=None, ge=0)
     max_draws: int | None = Field(default=None, ge=1)

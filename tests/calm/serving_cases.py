@@ -5,6 +5,7 @@ import time
 from contextlib import contextmanager
 
 import httpx2 as httpx
+import torch
 from tiny_models import calm_with_readout, tiny_baseline, tiny_calm
 
 from calm.data.tokenizer import byte_tokenizer
@@ -27,11 +28,14 @@ def served(name="calm", model=None, *, template=None, limits=SMALL, **options):
 
 
 def all_kinds():
-    """One of each: a CALM, one with a readout, the token baseline with a chat template."""
+    """A CALM, ones with a readout and a tempered head, the token baseline with a template."""
+    tempered = tiny_calm(**FIELDS, max_position_embeddings=32)
+    torch.nn.init.normal_(tempered.add_tempered_head((0.3, 0.8)).temperature_embd.weight, std=2.0)
     baseline = tiny_baseline(**FIELDS, max_position_embeddings=96)
     return [
         served(),
         served("readout", calm_with_readout(**FIELDS, max_position_embeddings=32)),
+        served("tempered", tempered),
         served("baseline", baseline, template=TEMPLATE),
     ]
 

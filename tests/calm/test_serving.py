@@ -8,6 +8,7 @@ import pytest
 from serving_cases import all_kinds, client_of, running
 
 from calm.decoding.text.edges import text_after
+from calm.serving.replies import event as event_of
 
 PROMPT = "Returns the "  # three chunks of four bytes
 
@@ -50,6 +51,7 @@ SAMPLING = [
     ("calm", {"temperature": 1}, {}),
     ("calm", {"temperature": 0.5}, {"method": "batch"}),
     ("calm", {"temperature": 0.5}, {"method": "exact", "num_samples": 8, "max_draws": 16}),
+    ("tempered", {"temperature": 0.5}, {"method": "amortized"}),
     ("readout", {"temperature": 1.5}, {"method": "readout"}),
     ("baseline", {"temperature": 0.7}, {}),
 ]
@@ -133,6 +135,35 @@ def test_temperature_0_is_deterministic(client, models, name):
     else:  # so cold that the likeliest token is drawn
         expected = alone(models[name], PROMPT, 8, seed=0, method="readout", temperature=1e-4)
     assert texts == {expected[0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "cold", "limit"), [("calm", 1e-20, 1e-3), ("calm", 1e-300, 1e-3),
+                                ("baseline", 1e-40, 0), ("baseline", 1e-300, 0)],
+)  # fmt: skip
+def test_temperatures_near_0_are_served(client, name, cold, limit):
+    """With so few draws 1e-3 is as cold as any other T."""
+    options = {"model": name, "prompt": PROMPT, "max_tokens": 8, "seed": 1}
+    texts = {client.completions.create(**options, temperature=t).choices[0].text
+             for t in (cold, limit)}  # fmt: skip
+    assert len(texts) == 1
+
+
+def test_equal_draws_are_made_once(client, models):
+    """At temperature 0, where the prompt ends within a chunk that the draw does not continue."""
+    prompt, options = PROMPT[:-1], {"model": "calm", "max_tokens": 8, "temperature": 0}
+    choice = client.completions.create(**options, prompt=prompt).choices[0]
+    assert choice.calm["fallbacks"] == 1 and choice.calm["draws"] == choice.calm["chunks"] == 3
+    text, _ = alone(
+        models["calm"], prompt, 8, seed=0, method="direct", temperature=1.0, noise_scale=0.0
+    )
+    assert choice.text == text
+
+
+def test_an_event_is_one_line_for_every_client():
+    content = {"text": "a\u0085b\u2028c\nd"}
+    line, *rest = event_of(content).splitlines()
+    assert rest == [""] and json.loads(line.removeprefix("data: ")) == content
 
 
 def test_stop_strings_are_not_shown(client, models):
