@@ -21,7 +21,7 @@ from calm_kernels.norm_linear.reference import (
 __all__ = ["linear_residual", "norm_linear", "norm_swiglu"]
 
 MAX_WEIGHTS = 3  # of one call of the kernel: query, key and value
-MAX_ELEMENTS = 2**31  # of a weight: its offsets have 32 bits
+MAX_ELEMENTS = 2**31  # of a weight, of the rows, of the output: offsets have 32 bits
 
 
 def norm_linear(
@@ -56,7 +56,8 @@ def norm_linear(
         raise ValueError("weights must hold at least one weight, got none")
     named = {f"weights[{index}]": weight for index, weight in enumerate(weights)}
     inputs = _check_rows(rows, norm_weight, named)
-    obstacle = _obstacle(rows, norm_weight, *weights)
+    num_outputs = sum(len(weight) for weight in weights)
+    obstacle = _obstacle(rows, num_outputs, norm_weight, *weights)
     if len(weights) > MAX_WEIGHTS:
         obstacle = f"takes up to {MAX_WEIGHTS} weights, got {len(weights)}"
     match resolve(backend, "norm_linear", rows, obstacle=obstacle):
@@ -99,7 +100,7 @@ def norm_swiglu(
     """
     inputs = _check_rows(rows, norm_weight, {"gate": gate, "up": up})
     check_shape("up", up, gate.shape, "the shape of gate")
-    obstacle = _obstacle(rows, norm_weight, gate, up)
+    obstacle = _obstacle(rows, len(gate), norm_weight, gate, up)
     arguments = (inputs, norm_weight, gate, up, norm_eps)
     match resolve(backend, "norm_swiglu", rows, obstacle=obstacle):
         case Backend.REFERENCE:
@@ -135,7 +136,8 @@ def linear_residual(
     _check_other("residual", residual, rows)
     check_shape("residual", residual, (*rows.shape[:-1], len(weight)), "[..., O]")
     arguments = (inputs, weight, residual.reshape(-1, len(weight)))
-    match resolve(backend, "linear_residual", rows, obstacle=_obstacle(rows, weight)):
+    obstacle = _obstacle(rows, len(weight), weight, residual=residual)
+    match resolve(backend, "linear_residual", rows, obstacle=obstacle):
         case Backend.REFERENCE:
             out = linear_residual_reference(*arguments)
         case Backend.TRITON:
@@ -171,7 +173,9 @@ def _check_other(name: str, tensor: Tensor, rows: Tensor, *, min_dim: int = 1) -
     check_device(name, tensor, "rows", rows)
 
 
-def _obstacle(rows: Tensor, *weights: Tensor) -> str | None:
+def _obstacle(
+    rows: Tensor, num_outputs: int, *weights: Tensor, residual: Tensor | None = None
+) -> str | None:
     """Why the kernels cannot take these arguments, None if they can."""
     if rows.dtype not in (torch.float32, torch.bfloat16):
         return f"takes float32 and bfloat16, got {rows.dtype}"
@@ -179,7 +183,9 @@ def _obstacle(rows: Tensor, *weights: Tensor) -> str | None:
         return "takes contiguous weights"
     if any(weight.numel() >= MAX_ELEMENTS for weight in weights):
         return "takes weights of less than 2^31 elements"
-    needed = (rows, *weights)
+    if max(rows.numel(), rows.numel() // rows.shape[-1] * num_outputs) >= MAX_ELEMENTS:
+        return "takes rows and outputs of less than 2^31 elements"
+    needed = (rows, *weights) if residual is None else (rows, *weights, residual)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed):
         return "has no gradient, and one is needed"
     return None

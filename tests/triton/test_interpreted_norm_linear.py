@@ -1,5 +1,7 @@
 """The layers for few rows in the interpreter, against the formula in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import assert_no_worse_than_plain, relative_error
@@ -85,3 +87,32 @@ def test_strides_empty_and_refused(generator):
         norm_swiglu(rows.requires_grad_(), factor, weight, weight, **options)
     taken = norm_swiglu(rows, factor, weight, weight, norm_eps=EPS)
     assert taken.requires_grad  # auto takes torch
+
+
+@pytest.mark.parametrize("index", range(3), ids=["rows", "weight", "residual"])
+def test_what_needs_a_gradient_gets_one(index, generator):
+    """The kernel has none: left to itself the call runs in torch, and the kernel refuses."""
+    inputs = [torch.randn(shape, generator=generator) for shape in [(2, 8), (4, 8), (2, 4)]]
+    inputs[index].requires_grad_()
+    linear_residual(*inputs).sum().backward()
+    assert inputs[index].grad is not None
+    with pytest.raises(ValueError, match="has no gradient"):
+        linear_residual(*inputs, backend="triton")
+
+
+@pytest.mark.parametrize("shapes", [(2**21, 1024, 16), (2**21, 16, 1024)], ids=str)
+def test_more_elements_than_32_bits_count_run_in_torch(shapes):
+    """Of the rows, and of the output."""
+    num_rows, width, outputs = shapes
+    rows, factor, weight = (
+        torch.empty(shape, device="meta") for shape in [(num_rows, width), width, (outputs, width)]
+    )
+    residual = torch.empty(num_rows, outputs, device="meta")
+    for run in (
+        partial(norm_linear, rows, factor, [weight], norm_eps=EPS),
+        partial(norm_swiglu, rows, factor, weight, weight, norm_eps=EPS),
+        partial(linear_residual, rows, weight, residual),
+    ):
+        assert run().shape == (num_rows, outputs)
+        with pytest.raises(ValueError, match="rows and outputs of less than 2\\^31 elements"):
+            run(backend="triton")
