@@ -29,12 +29,27 @@ def replace_forward(layer):
     layer.mlp.act_fn.forward = torch.relu
 
 
+def replace_activation(layer):
+    layer.mlp.act_fn = nn.GELU()
+
+
+class Quantised(torch.Tensor):
+    """Stands for tensors whose elements are not where a kernel would read them."""
+
+
+def quantise(layer):
+    weight = layer.mlp.up_proj.weight.detach().as_subclass(Quantised)
+    layer.mlp.up_proj.weight = nn.Parameter(weight)
+
+
 CHANGES = {
     "hook": lambda layer: layer.self_attn.o_proj.register_forward_hook(lambda *_: None),
     "hook before": lambda layer: layer.input_layernorm.register_forward_pre_hook(lambda *_: None),
     "hook of the MLP": lambda layer: layer.mlp.register_forward_hook(lambda *_: None),
     "adapter": replace_linear,
     "another forward": replace_forward,
+    "another activation": replace_activation,
+    "quantised weight": quantise,
     "two dtypes": lambda layer: layer.mlp.down_proj.double(),
     "norm in another dtype": lambda layer: layer.input_layernorm.double(),
     "attention in another dtype": lambda layer: (

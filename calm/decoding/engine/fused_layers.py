@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from calm.decoding.engine.kv_cache import KVCache
@@ -38,7 +39,7 @@ def is_plain_mlp(norm: nn.Module, mlp: nn.Module) -> bool:
     parts = cast(Any, mlp)
     return (
         type(mlp) is LlamaMLP
-        and parts.config.hidden_act == "silu"
+        and type(parts.act_fn) is type(ACT2FN["silu"])
         and _are_plain(norm, parts.gate_proj, parts.up_proj, parts.down_proj)
         and not _is_changed(mlp)
         and not _is_changed(parts.act_fn)
@@ -46,9 +47,10 @@ def is_plain_mlp(norm: nn.Module, mlp: nn.Module) -> bool:
 
 
 def _are_plain(norm: nn.Module, *linears: nn.Module) -> bool:
-    weights = (cast(Tensor, module.weight) for module in (norm, *linears))
+    weights = [cast(Tensor, module.weight) for module in (norm, *linears)]
     return (
         isinstance(norm, LlamaRMSNorm)
+        and all(type(weight) in (Tensor, nn.Parameter) for weight in weights)  # not quantised
         and all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
         and len({weight.dtype for weight in weights}) == 1
         and not any(_is_changed(module) for module in (norm, *linears))
