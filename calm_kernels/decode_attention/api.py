@@ -10,7 +10,8 @@ from calm_kernels.decode_attention.reference import decode_attention_reference
 
 __all__ = ["decode_attention"]
 
-MAX_HEAD_SIZE, MAX_GROUP = 256, 64  # that fit into the registers of a program
+MAX_HEAD_SIZE, MAX_GROUP = 256, 64
+MAX_FLOAT32 = 1024  # features of all heads of a key, beyond which float32 spills registers
 
 
 def decode_attention(
@@ -42,7 +43,7 @@ def decode_attention(
         arrivals: zeros, int32 of at least ``[B kv_heads]``, left as zeros. Triton counts in it
             which parts of a cache are done; without it each call allocates and fills it.
         backend: see `calm_kernels.backend`. Triton reads the filled columns of each sequence alone,
-            D up to 256 and up to 64 heads a key.
+            D up to 256 and up to 64 heads a key; in float32, D times these up to 1024.
 
     Returns: ``[B, heads D]``. Nothing is differentiable.
 
@@ -130,5 +131,10 @@ def _obstacle(keys: Tensor, group: int, *others: Tensor) -> str | None:
         return (
             f"takes heads of up to {MAX_HEAD_SIZE} features and up to {MAX_GROUP} of them a key, "
             f"got {keys.shape[-1]} and {group}"
+        )
+    if keys.dtype == torch.float32 and keys.shape[-1] * group > MAX_FLOAT32:
+        return (
+            f"takes up to {MAX_FLOAT32} features of all heads of a key in float32, "
+            f"got {keys.shape[-1]} of {group} heads"
         )
     return None

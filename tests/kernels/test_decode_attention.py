@@ -7,6 +7,7 @@ from attention_cases import SIZES, cast, finite, make_case
 from helpers import assert_no_worse_than_plain
 
 from calm_kernels import decode_attention
+from calm_kernels.decode_attention.api import _obstacle as obstacle
 
 
 def run(case, dtype, backend):
@@ -92,3 +93,16 @@ def test_bad_input(change, error, message):
     }  # fmt: skip
     with pytest.raises(error, match=message):
         decode_attention(**arguments | change)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "group", "fits"),
+    [
+        (torch.bfloat16, 128, 64, True), (torch.bfloat16, 258, 1, False),
+        (torch.float32, 128, 8, True), (torch.float32, 128, 16, False),
+        (torch.float32, 256, 8, False), (torch.float64, 64, 1, False),
+    ],
+)  # fmt: skip
+def test_what_the_kernel_takes(dtype, size, group, fits):
+    """In float32 no more than its registers hold without a spill."""
+    assert (obstacle(torch.zeros(1, 1, 3, size, dtype=dtype), group) is None) is fits
