@@ -29,6 +29,7 @@ class Shape:
 
 QUICK = [Shape(), Shape(batch_size=64)]
 SHAPES = [
+    *QUICK,
     *(Shape(batch_size=batch, filled=511) for batch in (1, 4, 16, 64)),
     Shape(heads=12, kv_heads=12, capacity=2048, filled=2047),
     Shape(heads=32, kv_heads=8, size=128, capacity=2048, filled=2047),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def test_help_lists_every_command(capsys):
     assert done.value.code == 0
     text = capsys.readouterr().out
     for name, command in {**cli.COMMANDS, **cli.TRAINING}.items():
-        assert f"    {name} " in text and command.help in text
+        assert re.search(rf"^    {name}\s", text, re.MULTILINE) and command.help in text
     assert calm() == 0
     assert capsys.readouterr().out == text
 

@@ -1,7 +1,8 @@
-"""A thousand requests at 32 in flight: none lost, none mixed up, memory flat."""
+"""Requests at 32 in flight: none lost, none mixed up, memory flat. REQUESTS=1000 asks for more."""
 
 import asyncio
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
-NUM_REQUESTS, IN_FLIGHT = 1000, 32
+NUM_REQUESTS, IN_FLIGHT = int(os.environ.get("REQUESTS", "200")), 32
 HALF = NUM_REQUESTS // 2
 ALONE = range(0, NUM_REQUESTS, 7)  # asked again one at a time
 MAX_GROWTH = 16 << 20  # bytes, of the second half after the first
@@ -68,7 +69,7 @@ def resident_bytes(process):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_a_thousand_requests(folders):
+def test_many_requests(folders):
     command = [
         sys.executable,
         "-m",

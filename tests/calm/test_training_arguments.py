@@ -209,6 +209,8 @@ class TestRecipes:
     def test_each_parses_for_each_of_its_stages(self, name):
         for stage in recipe_stages(name):
             words = recipe_arguments(load_recipe(name, stage))
+            if stage is Stage.TEMPERATURE:
+                words.append("--model_name_or_path=runs/calm")
             job = parse_arguments([*words, "--bf16", "False", "--use_cpu"], stage)
             assert job.training.do_train and job.training.seed == 1
             assert job.training.adam_beta2 == 0.95 and job.training.weight_decay == 0.1

@@ -37,11 +37,17 @@ def operator_calls():
     samples, mean, log_std = inputs()
     targets = samples[:2].detach().clone().requires_grad_()
     seed, row = torch.tensor([1, 0]), torch.tensor(0)
-    yield OPERATORS.energy_score.default, (samples, targets, None, 1.0, True, True)
-    yield OPERATORS.analytic_energy_score.default, (samples, mean, log_std, None, 1.0, True, True)
+    weights = torch.tensor([[0.25, 0.5], [0.75, 0.5]], requires_grad=True)
+    means, log_stds = (v.detach()[None].requires_grad_() for v in (mean, log_std))  # one Gaussian
+    two = [torch.cat([v.detach(), v.detach() + 1]).requires_grad_() for v in (means, log_stds)]
+    given, analytic = OPERATORS.energy_score.default, OPERATORS.analytic_energy_score.default
+    yield given, (samples, targets, None, None, 1.0, True, True, False)
+    yield given, (samples, targets, weights, None, 1.0, True, True, True)
+    yield analytic, (samples, means, log_stds, None, None, 1.0, True, True, False)
+    yield analytic, (samples, *two, weights, None, 1.0, True, True, True)
     yield (
         OPERATORS.drawn_energy_score.default,
-        (samples, mean, log_std, torch.ones(ROWS), None, seed, row, 4, True, 0.5, True, True),
+        (samples, means, log_stds, torch.ones(ROWS), None, seed, row, 4, True, 0.5, True, True),
     )
     states = torch.randn(ROWS, 2 * WIDTH, requires_grad=True)
     yield OPERATORS.reparameterize.default, (states, None, None, seed, row, 0.5, 0.25)
