@@ -15,9 +15,9 @@ from calm.errors import UserError
 from calm.models import MODEL_CLASSES, Autoencoder, BaselineTransformer
 from calm.models.loading import load_config, on_meta
 from calm.ranges import Range, at_least, number
-from calm.training.arguments import DEFAULT_BLOCK_SIZE
 from calm.training.config_overrides import build_config
 from calm.training.recipe import PRETRAINING, Recipe, Stage, load_recipe, recipe_stages
+from calm.training.stages import STAGES
 
 __all__ = ["Run", "count_parts", "described", "saved_model", "stages_of"]
 
@@ -168,7 +168,7 @@ def _run(name: str, stage: Stage, recipe: Any) -> Run:
 
     steps, count = read("max_steps", -1, at_least(1, also=-1)), at_least(1)
     return Run(
-        block_size=read("block_size", DEFAULT_BLOCK_SIZE[stage], count),
+        block_size=read("block_size", STAGES[stage].block_size, count),
         micro_batch=read("per_device_train_batch_size", 8, count),
         accumulation=read("gradient_accumulation_steps", 1, count),
         steps=None if steps < 0 else steps,

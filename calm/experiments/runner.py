@@ -23,9 +23,9 @@ from calm.experiments.measures import MEASURES, Texts, cost_of
 from calm.experiments.scales import Scale
 from calm.experiments.trained import Training, ensure_trained
 from calm.integrity import write_atomically
-from calm.training.arguments import COMMANDS
 from calm.training.lock import locked
 from calm.training.recipe import Stage
+from calm.training.stages import STAGES
 
 __all__ = ["RESULTS", "Record", "all_cells", "run_experiment", "training_commands"]
 
@@ -112,7 +112,7 @@ def training_commands(cells: Sequence[Cell], root: Path) -> list[str]:
 
     ordered = sorted(wanted.values(), key=place)
     return [
-        shlex.join(["calm", COMMANDS[training.stage][0], *training.words(root / MODELS)])
+        shlex.join(["calm", STAGES[training.stage].command, *training.words(root / MODELS)])
         for training in ordered
     ]
 

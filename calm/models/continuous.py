@@ -314,7 +314,10 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
         if self.objective is None:
             result = self.generative_head.loss(hidden, posterior, **address, **draws)
         else:
-            result = self.objective.loss(self, hidden, posterior, **address)
+            result = self.objective.loss(
+                self, hidden, posterior,
+                input_ids=input_ids, labels=self._token_labels(targets), **address,
+            )  # fmt: skip
         terms = self._terms(result, posterior.weight, hidden, tokens, targets, progress)
         config = cast(CALMConfig, self.config)
         output = output_of(terms, config, loss_counts, is_training=self.training)
@@ -337,6 +340,7 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
         """Loss and parts of the head, and the terms that the configuration adds in training."""
         config, counts = self.config, weight.sum(1)
         values = {name: getattr(result, name) for name in ("loss", "fidelity", "diversity")}
+        values |= result.measured
         terms = {n: Term(value.sum(1), counts) for n, value in values.items() if value is not None}
         if self.objective is not None:
             return terms

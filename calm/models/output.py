@@ -1,6 +1,6 @@
 """What the continuous language models return, and how terms become their loss."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +32,7 @@ class CALMOutput(ModelOutput):
         last_hidden_state: ``[B, P, H]``; without labels.
         terms: with `loss_counts`: ``loss``, that of the head alone, and those of ``fidelity`` to
             ``token_score`` that there are, as sums and counts of each sequence (``token_loss`` of
-            all in training).
+            all in training); and what the model's objective measures.
     """
 
     loss: Tensor | None = None
@@ -48,6 +48,9 @@ class CALMOutput(ModelOutput):
     terms: dict[str, Term] | None = None
 
 
+FIELDS = frozenset(field.name for field in fields(CALMOutput))
+
+
 def output_of(
     terms: dict[str, Term], config: CALMConfig, loss_counts: Tensor | None, *, is_training: bool
 ) -> CALMOutput:
@@ -57,13 +60,14 @@ def output_of(
     evaluation the loss of the head alone, so that runs with and without these terms compare
 
     Args:
-        terms: ``loss``, that of the head, and others by the names of `CALMOutput`.
+        terms: ``loss``, that of the head, others by the names of `CALMOutput`, and what an
+            objective measures, which is kept among the output's terms alone.
         config: with their weights.
         loss_counts: chunks, and tokens if there is a ``token_loss``, that the loss is a mean over;
             None for those of the terms.
         is_training: whether the loss is one to learn from.
     """
-    means: Any = {name: term.mean() for name, term in terms.items()}
+    means: Any = {name: term.mean() for name, term in terms.items() if name in FIELDS}
     of_chunks, of_tokens, kept = None, None, None
     loss: Tensor = means["loss"]
     if loss_counts is not None:

@@ -27,11 +27,10 @@ from calm.training.old_flags import translate_old_flags
 from calm.training.parser import TrainingParser
 from calm.training.precision import has_bfloat16_units
 from calm.training.recipe import Stage, load_recipe, recipe_arguments, recipe_names
-from calm.training.tempering import TemperingArguments, check_source
+from calm.training.stages import STAGES, check_source
 from calm_kernels.backend import Backend
 
 __all__ = [
-    "COMMANDS",
     "NO_AUTOENCODER",
     "CALMTrainingArguments",
     "DataTrainingArguments",
@@ -44,10 +43,6 @@ logger = logging.getLogger(__name__)
 
 # Flags that name a text: a dataset, or files.
 TEXT_SOURCES = ({"dataset_name", "dataset_config_name"}, {"train_file", "validation_file"})
-# Tokens of a block where no flag says otherwise, as in the published scripts.
-DEFAULT_BLOCK_SIZE = {
-    Stage.AUTOENCODER: 2048, Stage.CALM: 8192, Stage.BASELINE: 2048, Stage.TEMPERATURE: 8192,
-}  # fmt: skip
 
 # The numbers that flags take, ours and those of transformers; others take any finite number.
 RANGES = {
@@ -77,13 +72,6 @@ RANGES = {
     "validation_split_percentage": PERCENTAGE,
 }  # fmt: skip
 
-# The command of each stage, and what it trains.
-COMMANDS = {
-    Stage.AUTOENCODER: ("train-ae", "autoencoder"),
-    Stage.CALM: ("train", "continuous language model"),
-    Stage.BASELINE: ("train-ar", "token-by-token baseline"),
-    Stage.TEMPERATURE: ("distill-temperature", "head that draws at low temperatures in one step"),
-}
 NO_AUTOENCODER = (
     "a language model needs a trained autoencoder: pass ae_name_or_path (a folder that "
     "`calm train-ae` wrote), or model_name_or_path to go on with a language model"
@@ -254,12 +242,12 @@ class JobArguments:
     model: ModelArguments
     data: DataTrainingArguments
     training: CALMTrainingArguments
-    tempering: TemperingArguments | None = None  # of its own stage alone
+    options: Any = None  # the flags that its stage alone has, see `STAGES`
 
     @property
     def block_size(self) -> int:
         """Tokens of a block, the stage's default where no flag says otherwise."""
-        return self.data.block_size or DEFAULT_BLOCK_SIZE[self.stage]
+        return self.data.block_size or STAGES[self.stage].block_size
 
     @property
     def corpus(self) -> CorpusOptions:
@@ -278,15 +266,15 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
             combinations that do not work.
     """
     groups: list[Any] = [ModelArguments, DataTrainingArguments, CALMTrainingArguments]
-    if stage is Stage.TEMPERATURE:
-        groups.append(TemperingArguments)
-    command, trained = COMMANDS[stage]
+    description = STAGES[stage]
+    if description.options:
+        groups.append(description.options)
     parser = TrainingParser(
         groups,
         RANGES,
-        prog=f"calm {command}",
-        description=f"Train the {trained}. Flags given here override those of --config. "
-        f"Recipes: {', '.join(recipe_names())}.",
+        prog=f"calm {description.command}",
+        description=f"Train the {description.trained}. Flags given here override those of "
+        f"--config. Recipes: {', '.join(recipe_names())}.",
     )
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     before.add_argument("--config")
@@ -333,7 +321,7 @@ def _check(arguments: JobArguments) -> None:
             f"{training.n_gpu} GPUs in one process would share their random draws; launch with "
             f"torchrun --nproc_per_node {training.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES"
         )
-    if arguments.stage is Stage.TEMPERATURE:
+    if arguments.options:
         check_source(model)
     elif arguments.stage is not Stage.CALM and model.ae_name_or_path:
         raise UserError(

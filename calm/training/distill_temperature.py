@@ -15,7 +15,7 @@ from calm.training import train_calm
 from calm.training.arguments import JobArguments
 from calm.training.job import run_stage
 from calm.training.recipe import Stage
-from calm.training.tempering import TemperatureObjective
+from calm.training.tempering import TemperatureObjective, TemperingArguments
 
 __all__ = ["build_model", "main"]
 
@@ -31,8 +31,7 @@ def build_model(arguments: JobArguments, tokenizer: PreTrainedTokenizerBase) -> 
             f"model_name_or_path: {arguments.model.model_name_or_path} has a {model.head_type} "
             "head; an energy head alone can learn temperatures"
         )
-    tempering = arguments.tempering
-    assert tempering is not None  # its stage has these flags
+    tempering: TemperingArguments = arguments.options
     head = model.add_tempered_head(tempering.bounds)
     model.requires_grad_(False)
     head.requires_grad_(True)

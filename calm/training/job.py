@@ -23,7 +23,6 @@ from transformers.utils.logging import disable_progress_bar
 from calm.errors import UserError, run_program
 from calm.memory import check_draws
 from calm.training.arguments import (
-    COMMANDS,
     CALMTrainingArguments,
     JobArguments,
     parse_arguments,
@@ -42,6 +41,7 @@ from calm.training.model_card import write_model_card
 from calm.training.recipe import Stage
 from calm.training.resume import Takeover, check_output_folder
 from calm.training.scoring import check_best_metric
+from calm.training.stages import STAGES
 from calm.training.trainer import CALMTrainer
 from calm_kernels.backend import Backend, use_backend
 
@@ -65,7 +65,7 @@ def run_stage(stage: Stage, build_model: BuildModel, argv: list[str] | None) -> 
         atexit.register(_leave_process_group)
         return 0
 
-    return run_program(work, command=f"calm {COMMANDS[stage][0]}", extras="train")
+    return run_program(work, command=f"calm {STAGES[stage].command}", extras="train")
 
 
 def _leave_process_group() -> None:

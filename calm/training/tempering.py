@@ -31,7 +31,7 @@ from calm_kernels import noise
 from calm_kernels.energy_score import energy_score
 from calm_kernels.noise import Stream
 
-__all__ = ["TemperatureObjective", "TemperingArguments", "check_source"]
+__all__ = ["TemperatureObjective", "TemperingArguments"]
 
 DRAWS_AT_A_TIME = 2**13  # of a vote, decoded together: half a gigabyte at the published sizes
 VOTE_STRIDE = 2**40  # the vote's draws are those of steps that no run reaches
@@ -72,21 +72,6 @@ class TemperingArguments:
         return self.min_temperature, self.max_temperature
 
 
-def check_source(model: Any) -> None:
-    """The flags `model` name a trained model, and nothing that would describe another one."""
-    if not model.model_name_or_path:
-        raise UserError(
-            "model_name_or_path is needed: the folder of a trained CALM, whose head learns "
-            "temperatures"
-        )
-    for name in ("config_overrides", "config_name", "model_type"):
-        if value := getattr(model, name):
-            raise UserError(
-                f"{name} describes a new model; the one at model_name_or_path stays as it is: "
-                f"take it out, got {value!r}"
-            )
-
-
 @dataclass(frozen=True)
 class TemperatureObjective:
     """The loss of the tempered head, as a `calm.models.heads.base.Objective`.
@@ -103,10 +88,12 @@ class TemperatureObjective:
         hidden: Tensor,
         posterior: Posterior,
         *,
+        input_ids: Tensor,
+        labels: Tensor,
         seed: Tensor,
         first_row: int | Tensor,
     ) -> HeadLoss:
-        """See `Objective`; of the posterior it needs only which chunks count."""
+        """See `Objective`; of the text it needs only which chunks count."""
         rows, config = hidden.flatten(0, 1), model.config
         power = self._powers(len(rows), seed, first_row)
         targets, chances = self._targets(model, rows, power, seed, first_row)

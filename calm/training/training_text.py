@@ -185,7 +185,7 @@ def protocol(
         "eval_seed": training.eval_seed,
         "eval_num_samples": training.eval_num_samples,
         "training": {name: getattr(training, name) for name in RECORDED.split()},
-        **({"tempering": asdict(arguments.tempering)} if arguments.tempering else {}),
+        **({"options": asdict(arguments.options)} if arguments.options else {}),
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
     }
 

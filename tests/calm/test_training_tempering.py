@@ -88,7 +88,7 @@ class TestProgram:
             assert not is_old or found.equal(old.generate(ids, temperature=1.0, **options))
         protocol = json.loads((folder / "protocol.json").read_text())
         assert protocol["stage"] == "temperature"
-        assert protocol["tempering"] == {
+        assert protocol["options"] == {
             "min_temperature": 0.3, "max_temperature": 0.8, "min_draws": 8, "max_draws": 12,
         }  # fmt: skip
         results = json.loads((folder / "eval_results.json").read_text())

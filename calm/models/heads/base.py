@@ -1,6 +1,6 @@
 """The interface of a language model's head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -32,12 +32,15 @@ class HeadLoss(NamedTuple):
         fidelity: likewise; energy head.
         diversity: likewise; energy head.
         samples: its draws, ``[N, B, S, L]``; energy head.
+        measured: of an `Objective`: what it has logged beside the loss, each ``[B, S]``, 0 for a
+            masked chunk.
     """
 
     loss: Tensor
     fidelity: Tensor | None = None
     diversity: Tensor | None = None
     samples: Tensor | None = None
+    measured: Mapping[str, Tensor] = {}
 
 
 class GenerativeHead(Protocol):
@@ -81,6 +84,8 @@ class Objective(Protocol):
         hidden: Tensor,
         posterior: Posterior,
         *,
+        input_ids: Tensor,
+        labels: Tensor,
         seed: Tensor,
         first_row: int | Tensor,
     ) -> HeadLoss:
@@ -90,6 +95,8 @@ class Objective(Protocol):
             model: a `calm.models.ContinuousTransformer`.
             hidden: ``[B, S, H]``.
             posterior: of the chunk that follows each.
+            input_ids: the text, ``[B, (S+1)*K]``; ``hidden[:, s]`` has read its first (s+1)*K.
+            labels: of the chunk that follows each, ``[B, S, K]``, all -100 where it does not count.
             seed: of all draws.
             first_row: global index of the first chunk.
         """

@@ -1,0 +1,68 @@
+"""The stages of training: the command of each, what it trains, its flags.
+
+A stage after pre-training goes on from a trained CALM, has flags of its own and gives the model an
+`calm.models.heads.base.Objective`. A new one is an entry of `STAGES`, a module of that objective
+and its flags (such as `calm.training.tempering`) and a program (such as
+`calm.training.distill_temperature`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from calm.errors import UserError
+from calm.training.recipe import Stage
+from calm.training.tempering import TemperingArguments
+
+__all__ = ["STAGES", "StageDescription", "check_source"]
+
+
+@dataclass(frozen=True)
+class StageDescription:
+    """A stage.
+
+    Attributes:
+        command: of `calm`.
+        trained: what it trains, for help.
+        block_size: tokens of a block where no flag says otherwise, as in the published scripts.
+        options: dataclass of the flags that this stage alone has; None in pre-training.
+    """
+
+    command: str
+    trained: str
+    block_size: int
+    options: Any = None
+
+
+STAGES = {
+    Stage.AUTOENCODER: StageDescription("train-ae", "autoencoder", 2048),
+    Stage.CALM: StageDescription("train", "continuous language model", 8192),
+    Stage.BASELINE: StageDescription("train-ar", "token-by-token baseline", 2048),
+    Stage.TEMPERATURE: StageDescription(
+        "distill-temperature",
+        "head that draws at low temperatures in one step",
+        8192,
+        TemperingArguments,
+    ),
+}
+
+
+def check_source(model: Any) -> None:
+    """The flags `model` name a trained model, and nothing that would describe another one.
+
+    Args:
+        model: `calm.training.arguments.ModelArguments` of a stage after pre-training.
+
+    Raises:
+        UserError: no trained model, or a description of a new one.
+    """
+    if not model.model_name_or_path:
+        raise UserError(
+            "model_name_or_path is needed: the folder of a trained CALM, from which this stage "
+            "goes on"
+        )
+    for name in ("config_overrides", "config_name", "model_type"):
+        if value := getattr(model, name):
+            raise UserError(
+                f"{name} describes a new model; the one at model_name_or_path stays as it is: "
+                f"take it out, got {value!r}"
+            )
