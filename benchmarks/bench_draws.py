@@ -5,10 +5,12 @@ import torch
 
 from benchmarks.measure import Baseline, compare
 from benchmarks.shapes import ENERGY, REPARAMETERIZE
-from calm_kernels import expected_distance, noise, reparameterize
+from calm_kernels import expected_distance, normal_draws, reparameterize, uniform_draws
+from calm_kernels.noise import Stream
 
 REFERENCE = "reference backend"
 ROWS, SIZE = REPARAMETERIZE.num_rows, REPARAMETERIZE.latent_size
+ADDRESS = {"stream": Stream.LATENT, "seed": 1, "backend": "torch"}
 
 
 def latent_inputs():
@@ -43,15 +45,8 @@ def bench_reparameterize_forward(benchmark):
     compare(benchmark, lambda: draw(inputs, "torch"), {REFERENCE: baseline}, shape=REPARAMETERIZE)
 
 
-@pytest.mark.parametrize("kind", ["normal", "uniform"])
-def bench_noise(benchmark, kind):
+def compare_noise(benchmark, ours, plain):
     """Seeded noise, which is the same on every device and in every batch split, against torch's."""
-    benchmark.group = f"noise.{kind}"
-    function = getattr(noise, kind)
-    plain = {"normal": torch.randn, "uniform": torch.rand}[kind]
-
-    def ours():
-        return function(ROWS, SIZE, stream=noise.Stream.LATENT, seed=1)
 
     def same_moments():
         drawn, given = ours(), plain(ROWS, SIZE)
@@ -59,6 +54,16 @@ def bench_noise(benchmark, kind):
 
     baseline = Baseline(lambda: plain(ROWS, SIZE), same_moments)
     compare(benchmark, ours, {f"torch.{plain.__name__}": baseline}, shape=REPARAMETERIZE)
+
+
+@pytest.mark.benchmark(group="normal_draws")
+def bench_normal_draws(benchmark):
+    compare_noise(benchmark, lambda: normal_draws(ROWS, SIZE, **ADDRESS), torch.randn)
+
+
+@pytest.mark.benchmark(group="uniform_draws")
+def bench_uniform_draws(benchmark):
+    compare_noise(benchmark, lambda: uniform_draws(ROWS, SIZE, **ADDRESS), torch.rand)
 
 
 @pytest.mark.benchmark(group="expected_distance, fwd")

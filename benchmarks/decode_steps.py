@@ -38,7 +38,7 @@ BEFORE: dict[str, dict[str, int]] = {
     "CALM-M": {
         LAYERS: 16 * 22, "rest of the backbone": 11, "head": 26, CHUNKS: 9, TOKENS: 8,
     },
-    "baseline": {LAYERS: 12 * 22, "rest of the backbone": 11},
+    "baseline": {"rest": 190, LAYERS: 12 * 22, "rest of the backbone": 11},
 }  # fmt: skip
 
 

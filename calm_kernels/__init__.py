@@ -19,6 +19,7 @@ from calm_kernels.linear_argmax import linear_argmax
 from calm_kernels.linear_cross_entropy import linear_cross_entropy
 from calm_kernels.norm_linear import linear_residual, norm_linear, norm_swiglu
 from calm_kernels.reparameterize import reparameterize
+from calm_kernels.uniform_draws import normal_draws, uniform_draws
 from calm_kernels.warmup import warmup
 
 __all__ = [
@@ -37,8 +38,10 @@ __all__ = [
     "noise",
     "norm_linear",
     "norm_swiglu",
+    "normal_draws",
     "reparameterize",
     "set_backend",
+    "uniform_draws",
     "use_backend",
     "warmup",
 ]

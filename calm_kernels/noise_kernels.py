@@ -36,14 +36,17 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def load_key(seed_ptr, first_row_ptr, row, stride_seed, STREAM: tl.constexpr):
+def load_key(seed_ptr, first_row, row, stride_seed, STREAM: tl.constexpr):
     """Key words and the three counter words of a row: k0, k1, c1, c2, c3.
 
     Without a seed of its own (`stride_seed` 0) row r is row ``first_row + r`` of the shared stream.
+    The first row is a number, or a pointer to it.
     """
     seed = tl.load(seed_ptr + row * stride_seed)
     offset = tl.load(seed_ptr + row * stride_seed + 1)
-    counter = tl.load(first_row_ptr) + tl.where(stride_seed == 0, row, 0)
+    if first_row.dtype.is_ptr():
+        first_row = tl.load(first_row)
+    counter = first_row + tl.where(stride_seed == 0, row, 0)
     k1 = (seed >> 32).to(tl.uint32) ^ STREAM
     c2, c3 = offset.to(tl.uint32), (offset >> 32).to(tl.uint32)
     return seed.to(tl.uint32), k1, counter.to(tl.uint32), c2, c3

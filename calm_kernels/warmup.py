@@ -12,8 +12,10 @@ from calm_kernels.energy_head import EnergyHead
 from calm_kernels.energy_score import gaussian_energy_score
 from calm_kernels.linear_argmax import linear_argmax
 from calm_kernels.linear_cross_entropy import linear_cross_entropy
+from calm_kernels.noise import Stream
 from calm_kernels.norm_linear import linear_residual, norm_linear, norm_swiglu
 from calm_kernels.reparameterize import reparameterize
+from calm_kernels.uniform_draws import normal_draws, uniform_draws
 
 __all__ = ["warmup"]
 
@@ -130,6 +132,13 @@ def _decode_attention(config: Any, like: torch.Tensor, seed: torch.Tensor) -> No
     decode_attention(rows, keys, values, rotations, seed[:1])
 
 
+def _draws(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
+    options: dict[str, Any] = {"stream": Stream.VOTE, "seed": seed, "device": seed.device}
+    for dtype in (torch.float32, torch.float64):  # tokens are drawn in the latter
+        uniform_draws(1, 1, **options, dtype=dtype)
+    normal_draws(1, 1, **options)
+
+
 def _heads(config: Any) -> tuple[int, int, int]:
     """Query heads, key heads, features of each."""
     heads = config.num_attention_heads
@@ -142,6 +151,7 @@ _AUTOENCODER: dict[str, _Run] = {
     "reparameterize": _reparameterize,
     "linear_cross_entropy": _linear_cross_entropy,
     "linear_argmax": _linear_argmax,
+    "uniform_draws": _draws,
 }
 _LANGUAGE_MODEL: dict[str, _Run] = {
     "gaussian_energy_score": _energy_score,
@@ -149,4 +159,5 @@ _LANGUAGE_MODEL: dict[str, _Run] = {
     "agreeing_patch": _agreeing_patch,
     "norm_linear": _norm_linear,
     "decode_attention": _decode_attention,
+    "uniform_draws": _draws,
 }

@@ -28,7 +28,8 @@ from calm.evaluation.samplers import DRAWS_AT_A_TIME, LOGITS_AT_A_TIME
 from calm.evaluation.scores import Block, TextReader, TextScores
 from calm.models.continuous import ContinuousTransformer
 from calm_kernels.energy_score import gaussian_energy_score
-from calm_kernels.noise import Stream, as_seed, normal
+from calm_kernels.noise import Stream, as_seed
+from calm_kernels.uniform_draws import normal_draws
 
 __all__ = ["BASELINE_MEASURES", "CALM_MEASURES", "TextMeasures", "measure_text", "tokens_per_byte"]
 
@@ -276,7 +277,7 @@ class _Probe:
     ) -> Tensor:
         """Share of a chunk's tokens that its latent, drawn from the posterior, gives back."""
         seed = advance(self.seed, rows.flatten())
-        noise = normal(*mean.shape, stream=Stream.LATENT, seed=seed, device=mean.device)
+        noise = normal_draws(*mean.shape, stream=Stream.LATENT, seed=seed, device=mean.device)
         latent = mean + log_std.exp() * noise
         wanted = labels.unflatten(1, (-1, self.model.patch_size)).flatten(0, 1)
         tokens = self._decoded(latent[None])[0]

@@ -27,7 +27,8 @@ from calm.decoding.sampling.token_draws import SlotReadout, draw_chunks, draw_to
 from calm.errors import UserError
 from calm.evaluation.rollout import Step
 from calm.models.agreement import MAX_ORDER, prefix_collisions, prefix_matches
-from calm_kernels import noise
+from calm_kernels import uniform_draws
+from calm_kernels.noise import Stream
 
 __all__ = [
     "DRAWS_AT_A_TIME",
@@ -195,10 +196,10 @@ class TokenSampler:
 
     def step(self, hidden: Tensor, target: Tensor | None, rows: Tensor, depth: int) -> Step:
         """Probabilities under the softmax; logits of a few rows at a time. See `ChunkSampler`."""
-        uniforms = noise.uniform(
+        uniforms = uniform_draws(
             rows.numel(),
             2,
-            stream=noise.Stream.HEAD,
+            stream=Stream.HEAD,
             seed=advance(self.seed, rows.flatten() + depth * DEPTH_STRIDE),
             device=hidden.device,
             dtype=torch.float64,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from calm.evaluation.brier import evaluating
 from calm.models import ContinuousTransformer
-from calm_kernels.noise import Stream, as_seed, normal
+from calm_kernels.noise import Stream, as_seed
+from calm_kernels.uniform_draws import normal_draws
 
 __all__ = [
     "NOISE_SIZES",
@@ -103,4 +104,6 @@ def latent_noise(model: ContinuousTransformer, std: float) -> Iterator[None]:
 
 def _noise(like: Tensor, stream: Stream) -> Tensor:
     rows, width = like.shape
-    return normal(rows, width, stream=stream, seed=as_seed(SEED, like.device), device=like.device)
+    return normal_draws(
+        rows, width, stream=stream, seed=as_seed(SEED, like.device), device=like.device
+    )

@@ -26,8 +26,9 @@ from calm.models.norm import RMSNorm
 from calm.models.pretrained import CALMPreTrainedModel
 from calm.models.slot_mixing import SlotMixing, mixing_blocks
 from calm_kernels.linear_argmax import linear_argmax
-from calm_kernels.noise import Seed, Stream, as_seed, uniform
+from calm_kernels.noise import Seed, Stream, as_seed
 from calm_kernels.reparameterize import reparameterize
+from calm_kernels.uniform_draws import uniform_draws
 
 __all__ = ["Autoencoder", "AutoencoderOutput"]
 
@@ -322,7 +323,7 @@ class Autoencoder(CALMPreTrainedModel):
         """A dropped token becomes id 0, as published."""
         shape = (input_ids.numel() // self.patch_size, self.patch_size)
         if keep is None:
-            drawn = uniform(
+            drawn = uniform_draws(
                 *shape,
                 stream=Stream.TOKEN_KEEP,
                 seed=seed,

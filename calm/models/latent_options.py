@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calm.configuration import AutoencoderConfig
-from calm_kernels.noise import Stream, normal
+from calm_kernels.noise import Stream
+from calm_kernels.uniform_draws import normal_draws
 
 __all__ = ["mean_on_sphere", "noise_size", "on_sphere", "with_noise"]
 
@@ -59,7 +60,7 @@ def with_noise(
     """
     rows, width = latents.numel() // latents.shape[-1], latents.shape[-1]
     if noise is None:
-        noise = normal(
+        noise = normal_draws(
             rows, width, stream=Stream.DECODER_NOISE, seed=seed, first_row=first_row,
             device=latents.device, dtype=latents.dtype,
         )  # fmt: skip

@@ -27,9 +27,9 @@ from calm.decoding.sampling.voting import vote_distribution
 from calm.errors import UserError
 from calm.models import EnergyTransformer
 from calm.models.heads.base import HeadLoss, Posterior, is_recomputed
-from calm_kernels import noise
 from calm_kernels.energy_score import energy_score
 from calm_kernels.noise import Stream
+from calm_kernels.uniform_draws import uniform_draws
 
 __all__ = ["TemperatureObjective", "TemperingArguments"]
 
@@ -112,7 +112,7 @@ class TemperatureObjective:
     def _powers(self, num_rows: int, seed: Tensor, first_row: int | Tensor) -> Tensor:
         """1/T of each position, ``[B*S]``."""
         least, largest = self.arguments.bounds
-        drawn = noise.uniform(
+        drawn = uniform_draws(
             num_rows, 1, stream=Stream.VOTE, seed=seed, first_row=first_row, device=seed.device
         )[:, 0]
         return (1 / largest) * (largest / least) ** drawn
@@ -123,7 +123,7 @@ class TemperatureObjective:
         if least == largest:
             return least
         own = advance(seed, VOTE_STRIDE)
-        drawn = noise.uniform(1, 1, stream=Stream.VOTE, seed=own, device=seed.device)
+        drawn = uniform_draws(1, 1, stream=Stream.VOTE, seed=own, device=seed.device)
         return round(least * (largest / least) ** float(drawn))
 
     @torch.no_grad()

@@ -13,7 +13,9 @@ from calm_kernels.tuning import Constants
 
 __all__ = ["Configuration", "compile_kernel"]
 
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_NAMES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

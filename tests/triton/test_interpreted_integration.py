@@ -168,12 +168,14 @@ def test_warmup_launches_what_the_model_will(monkeypatch):
         "agreeing_patch",
         "norm_linear",
         "decode_attention",
+        "uniform_draws",
     ]
     assert launches.names == ["analytic_kernel"]
     assert warmup(tiny_autoencoder().config, "cpu") == [
         "reparameterize",
         "linear_cross_entropy",
         "linear_argmax",
+        "uniform_draws",
     ]
     assert launches.names[1:] == ["forward_kernel", "backward_kernel"]
     with use_backend("torch"):

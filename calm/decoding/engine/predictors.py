@@ -16,7 +16,8 @@ from calm.decoding.chunk import Chunk
 from calm.decoding.sampling.chunk_distribution import ChunkDistribution, Method
 from calm.decoding.sampling.prefix_rejection import Prefix
 from calm.decoding.sampling.token_draws import draw_chunks, draw_tokens, token_chances
-from calm_kernels import noise
+from calm_kernels import uniform_draws
+from calm_kernels.noise import Stream
 
 __all__ = ["ChunkPredictor", "Predictor", "ReadoutPredictor", "TokenPredictor"]
 
@@ -177,8 +178,8 @@ class TokenPredictor:
     def choose(self, hidden: Tensor, seed: Tensor) -> Chunk:
         """See `Predictor`."""
         logits = self.model.lm_head(hidden).to(torch.float32)  # [B, V]
-        uniforms = noise.uniform(
-            len(hidden), 1, stream=noise.Stream.VOTE, seed=seed, device=hidden.device,
+        uniforms = uniform_draws(
+            len(hidden), 1, stream=Stream.VOTE, seed=seed, device=hidden.device,
             dtype=torch.float64,
         )  # fmt: skip
         chances, is_finite = token_chances(logits, self.temperature)

@@ -19,7 +19,8 @@ from calm.decoding.sampling.chunk_distribution import ChunkDistribution
 from calm.decoding.sampling.lazy_decode import Candidates
 from calm.decoding.sampling.prefix_rejection import AcceptedDraws, Prefix, draw_accepted, waves
 from calm.decoding.sampling.voting import split_power, vote_by_count
-from calm_kernels.noise import Stream, uniform
+from calm_kernels import uniform_draws
+from calm_kernels.noise import Stream
 
 __all__ = ["Exact"]
 
@@ -150,7 +151,7 @@ class _Search:
         whole, fraction = self.power
         if fraction == 0.0:
             return None
-        uniforms = uniform(
+        uniforms = uniform_draws(
             len(seed),
             whole + size,
             stream=Stream.FACTORY,

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calm.decoding.sampling.prefix_rejection import Prefix
-from calm_kernels import noise
+from calm_kernels import uniform_draws
+from calm_kernels.noise import Stream
 
 __all__ = ["SlotReadout", "draw_chunks", "draw_tokens", "token_chances"]
 
@@ -71,8 +72,8 @@ def draw_chunks(
         tokens mean nothing.
     """
     rows = len(hidden)
-    uniforms = noise.uniform(
-        rows, readout.patch_size, stream=noise.Stream.HEAD, seed=seed, num_draws=num_draws,
+    uniforms = uniform_draws(
+        rows, readout.patch_size, stream=Stream.HEAD, seed=seed, num_draws=num_draws,
         device=hidden.device, dtype=torch.float64,
     )  # fmt: skip
     tokens = torch.empty(num_draws, rows, 0, dtype=torch.int64, device=hidden.device)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from calm.configuration import CALMConfig
 from calm.models.heads.base import HeadLoss, Posterior, expand_rows
 from calm.models.heads.denoiser import Denoiser
-from calm_kernels.noise import Seed, Stream, as_seed, normal, uniform
+from calm_kernels.noise import Seed, Stream, as_seed
+from calm_kernels.uniform_draws import normal_draws, uniform_draws
 
 __all__ = ["DenoisingHead"]
 
@@ -97,7 +98,7 @@ class DenoisingHead(nn.Module):
             width = 1 if is_time else self.config.latent_size
             if given is not None:
                 return expand_rows(name, given, weight, num_draws, width)
-            random = uniform if is_time else normal
+            random = uniform_draws if is_time else normal_draws
             drawn = random(
                 weight.numel(),
                 width,
@@ -173,7 +174,7 @@ class DenoisingHead(nn.Module):
         def draw(step: int) -> Tensor:
             if given is not None:
                 return given[step] * scale
-            drawn = normal(
+            drawn = normal_draws(
                 hidden.shape[:-1].numel(),
                 shape[-1],
                 stream=Stream.PATH if step else Stream.HEAD,
