@@ -13,7 +13,8 @@ WAIT := $(shell [ "$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)" -gt 2 ] |
 endif
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check
+# Without byte code, which Python writes for the modules that it imports: half the time.
+INSTALL := $(BIN)/pip --disable-pip-version-check install -q --no-compile
 READY := $(VENV)/.ready
 OLDEST := .venv-oldest
 # Tests on every core, one thread each; threads of programs that they start sleep while they wait.
@@ -34,14 +35,14 @@ $(READY): pyproject.toml setup.py $(CONSTRAINTS)
 	  sys.exit(0 if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.11 setup")'
 	$(PYTHON) -m venv $(VENV)
 	@if command -v nvidia-smi >/dev/null || command -v rocm-smi >/dev/null; then \
-	  $(PIP) install -q --no-deps -c $(CONSTRAINTS) torch; \
+	  $(INSTALL) --no-deps -c $(CONSTRAINTS) torch; \
 	else \
 	  echo "no GPU found: installing the CPU build of torch"; \
-	  $(PIP) install -q --no-deps --retries 0 --timeout 30 --index-url $(TORCH_CPU_INDEX) -c $(CONSTRAINTS) torch \
+	  $(INSTALL) --no-deps --retries 0 --timeout 30 --index-url $(TORCH_CPU_INDEX) -c $(CONSTRAINTS) torch \
 	  || { echo "$(TORCH_CPU_INDEX) did not provide it: installing torch from the default index"; \
-	       $(PIP) install -q --no-deps -c $(CONSTRAINTS) torch; }; \
+	       $(INSTALL) --no-deps -c $(CONSTRAINTS) torch; }; \
 	fi
-	$(PIP) install -q -c $(CONSTRAINTS) -e '.[dev,triton]'
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[dev,triton]'
 	@touch $@
 
 demo: $(READY) ## train, evaluate and sample a small CALM on two cores in minutes; writes runs/demo
@@ -58,7 +59,7 @@ test-gpu: $(READY) ## the compiled kernels at full size: parity, graphs, torch.c
 	$(BIN)/python -m pytest -q tests/gpu $(ARGS)
 
 test-harness: $(READY) ## install the lm-evaluation-harness and test the models in it
-	$(PIP) install -q -c $(CONSTRAINTS) -e '.[harness]'
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[harness]'
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/calm/test_lm_eval.py $(ARGS)
 
 lint: $(READY) ## ruff, format check and spelling
