@@ -30,9 +30,10 @@ T > 0, at the same cost for every T, without the head.
 
 --json prints for each prompt: prompt, text (what was added), seed, method, temperature and
 num_samples; new_tokens, chunks, draws of the head, draws_saved (counted in draws, but not needed),
-mean_level (draws that agreed on a chunk, mean), fallbacks (chunks that a fallback decided); seconds
-(without warm-up), prefill_seconds of them for the prompt, warmup_seconds, tokens_per_second. After
-Ctrl-C nothing is printed for the unfinished prompt.
+mean_level (draws that agreed on a chunk, mean), fallbacks (chunks that a fallback decided), padded
+(one of them is the prompt's end, which no draw continued); seconds (without warm-up),
+prefill_seconds of them for the prompt, warmup_seconds, tokens_per_second. After Ctrl-C the
+unfinished prompt's line has the text so far and interrupted, without the other numbers.
 """
 METHODS = ("batch", "exact", "medoid", "noise_scale", "amortized", "direct", "readout")
 
@@ -141,27 +142,45 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _continue(model: Any, tokenizer: Any, prompt: str, seed: int, args: argparse.Namespace) -> None:
-    """One prompt continued and printed; after Ctrl-C the text so far stays printed."""
+    """One prompt continued and printed; after Ctrl-C what there is."""
     from calm.data.encoding import Encoder
     from calm.decoding import TextStream
-    from calm.decoding.text.edges import text_after
+    from calm.decoding.text.edges import TokenRecord
 
     ids = Encoder(tokenizer).prompt(prompt)
     options = _options(args) | {"seed": seed, "tokenizer": tokenizer}
-    if not args.json:
-        options["streamer"] = TextStream(tokenizer)
-    found = model.generate([ids], return_details=True, **options)
+    received = TokenRecord()
+    streamer = received if args.json else TextStream(tokenizer)
+    settings = {name: options[name] for name in ("method", "temperature", "num_samples")}
+    request = {"prompt": prompt, "seed": seed, **settings}
+    try:
+        found = model.generate([ids], return_details=True, streamer=streamer, **options)
+    except KeyboardInterrupt:
+        if args.json:
+            figures = {"new_tokens": len(received.new), "interrupted": True}
+            _print_record(request, tokenizer, received.prompt, received.new, figures)
+        raise
     figures = _figures(found)
     if args.json:
-        count = figures["new_tokens"]
-        kept = min(len(ids), found.sequences.shape[1] - count)  # less than all if truncated
-        row = found.sequences[0].tolist()
-        text = text_after(tokenizer, row[:kept], row[kept : kept + count])
-        settings = {name: options[name] for name in ("method", "temperature", "num_samples")}
-        record = {"prompt": prompt, "text": text, "seed": seed, **settings, **figures}
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        begin, count = len(received.prompt), figures["new_tokens"]
+        new = found.sequences[0, begin : begin + count].tolist()
+        _print_record(request, tokenizer, received.prompt, new, figures)
     else:
         print(_summary(figures), file=sys.stderr)
+
+
+def _print_record(
+    request: dict[str, Any],
+    tokenizer: Any,
+    prompt: list[int],
+    new: list[int],
+    figures: dict[str, Any],
+) -> None:
+    """A line of JSON: what was asked, the text of the new tokens, and `figures`."""
+    from calm.decoding.text.edges import text_after
+
+    record = {**request, "text": text_after(tokenizer, prompt, new), **figures}
+    print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -191,6 +210,7 @@ def _figures(found: Any) -> dict[str, Any]:
         "draws_saved": int(found.saved.sum()),
         "mean_level": float(found.levels.double().mean()),
         "fallbacks": int(found.fallbacks.sum()),
+        "padded": bool(found.fallbacks[0, :1].any() and not found.levels[0, :1].any()),
         "seconds": found.seconds,
         "prefill_seconds": found.prefill_seconds,
         "warmup_seconds": found.warmup_seconds,
@@ -208,6 +228,8 @@ def _summary(figures: dict[str, Any]) -> str:
         f"warm-up {figures['warmup_seconds']:.2f} s",
         f"{figures['draws'] / chunks:.0f} draws a chunk, {figures['mean_level']:.2g} agreeing",
     ]
-    if figures["fallbacks"]:
-        parts.append(f"{figures['fallbacks']} of {chunks} chunks by fallback")
+    if figures["padded"]:
+        parts.append("no draw continued the end of the prompt: it was padded")
+    if few := figures["fallbacks"] - figures["padded"]:
+        parts.append(f"{few} of {chunks} chunks decided by fewer draws than the method needs")
     return "; ".join(parts)

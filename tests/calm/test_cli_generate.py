@@ -95,6 +95,19 @@ def test_methods_and_their_draws(words, draws, folders, capsys):
         assert record["fallbacks"] == 3 and record["draws"] <= 3 * 17
 
 
+def test_a_padded_prompt_and_too_few_draws_are_told_apart(folders, capsys):
+    base = ("--model", folders / "calm", "--max-new-tokens", 12, "--num-samples", 8)
+    base = (*base, "--max-draws", 16)  # 259 ids a place: no draw begins with the letter given
+    assert calm("generate", *base, "--prompt", "the quick bro") == 0
+    summary = capsys.readouterr().err
+    assert "no draw continued the end of the prompt: it was padded" in summary
+    assert "fewer draws" not in summary
+    assert calm("generate", *base, "--prompt", "the quick br", "--method", "exact") == 0
+    summary = capsys.readouterr().err
+    assert "3 of 3 chunks decided by fewer draws than the method needs" in summary
+    assert "padded" not in summary
+
+
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("words", [(), ("--prompt-file", "-")], ids=["piped", "named"])
 def test_generate_reads_standard_input(words, mark, folders, capsys, monkeypatch):
@@ -214,3 +227,8 @@ def test_ctrl_c_keeps_the_text_so_far(kind, folders, capsys, monkeypatch):
     assert "interrupted" in captured.err and len(calls) == 3
     text = captured.out.removesuffix("\n")
     assert len("the quick br") < len(text) < len(whole) and whole.startswith(text[:-1])
+    calls.clear()
+    assert calm("generate", *words, "--max-new-tokens", 24, "--json") == 130
+    (record,) = objects(capsys)
+    assert record["interrupted"] and 0 < record["new_tokens"] < 24
+    assert text == "the quick br" + record["text"]

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from transformers.generation.streamers import BaseStreamer
 
-__all__ = ["TextPieces", "TextStream", "text_after"]
+__all__ = ["TextPieces", "TextStream", "TokenRecord", "text_after"]
 
 CONTEXT = 16  # tokens that are decoded before an edge where all of them would take long
 UNFINISHED = "\ufffd"  # what a part of a character decodes to
@@ -107,3 +107,25 @@ class TextStream(BaseStreamer):
     def _print(self, text: str) -> None:
         self.file.write(text)
         self.file.flush()
+
+
+class TokenRecord(BaseStreamer):
+    """A streamer that keeps what it receives.
+
+    Attributes:
+        prompt: ids of the prompt, without what was dropped of one that is too long.
+        new: ids of all new tokens so far.
+    """
+
+    def __init__(self) -> None:
+        self.prompt: list[int] = []
+        self.new: list[int] = []
+        self._has_begun = False
+
+    def put(self, value: Any) -> None:
+        """Keep these tokens, a tensor of any shape; the first are the prompt."""
+        (self.new if self._has_begun else self.prompt).extend(value.flatten().tolist())
+        self._has_begun = True
+
+    def end(self) -> None:
+        """Nothing is left to do."""
