@@ -20,7 +20,15 @@ def draws_triton(
     else:
         number = first_row
     drawn = _draws_op(
-        seed.contiguous(), row, number, num_rows, width, num_draws, first_draw, stream, is_normal,
+        seed.contiguous(),
+        row,
+        number,
+        num_rows,
+        width,
+        num_draws,
+        first_draw,
+        stream,
+        is_normal,
         dtype,
     )
     return drawn.transpose(0, 1)
