@@ -58,6 +58,7 @@ TRAINING = {
     "distill-temperature": Command(
         "calm.training.distill_temperature", "teach a CALM low temperatures in one draw"
     ),
+    "post-train": Command("calm.training.post_train", "train a CALM by rewards of its draws"),
 }
 
 

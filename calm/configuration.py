@@ -91,6 +91,9 @@ class CALMConfig(LlamaConfig):
         tempered_range: least and largest T < 1 of which a second energy head draws in one step
             (`calm.models.heads.tempered`), which ``calm distill-temperature`` adds to a trained
             model and trains; None for none, as published.
+        noise_policy: the energy head draws its noise from a learned density
+            (`calm.models.heads.steered`), which ``calm post-train --method policy`` adds to a
+            trained model and trains; False for uniform noise, as published.
         has_start_patch: a chunk of K begin tokens (bos_token_id) stands before each document, in
             training and before every prompt, so that first chunks are predicted too.
         initializer, embedding_std: see `AutoencoderConfig`.
@@ -139,6 +142,7 @@ class CALMConfig(LlamaConfig):
     token_score_start: int | float = 0
     token_score_samples: int = 2
     tempered_range: list[int | float] | None = None
+    noise_policy: bool = False
     has_start_patch: bool = False
     initializer: Initializer = "normal"
     embedding_std: int | float | None = None
@@ -174,6 +178,11 @@ class CALMConfig(LlamaConfig):
         self._check_sampling_steps()
         self._check_training_terms()
         check_tempered_range(self.tempered_range, self.head_type)
+        require(
+            not self.noise_policy or self.head_type in (None, "energy"),
+            f"noise_policy must be false for the {self.head_type} head: an energy head alone can "
+            "have one",
+        )
         self._check_start_patch()
         if isinstance(self.ae_config, PreTrainedConfig):
             self._check_pair(self.ae_config)

@@ -11,6 +11,7 @@ from calm.models.continuous import ContinuousTransformer
 from calm.models.heads.diffusion import DiffusionHead
 from calm.models.heads.energy import EnergyGenerativeHead
 from calm.models.heads.flow import FlowHead
+from calm.models.heads.steered import SteeredHead
 from calm.models.heads.tempered import TemperedHead, in_range
 from calm.models.output import CALMOutput
 from calm_kernels.noise import Seed
@@ -36,7 +37,8 @@ class EnergyTransformer(ContinuousTransformer):
     }
 
     def _build_head(self, config: CALMConfig) -> None:
-        self.mlp_generator = EnergyGenerativeHead(config)
+        head_class = SteeredHead if config.noise_policy else EnergyGenerativeHead
+        self.mlp_generator = head_class(config)
         self.tempered_head = TemperedHead(config) if config.tempered_range else None
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -60,6 +62,18 @@ class EnergyTransformer(ContinuousTransformer):
             self.tempered_head.start_from(self.mlp_generator)
             self.tempered_head.train(self.training)
         return self.tempered_head
+
+    def add_noise_policy(self) -> SteeredHead:
+        """The head with a density of its noise, saved with the model: its own, or a new one.
+
+        A new one starts as uniform noise: the model draws what it drew, up to rounding.
+        """
+        if not isinstance(self.mlp_generator, SteeredHead):
+            steered = SteeredHead(cast(CALMConfig, self.config)).to(self.device, self.dtype)
+            steered.start_from(self.mlp_generator)
+            self.mlp_generator = steered.train(self.training)
+            self.config.noise_policy = True
+        return self.mlp_generator
 
     def head_at(self, temperature: float) -> TemperedHead:
         """The head that draws at this T below 1; `UserError` outside of its range."""

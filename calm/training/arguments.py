@@ -50,24 +50,30 @@ RANGES = {
         (
             "block_size", "dataloader_prefetch_factor", "ddp_timeout", "eval_accumulation_steps",
             "gradient_accumulation_steps", "max_draws", "max_eval_samples", "max_train_samples",
-            "min_draws",
+            "min_draws", "reward_context",
             "per_device_eval_batch_size", "per_device_train_batch_size",
             "preprocessing_num_workers", "stream_lanes",
         ),
         at_least(1),
     ),
-    **dict.fromkeys(("eval_steps", "logging_steps", "num_train_epochs", "save_steps"), POSITIVE),
+    **dict.fromkeys(
+        (
+            "advantage_scale", "eval_steps", "logging_steps", "num_train_epochs",
+            "reward_temperature", "save_steps",
+        ),
+        POSITIVE,
+    ),
     **dict.fromkeys(
         (
             "adam_epsilon", "dataloader_num_workers", "eval_delay", "learning_rate",
-            "max_grad_norm", "max_train_seconds", "muon_learning_rate", "save_total_limit",
-            "warmup_steps", "weight_decay",
+            "max_energy_distance", "max_grad_norm", "max_train_seconds", "muon_learning_rate",
+            "old_weight", "save_total_limit", "warmup_steps", "weight_decay",
         ),
         NOT_NEGATIVE,
     ),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), FRACTION),
     **dict.fromkeys(("data_seed", "eval_seed", "seed"), SEED),
-    "eval_num_samples": at_least(2),
+    **dict.fromkeys(("eval_num_samples", "num_draws"), at_least(2)),
     "max_steps": at_least(1, also=-1),
     "validation_split_percentage": PERCENTAGE,
 }  # fmt: skip

@@ -20,13 +20,33 @@ from transformers.trainer_callback import ExportableState
 from calm.errors import UserError
 from calm.training.metrics import remember
 
-__all__ = ["TimedProgress", "TrainingClock", "timed_schedule"]
+__all__ = ["RunLimit", "TimedProgress", "TrainingClock", "timed_schedule"]
 
 UNBOUNDED_STEPS = 10**9
 RESOLUTION = 10_000  # virtual steps into which a schedule by time is cut
 
 
-class TrainingClock(TrainerCallback, ExportableState):
+class RunLimit(TrainerCallback):
+    """Ends a run before its last step. One that has ended stays so when it is started again."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has come to its end."""
+        raise NotImplementedError
+
+    def resume(self, state: TrainerState) -> None:
+        """Take over what `state` of a checkpoint has recorded."""
+        raise NotImplementedError
+
+    @staticmethod
+    def end_run(args: TrainingArguments, control: TrainerControl) -> None:
+        """After this step, with an evaluation and a checkpoint where the run has such."""
+        control.should_training_stop = True
+        control.should_evaluate = args.eval_strategy != "no"
+        control.should_save = args.save_strategy != "no"
+
+
+class TrainingClock(RunLimit, ExportableState):
     """Adds up the seconds spent in training steps and ends the run when they reach the budget.
 
     Evaluation and saving do not count. Every checkpoint holds the sum, so a resumed run has the
@@ -85,10 +105,8 @@ class TrainingClock(TrainerCallback, ExportableState):
             dist.broadcast(shared, src=0)
             self.elapsed = shared.item()
         if self.is_over:
-            control.should_training_stop = True
             control.should_log = True
-            control.should_evaluate = args.eval_strategy != "no"
-            control.should_save = args.save_strategy != "no"
+            self.end_run(args, control)
 
 
 class TimedProgress(ProgressCallback):

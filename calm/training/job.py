@@ -34,7 +34,7 @@ from calm.training.checkpoints import (
     last_good_checkpoint,
     set_aside_later,
 )
-from calm.training.clock import UNBOUNDED_STEPS
+from calm.training.clock import UNBOUNDED_STEPS, RunLimit
 from calm.training.latent_basis import is_whitened, whiten_latent
 from calm.training.lock import locked
 from calm.training.model_card import write_model_card
@@ -142,6 +142,7 @@ def prepare_job(
         model,
         args,
         protocol=record,
+        callbacks=_limits(arguments),
         tokens_per_character=getattr(blocks.train, "tokens_per_character", None),
         train_dataset=blocks.train,
         eval_dataset=blocks.validation,
@@ -153,6 +154,12 @@ def prepare_job(
         if takeover.changes:
             logger.warning("from step %d on, %s", takeover.step, takeover)
     return trainer
+
+
+def _limits(arguments: JobArguments) -> list[RunLimit]:
+    """What ends the run before its last step, beside ``max_train_seconds``."""
+    known = STAGES[arguments.stage].limits
+    return known(arguments.options) if known else []
 
 
 def _check_draws(arguments: JobArguments, model: PreTrainedModel) -> None:

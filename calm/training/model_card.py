@@ -24,6 +24,9 @@ ABOUT = {
     Stage.TEMPERATURE: "A continuous autoregressive language model (CALM, arXiv 2510.27688), "
     "{patch_size} tokens a step, whose second head has learned low temperatures: "
     '`generate(method="amortized", temperature=...)` takes one draw for each step.',
+    Stage.POST: "A continuous autoregressive language model (CALM, arXiv 2510.27688), "
+    "{patch_size} tokens a step, whose draws have been trained by a reward after pre-training "
+    "(`calm post-train`; `options` in protocol.json say which).",
 }
 USE = """\
 ```python

@@ -1,10 +1,10 @@
 """Recipes: flags in YAML, either shipped under a name or in a file of the user.
 
-A recipe holds flags of one stage, or sections ``common``, ``autoencoder``, ``calm``, ``baseline``
-and ``temperature`` for several. It may extend another one (``extends: <name or file beside it>``),
-whose entries it overrides. ``config_overrides`` may be a mapping and is merged entry by entry. A
-scalar gets the type of the flag that it sets: ``3e-4`` is a number and ``eval_strategy: no`` a
-string. Flags on the command line override the recipe.
+A recipe holds flags of one stage, or sections for several: ``common`` and the stages' names. It may
+extend another one (``extends: <name or file beside it>``), whose entries it overrides.
+``config_overrides`` may be a mapping and is merged entry by entry. A scalar gets the type of the
+flag that it sets: ``3e-4`` is a number and ``eval_strategy: no`` a string. Flags on the command
+line override the recipe.
 """
 
 from enum import StrEnum
@@ -38,6 +38,7 @@ class Stage(StrEnum):
     CALM = "calm"
     BASELINE = "baseline"
     TEMPERATURE = "temperature"  # the tempered head of a trained CALM
+    POST = "post"  # a trained CALM, by rewards
 
 
 SECTIONS = (COMMON, *Stage)

@@ -43,7 +43,7 @@ PROTOCOL = "protocol.json"
 # Entries of a protocol that must be the same.
 FIXED = (
     "stage", "tokenizer_hash", "vocab_size", "patch_size", "start_token_id", "document_separator",
-    "autoencoder", "teacher", "optimizer", "training.fp16",
+    "autoencoder", "teacher", "source", "optimizer", "training.fp16",
 )  # fmt: skip
 # Schedules that follow the losses, and what must be the same with them: nobody can tell which rate
 # another base would have led to.

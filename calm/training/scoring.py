@@ -36,7 +36,7 @@ def check_best_metric(name: str | None, model: PreTrainedModel) -> None:
     is_autoencoder = isinstance(model, Autoencoder)
     known: tuple[str, ...] = AUTOENCODER_METRICS if is_autoencoder else LANGUAGE_MODEL_METRICS
     if _has_objective(model):
-        known = ("loss",)
+        known = ("loss", *_measures(model))
     if name is not None and name.removeprefix("eval_") not in known:
         raise UserError(f"metric_for_best_model must be one of {', '.join(known)}, got {name!r}")
 
@@ -58,17 +58,19 @@ def score_sequences(
     that it has (`_parts`).
 
     Args:
-        model: an autoencoder or a language model.
+        model: an autoencoder or a language model; one with an objective has the loss and what
+            that measures.
         inputs: ``input_ids`` and ``labels`` ``[B, T]``.
         terms: of the model's output in evaluation, one row a sequence.
-        loss_only: the first column alone, as always for a model with an objective of its own.
+        loss_only: the first column alone.
         seed: of the draws.
         first_sequence: index of the first sequence in the evaluation set; addresses the draws.
         num_samples: N, draws per position.
     """
-    loss_only = loss_only or _has_objective(model)
     if isinstance(model, Autoencoder):
         measured = [terms[name] for name in AUTOENCODER_TERMS]
+    elif _has_objective(model):
+        measured = [terms[name] for name in ("loss", *_measures(model))]
     else:
         measured = [terms["loss"]]
         if not loss_only:
@@ -96,7 +98,8 @@ def metrics_of(model: PreTrainedModel, prediction: EvalPrediction) -> dict[str, 
     All models: ``loss``. Autoencoder: ``kl``, ``accuracy``, ``collapsed``. Language models:
     ``brier1`` to ``brier4`` (fractions) with their standard errors ``brier1_se`` to ``brier4_se``,
     and ``brier_lm`` (0 to 100). Energy head: ``spread_ratio``, see `calm.evaluation.diagnostics`.
-    Readout: ``token_loss``. NaN where nothing counts.
+    Readout: ``token_loss``. An objective: the loss and what it measures, alone. NaN where nothing
+    counts.
     """
     sums = torch.as_tensor(prediction.predictions, dtype=torch.float64)
     counts = torch.as_tensor(prediction.label_ids, dtype=torch.float64)
@@ -104,6 +107,8 @@ def metrics_of(model: PreTrainedModel, prediction: EvalPrediction) -> dict[str, 
     metrics = {"loss": means[0].item()}
     if len(means) == 1:
         return metrics
+    if _has_objective(model):
+        return metrics | dict(zip(_measures(model), means[1:].tolist(), strict=True))
     if isinstance(model, Autoencoder):
         metrics |= {"kl": means[1].item(), "accuracy": means[2].item()}
         return {**metrics, "collapsed": model.collapsed(means[3:]).item()}
@@ -122,6 +127,11 @@ def metrics_of(model: PreTrainedModel, prediction: EvalPrediction) -> dict[str, 
 def _has_objective(model: Any) -> bool:
     """Whether the model learns something else than to predict the text."""
     return getattr(model, "objective", None) is not None
+
+
+def _measures(model: Any) -> tuple[str, ...]:
+    """What the objective of a model, if it has one, measures beside its loss."""
+    return getattr(model.objective, "measures", ()) if _has_objective(model) else ()
 
 
 def _parts(model: Any) -> list[str]:

@@ -6,10 +6,13 @@ and its flags (such as `calm.training.tempering`) and a program (such as
 `calm.training.distill_temperature`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from calm.errors import UserError
+from calm.training.clock import RunLimit
+from calm.training.post_training import PostTrainingArguments, limits
 from calm.training.recipe import Stage
 from calm.training.tempering import TemperingArguments
 
@@ -25,12 +28,14 @@ class StageDescription:
         trained: what it trains, for help.
         block_size: tokens of a block where no flag says otherwise, as in the published scripts.
         options: dataclass of the flags that this stage alone has; None in pre-training.
+        limits: of its flags: what ends a run before its last step; None for nothing.
     """
 
     command: str
     trained: str
     block_size: int
     options: Any = None
+    limits: Callable[[Any], list[RunLimit]] | None = None
 
 
 STAGES = {
@@ -42,6 +47,13 @@ STAGES = {
         "head that draws at low temperatures in one step",
         8192,
         TemperingArguments,
+    ),
+    Stage.POST: StageDescription(
+        "post-train",
+        "head, or a density of its noise, by rewards of its draws",
+        8192,
+        PostTrainingArguments,
+        limits,
     ),
 }
 

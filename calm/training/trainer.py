@@ -38,7 +38,7 @@ from calm.training.checkpoints import (
     is_model_file,
     last_good_checkpoint,
 )
-from calm.training.clock import TimedProgress, TrainingClock, timed_schedule
+from calm.training.clock import RunLimit, TimedProgress, TrainingClock, timed_schedule
 from calm.training.metrics import (
     ADVICE,
     FiniteGuard,
@@ -179,8 +179,8 @@ class CALMTrainer(Trainer):
         if saved.is_file():
             state = TrainerState.load_from_json(str(saved))
             self._first_step = state.global_step
-            if self.clock is not None:
-                self.clock.resume(state)
+            for limit in self._limits():
+                limit.resume(state)
         self._throughput.start()
         output: Any = super().train(resume_from_checkpoint, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
@@ -188,10 +188,13 @@ class CALMTrainer(Trainer):
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but a finished run has no epoch left."""
         epochs, updates, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
-        is_over = self.clock is not None and self.clock.is_over
+        is_over = any(limit.is_over for limit in self._limits())
         if is_over or self._first_step >= max_steps:
             epochs = self._first_step // updates
         return epochs, updates, *others, max_steps
+
+    def _limits(self) -> list[RunLimit]:
+        return [each for each in self.callback_handler.callbacks if isinstance(each, RunLimit)]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device

@@ -185,7 +185,12 @@ def protocol(
         "eval_seed": training.eval_seed,
         "eval_num_samples": training.eval_num_samples,
         "training": {name: getattr(training, name) for name in RECORDED.split()},
-        **({"options": asdict(arguments.options)} if arguments.options else {}),
+        # Such a stage goes on from a model, which what it learns may refer to.
+        **(
+            {"options": asdict(arguments.options), "source": weights_hash(model)}
+            if arguments.options
+            else {}
+        ),
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
     }
 

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from calm import BaselineTransformer
-from calm.training import distill_temperature, train_ar, train_autoencoder, train_calm
+from calm.training import distill_temperature, post_train, train_ar, train_autoencoder, train_calm
 from calm.training.arguments import CALMTrainingArguments
 from calm.training.trainer import CALMTrainer
 
@@ -23,6 +23,7 @@ MAIN = {
     "calm": train_calm.main,
     "baseline": train_ar.main,
     "temperature": distill_temperature.main,
+    "post": post_train.main,
 }
 SIZES = {
     "autoencoder": "hidden_size=16,intermediate_size=24,latent_size=8",
@@ -30,6 +31,7 @@ SIZES = {
     "noise_size=4,num_mlp_layers=1,num_samples=2,head_init=scaled",
     "baseline": "hidden_size=16,intermediate_size=24,num_hidden_layers=1,num_attention_heads=2",
     "temperature": "",
+    "post": "",
 }
 
 

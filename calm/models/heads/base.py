@@ -76,7 +76,11 @@ class GenerativeHead(Protocol):
 
 
 class Objective(Protocol):
-    """What a model learns instead of its head's own loss."""
+    """What a model learns instead of its head's own loss.
+
+    Its attribute ``measures``, if there is one, names what of `HeadLoss.measured` an evaluation
+    reports; training logs all of it.
+    """
 
     def loss(
         self,

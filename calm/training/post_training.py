@@ -1,0 +1,341 @@
+r"""Reinforcement learning of a CALM's draws, without a likelihood of theirs.
+
+The old model is the head as it was, a frozen copy. At each position it draws z_1 .. z_m, which the
+frozen autoencoder decodes to chunks, and the chunks get rewards r_1 .. r_m. The backbone stays as
+it is. Two methods:
+
+**Tilted.** The head draws x_1 .. x_n and learns with the energy score against the weighted z_j,
+
+    loss = 2/n Σ_j w_j Σ_i |x_i - z_j|^α - 1/(n(n-1)) Σ_{i≠k} |x_i - x_k|^α
+
+With w = softmax(r/β) its mean is least, as m grows, at p_old(z) exp(r(z)/β) / Z; at finite m the
+optimum lies between that and p_old. With w_j = (1 + η A_j)/m, A = r - mean r, the weights may be
+negative: a direction for the head, bounded because they sum to 1, but no distribution to reach.
+
+**Policy.** The head stays too; a density of its noise learns (`calm.models.heads.steered`) by
+
+    gradient of E r = E (1/m) Σ_j A_j ∇ log π(ε_j | h),    A_j = r_j - baseline of the other draws
+
+of its own m draws. The log-density is known, so this is unbiased for any m and any reward.
+
+Advantages are never divided by the deviation of their group: that would change what is maximised.
+Both methods log how far the new draws are from the old ones, D = 2E|x-z| - E|x-x'| - E|z-z'|.
+
+Shapes: B sequences, S positions, R = B S, K tokens of a chunk, L latent size, H hidden size.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from calm.decoding.sampling.seeds import advance
+from calm.errors import UserError
+from calm.models import EnergyTransformer
+from calm.models.heads.base import HeadLoss, Posterior, is_recomputed
+from calm.training.clock import RunLimit
+from calm.training.rewards import READS, Group, Reward
+from calm_kernels.energy_score import energy_score
+
+__all__ = [
+    "EnergyDistanceLimit", "PolicyObjective", "PostTrainingArguments", "PostTrainingObjective",
+    "TiltedObjective", "energy_distance", "limits", "target_weights",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+OLD_STRIDE = 2**40  # the old model's draws are those of steps that no run reaches
+DRAWS_AT_A_TIME = 2**13  # decoded together
+METHODS, WEIGHTINGS = ("tilted", "policy"), ("softmax", "signed")
+DISTANCE = "energy_distance"
+
+
+def _flag(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class PostTrainingArguments:
+    """Which reward is raised, how, and how far from the old model."""
+
+    _argument_group_name = "post-training"
+
+    method: str = _flag("tilted", "tilted: the head learns; policy: a density of its noise.")
+    reward: str = _flag("brier", "brier, length, repetition, regex:PATTERN or module:function.")
+    reward_reads: str = _flag("text", "What a module:function gets: text, or tokens as ids.")
+    reward_context: int = _flag(64, "Tokens before a chunk that a reward sees.")
+    num_draws: int = _flag(32, "m, draws of a position that get rewards.")
+    weighting: str = _flag("softmax", "Weights of tilted draws: softmax (of r/beta) or signed.")
+    reward_temperature: float = _flag(1.0, "beta of the softmax: less of it tilts more.")
+    advantage_scale: float = _flag(1.0, "eta of signed weights, (1 + eta A)/m.")
+    old_weight: float = _flag(0.0, "Weight of an energy score against the old model's draws.")
+    max_energy_distance: float = _flag(
+        0.0, "Stop once the mean distance since the last log exceeds this. 0: no limit."
+    )
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("method", METHODS), ("weighting", WEIGHTINGS), ("reward_reads", READS)
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+
+
+def target_weights(rewards: Tensor, arguments: PostTrainingArguments) -> Tensor:
+    """Weights of the old model's draws, ``[m, R]`` like their rewards; they sum to 1."""
+    if arguments.weighting == "softmax":
+        return (rewards / arguments.reward_temperature).softmax(0)
+    return (1 + arguments.advantage_scale * (rewards - rewards.mean(0))) / len(rewards)
+
+
+@torch.no_grad()
+def energy_distance(new: Tensor, old: Tensor, exponent: float = 1.0) -> Tensor:
+    """Unbiased D = 2E|x-z|^α - E|x-x'|^α - E|z-z'|^α, which is 0 for equal distributions.
+
+    Args:
+        new: independent draws x, ``[n, R, L]``, n >= 2.
+        old: independent draws z, ``[m, R, L]``, m >= 2, independent of x.
+        exponent: α.
+
+    Returns: ``[R]``; a single estimate may lie below 0. Cost: (n + m)² distances a position, no
+        array of them.
+    """
+    first = old[:1]
+    to_first = torch.linalg.vector_norm(old - first, dim=-1).pow(exponent).mean(0)
+    spread = energy_score(old, first, exponent=exponent) + 2 * to_first  # mean over pairs of draws
+    return -energy_score(new, old, exponent=exponent) - spread
+
+
+@dataclass(frozen=True)
+class PostTrainingObjective:
+    """What the two methods share, as a `calm.models.heads.base.Objective`.
+
+    Attributes:
+        arguments: the flags.
+        reward: of chunks.
+        old_head: the head as it was.
+    """
+
+    arguments: PostTrainingArguments
+    reward: Reward
+    old_head: Any
+    measures: ClassVar[tuple[str, ...]] = ("reward", "old_reward", DISTANCE)
+
+    def loss(
+        self,
+        model: EnergyTransformer,
+        hidden: Tensor,
+        posterior: Posterior,
+        *,
+        input_ids: Tensor,
+        labels: Tensor,
+        seed: Tensor,
+        first_row: int | Tensor,
+    ) -> HeadLoss:
+        """See `Objective`. Measured: rewards of new and old draws, their distance; 1/Σw²."""
+        position = _Positions(self, model, hidden.flatten(0, 1), posterior, input_ids, labels)
+        old = self._old_draws(position.rows, seed, first_row)
+        group = position.group(old)
+        rewards = self.reward.rewards(group)
+        weights = target_weights(rewards, self.arguments)
+        loss, samples, value = self._learn(
+            position, old, position.everywhere(weights), seed, first_row
+        )
+        found = {
+            "reward": position.everywhere(value),
+            "old_reward": position.everywhere(self.reward.value(group, rewards)),
+            DISTANCE: energy_distance(samples, old, float(model.config.beta)) * position.weight,
+            "effective_draws": position.everywhere(1 / weights.square().sum(0)),
+        }
+        shape = posterior.weight.shape
+        measured = {name: found[name].view(shape) for name in self.measures}
+        return HeadLoss(loss.view(shape), measured=measured)
+
+    def _learn(
+        self,
+        position: "_Positions",
+        old: Tensor,
+        weights: Tensor,
+        seed: Tensor,
+        first_row: int | Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the method learns by.
+
+        Args:
+            position: the positions.
+            old: the old model's draws, ``[m, R, L]``.
+            weights: of `target_weights`, ``[m, R]``, 0 at a masked position.
+            seed: of the new model's draws.
+            first_row: global index of the first position.
+
+        Returns: loss of each position ``[R]``, 0 for a masked one; new draws; the reward's value of
+            them at each position that counts.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _old_draws(self, rows: Tensor, seed: Tensor, first_row: int | Tensor) -> Tensor:
+        """``[m, R, L]``, independent of the new model's draws."""
+        head = self.old_head.to(rows.device)
+        return head.sample(
+            rows, num_samples=self.arguments.num_draws, seed=advance(seed, OLD_STRIDE),
+            first_row=first_row,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TiltedObjective(PostTrainingObjective):
+    """The head learns the old one's draws, weighted by their rewards."""
+
+    measures = (*PostTrainingObjective.measures, "effective_draws")
+
+    def _learn(
+        self,
+        position: "_Positions",
+        old: Tensor,
+        weights: Tensor,
+        seed: Tensor,
+        first_row: int | Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        head, config = position.model.generative_head, position.model.config
+        samples = head.sample(
+            position.rows, None, config.num_samples, seed, first_row,
+            recompute=is_recomputed(head, config.head_recompute),
+        )  # fmt: skip
+        # The energy score is linear in its target: both together are one mixture.
+        share = self.arguments.old_weight
+        score = energy_score(
+            samples, old, exponent=float(config.beta), weight=position.weight,
+            target_weights=(weights + share / len(old)) / (1 + share),
+        )  # fmt: skip
+        group = position.group(samples)
+        return -score, samples, self.reward.value(group, self.reward.rewards(group))
+
+
+@dataclass(frozen=True)
+class PolicyObjective(PostTrainingObjective):
+    """The density of the noise learns; the value of the loss is minus that of the reward."""
+
+    def _learn(
+        self,
+        position: "_Positions",
+        old: Tensor,
+        weights: Tensor,
+        seed: Tensor,
+        first_row: int | Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        head: Any = position.model.generative_head
+        share = self.arguments.old_weight
+        drawn = head.draw(position.rows, len(old), seed, first_row)
+        with torch.set_grad_enabled(share > 0 and torch.is_grad_enabled()):
+            noise = head.as_noise(drawn).to(position.rows.dtype)
+            samples = head(position.rows, noise)
+        group = position.group(samples)
+        rewards = self.reward.rewards(group)
+        value = self.reward.value(group, rewards)
+        advantages = position.everywhere(self.reward.advantages(group, rewards))
+        gain = (advantages * head.log_density(drawn.detach(), position.rows)).mean(0)
+        loss = gain.detach() - gain - position.everywhere(value)
+        if share:
+            exponent = float(position.model.config.beta)
+            loss = loss - share * energy_score(
+                samples, old, exponent=exponent, weight=position.weight
+            )
+        return loss, samples.detach(), value
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """The positions of a micro-batch: what a reward needs to know of them."""
+
+    objective: PostTrainingObjective
+    model: EnergyTransformer
+    rows: Tensor  # [R, H]
+    posterior: Posterior
+    input_ids: Tensor
+    labels: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """1 for a position that counts, ``[R]``."""
+        return self.posterior.weight.flatten()
+
+    @cached_property
+    def counted(self) -> Tensor:
+        """Which positions count, int64."""
+        return self.weight.nonzero()[:, 0]
+
+    def everywhere(self, values: Tensor) -> Tensor:
+        """What is known where a position counts, ``[..., R]``, with 0 elsewhere."""
+        shape = (*values.shape[:-1], len(self.rows))
+        return values.new_zeros(shape).index_copy(-1, self.counted, values)
+
+    def group(self, latents: Tensor) -> Group:
+        """Draws ``[m, R, L]`` as chunks, where a position counts."""
+        size = max(1, DRAWS_AT_A_TIME // len(latents))
+        parts = latents.detach()[:, self.counted].split(size, dim=1)
+        draws = torch.cat([self.model.decode_latents(part) for part in parts], dim=1)
+        return Group(draws, self.labels.flatten(0, 1)[self.counted], self._contexts())
+
+    def _contexts(self) -> list[list[int]]:
+        """The last tokens before each chunk that counts."""
+        chunks, size = self.labels.shape[1:]
+        texts, reach = self.input_ids.tolist(), self.objective.arguments.reward_context
+        found = []
+        for row in self.counted.tolist():
+            end = (row % chunks + 1) * size
+            found.append(texts[row // chunks][max(0, end - reach) : end])
+        return found
+
+
+class EnergyDistanceLimit(RunLimit):
+    """Ends a run whose draws have gone too far from the old model's.
+
+    Args:
+        limit: of the mean distance since the last log.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self._distance = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last log was beyond the limit."""
+        return self._distance > self.limit
+
+    def resume(self, state: TrainerState) -> None:
+        """A run that has ended here takes no further step when it is started again."""
+        logged = [entry[DISTANCE] for entry in state.log_history if DISTANCE in entry]
+        self._distance = logged[-1] if logged else 0.0
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Stop with an evaluation and a checkpoint, and say why."""
+        self._distance = (logs or {}).get(DISTANCE, self._distance)
+        if self.is_over and not control.should_training_stop:
+            logger.warning(
+                "stopping after step %d: the energy distance from the old model, %.4g, exceeds "
+                "max_energy_distance=%g",
+                state.global_step, self._distance, self.limit,
+            )  # fmt: skip
+            self.end_run(args, control)
+
+
+def limits(arguments: PostTrainingArguments) -> list[RunLimit]:
+    """What ends a run early."""
+    limit = arguments.max_energy_distance
+    return [EnergyDistanceLimit(limit)] if limit else []
