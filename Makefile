@@ -22,7 +22,7 @@ PARALLEL := -n auto --dist worksteal --benchmark-disable
 TESTS = OMP_WAIT_POLICY=PASSIVE $(1)/bin/python -m pytest -q $(PARALLEL)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oldest test-harness test-gpu lint format types check bench bench-gpu \
+.PHONY: help setup demo test test-oldest test-harness test-browser test-gpu lint format types check bench bench-gpu \
   audit compile-report clean
 
 help: ## show this list
@@ -48,12 +48,12 @@ $(READY): pyproject.toml setup.py $(CONSTRAINTS)
 demo: $(READY) ## train, evaluate and sample a small CALM on two cores in minutes; writes runs/demo
 	$(WAIT) $(BIN)/calm demo $(ARGS)
 
-test: lint types ## lint, types and all tests that need no GPU (under 20 minutes on two cores)
-	$(call TESTS,$(VENV)) -m "not gpu" $(ARGS)
+test: lint types ## lint, types and all tests that need no GPU and no browser (under 20 minutes on two cores)
+	$(call TESTS,$(VENV)) -m "not gpu and not browser" $(ARGS)
 
 test-oldest: ## the tests with the oldest supported torch, Triton and transformers, in .venv-oldest
 	$(MAKE) VENV=$(OLDEST) CONSTRAINTS=constraints-oldest.txt setup
-	$(call TESTS,$(OLDEST)) -m "not gpu" $(ARGS)
+	$(call TESTS,$(OLDEST)) -m "not gpu and not browser" $(ARGS)
 
 test-gpu: $(READY) ## the compiled kernels at full size: parity, graphs, torch.compile
 	$(BIN)/python -m pytest -q tests/gpu $(ARGS)
@@ -61,6 +61,12 @@ test-gpu: $(READY) ## the compiled kernels at full size: parity, graphs, torch.c
 test-harness: $(READY) ## install the lm-evaluation-harness and test the models in it
 	$(INSTALL) -c $(CONSTRAINTS) -e '.[harness]'
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/calm/test_lm_eval.py $(ARGS)
+
+test-browser: $(READY) ## install selenium and, where there is apt-get, Chromium; drive the playground in it
+	@command -v chromedriver >/dev/null || apt-get install -y --no-install-recommends chromium chromium-driver \
+	  || { echo "make test-browser: install Chromium and chromedriver, then try again"; exit 1; }
+	$(PIP) install -q -c $(CONSTRAINTS) -e '.[browser]'
+	$(BIN)/python -m pytest -q -m browser tests/calm/test_serving_browser.py $(ARGS)
 
 lint: $(READY) ## ruff, format check and spelling
 	$(BIN)/ruff check .
@@ -75,7 +81,7 @@ types: $(READY) ## type-check both packages
 	$(BIN)/mypy
 
 check: lint types ## lint, types and the fast tests (under 5 minutes)
-	$(call TESTS,$(VENV)) -m "not gpu and not slow" $(ARGS)
+	$(call TESTS,$(VENV)) -m "not gpu and not slow and not browser" $(ARGS)
 
 bench: $(READY) ## benchmarks on this machine; parity is asserted before anything is timed
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only $(ARGS)

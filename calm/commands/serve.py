@@ -18,8 +18,8 @@ EXAMPLES = """\
   calm serve --model story=runs/mine/checkpoint-4000 --method readout
   calm serve --model runs/demo/calm --host 0.0.0.0 --api-key-file key.txt
 
-Any client of OpenAI's finds it at http://127.0.0.1:8000/v1 (docs/serving.md). Ctrl-C lets texts be
-finished, a second one does not.
+Any client of OpenAI's finds it at http://127.0.0.1:8000/v1, a browser finds a playground at
+http://127.0.0.1:8000/ (docs/serving.md). Ctrl-C lets texts be finished, a second one does not.
 """
 
 
@@ -140,7 +140,8 @@ def run(args: argparse.Namespace) -> int:
         host, port = sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(
-            f"serving {', '.join(folders)} at http://{shown}:{port}/v1 (Ctrl-C ends)",
+            f"serving {', '.join(folders)} at http://{shown}:{port}/v1, with a playground at "
+            f"http://{shown}:{port}/ (Ctrl-C ends)",
             file=sys.stderr,
             flush=True,
         )

@@ -16,6 +16,7 @@ from calm.serving.models import ServedModel, Settings
 from calm.serving.replies import Reply, model_object
 from calm.serving.requests import CompleteReply, Mailbox, StreamedReply
 from calm.serving.schema import ChatRequest, CompletionRequest, TextRequest
+from calm.serving.static import add_page
 from calm.serving.texts import WrittenText
 from calm.serving.worker import Worker
 
@@ -91,6 +92,7 @@ class _Service:
             num_texts=len(mailbox.texts),
             prompt_tokens=sum(map(len, prompts)),
             is_chat=is_chat,
+            has_votes=request.candidates is not None,
         )
         if not request.stream:
             return CompleteReply(mailbox, reply)
@@ -132,6 +134,7 @@ def make_app(models: Sequence[ServedModel], access: Access | None = None) -> Fas
     )
     add_error_handlers(app)
     _add_routes(app, service)
+    add_page(app)
     return app
 
 

@@ -28,6 +28,7 @@ from calm.serving.schema import (
     check_others,
 )
 from calm.serving.texts import Piece, WrittenText
+from calm.serving.votes import VoteWatch
 from calm.serving.worker import Lane
 
 __all__ = ["Limits", "ServedModel", "Settings"]
@@ -222,7 +223,7 @@ class ServedModel:
                 suit the model.
         """
         config, device = self.model.config, self.model.device
-        count = request.n or 1
+        count, shown = request.n or 1, request.candidates
         try:
             predictor = self._predictor(settings)
         except UserError as error:
@@ -238,6 +239,7 @@ class ServedModel:
                 stops=request.stops,
                 tokenizer=self.tokenizer,
                 send=partial(send, index),
+                votes=None if shown is None else VoteWatch(shown, self.tokenizer),
             )
             for index in range(len(seeds))
         ]

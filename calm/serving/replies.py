@@ -44,15 +44,17 @@ class _Choice:
     def text(self) -> str:
         return "".join(piece.text for piece in self.pieces)
 
-    def figures(self) -> dict[str, Any]:
-        """Sums over its chunks, as `calm generate --json` names them."""
+    def figures(self, *, has_votes: bool) -> dict[str, Any]:
+        """Sums over its chunks, as `calm generate --json` names them, and each chunk's vote."""
         records = [piece.record for piece in self.pieces]
+        votes = {"votes": [piece.vote for piece in self.pieces]} if has_votes else {}
         return {
             "chunks": len(records),
             "draws": sum(record.draws for record in records),
             "draws_saved": sum(record.saved for record in records),
             "mean_level": sum(record.num_agreeing for record in records) / len(records),
             "fallbacks": sum(record.is_fallback for record in records),
+            **votes,
         }
 
 
@@ -65,6 +67,7 @@ class Reply:
         num_texts: how many.
         prompt_tokens: of all prompts.
         is_chat: messages rather than texts.
+        has_votes: with the vote of each chunk.
     """
 
     def __init__(
@@ -75,8 +78,9 @@ class Reply:
         num_texts: int,
         prompt_tokens: int,
         is_chat: bool,
+        has_votes: bool,
     ) -> None:
-        self.is_chat, self.prompt_tokens = is_chat, prompt_tokens
+        self.is_chat, self.has_votes, self.prompt_tokens = is_chat, has_votes, prompt_tokens
         self._choices = [_Choice() for _ in range(num_texts)]
         self._common = {
             "id": ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12),
@@ -102,6 +106,8 @@ class Reply:
                 "is_fallback": record.is_fallback,
             },
         }
+        if self.has_votes:
+            choice["calm"]["vote"] = piece.vote
         if self.is_chat:
             role = {"role": "assistant"} if is_first else {}
             choice["delta"] = {**role, "content": piece.text}
@@ -137,7 +143,7 @@ class Reply:
             **text,
             "finish_reason": choice.pieces[-1].finish_reason,
             "logprobs": None,
-            "calm": choice.figures(),
+            "calm": choice.figures(has_votes=self.has_votes),
         }
 
     def _object(self, choices: list[dict[str, Any]], *, is_chunk: bool) -> dict[str, Any]:

@@ -35,6 +35,7 @@ Text = Annotated[str, Field(min_length=1), AfterValidator(_whole)]
 Ids = Annotated[list[int], Field(min_length=1)]
 MAX_CHOICES = 128
 MAX_STOPS = 16
+MAX_CANDIDATES = 100
 
 
 class _Strict(BaseModel):
@@ -52,6 +53,7 @@ class SamplingFields(_Strict):
     num_samples: int | None = Field(default=None, ge=1)
     noise_scale: float | None = Field(default=None, ge=0)
     max_draws: int | None = Field(default=None, ge=1)
+    candidates: int | None = Field(default=None, ge=1, le=MAX_CANDIDATES)  # shown, of each vote
 
 
 class StreamOptions(_Strict):
@@ -79,6 +81,11 @@ class TextRequest(_Strict):
     def stops(self) -> list[str]:
         """The stop strings, possibly none."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def candidates(self) -> int | None:
+        """Candidates of each vote that the reply shows; None for a reply without votes."""
+        return None if self.calm is None else self.calm.candidates
 
 
 class CompletionRequest(TextRequest):

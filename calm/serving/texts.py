@@ -12,6 +12,7 @@ from calm.decoding.text.edges import TextPieces
 from calm.decoding.text.prompt import Prompt
 from calm.decoding.text.stopping import StopStrings, TextBeforeStops
 from calm.decoding.text.transcript import Transcript
+from calm.serving.votes import VoteWatch
 
 __all__ = ["Piece", "WrittenText"]
 
@@ -25,12 +26,14 @@ class Piece:
         num_tokens: tokens that it adds.
         record: the chunk.
         finish_reason: ``stop`` or ``length`` with the last piece.
+        vote: that chose it, see `VoteWatch.take`; None without one, or if nobody asked for it.
     """
 
     text: str
     num_tokens: int
     record: ChunkRecord
     finish_reason: str | None
+    vote: dict[str, Any] | None = None
 
 
 class WrittenText:
@@ -44,6 +47,7 @@ class WrittenText:
         stops: strings that end it, and are not part of it.
         tokenizer: turns tokens into text.
         send: takes each `Piece`, or the error that ended the text; called in the worker's thread.
+        votes: hands on the votes of its chunks; None if nobody asked for them.
 
     Attributes:
         is_cancelled: nobody waits for it any more; the worker then frees its slot.
@@ -59,8 +63,10 @@ class WrittenText:
         stops: Sequence[str],
         tokenizer: Any,
         send: Callable[[Piece | Exception], None],
+        votes: VoteWatch | None = None,
     ) -> None:
-        self.prompt, self.predictor, self.seed, self.send = prompt, predictor, seed, send
+        self.prompt, self.seed, self.send, self._votes = prompt, seed, send, votes
+        self.predictor = predictor if votes is None else votes.watched(predictor)
         self.is_cancelled = False
         self._transcript = Transcript(
             [prompt],
@@ -79,6 +85,7 @@ class WrittenText:
             UserError: it was drawn from numbers that are not finite.
         """
         written, old_length = self._transcript, len(self._transcript.new[0])
+        vote = self._vote(record)
         written.append(0, record)
         tokens = written.new[0][old_length:]
         text = self._shown.put(self._pieces.put(tokens))
@@ -87,5 +94,13 @@ class WrittenText:
             text += self._shown.put(self._pieces.end()) + self._shown.end()
             is_stopped = written.has_stopped[0] or self._shown.is_stopped
             reason = "stop" if is_stopped else "length"
-        self.send(Piece(text, len(tokens), record, reason))
+        self.send(Piece(text, len(tokens), record, reason, vote))
         return has_ended
+
+    def _vote(self, record: ChunkRecord) -> dict[str, Any] | None:
+        """The vote of the next chunk."""
+        if self._votes is None:
+            return None
+        given = 0 if self._transcript.records[0] else len(self.prompt.given)
+        before = [*self.prompt.tokens, *self._transcript.new[0]]
+        return self._votes.take(before, given, record)

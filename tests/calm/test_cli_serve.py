@@ -22,7 +22,7 @@ def program(folders):
     command = [sys.executable, "-m", "calm.cli", *map(str, words), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         line = process.stderr.readline()
-        match = re.fullmatch(r"serving calm, base at (http://127\.0\.0\.1:\d+)/v1 .*\n", line)
+        match = re.fullmatch(r"serving calm, base at (http://127\.0\.0\.1:\d+)/v1, .*\n", line)
         assert match, line
         yield process, match[1]
         process.kill()
