@@ -67,7 +67,7 @@ def post(calm, folder, *extra):
 
 
 class TestProgram:
-    def test_a_limit_ends_a_run_which_then_stays_ended(self, calm, tmp_path, caplog):
+    def test_a_limit_ends_a_run_which_then_stays_ended(self, calm, tmp_path, caplog, capsys):
         folder, limit = tmp_path / "post", ("--max_energy_distance=1e-4", "--max_steps=40")
         assert post(calm, tmp_path, "--do_eval", *limit) == 0
         distances, steps = logs(folder, "energy_distance"), logs(folder, "loss")
@@ -84,6 +84,10 @@ class TestProgram:
         assert logs(folder) == steps
         old, new = (EnergyTransformer.from_pretrained(at).eval() for at in (calm / "calm", folder))
         assert old.config.to_diff_dict() == new.config.to_diff_dict()
+        other = shutil.copytree(folder, tmp_path / "other")  # another old model
+        assert post(calm, tmp_path, *limit, f"--model_name_or_path={other}") == 2
+        assert "a run cannot go on from" in (error := capsys.readouterr().err)
+        assert "source" in error
 
     def test_a_reward_that_fails_leaves_the_last_checkpoint(
         self, calm, tmp_path, monkeypatch, capsys
@@ -95,7 +99,7 @@ class TestProgram:
             "    calls += 1\n"
             "    if calls > 6:  # twice a step\n"
             "        raise RuntimeError('enough')\n"
-            "    return [sum(map(ord, text)) % 7 for text in continuations]\n"
+            "    return [float(len(text)) for text in continuations]\n"
         )
         monkeypatch.chdir(tmp_path)
         monkeypatch.syspath_prepend(tmp_path)
@@ -109,11 +113,6 @@ class TestProgram:
         assert post(calm, tmp_path, *words) == 0
         assert len(logs(tmp_path / "post")) == 4
         assert EnergyTransformer.from_pretrained(tmp_path / "post").config.noise_policy is True
-        other = tmp_path / "other"
-        shutil.copytree(tmp_path / "post", other)
-        source = f"--model_name_or_path={other}"
-        assert post(calm, tmp_path, *words, source) == 2
-        assert "source" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("words", "part"),
