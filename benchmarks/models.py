@@ -7,7 +7,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from calm import AutoencoderConfig, CALMConfig
-from calm.models.norm import RMSNorm
+from calm.norm import RMSNorm
 
 __all__ = ["as_published", "autoencoder_config", "calm_config"]
 

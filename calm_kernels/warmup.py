@@ -15,12 +15,14 @@ from calm_kernels.linear_cross_entropy import linear_cross_entropy
 from calm_kernels.noise import Stream
 from calm_kernels.norm_linear import linear_residual, norm_linear, norm_swiglu
 from calm_kernels.reparameterize import reparameterize
+from calm_kernels.tuning import num_processors
 from calm_kernels.uniform_draws import normal_draws, uniform_draws
 
 __all__ = ["warmup"]
 
 NUM_CANDIDATES = 200  # candidates of a vote, the default of `generate`
 CAPACITY = 512  # chunks of a cache
+ROWS = (1, 17)  # of layers: few have their own settings
 
 
 def warmup(
@@ -33,9 +35,9 @@ def warmup(
     Args:
         config: a language model's configuration (`num_samples`, `latent_size`, `beta`, `targets`,
             `num_targets`, `hidden_size`, `noise_size`, `patch_size`, and the backbone's
-            `intermediate_size`, `num_attention_heads`, `num_key_value_heads`), or an autoencoder's
-            (`latent_size`, `kl_clamp`, `ae_dropout`, `latent_dropout`, `vocab_size`,
-            `hidden_size`).
+            `intermediate_size`, `rms_norm_eps`, `num_attention_heads`, `num_key_value_heads`), or
+            an autoencoder's (`latent_size`, `kl_clamp`, `ae_dropout`, `latent_dropout`,
+            `vocab_size`, `hidden_size`, `intermediate_size`, `rms_norm_eps`).
         device: where the kernels will run.
         dtype: of the samples or latent states.
 
@@ -111,25 +113,40 @@ def _agreeing_patch(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None
 
 @torch.no_grad()
 def _norm_linear(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
-    width, inner, eps = config.hidden_size, config.intermediate_size, config.rms_norm_eps
+    width, eps = config.hidden_size, config.rms_norm_eps
     heads, kv_heads, size = _heads(config)
     weights = [like.new_zeros(count * size, width) for count in (heads, kv_heads, kv_heads)]
-    norm, gate = like.new_zeros(width), like.new_zeros(inner, width)
-    for num_rows in (1, 17):  # few rows have their own settings
-        rows = like.new_zeros(num_rows, width)
-        norm_linear(rows, norm, weights, norm_eps=eps)
-        features = norm_swiglu(rows, norm, gate, gate, norm_eps=eps)
-        linear_residual(features, like.new_zeros(width, inner), rows)
+    norm = like.new_zeros(width)
+    for num_rows in ROWS:
+        norm_linear(like.new_zeros(num_rows, width), norm, weights, norm_eps=eps)
         attended = like.new_zeros(num_rows, heads * size)
-        linear_residual(attended, like.new_zeros(width, heads * size), rows)
+        linear_residual(
+            attended, like.new_zeros(width, heads * size), like.new_zeros(num_rows, width)
+        )
+    _mlp(config, like, seed)
+
+
+@torch.no_grad()
+def _mlp(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
+    """Of the backbone and of the autoencoder's decoder."""
+    width, inner = config.hidden_size, config.intermediate_size
+    norm, gate = like.new_zeros(width), like.new_zeros(inner, width)
+    for num_rows in ROWS:
+        rows = like.new_zeros(num_rows, width)
+        features = norm_swiglu(rows, norm, gate, gate, norm_eps=config.rms_norm_eps)
+        linear_residual(features, like.new_zeros(width, inner), rows)
 
 
 def _decode_attention(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
     heads, kv_heads, size = _heads(config)
-    keys, values = like.new_zeros(2, 1, kv_heads, CAPACITY, size)
     rotations = torch.ones(CAPACITY, size // 2, dtype=torch.complex64, device=like.device)
-    rows = like.new_zeros(1, (heads + 2 * kv_heads) * size)
-    decode_attention(rows, keys, values, rotations, seed[:1])
+    pairs, most = kv_heads, num_processors(like.device)
+    while pairs <= max(kv_heads, most):  # the more sequences, the fewer parts has each cache
+        batch = pairs // kv_heads
+        keys, values = like.new_zeros(2, batch, kv_heads, CAPACITY, size)
+        rows = like.new_zeros(batch, (heads + 2 * kv_heads) * size)
+        decode_attention(rows, keys, values, rotations, seed.new_zeros(batch))
+        pairs *= 2
 
 
 def _draws(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
@@ -151,6 +168,7 @@ _AUTOENCODER: dict[str, _Run] = {
     "reparameterize": _reparameterize,
     "linear_cross_entropy": _linear_cross_entropy,
     "linear_argmax": _linear_argmax,
+    "norm_swiglu": _mlp,
     "uniform_draws": _draws,
 }
 _LANGUAGE_MODEL: dict[str, _Run] = {

@@ -14,7 +14,7 @@ from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.models import as_published
 from benchmarks.reference_decoding import eligible_chunks, reference_generate, reference_vote
 from calm.decoding.generation import generate
-from calm.models.norm import RMSNorm
+from calm.norm import RMSNorm
 from calm_kernels.linear_argmax import eager
 
 A, B, C = (1, 2), (3, 4), (5, 6)

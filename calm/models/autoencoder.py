@@ -22,9 +22,9 @@ from calm.models.alignment import Alignment, middle_of
 from calm.models.baseline import BaselineTransformer
 from calm.models.cross_entropy import cross_entropy
 from calm.models.latent_options import mean_on_sphere, noise_size, on_sphere, with_noise
-from calm.models.norm import RMSNorm
 from calm.models.pretrained import CALMPreTrainedModel
 from calm.models.slot_mixing import SlotMixing, mixing_blocks
+from calm.norm import RMSNorm
 from calm_kernels.linear_argmax import linear_argmax
 from calm_kernels.noise import Seed, Stream, as_seed
 from calm_kernels.reparameterize import reparameterize

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from calm.errors import UserError
 from calm.models.initialization import initialize
-from calm.models.norm import RMSNorm
+from calm.norm import RMSNorm
 
 __all__ = ["Backbone", "compile_layers", "compressor"]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from calm.configuration import CALMConfig
-from calm.models.norm import RMSNorm
+from calm.norm import RMSNorm
 
 __all__ = ["TiedReadout", "TokenReadout"]
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from calm.configuration import AutoencoderConfig
-from calm.models.norm import RMSNorm
+from calm.norm import RMSNorm
 
 __all__ = ["INNER_FACTOR", "SlotMixing", "mixing_blocks"]
 

@@ -11,6 +11,7 @@ from calm_kernels.decode_attention.reference import decode_attention_reference
 __all__ = ["decode_attention"]
 
 MAX_HEAD_SIZE, MAX_GROUP = 256, 64
+MAX_ELEMENTS = 2**31  # that offsets of 32 bits reach
 MAX_FLOAT32 = 1024  # features of all heads of a key, beyond which float32 spills registers
 
 
@@ -132,6 +133,8 @@ def _obstacle(keys: Tensor, group: int, *others: Tensor) -> str | None:
             f"takes heads of up to {MAX_HEAD_SIZE} features and up to {MAX_GROUP} of them a key, "
             f"got {keys.shape[-1]} and {group}"
         )
+    if max(keys.shape[2] * keys.shape[3], others[0].numel()) >= MAX_ELEMENTS:
+        return "takes less than 2^31 elements of a head's keys, and of all rows"
     if keys.dtype == torch.float32 and keys.shape[-1] * group > MAX_FLOAT32:
         return (
             f"takes up to {MAX_FLOAT32} features of all heads of a key in float32, "

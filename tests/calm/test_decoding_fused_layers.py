@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from calm.decoding.engine.fused_layers import are_fused, is_plain, is_plain_mlp
 from calm.models.backbone import Backbone
@@ -37,6 +38,17 @@ class Quantised(torch.Tensor):
     """Stands for tensors whose elements are not where a kernel would read them."""
 
 
+class OffsetNorm(LlamaRMSNorm):
+    """A class below Llama's, whose factor is 1 + w."""
+
+    def forward(self, hidden):
+        return super().forward(hidden) * (1 + 1 / self.weight)
+
+
+def replace_norm(layer):
+    layer.input_layernorm = OffsetNorm(len(layer.input_layernorm.weight))
+
+
 def quantise(layer):
     weight = layer.mlp.up_proj.weight.detach().as_subclass(Quantised)
     layer.mlp.up_proj.weight = nn.Parameter(weight)
@@ -49,6 +61,7 @@ CHANGES = {
     "adapter": replace_linear,
     "another forward": replace_forward,
     "another activation": replace_activation,
+    "another norm": replace_norm,
     "quantised weight": quantise,
     "two dtypes": lambda layer: layer.mlp.down_proj.double(),
     "norm in another dtype": lambda layer: layer.input_layernorm.double(),

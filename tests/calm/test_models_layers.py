@@ -10,7 +10,7 @@ from tiny_models import tiny_calm
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from calm.models.norm import RMSNorm
+from calm.norm import RMSNorm
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -105,4 +105,17 @@ def test_bad_input(change, error, message):
 )  # fmt: skip
 def test_what_the_kernel_takes(dtype, size, group, fits):
     """In float32 no more than its registers hold without a spill."""
-    assert (obstacle(torch.zeros(1, 1, 3, size, dtype=dtype), group) is None) is fits
+    keys = torch.zeros(1, 1, 3, size, dtype=dtype)
+    assert (obstacle(keys, group, keys) is None) is fits
+
+
+@pytest.mark.parametrize(("rows", "capacity"), [(2, 2**24), (2**24, 2)])
+def test_offsets_fit_into_32_bits(rows, capacity):
+    """2^31 elements of one head, or of all rows, are left to torch; one column less is not."""
+
+    def obstacle_of(rows, capacity):
+        keys = torch.empty(1, 1, capacity, 128, dtype=torch.bfloat16, device="meta")
+        return obstacle(keys, 1, keys.new_empty(rows, 128))
+
+    assert "less than 2^31" in obstacle_of(rows, capacity)
+    assert obstacle_of(rows - (rows > 2), capacity - (capacity > 2)) is None

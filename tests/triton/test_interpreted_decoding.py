@@ -2,6 +2,8 @@
 text.
 """
 
+from importlib import import_module
+
 import pytest
 import torch
 from model_cases import Launches, tiny_model
@@ -74,6 +76,20 @@ def test_a_step_of_the_baseline_is_that_of_torch(monkeypatch):
     assert launches.names == LAYER * 2 * len(actual)
     assert torch.equal(actual, expected)
     assert len(actual[..., 0].unique()) > 2
+
+
+@pytest.mark.parametrize(("kv_heads", "splits"), [(1, {4, 2, 1}), (3, {1}), (5, {1})])
+def test_warmup_splits_the_cache_as_any_batch_does(kv_heads, splits, monkeypatch):
+    """On four processors: 1, 2 and 4 sequences of one key head; more heads than processors."""
+    seen, warmup = [], import_module("calm_kernels.warmup")
+    monkeypatch.setattr(warmup, "CAPACITY", 256)
+    monkeypatch.setattr(warmup, "decode_attention", lambda _, keys, *__: seen.append(keys.shape))
+    config = LlamaConfig(
+        hidden_size=8 * kv_heads, num_attention_heads=kv_heads, num_key_value_heads=kv_heads
+    )
+    warmup._decode_attention(config, torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+    found = {attention_kernels.num_splits(batch * heads, 256, 4, 64) for batch, heads, *_ in seen}
+    assert found == splits
 
 
 def test_a_layer_that_is_more_than_its_weights_runs_as_it_is(monkeypatch):

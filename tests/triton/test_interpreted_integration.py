@@ -175,6 +175,7 @@ def test_warmup_launches_what_the_model_will(monkeypatch):
         "reparameterize",
         "linear_cross_entropy",
         "linear_argmax",
+        "norm_swiglu",
         "uniform_draws",
     ]
     assert launches.names[1:] == ["forward_kernel", "backward_kernel"]

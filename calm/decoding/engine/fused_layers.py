@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from calm.decoding.engine.kv_cache import KVCache
+from calm.norm import RMSNorm
 from calm_kernels import decode_attention, linear_residual, norm_linear, norm_swiglu
 from calm_kernels.autograd import is_autocast_on
 from calm_kernels.backend import Backend, resolve
@@ -49,7 +50,7 @@ def is_plain_mlp(norm: nn.Module, mlp: nn.Module) -> bool:
 def _are_plain(norm: nn.Module, *linears: nn.Module) -> bool:
     weights = [cast(Tensor, module.weight) for module in (norm, *linears)]
     return (
-        isinstance(norm, LlamaRMSNorm)
+        type(norm) in (LlamaRMSNorm, RMSNorm)  # a class below them may compute something else
         and all(type(weight) in (Tensor, nn.Parameter) for weight in weights)  # not quantised
         and all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
         and len({weight.dtype for weight in weights}) == 1

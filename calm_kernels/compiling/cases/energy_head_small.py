@@ -38,7 +38,11 @@ def _layer(
     num_outputs = 2 * width if form == "swiglu" or is_joined else width  # or twice as many inputs
     in_and_out = {"silu": 2, "swiglu": 2, "residual": 1}[form] * dtype.itemsize
     stream = 8 * (form == "residual") + (4 - dtype.itemsize) * has_norm
-    suffix = ".norm" * has_norm + ".fp32" * (dtype == torch.float32)
+    suffix = (
+        ".joined" * (is_joined and not has_norm)
+        + ".norm" * has_norm
+        + ".fp32" * (dtype == torch.float32)
+    )
     return Configuration(
         name=f"energy_head.layer.{form}{suffix}.R{rows}.C{width}",
         kernel=_KERNELS[form],
@@ -57,7 +61,8 @@ def _layer(
         types=_TYPES | ({"rows_ptr": "*fp32"} if has_norm else {}),
         aligned=("stride_output",),
         needed=needed,
-        is_main=dtype == torch.bfloat16 and rows == 200 and width == 1024,
+        is_main=not suffix.startswith(".joined")
+        and (dtype, rows, width) == (torch.bfloat16, 200, 1024),
     )
 
 
@@ -105,5 +110,9 @@ def cases() -> Iterator[Configuration]:
     yield from _at(200, 2560, torch.bfloat16, _GROUP)
     yield from _at(800, 1072, torch.bfloat16, _GROUP, _GROUP)
     yield from _at(200, 2560, torch.float32, {}, {})
+    # The first block, whose rows are normalised already.
+    for rows, needed in ((1, _WARP), (200, _GROUP), (800, _GROUP)):
+        yield _layer("silu", rows, 1024, torch.bfloat16, needed, HAS_NORM=False, IS_JOINED=True)
+    yield _layer("silu", 200, 2560, torch.float32, {}, HAS_NORM=False, IS_JOINED=True)
     for dtype in (torch.bfloat16, torch.float32):
         yield _embedding(200, 1024, dtype)
