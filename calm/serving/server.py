@@ -1,5 +1,6 @@
 """The server process: its socket, and an end that lets texts be finished."""
 
+import asyncio
 import ipaddress
 import signal
 import socket
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from calm.errors import UserError
 
@@ -39,20 +41,65 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def make_server(app: FastAPI, *, shutdown_seconds: int, logs_access: bool = False) -> Server:
+class _Protocol(H11Protocol):
+    """uvicorn's protocol of a connection, which here waits a time only for the head of a request.
+
+    uvicorn bounds the time between two requests, until the first byte of the next. Here the rest of
+    that head, and the head of the first request, have the same time.
+    """
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
+        """A client has connected, and sent nothing yet."""
+        super().connection_made(transport)
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        """More of a request, or the first of the next."""
+        super().data_received(data)
+        self._watch_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection has ended."""
+        self._stop_watching()
+        super().connection_lost(exc)
+
+    def _watch_head(self) -> None:
+        """Give a head its time from its first wait on, however it trickles in."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_watching()  # the head is complete
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
+
+    def _stop_watching(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+
+def make_server(
+    app: FastAPI,
+    *,
+    shutdown_seconds: int,
+    logs_access: bool = False,
+    idle_seconds: int = KEEP_ALIVE_SECONDS,
+) -> Server:
     """A server of `app`; `run(sockets=[bind(...)])` runs it.
 
     Args:
         app: of `calm.serving.app.make_app`.
         shutdown_seconds: for texts that are being written, after the first signal.
         logs_access: a line on standard output for each request.
+        idle_seconds: that a connection may wait for a request, and for its head to be complete.
     """
     return Server(
         uvicorn.Config(
             app,
+            http=_Protocol,
             log_level="info" if logs_access else "warning",
             access_log=logs_access,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_keep_alive=idle_seconds,
             timeout_graceful_shutdown=shutdown_seconds,
             lifespan="on",
             ws="none",

@@ -3,7 +3,9 @@
 import json
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPResponse
 
 import httpx2 as httpx
 import pytest
@@ -149,6 +151,23 @@ def test_a_body_that_never_ends_is_given_up(http):
     with connect(http) as sock:
         sock.sendall(head(100) + b"{")
         assert sock.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_head_that_never_ends_is_given_up(monkeypatch):
+    """Of the first request of a connection, or of a later one; a text may take longer."""
+    with running([model := served()], idle_seconds=1) as url, client_of(url) as http:
+        step = model.lane.slots.step
+        monkeypatch.setattr(model.lane.slots, "step", lambda: time.sleep(1.2) or step())
+        body = json.dumps(GOOD).encode()
+        with connect(http) as silent, connect(http) as begun, connect(http) as later:
+            begun.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+            later.sendall(head(len(body)) + body)
+            reply = HTTPResponse(later)
+            reply.begin()
+            assert reply.status == 200 and reply.read()
+            later.sendall(b"GET /health HTTP/1.1\r\n")
+            for sock in (silent, begun, later):
+                assert sock.recv(4000) == b""
 
 
 class Paused:
