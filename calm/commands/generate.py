@@ -79,7 +79,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         type=_number,
         metavar="T",
         help="in (0, 1], as 0.5 or 1/2; 1 samples the model, lower is more likely text "
-        "(default: 0.5, for the method 'direct' 1); above 0 for the method 'readout'",
+        "(default: 0.5, for the method 'direct' 1); at least 0 for the method 'readout'",
     )
     parser.add_argument(
         "--method", choices=METHODS, default="batch", help="how chunks are chosen (default: batch)"

@@ -73,7 +73,7 @@ def generate(
         max_new_tokens: tokens to add at most.
         max_length: tokens of prompt and continuation; pass this or `max_new_tokens`.
         temperature: T in (0, 1]; 1 samples the model, below it chunks are chosen by `method`. Any
-            T > 0 for ``readout``.
+            T >= 0 for ``readout``; 0 takes the likeliest token.
         num_samples: N, candidates for each chunk; with more of them ``batch`` is closer to P^(1/T).
         method: ``batch`` (Algorithm 2), ``exact`` (Algorithm 1), ``medoid``, ``noise_scale`` or
             ``direct`` (T = 1 alone), see `calm.decoding.sampling.methods`. ``amortized`` needs a
@@ -169,8 +169,8 @@ def make_predictor(model: Any, **sampling: Unpack[Sampling]) -> Predictor:
     temperature = sampling.get("temperature", 0.5)
     if sampling.get("method") != READOUT:
         return model.make_predictor(build_method(**sampling), temperature)
-    if not 0.0 < temperature < math.inf:
-        raise UserError(f"temperature must be finite and above 0, got {temperature}")
+    if not 0.0 <= temperature < math.inf:
+        raise UserError(f"temperature must be finite and at least 0, got {temperature}")
     if sampling.get("noise_scale", 1.0) != 1:
         raise UserError(
             f"noise_scale must be 1 for method 'readout', which does not use the head; got "

@@ -28,7 +28,7 @@ class DecodingMixin:
         """How this model's next chunk is drawn token by token.
 
         Args:
-            temperature: T > 0, of each token's probabilities.
+            temperature: T >= 0, of each token's probabilities; 0 takes the likeliest.
 
         Raises:
             UserError: the model knows no probabilities of tokens.

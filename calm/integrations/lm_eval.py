@@ -29,8 +29,6 @@ from calm.models import ContinuousTransformer
 
 __all__ = ["CALMHarness"]
 
-GREEDY = 1e-6  # temperature at which softmax(logits / T) is the likeliest token
-
 
 @register_model("calm")
 class CALMHarness(TemplateLM):
@@ -215,7 +213,7 @@ class CALMHarness(TemplateLM):
             return {"method": self.method, "temperature": temperature}
         if isinstance(self.model, ContinuousTransformer) and self.method != READOUT:
             return {"method": "direct", "temperature": 1.0, "noise_scale": 0.0}
-        return {"method": self.method, "temperature": GREEDY}
+        return {"method": READOUT, "temperature": 0.0}
 
 
 def main() -> int:

@@ -282,10 +282,8 @@ class ServedModel:
             "noise_scale": settings.noise_scale,
             "max_draws": settings.max_draws,
         }
-        if settings.temperature > 0:
+        if settings.temperature > 0 or settings.method == READOUT:
             return make_predictor(self.model, **sampling)
-        if settings.method == READOUT:
-            return self.model.make_token_predictor(0.0)
         sampling.update({"method": "direct", "temperature": 1.0, "noise_scale": 0.0})
         sampling.update({"num_samples": 1, "max_draws": 1})  # all draws of a chunk are equal
         return make_predictor(self.model, **sampling)

@@ -147,14 +147,21 @@ def test_a_saved_model_generates_the_same(kind, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be finite and above 0, got 0.0"),
-        ({"temperature": math.inf}, "temperature must be finite and above 0, got inf"),
+        ({"temperature": -0.1}, "temperature must be finite and at least 0, got -0.1"),
+        ({"temperature": math.inf}, "temperature must be finite and at least 0, got inf"),
         ({"noise_scale": 0.5}, "noise_scale must be 1 for method 'readout'"),
     ],
 )
 def test_bad_arguments(options, message):
     with pytest.raises(UserError, match=message):
         calm_with_readout().generate([[1] * 4], max_new_tokens=4, method="readout", **options)
+
+
+@pytest.mark.parametrize("model", [calm_with_readout(), tiny_baseline()], ids=["calm", "baseline"])
+def test_temperature_0_takes_the_likeliest_token(model):
+    options = {"method": "readout", "max_new_tokens": 12}
+    cold = model.generate([[1] * 4], temperature=1e-4, seed=1, **options)
+    assert torch.equal(model.generate([[1] * 4], temperature=0.0, seed=2, **options), cold)
 
 
 def test_without_a_readout_it_says_how_to_get_one():
