@@ -59,6 +59,7 @@ TRAINING = {
         "calm.training.distill_temperature", "teach a CALM low temperatures in one draw"
     ),
     "post-train": Command("calm.training.post_train", "train a CALM by rewards of its draws"),
+    "distill": Command("calm.training.distill", "teach a CALM what another model draws"),
 }
 
 

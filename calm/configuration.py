@@ -23,6 +23,7 @@ __all__ = [
     "AutoencoderConfig",
     "CALMConfig",
     "locate_autoencoder",
+    "model_kind",
 ]
 
 logger = logging.getLogger(__name__)
@@ -300,3 +301,19 @@ def _with_head_type(fields: dict[str, Any]) -> dict[str, Any]:
     logger.warning("model_type %r is read as head_type; saving writes a current file", model_type)
     moved = {name: value for name, value in fields.items() if name != "model_type"}
     return {**moved, "head_type": model_type}
+
+
+def model_kind(config: dict[str, Any]) -> str:
+    """``energy``, ``diffusion``, ``flow``, ``baseline``, ``autoencoder``, or another model type.
+
+    Published files may have the kind of head as their model type, or no model type.
+    """
+    model_type = config.get("model_type")
+    if model_type == "llama":
+        return "baseline"
+    if "ae_path" in config or "ae_config" in config or model_type == "calm":
+        named = config.get("head_type") or model_type
+        return "energy" if named in (None, "calm") else named
+    if "num_encoder_layers" in config:
+        return "autoencoder"
+    return str(model_type)

@@ -50,6 +50,7 @@ class Stream(IntEnum):
     FACTORY = 9
     SEQUENCE = 10
     DECODER_NOISE = 11
+    TEACHER = 12
 
 
 def as_seed(seed: Seed, device: torch.device | str) -> Tensor:

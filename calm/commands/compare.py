@@ -10,7 +10,6 @@ from calm.commands.model_flags import (
     add_loading_arguments,
     load_model,
     load_tokenizer_of,
-    model_kind,
     read_config,
 )
 from calm.commands.run_text import (
@@ -22,6 +21,7 @@ from calm.commands.run_text import (
 )
 from calm.commands.scoring_flags import add_scoring_arguments, check_writable, scoring_settings
 from calm.commands.text_flags import add_evaluation_text_arguments, load_blocks
+from calm.configuration import model_kind
 from calm.errors import UserError
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.commands.text_flags import add_trust_argument
+from calm.configuration import model_kind
 from calm.errors import UserError
 
 __all__ = [
@@ -16,7 +17,6 @@ __all__ = [
     "add_model_arguments",
     "load_model",
     "load_tokenizer_of",
-    "model_kind",
     "read_config",
 ]
 
@@ -126,22 +126,6 @@ def read_config(folder: Path, argument: str = "--model") -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} is damaged: it holds no mapping")
     return config
-
-
-def model_kind(config: dict[str, Any]) -> str:
-    """``energy``, ``diffusion``, ``flow``, ``baseline``, ``autoencoder``, or another model type.
-
-    Published files may have the kind of head as their model type, or no model type.
-    """
-    model_type = config.get("model_type")
-    if model_type == "llama":
-        return "baseline"
-    if "ae_path" in config or "ae_config" in config or model_type == "calm":
-        named = config.get("head_type") or model_type
-        return "energy" if named in (None, "calm") else named
-    if "num_encoder_layers" in config:
-        return "autoencoder"
-    return str(model_type)
 
 
 def _hint(folder: Path) -> str:

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from calm.commands.model_flags import model_kind, read_config
+from calm.commands.model_flags import read_config
+from calm.configuration import model_kind
 from calm.ranges import Range, at_least, number
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]

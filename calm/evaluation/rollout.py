@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from calm.errors import UserError
 
-__all__ = ["Branches", "Step", "chain_matches", "roll_out"]
+__all__ = ["MAX_BRANCHES", "Branches", "Step", "chain_matches", "roll_out"]
 
 MASKED_ATTENTION = ("sdpa", "eager")
 MAX_BRANCHES = 512  # start positions that advance together: bounds the mask and the cache
@@ -58,13 +58,19 @@ class Branches:
         ).last_hidden_state
 
     def begin(self, starts: Tensor) -> None:
-        """Drop earlier branches and open one after each position in `starts`, int64 ``[Q]``."""
+        """Drop earlier branches and open one after each position in `starts`.
+
+        Args:
+            starts: int64 ``[Q]``, of all sequences alike, or ``[B, Q]``. A position may open
+                several.
+        """
         branched = self.cache.get_seq_length() - self.length
         if branched:
             self.cache.crop(-branched)
-        self.starts = starts
+        self.starts = starts if starts.dim() == 2 else starts[None]
         positions = torch.arange(self.length, device=starts.device)
-        self.visible = positions[None, :] <= starts[:, None]  # [Q, S], then [Q, S + depth * Q]
+        # [B or 1, Q, S], then [B or 1, Q, S + depth * Q]
+        self.visible = positions <= self.starts[..., None]
         self.depth = 0
 
     def extend(self, inputs_embeds: Tensor) -> Tensor:
@@ -79,15 +85,16 @@ class Branches:
                 f"rolling out needs attention that takes a mask ({', '.join(MASKED_ATTENTION)}), "
                 f"got {attention!r}; load the model with attn_implementation='sdpa'"
             )
-        own = torch.eye(len(self.starts), dtype=torch.bool, device=self.starts.device)
-        self.visible = torch.cat([self.visible, own], dim=1)
+        batch, count = self.starts.shape
+        own = torch.eye(count, dtype=torch.bool, device=self.starts.device)
+        self.visible = torch.cat([self.visible, own.expand(batch, -1, -1)], dim=-1)
         self.depth += 1
         mask = torch.zeros(self.visible.shape, dtype=inputs_embeds.dtype, device=own.device)
         mask.masked_fill_(~self.visible, torch.finfo(mask.dtype).min)
         return self.backbone(
             inputs_embeds=inputs_embeds,
-            attention_mask=mask[None, None],
-            position_ids=(self.starts + self.depth)[None],
+            attention_mask=mask[:, None],
+            position_ids=self.starts + self.depth,
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state

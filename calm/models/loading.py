@@ -10,10 +10,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from calm.configuration import model_kind
 from calm.errors import UserError, message_of
 from calm.integrity import check_finite
 
-__all__ = ["load_checked", "load_config", "on_meta"]
+__all__ = ["load_checked", "load_config", "load_kind", "on_meta"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Config = TypeVar("Config", bound=PreTrainedConfig)
@@ -76,8 +77,24 @@ def _quiet_transformers() -> Iterator[None]:
 
 def load_config(config_class: type[Config], name: str, argument: str, **options: Any) -> Config:
     """The configuration in the folder or hub name `name`, likewise."""
-    try:
+    with _reading(name, argument):
         return config_class.from_pretrained(name, local_files_only=Path(name).is_dir(), **options)
+
+
+def load_kind(name: str, argument: str, **options: Any) -> str:
+    """What the folder or hub name `name` holds, see `calm.configuration.model_kind`; likewise."""
+    with _reading(name, argument):
+        fields, _ = PreTrainedConfig.get_config_dict(
+            name, local_files_only=Path(name).is_dir(), **options
+        )
+        return model_kind(fields)
+
+
+@contextmanager
+def _reading(name: str, argument: str) -> Iterator[None]:
+    """Whatever is wrong with the files is a `UserError` that names the flag."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"{argument}: {error}") from error
     except Exception as error:  # libraries raise whatever a broken file happens to cause

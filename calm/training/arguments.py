@@ -50,7 +50,7 @@ RANGES = {
         (
             "block_size", "dataloader_prefetch_factor", "ddp_timeout", "eval_accumulation_steps",
             "gradient_accumulation_steps", "max_draws", "max_eval_samples", "max_train_samples",
-            "min_draws", "reward_context",
+            "min_draws", "reward_context", "teacher_draws",
             "per_device_eval_batch_size", "per_device_train_batch_size",
             "preprocessing_num_workers", "stream_lanes",
         ),
@@ -99,7 +99,8 @@ class ModelArguments:
     )
     teacher_name_or_path: str | None = _flag(
         None,
-        "Trained token baseline for alignment_weight: folder or hub name (autoencoder only).",
+        "Teacher: folder or hub name of a token baseline (of an autoencoder, for alignment_weight) "
+        "or of any trained language model (of a distilled one).",
     )
     model_name_or_path: str | None = _flag(
         None, "Weights to start from: folder or hub name. Default: random ones."
@@ -333,9 +334,10 @@ def _check(arguments: JobArguments) -> None:
         raise UserError(
             f"ae_name_or_path belongs to the language model, not to the {arguments.stage}"
         )
-    if arguments.stage is not Stage.AUTOENCODER and model.teacher_name_or_path:
+    if model.teacher_name_or_path and not STAGES[arguments.stage].has_teacher:
+        taught = [f"calm {stage.command}" for stage in STAGES.values() if stage.has_teacher]
         raise UserError(
-            f"teacher_name_or_path belongs to the autoencoder, not to the {arguments.stage}"
+            f"teacher_name_or_path belongs to {' and '.join(taught)}, not to the {arguments.stage}"
         )
     if training.do_eval and not (training.do_train or model.model_name_or_path):
         raise UserError(

@@ -27,6 +27,9 @@ ABOUT = {
     Stage.POST: "A continuous autoregressive language model (CALM, arXiv 2510.27688), "
     "{patch_size} tokens a step, whose draws have been trained by a reward after pre-training "
     "(`calm post-train`; `options` in protocol.json say which).",
+    Stage.DISTILLATION: "A continuous autoregressive language model (CALM, arXiv 2510.27688), "
+    "{patch_size} tokens a step, that has learned from draws of another language model. The "
+    "autoencoder is in the file.",
 }
 USE = """\
 ```python

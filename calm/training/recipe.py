@@ -39,6 +39,7 @@ class Stage(StrEnum):
     BASELINE = "baseline"
     TEMPERATURE = "temperature"  # the tempered head of a trained CALM
     POST = "post"  # a trained CALM, by rewards
+    DISTILLATION = "distillation"  # a trained CALM, from another model's draws
 
 
 SECTIONS = (COMMON, *Stage)

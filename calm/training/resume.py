@@ -87,7 +87,7 @@ def check_output_folder(arguments: JobArguments) -> None:
             f"output_dir: {training.folder} is ae_name_or_path, whose files would be replaced; "
             "choose another folder"
         )
-    for name in ("ae_name_or_path", "model_name_or_path"):
+    for name in ("ae_name_or_path", "model_name_or_path", "teacher_name_or_path"):
         source = Path(str(getattr(model, name) or ""))
         is_inside = training.folder.resolve() in source.resolve().parents
         if training.overwrite_output_dir and is_inside and source.exists():

@@ -35,7 +35,7 @@ def check_best_metric(name: str | None, model: PreTrainedModel) -> None:
     """
     is_autoencoder = isinstance(model, Autoencoder)
     known: tuple[str, ...] = AUTOENCODER_METRICS if is_autoencoder else LANGUAGE_MODEL_METRICS
-    if _has_objective(model):
+    if _has_own_measures(model):
         known = ("loss", *_measures(model))
     if name is not None and name.removeprefix("eval_") not in known:
         raise UserError(f"metric_for_best_model must be one of {', '.join(known)}, got {name!r}")
@@ -58,8 +58,8 @@ def score_sequences(
     that it has (`_parts`).
 
     Args:
-        model: an autoencoder or a language model; one with an objective has the loss and what
-            that measures.
+        model: an autoencoder or a language model; one with an objective that does not
+            predict text has the loss and what that measures.
         inputs: ``input_ids`` and ``labels`` ``[B, T]``.
         terms: of the model's output in evaluation, one row a sequence.
         loss_only: the first column alone.
@@ -69,7 +69,7 @@ def score_sequences(
     """
     if isinstance(model, Autoencoder):
         measured = [terms[name] for name in AUTOENCODER_TERMS]
-    elif _has_objective(model):
+    elif _has_own_measures(model):
         measured = [terms[name] for name in ("loss", *_measures(model))]
     else:
         measured = [terms["loss"]]
@@ -98,8 +98,8 @@ def metrics_of(model: PreTrainedModel, prediction: EvalPrediction) -> dict[str, 
     All models: ``loss``. Autoencoder: ``kl``, ``accuracy``, ``collapsed``. Language models:
     ``brier1`` to ``brier4`` (fractions) with their standard errors ``brier1_se`` to ``brier4_se``,
     and ``brier_lm`` (0 to 100). Energy head: ``spread_ratio``, see `calm.evaluation.diagnostics`.
-    Readout: ``token_loss``. An objective: the loss and what it measures, alone. NaN where nothing
-    counts.
+    Readout: ``token_loss``. An objective that does not predict text: the loss and what it measures,
+    alone. NaN where nothing counts.
     """
     sums = torch.as_tensor(prediction.predictions, dtype=torch.float64)
     counts = torch.as_tensor(prediction.label_ids, dtype=torch.float64)
@@ -107,7 +107,7 @@ def metrics_of(model: PreTrainedModel, prediction: EvalPrediction) -> dict[str, 
     metrics = {"loss": means[0].item()}
     if len(means) == 1:
         return metrics
-    if _has_objective(model):
+    if _has_own_measures(model):
         return metrics | dict(zip(_measures(model), means[1:].tolist(), strict=True))
     if isinstance(model, Autoencoder):
         metrics |= {"kl": means[1].item(), "accuracy": means[2].item()}
@@ -124,14 +124,15 @@ def metrics_of(model: PreTrainedModel, prediction: EvalPrediction) -> dict[str, 
     return {**metrics, "brier_lm": brier_lm(brier).item()}
 
 
-def _has_objective(model: Any) -> bool:
-    """Whether the model learns something else than to predict the text."""
-    return getattr(model, "objective", None) is not None
+def _has_own_measures(model: Any) -> bool:
+    """Whether an objective alone says what is measured, see `Objective`."""
+    objective = getattr(model, "objective", None)
+    return objective is not None and not getattr(objective, "predicts_text", False)
 
 
 def _measures(model: Any) -> tuple[str, ...]:
     """What the objective of a model, if it has one, measures beside its loss."""
-    return getattr(model.objective, "measures", ()) if _has_objective(model) else ()
+    return getattr(model.objective, "measures", ()) if _has_own_measures(model) else ()
 
 
 def _parts(model: Any) -> list[str]:

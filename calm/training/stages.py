@@ -12,6 +12,7 @@ from typing import Any
 
 from calm.errors import UserError
 from calm.training.clock import RunLimit
+from calm.training.distilling import DistillationArguments
 from calm.training.post_training import PostTrainingArguments, limits
 from calm.training.recipe import Stage
 from calm.training.tempering import TemperingArguments
@@ -29,6 +30,7 @@ class StageDescription:
         block_size: tokens of a block where no flag says otherwise, as in the published scripts.
         options: dataclass of the flags that this stage alone has; None in pre-training.
         limits: of its flags: what ends a run before its last step; None for nothing.
+        has_teacher: whether another model, ``teacher_name_or_path``, can be part of it.
     """
 
     command: str
@@ -36,10 +38,11 @@ class StageDescription:
     block_size: int
     options: Any = None
     limits: Callable[[Any], list[RunLimit]] | None = None
+    has_teacher: bool = False
 
 
 STAGES = {
-    Stage.AUTOENCODER: StageDescription("train-ae", "autoencoder", 2048),
+    Stage.AUTOENCODER: StageDescription("train-ae", "autoencoder", 2048, has_teacher=True),
     Stage.CALM: StageDescription("train", "continuous language model", 8192),
     Stage.BASELINE: StageDescription("train-ar", "token-by-token baseline", 2048),
     Stage.TEMPERATURE: StageDescription(
@@ -54,6 +57,13 @@ STAGES = {
         8192,
         PostTrainingArguments,
         limits,
+    ),
+    Stage.DISTILLATION: StageDescription(
+        "distill",
+        "continuous language model that learns from another model's draws",
+        8192,
+        DistillationArguments,
+        has_teacher=True,
     ),
 }
 

@@ -156,7 +156,9 @@ def protocol(
     `calm.training.resume` compares it with the record of the run that a job takes over.
     """
     training, data, layout = arguments.training, arguments.data, BlockLayout.of(model)
-    autoencoder, alignment = (getattr(model, name, None) for name in ("ae_model", "alignment"))
+    autoencoder = getattr(model, "ae_model", None)
+    taught: Any = getattr(model, "alignment", None) or getattr(model, "objective", None)
+    teacher = getattr(taught, "teacher", None)
     return {
         "stage": arguments.stage.value,
         "block_size": arguments.block_size,
@@ -174,7 +176,7 @@ def protocol(
         "train": _describe(blocks.train, data.train_file),
         "validation": _describe(blocks.validation, data.validation_file),
         "autoencoder": None if autoencoder is None else weights_hash(autoencoder),
-        "teacher": None if alignment is None else weights_hash(alignment.teacher),
+        "teacher": None if teacher is None else weights_hash(getattr(teacher, "model", teacher)),
         "model": model_settings(model),
         "weight_dtype": str(model.dtype).removeprefix("torch."),
         # torch's version decides whether transformers takes the fused form of AdamW.

@@ -10,7 +10,14 @@ import torch
 from transformers import LlamaConfig
 
 from calm import BaselineTransformer
-from calm.training import distill_temperature, post_train, train_ar, train_autoencoder, train_calm
+from calm.training import (
+    distill,
+    distill_temperature,
+    post_train,
+    train_ar,
+    train_autoencoder,
+    train_calm,
+)
 from calm.training.arguments import CALMTrainingArguments
 from calm.training.trainer import CALMTrainer
 
@@ -24,6 +31,7 @@ MAIN = {
     "baseline": train_ar.main,
     "temperature": distill_temperature.main,
     "post": post_train.main,
+    "distillation": distill.main,
 }
 SIZES = {
     "autoencoder": "hidden_size=16,intermediate_size=24,latent_size=8",
@@ -32,6 +40,7 @@ SIZES = {
     "baseline": "hidden_size=16,intermediate_size=24,num_hidden_layers=1,num_attention_heads=2",
     "temperature": "",
     "post": "",
+    "distillation": "",
 }
 
 

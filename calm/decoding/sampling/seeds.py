@@ -8,7 +8,7 @@ from torch import Tensor
 from calm.errors import UserError
 from calm_kernels.noise import Seed, Stream, as_seed, philox
 
-__all__ = ["ROUND_STRIDE", "advance", "sequence_seeds"]
+__all__ = ["ROUND_STRIDE", "advance", "row_seeds", "sequence_seeds"]
 
 LOW_32_BITS = 0xFFFFFFFF
 ROUND_STRIDE = 2**40  # waves of one chunk draw from disjoint ranges of the seed's offset
@@ -51,3 +51,24 @@ def advance(seed: Tensor, steps: int | Tensor) -> Tensor:
     """The seed with its offset moved on by `steps`, for other draws."""
     offset = seed[..., 1] + steps
     return torch.stack([seed[..., 0].expand_as(offset), offset], dim=-1)
+
+
+def row_seeds(seed: Tensor, rows: Tensor, stream: Stream) -> Tensor:
+    """A seed for each row of a step, whose offsets are all free.
+
+    It is 64 bits of Philox with the seed as key, and row and offset as counter: no step of a run
+    shares draws with another, whatever offsets its rows then draw at.
+
+    Args:
+        seed: int64 ``[2]`` of (seed, offset).
+        rows: int64 ``[...]``, indices of any range.
+        stream: what the rows are for.
+
+    Returns: int64 ``[..., 2]`` of (seed, 0).
+    """
+    value, offset = seed.unbind()
+    key = (value & LOW_32_BITS, ((value >> 32) & LOW_32_BITS) ^ int(stream))
+    below, above = offset & LOW_32_BITS, (offset >> 32) & LOW_32_BITS
+    low, high, *_ = philox((rows & LOW_32_BITS, below, above, torch.zeros_like(rows)), key)
+    own = low | (high << 32)
+    return torch.stack([own, torch.zeros_like(own)], dim=-1)

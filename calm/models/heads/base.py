@@ -79,7 +79,8 @@ class Objective(Protocol):
     """What a model learns instead of its head's own loss.
 
     Its attribute ``measures``, if there is one, names what of `HeadLoss.measured` an evaluation
-    reports; training logs all of it.
+    reports; training logs all of it. With ``predicts_text = True`` an evaluation reports BrierLM
+    and what else it does without an objective, since that is what learns.
     """
 
     def loss(
