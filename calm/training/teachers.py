@@ -25,8 +25,8 @@ from calm.decoding.sampling.token_draws import draw_tokens, token_chances
 from calm.evaluation.rollout import MAX_BRANCHES, Branches
 from calm.evaluation.samplers import LOGITS_AT_A_TIME
 from calm.models import BaselineTransformer, ContinuousTransformer
-from calm_kernels import noise
 from calm_kernels.noise import Stream
+from calm_kernels.uniform_draws import uniform_draws
 
 __all__ = ["ChunkTeacher", "Documents", "Teacher", "TokenTeacher"]
 
@@ -210,7 +210,7 @@ class TokenTeacher(_BranchingTeacher):
 
     def _draw(self, hidden: Tensor, num_draws: int, seeds: Tensor, depth: int) -> Tensor:
         own = advance(seeds, depth).flatten(0, 1)
-        uniforms = noise.uniform(
+        uniforms = uniform_draws(
             len(own), 1, stream=Stream.TEACHER, seed=own, num_draws=num_draws,
             device=hidden.device, dtype=torch.float64,
         )[..., 0]  # fmt: skip
