@@ -1,9 +1,10 @@
 """The playground in headless Chromium, as `make test-browser` runs it."""
 
 import shutil
+import time
 
 import pytest
-from serving_cases import FIELDS, client_of, running, served
+from serving_cases import FIELDS, client_of, running, served, until
 from tiny_models import tiny_baseline
 
 from calm.serving.app import Access
@@ -39,9 +40,13 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def url():
-    baseline = tiny_baseline(**FIELDS, max_position_embeddings=96)
-    with running([served("base", baseline), served()]) as url:
+def models():
+    return [served("base", tiny_baseline(**FIELDS, max_position_embeddings=96)), served()]
+
+
+@pytest.fixture(scope="module")
+def url(models):
+    with running(models) as url:
         yield url
 
 
@@ -61,6 +66,7 @@ class Page:
     def __init__(self, browser, url):
         self.browser, self.url = browser, url
         browser.get(url)
+        self.until(lambda: self.all(".column"))  # the script has run
 
     def all(self, selector):
         return self.browser.find_elements(By.CSS_SELECTOR, selector)
@@ -151,6 +157,21 @@ def test_all_of_it_works_with_the_keyboard(page):
     assert not panel.is_displayed()
     page.keys(Keys.TAB)
     assert page.focused == page.all(".model")[1]
+
+
+def test_escape_stops_both_texts(page, models, monkeypatch):
+    for model in models:
+        step = model.lane.slots.step
+        monkeypatch.setattr(model.lane.slots, "step", lambda step=step: time.sleep(0.2) or step())
+    page.fill("tokens", 60)
+    page.slide("samples", 4)
+    page.keys(Keys.TAB, Keys.CONTROL, Keys.ENTER)
+    page.until(lambda: page.text(1) and page.text(2))
+    page.keys(Keys.NULL, Keys.ESCAPE)
+    page.until(lambda: page.one("#write").is_enabled())
+    assert all(element.text.endswith(" · stopped") for element in page.all(".figures"))
+    assert not any(element.is_displayed() for element in page.all(".error[role]"))
+    until(lambda: not any(model.lane.num_texts for model in models))
 
 
 def test_errors_are_shown_as_they_are(page):
