@@ -21,9 +21,12 @@ OLDEST := .venv-oldest
 PARALLEL := -n auto --dist worksteal --benchmark-disable
 TESTS = OMP_WAIT_POLICY=PASSIVE $(1)/bin/python -m pytest -q $(PARALLEL)
 
+# The theme's notice of its end of life (mkdocs.yml says when) is not repeated in every build.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-oldest test-harness test-browser test-gpu lint format types check bench bench-gpu \
-  audit compile-report clean
+  audit docs docs-serve compile-report clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +70,13 @@ test-browser: $(READY) ## install selenium and, where there is apt-get, Chromium
 	  || { echo "make test-browser: install Chromium and chromedriver, then try again"; exit 1; }
 	$(PIP) install -q -c $(CONSTRAINTS) -e '.[browser]'
 	$(BIN)/python -m pytest -q -m browser tests/calm/test_serving_browser.py $(ARGS)
+
+docs: $(READY) ## install what builds the documentation site, and build it in build/site
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[docs]'
+	$(MKDOCS) build --strict $(ARGS)
+
+docs-serve: docs ## the site at http://127.0.0.1:8000, built again when a page changes
+	$(MKDOCS) serve --strict $(ARGS)
 
 lint: $(READY) ## ruff, format check and spelling
 	$(BIN)/ruff check .

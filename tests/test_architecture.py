@@ -21,7 +21,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 SOURCES = sorted(
     path
-    for folder in ("calm_kernels", "calm", "benchmarks", "tests", "examples")
+    for folder in ("calm_kernels", "calm", "benchmarks", "tests", "examples", "docs")
     for path in (ROOT / folder).rglob("*.py")
 )
 PACKAGE_SOURCES = [path for path in SOURCES if path.parts[len(ROOT.parts)].startswith("calm")]
