@@ -7,9 +7,9 @@ say, for a Brier reward depends on the other draws as well.
 Shapes: m draws of a group, R positions, K tokens of a chunk.
 """
 
-import importlib
 import math
 import os
+import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -236,7 +236,7 @@ def _imported(module: str, function: str) -> Function:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        found = getattr(importlib.import_module(module), function)
+        found = pkgutil.resolve_name(f"{module}:{function}")
     except Exception as error:  # whatever the user's module happens to raise
         raise UserError(
             f"reward: {module}:{function} cannot be imported ({type(error).__name__}: {error}); it "

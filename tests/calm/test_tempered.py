@@ -196,6 +196,9 @@ class ToyDecoder:
         return slots[..., 0].round().long()
 
 
+TEXT = {"input_ids": None, "labels": None}  # of which this objective needs nothing
+
+
 def toy_model(tempered_head, chances=(0.4, 0.35, 0.25)):
     """What the objective needs of a model."""
     config, decoder = tiny.config(latent_size=1, num_samples=8), ToyDecoder()
@@ -213,7 +216,7 @@ def loss_of(objective, model, rows, step=0, first_row=0):
     hidden = torch.zeros(1, rows, 16)
     posterior = Posterior(hidden, hidden, torch.ones(1, rows))
     seed = torch.tensor([3, step])
-    return objective.loss(model, hidden, posterior, seed=seed, first_row=first_row)
+    return objective.loss(model, hidden, posterior, **TEXT, seed=seed, first_row=first_row)
 
 
 class TestObjective:
@@ -223,7 +226,7 @@ class TestObjective:
         weight = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
         seed = torch.tensor([3, 0])
         posterior = Posterior(hidden, hidden, weight)
-        found = objective().loss(model, hidden, posterior, seed=seed, first_row=0)
+        found = objective().loss(model, hidden, posterior, **TEXT, seed=seed, first_row=0)
         assert ((found.loss != 0) == weight.bool()).all()
         found.loss.sum().backward()
         assert all(weight.grad is not None for weight in model.tempered_head.parameters())
