@@ -1,11 +1,11 @@
-"""The energy head and the vote: the torch backend against the reference backend."""
+"""The energy head, the vote and the record of a chunk: torch against the reference backend."""
 
 import pytest
 import torch
 
 from benchmarks.measure import Baseline, Requirement, compare
 from benchmarks.shapes import HEAD, VOTE
-from calm_kernels import EnergyHead, agreeing_patch, energy_head
+from calm_kernels import EnergyHead, agreeing_patch, chunk_record, energy_head
 
 REFERENCE = "reference backend"
 
@@ -66,6 +66,19 @@ def bench_agreeing_patch(benchmark, distinct):
 
     def run(backend):
         return agreeing_patch(candidates, VOTE.num_agreeing, seed=1, backend=backend)
+
+    baseline = Baseline(lambda: run("reference"), rtol=0, atol=0)
+    compare(benchmark, lambda: run("torch"), {REFERENCE: baseline}, shape=VOTE)
+
+
+@pytest.mark.benchmark(group="chunk_record")
+def bench_chunk_record(benchmark):
+    """The tensors of a record against the host's own loop, for one draw of each sequence."""
+    tokens = torch.randint(1000, (VOTE.batch_size, VOTE.patch_size))
+    values = torch.randn(1, VOTE.batch_size, HEAD.latent_size)
+
+    def run(backend):
+        return chunk_record(tokens, values, backend=backend)
 
     baseline = Baseline(lambda: run("reference"), rtol=0, atol=0)
     compare(benchmark, lambda: run("torch"), {REFERENCE: baseline}, shape=VOTE)

@@ -53,6 +53,7 @@ OPERATIONS: dict[str, frozenset[Backend]] = {
     "norm_swiglu": _FUSED,
     "linear_residual": _FUSED,
     "decode_attention": _FUSED,
+    "chunk_record": _FUSED,
     "uniform_draws": _FUSED,
     "normal_draws": _FUSED,
 }

@@ -219,7 +219,8 @@ TABLE: dict[tuple[str, str], dict[int, Launch]] = {
         128: Launch(num_warps=4, num_stages=2, block_rows=32),
         256: Launch(num_warps=4, num_stages=1, block_rows=16),
     },
-    # Rows are calls of Philox.
+    # Rows are values, and calls of Philox.
+    ("chunk_record", DEFAULT): {MANY: Launch(num_warps=8, block_rows=4096)},
     ("uniform_draws", DEFAULT): {MANY: Launch(num_warps=4, block_rows=256)},
     # The width of linear_argmax is its number of rows: few rows are limited by reading the weight,
     # many by the matmuls, and then a block of 256 tokens reads least from the cache. ".total" also

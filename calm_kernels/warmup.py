@@ -7,6 +7,7 @@ import torch
 
 from calm_kernels.agreeing_patch import agreeing_patch
 from calm_kernels.backend import Backend, resolve
+from calm_kernels.chunk_record import chunk_record
 from calm_kernels.decode_attention import decode_attention
 from calm_kernels.energy_head import EnergyHead
 from calm_kernels.energy_score import gaussian_energy_score
@@ -149,6 +150,12 @@ def _decode_attention(config: Any, like: torch.Tensor, seed: torch.Tensor) -> No
         pairs *= 2
 
 
+def _chunk_record(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
+    tokens, latents = seed.new_zeros(2, config.patch_size), like.new_zeros(1, 2, config.latent_size)
+    for num_agreeing in (1, seed):  # of one draw, of a vote
+        chunk_record(tokens, latents, num_agreeing=num_agreeing)
+
+
 def _draws(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
     options: dict[str, Any] = {"stream": Stream.VOTE, "seed": seed, "device": seed.device}
     for dtype in (torch.float32, torch.float64):  # tokens are drawn in the latter
@@ -177,5 +184,6 @@ _LANGUAGE_MODEL: dict[str, _Run] = {
     "agreeing_patch": _agreeing_patch,
     "norm_linear": _norm_linear,
     "decode_attention": _decode_attention,
+    "chunk_record": _chunk_record,
     "uniform_draws": _draws,
 }

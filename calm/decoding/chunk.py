@@ -3,6 +3,7 @@
 Shapes: B sequences, K tokens of a chunk.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,33 +12,49 @@ from torch import Tensor
 __all__ = ["Chunk", "ChunkRecord", "read_records"]
 
 
-class Chunk(NamedTuple):
-    """The next chunk of each sequence, and how it was found.
+@dataclass(frozen=True)
+class Chunk:
+    """The next chunk of each sequence, and how it was found: what `chunk_record` has made.
 
     Attributes:
-        tokens: ``[B, K]``.
-        num_agreeing: draws that agreed on it, ``[B]``: the whole part of 1/T, or less where a vote
-            found no more; 1 for methods that compare no tokens.
-        draws: head draws of this chunk, ``[B]``; `Exact` counts them as Algorithm 1 is written.
-        is_fallback: whether the draws reached their cap, so that the method's fallback decided,
-            bool ``[B]``.
-        is_finite: whether all latents were finite, bool ``[B]``; where not, tokens mean nothing.
-        saved: of `draws`, those that were never made because a round stopped at its first mismatch,
-            ``[B]``; None for methods without rounds.
+        packed: all fields in one int64 tensor ``[B, K + 5]``, which the host reads at once.
     """
 
-    tokens: Tensor
-    num_agreeing: Tensor
-    draws: Tensor
-    is_fallback: Tensor
-    is_finite: Tensor
-    saved: Tensor | None = None
+    packed: Tensor
 
-    def pack(self) -> Tensor:
-        """All fields in one int64 tensor ``[B, K + 5]``, which the host reads at once."""
-        saved = torch.zeros_like(self.draws) if self.saved is None else self.saved
-        fields = (self.num_agreeing, self.draws, self.is_fallback, self.is_finite, saved)
-        return torch.cat([self.tokens, torch.stack(fields, dim=1)], dim=1)
+    @property
+    def tokens(self) -> Tensor:
+        """``[B, K]``."""
+        return self.packed[:, :-5]
+
+    @property
+    def num_agreeing(self) -> Tensor:
+        """Draws that agreed on it, ``[B]``: the whole part of 1/T, or less where a vote found no
+        more; 1 for methods that compare no tokens.
+        """
+        return self.packed[:, -5]
+
+    @property
+    def draws(self) -> Tensor:
+        """Head draws of this chunk, ``[B]``; `Exact` counts them as Algorithm 1 is written."""
+        return self.packed[:, -4]
+
+    @property
+    def is_fallback(self) -> Tensor:
+        """Whether the draws reached their cap, so that the method's fallback decided, bool."""
+        return self.packed[:, -3].bool()
+
+    @property
+    def is_finite(self) -> Tensor:
+        """Whether all latents were finite, bool ``[B]``; where not, tokens mean nothing."""
+        return self.packed[:, -2].bool()
+
+    @property
+    def saved(self) -> Tensor:
+        """Of `draws`, those that were never made because a round stopped at its first mismatch,
+        ``[B]``; 0 for methods without rounds.
+        """
+        return self.packed[:, -1]
 
 
 class ChunkRecord(NamedTuple):

@@ -95,9 +95,9 @@ class SlotBatch:
                 slots_of.setdefault(predictor, []).append(slot)
         for predictor, slots in slots_of.items():
             if predictor.is_one_draw:
-                packed[slots] = predictor.choose(hidden, state.seed).pack()[slots]
+                packed[slots] = predictor.choose(hidden, state.seed).packed[slots]
                 continue
             for slot in slots:
                 one = slice(slot, slot + 1)
-                packed[one] = predictor.choose(hidden[one], state.seed[one]).pack()
+                packed[one] = predictor.choose(hidden[one], state.seed[one]).packed
         return packed

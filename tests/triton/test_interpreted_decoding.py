@@ -15,24 +15,26 @@ from calm.decoding.engine.predictors import ChunkPredictor, TokenPredictor
 from calm.decoding.sampling.methods import Batch, Direct
 from calm_kernels import use_backend
 from calm_kernels.agreeing_patch import kernels as vote_kernels
+from calm_kernels.chunk_record import kernels as record_kernels
 from calm_kernels.decode_attention import kernels as attention_kernels
 from calm_kernels.energy_head import embedding_kernels, norm_kernels, small_rows_kernels
 from calm_kernels.linear_argmax import kernels as argmax_kernels
 from calm_kernels.norm_linear import kernels as layer_kernels
+from calm_kernels.uniform_draws import kernels as draw_kernels
 
 MLP = ["norm_swiglu_kernel", "linear_residual_kernel"]
 LAYER = ["norm_linear_kernel", "attention_kernel", "linear_residual_kernel", *MLP]
 HEAD = ["norm_kernel", "embed_kernel", "silu_layer_kernel", "silu_layer_kernel",
         "swiglu_layer_kernel", "residual_layer_kernel", "silu_layer_kernel"]  # fmt: skip
 CALM = [*LAYER, *HEAD, *MLP * 2, "partial_kernel", "reduce_kernel"]
-VOTE = ["count_kernel", "choose_kernel"]
+VOTE, RECORD = ["count_kernel", "choose_kernel"], "record_kernel"
 METHODS = {
-    "direct": (Direct(), CALM),
-    "batch": (Batch(temperature=0.5, num_samples=9, is_slotwise=False), CALM + VOTE),
+    "direct": (Direct(), [*CALM, RECORD]),
+    "batch": (Batch(temperature=0.5, num_samples=9, is_slotwise=False), [*CALM, *VOTE, RECORD]),
 }
 KERNELS = (
     embedding_kernels, norm_kernels, small_rows_kernels, argmax_kernels, vote_kernels,
-    layer_kernels, attention_kernels,
+    layer_kernels, attention_kernels, record_kernels, draw_kernels,
 )  # fmt: skip
 
 
@@ -73,7 +75,7 @@ def test_a_step_of_the_baseline_is_that_of_torch(monkeypatch):
     expected = decode(predictor, "torch")
     launches = Launches(monkeypatch, *KERNELS)
     actual = decode(predictor, "auto")
-    assert launches.names == LAYER * 2 * len(actual)
+    assert launches.names == [*LAYER * 2, "uniform_kernel", RECORD] * len(actual)
     assert torch.equal(actual, expected)
     assert len(actual[..., 0].unique()) > 2
 

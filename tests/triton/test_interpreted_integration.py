@@ -168,6 +168,7 @@ def test_warmup_launches_what_the_model_will(monkeypatch):
         "agreeing_patch",
         "norm_linear",
         "decode_attention",
+        "chunk_record",
         "uniform_draws",
     ]
     assert launches.names == ["analytic_kernel"]

@@ -90,12 +90,12 @@ def first_chunk(
         chunk = state.predictor.complete(hidden, given, length, state.seed)
     else:
         chunk = state.predictor.choose(hidden, state.seed)
-    return advance(state, chunk.pack())
+    return advance(state, chunk.packed)
 
 
 def decode_step(state: DecodeState) -> Tensor:
-    """One chunk for each sequence, packed as `Chunk.pack` does."""
-    return advance(state, state.predictor.choose(next_hidden(state), state.seed).pack())
+    """One chunk for each sequence, packed as `Chunk.packed`."""
+    return advance(state, state.predictor.choose(next_hidden(state), state.seed).packed)
 
 
 def next_hidden(state: DecodeState) -> Tensor:

@@ -16,7 +16,7 @@ from calm.decoding.chunk import Chunk
 from calm.decoding.sampling.chunk_distribution import ChunkDistribution, Method
 from calm.decoding.sampling.prefix_rejection import Prefix
 from calm.decoding.sampling.token_draws import draw_chunks, draw_tokens, token_chances
-from calm_kernels import uniform_draws
+from calm_kernels import chunk_record, uniform_draws
 from calm_kernels.noise import Stream
 
 __all__ = ["ChunkPredictor", "Predictor", "ReadoutPredictor", "TokenPredictor"]
@@ -145,8 +145,7 @@ class ReadoutPredictor(_CALMPredictor):
             self.model.slot_readout(), hidden, seed, num_draws=1, temperature=self.temperature,
             prefix=prefix,
         )  # fmt: skip
-        one = torch.ones_like(seed[:, 0])
-        return Chunk(tokens[0], one, one, torch.zeros_like(is_finite), is_finite)
+        return Chunk(chunk_record(tokens[0], is_finite))
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,7 @@ class TokenPredictor:
         )  # fmt: skip
         chances, is_finite = token_chances(logits, self.temperature)
         tokens = draw_tokens(chances, uniforms)
-        one = torch.ones_like(seed[:, 0])
-        return Chunk(tokens, one, one, torch.zeros_like(is_finite), is_finite)
+        return Chunk(chunk_record(tokens, is_finite))
 
     def complete(self, hidden: Tensor, given: Tensor, given_length: Tensor, seed: Tensor) -> Chunk:
         """Not possible: a part of one token cannot be given."""

@@ -19,7 +19,7 @@ from calm.decoding.sampling.chunk_distribution import ChunkDistribution
 from calm.decoding.sampling.lazy_decode import Candidates
 from calm.decoding.sampling.prefix_rejection import AcceptedDraws, Prefix, draw_accepted, waves
 from calm.decoding.sampling.voting import split_power, vote_by_count
-from calm_kernels import uniform_draws
+from calm_kernels import chunk_record, uniform_draws
 from calm_kernels.noise import Stream
 
 __all__ = ["Exact"]
@@ -189,14 +189,15 @@ class _Search:
                 seed=self.seed[rows],
                 prefix=prefix.select(rows),
             )
-        return Chunk(
+        record = chunk_record(
             self.tokens,
-            self.num_agreeing,
-            self.draws + self.saved,
-            is_fallback,
             self.is_finite,
-            self.saved,
+            num_agreeing=self.num_agreeing,
+            draws=self.draws + self.saved,
+            is_fallback=is_fallback,
+            saved=self.saved,
         )
+        return Chunk(record)
 
     def _all_draws(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """All accepted draws of `rows`, in order, ``[M, b, L]``, and how many, ``[b]``."""

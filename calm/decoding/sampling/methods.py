@@ -28,6 +28,7 @@ from calm.decoding.sampling.exact import Exact
 from calm.decoding.sampling.prefix_rejection import CollectedDraws, Prefix, collect_accepted
 from calm.decoding.sampling.voting import split_power, vote, vote_by_count
 from calm.errors import UserError
+from calm_kernels import chunk_record
 
 __all__ = [
     "MAX_WAVES", "METHODS", "READOUT", "Amortized", "Batch", "Direct", "Exact", "Medoid",
@@ -73,10 +74,8 @@ class Direct:
         latents = distribution.latents(
             self.needed, seed, noise_scale=self.noise_scale, noise_spread=self.noise_spread
         )
-        count = torch.full((len(distribution),), self.needed, device=distribution.device)
-        is_finite = torch.isfinite(latents).all(-1).all(0)
         tokens, num_agreeing = self._pick(distribution, latents, seed)
-        return Chunk(tokens, num_agreeing, count, torch.zeros_like(is_finite), is_finite)
+        return Chunk(chunk_record(tokens, latents, num_agreeing=num_agreeing, draws=self.needed))
 
     def complete(
         self, distribution: ChunkDistribution, given: Tensor, given_length: Tensor, seed: Tensor
@@ -94,13 +93,19 @@ class Direct:
             noise_spread=self.noise_spread,
         )
         tokens, num_agreeing = self._pick_completion(distribution, found, prefix, seed)
-        return Chunk(tokens, num_agreeing, found.draws, found.counts < self.needed, found.is_finite)
+        record = chunk_record(
+            tokens, found.is_finite, num_agreeing=num_agreeing, draws=found.draws,
+            is_fallback=found.counts < self.needed,
+        )  # fmt: skip
+        return Chunk(record)
 
     def _pick(
         self, distribution: ChunkDistribution, latents: Tensor, seed: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens ``[B, K]`` and `Chunk.num_agreeing` ``[B]`` from draws ``[needed, B, L]``."""
-        return decode(distribution, latents[0]), torch.ones_like(seed[:, 0])
+    ) -> tuple[Tensor, Tensor | int]:
+        """Tokens ``[B, K]`` and `Chunk.num_agreeing`, ``[B]`` or one number, from draws
+        ``[needed, B, L]``.
+        """
+        return decode(distribution, latents[0]), 1
 
     def _pick_completion(
         self, distribution: ChunkDistribution, found: CollectedDraws, prefix: Prefix, seed: Tensor
@@ -177,7 +182,7 @@ class Batch(Direct):
 
     def _pick(
         self, distribution: ChunkDistribution, latents: Tensor, seed: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | int]:
         return vote(
             distribution, latents, self.temperature, seed=seed, is_slotwise=self.is_slotwise
         )
@@ -210,9 +215,9 @@ class Medoid(Direct):
 
     def _pick(
         self, distribution: ChunkDistribution, latents: Tensor, seed: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | int]:
         count = torch.full_like(seed[:, 0], len(latents))
-        return decode(distribution, medoid(latents, count)), torch.ones_like(count)
+        return decode(distribution, medoid(latents, count)), 1
 
     def _representative(self, found: CollectedDraws) -> Tensor:
         return medoid(found.latents, found.counts)

@@ -1,0 +1,90 @@
+"""The public function: check the arguments, choose the backend, call it."""
+
+import torch
+from torch import Tensor
+
+from calm_kernels.backend import Backend, resolve
+from calm_kernels.checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
+from calm_kernels.chunk_record.eager import chunk_record_eager
+from calm_kernels.chunk_record.reference import chunk_record_reference
+
+__all__ = ["chunk_record"]
+
+MAX_ELEMENTS = 2**31  # that offsets of 32 bits reach
+
+
+def chunk_record(
+    tokens: Tensor,
+    values: Tensor,
+    *,
+    num_agreeing: int | Tensor = 1,
+    draws: int | Tensor = 1,
+    is_fallback: bool | Tensor = False,
+    saved: int | Tensor = 0,
+    backend: Backend | str = Backend.AUTO,
+) -> Tensor:
+    """What the host reads of a decoded chunk, in one tensor.
+
+    record = [tokens, num_agreeing, draws, is_fallback, is_finite, saved]
+
+    is_finite is 1 where all values of a sequence are finite numbers, else 0.
+
+    Args:
+        tokens: int64 ``[B, K]``, K >= 1.
+        values: what has to be finite, ``[N, B, L]``, floating; or the answer, bool ``[B]``.
+        num_agreeing: one number, or int64 ``[B]``.
+        draws: likewise.
+        is_fallback: a bool, or bool ``[B]``.
+        saved: one number, or int64 ``[B]``.
+        backend: see `calm_kernels.backend`; all give the same bits.
+
+    Returns: int64 ``[B, K + 5]``. Nothing is differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, device or shape.
+
+    Cost: in Triton one launch, a program a sequence, which reads its N L values.
+    """
+    check_tensor("tokens", tokens)
+    check_dtype("tokens", tokens, (torch.int64,))
+    if tokens.dim() != 2 or tokens.shape[1] == 0:
+        raise ValueError(f"tokens must have shape [B, K] with K >= 1, got {tuple(tokens.shape)}")
+    batch = len(tokens)
+    check_tensor("values", values)
+    check_device("values", values, "tokens", tokens)
+    check_dtype("values", values, (*FLOATS, torch.bool))
+    if values.dtype == torch.bool:
+        check_shape("values", values, (batch,), "an answer for each sequence")
+    elif values.dim() != 3 or values.shape[1] != batch:
+        raise ValueError(f"values must have shape [N, {batch}, L], got {tuple(values.shape)}")
+    named = {
+        "num_agreeing": num_agreeing, "draws": draws, "is_fallback": is_fallback, "saved": saved,
+    }  # fmt: skip
+    numbers = [_checked(name, number, tokens) for name, number in named.items()]
+    obstacle = "takes values of less than 2^31 elements" if _is_large(values) else None
+    match resolve(backend, "chunk_record", tokens, obstacle=obstacle):
+        case Backend.REFERENCE:
+            return chunk_record_reference(tokens, values, numbers)
+        case Backend.TRITON:
+            from calm_kernels.chunk_record.function import chunk_record_triton
+
+            return chunk_record_triton(tokens, values, numbers)
+        case _:
+            return chunk_record_eager(tokens, values, numbers)
+
+
+def _checked(name: str, number: int | Tensor, tokens: Tensor) -> int | Tensor:
+    if not isinstance(number, Tensor):
+        if not isinstance(number, int):
+            raise TypeError(f"{name} must be a whole number or a tensor, got {number!r}")
+        return int(number)
+    check_dtype(name, number, (torch.bool,) if name == "is_fallback" else (torch.int64,))
+    check_shape(name, number, (len(tokens),), "a number for each sequence")
+    check_device(name, number, "tokens", tokens)
+    return number
+
+
+def _is_large(values: Tensor) -> bool:
+    """Whether a place in the values does not fit into 32 bits."""
+    reach = zip(values.shape, values.stride(), strict=True)
+    return sum((size - 1) * stride for size, stride in reach) >= MAX_ELEMENTS

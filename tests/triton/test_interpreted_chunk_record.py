@@ -1,0 +1,30 @@
+"""The kernel of the record: the same numbers, one launch."""
+
+import pytest
+import torch
+from model_cases import Launches
+from record_cases import CASES
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from calm_kernels import chunk_record
+from calm_kernels.chunk_record import kernels
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_launch_writes_the_record(name, monkeypatch):
+    arguments, expected = CASES[name]
+    launches = Launches(monkeypatch, kernels)
+    record = chunk_record(**arguments, backend="triton")
+    assert record.dtype == torch.int64 and record.tolist() == expected
+    assert launches.names == ["record_kernel"] * bool(expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert chunk_record(**arguments, backend="triton").shape == record.shape
+
+
+def test_rows_of_any_strides():
+    tokens = torch.arange(12).view(3, 4).T[:2]
+    values = torch.zeros(4, 6, 5).permute(1, 2, 0)[:, 1:3]
+    values[5, 1, 3] = float("nan")
+    record = chunk_record(tokens, values, backend="triton")
+    assert torch.equal(record, chunk_record(tokens, values, backend="torch"))
+    assert record[:, -2].tolist() == [1, 0]
