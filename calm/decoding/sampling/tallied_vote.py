@@ -37,7 +37,7 @@ class TalliedBatch(Batch):
 
     def _pick(
         self, distribution: ChunkDistribution, latents: Tensor, seed: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | int]:
         self._count(distribution, latents, [len(latents)] * len(seed))
         return super()._pick(distribution, latents, seed)
 
