@@ -83,6 +83,9 @@ def test_links_lead_to_pages_of_the_site(site):
         "([docs/gap.md](../gap.md)) e [f](https://x.org/y.md) ![g](gap.png)\n"
         "```\ndocs/gap.md\n```\n"
     )
+    page.file.src_uri = "limits.md"
+    text = "[here](#x) [How fast](#how-fast)"
+    assert site.on_page_markdown(text, page, None, listed) == "[here](#x) [How fast](speed.md)"
 
 
 def test_the_site_shows_sections_of_the_readme(site):

@@ -21,6 +21,8 @@ SHOWS = {
     "calls it": r"\b({operation}|{module})\(",
     "exports it": r'"{operation}"',
     "has its folder in the tree": "  {folder}/ ",
+    "has its page": r"operations/{folder}\.md",
+    "has its docstring": r"(?m)^::: \S+\.{operation}$",
     "defines kernels": r"@triton\.jit",
     "defines cases": r"def cases\(",
     "has shapes for the interpreter": r"\bTINY = \[\s*Shape\(",
@@ -35,6 +37,8 @@ PARTS = [
     (5, "calm_kernels/{folder}/__init__.py", "exports it"),
     (5, "calm_kernels/__init__.py", "exports it"),
     (5, "docs/architecture.md", "has its folder in the tree"),
+    (5, "mkdocs.yml", "has its page"),
+    (5, "docs/reference/calm_kernels.md", "has its docstring"),
     (7, "benchmarks/bench_*.py", "calls it"),
 ]
 PARTS_OF_TRITON = [

@@ -104,7 +104,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     pages = {shown.address: name for name, shown in SHOWN.items()}
     pages |= {f"docs/{file.src_uri}": file.src_uri for file in files.documentation_pages()}
     here = page.file.src_uri
-    folder = posixpath.dirname(SHOWN[here].path if here in SHOWN else f"docs/{here}")
+    source = SHOWN[here].path if here in SHOWN else f"docs/{here}"
+    folder = posixpath.dirname(source)
 
     def link(text: str, path: str) -> str:
         """A link to the page of that file, or the text alone where the site has none."""
@@ -116,7 +117,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
     def mention(match: re.Match[str]) -> str:
         if target := match["target"]:
-            if target.startswith("#") or ":" in target:
+            if target.startswith("#"):  # the page itself, or a section that has another page
+                section = source + target
+                return link(match["text"], section) if section in pages else match[0]
+            if ":" in target:
                 return match[0]
             return link(match["text"], posixpath.normpath(posixpath.join(folder, target)))
         path = match["code"] or match["name"] or ""
