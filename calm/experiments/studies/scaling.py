@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calm.experiments.experiment import BRIER_COLUMNS, Cell, Experiment, Finding, Panel, Result
-from calm.experiments.isoflop import TOKENS, Gap, arms_of_budgets, change, fit_scores
+from calm.experiments.isoflop import TOKENS, Arms, Gap, arms_of_budgets, change, fit_scores
 from calm.experiments.scales import Scale
 from calm.experiments.verdicts import verdict_on
 
@@ -108,6 +108,7 @@ def _analysis(results: Sequence[Result]) -> str:
         "the text, arms are compared on the rest:",
         _lines("training FLOPs | best | size | Brier-1, % | next | difference, 95 % | "
                "how often best", best),
+        _edges(results, budgets),
         "Brier-1 minus that of the token baseline with the same training FLOPs, points with 95 % "
         "interval:",
         _lines(" | ".join(["training FLOPs", *compared]), to_tokens),
@@ -116,6 +117,28 @@ def _analysis(results: Sequence[Result]) -> str:
         if fits else "too few cells for a fit",
     ]  # fmt: skip
     return "\n\n".join(parts)
+
+
+def _edges(results: Sequence[Result], budgets: Sequence[Arms]) -> str:
+    """How often the best size of an arm is the smallest or the largest that its budget has."""
+    sizes = list(dict.fromkeys(result.labels["size"] for result in results))
+    counts = {"smallest": 0, "largest": 0}
+    total = 0
+    for arms in budgets:
+        labels = [result.labels for result in results]
+        there = {each["size"] for each in labels if each["budget"] == arms.budget}
+        if len(there) > 1:
+            ordered = sorted(there, key=sizes.index)
+            counts["smallest"] += arms.sizes.count(ordered[0])
+            counts["largest"] += arms.sizes.count(ordered[-1])
+            total += len(arms.sizes)
+    if not total:
+        return "One size for each budget: how the best size grows is not measured."
+    return (
+        f"The best size of an arm is the smallest of its budget in {counts['smallest']} of {total} "
+        f"cases, the largest in {counts['largest']}: the optimum may lie beyond it, and a line "
+        "falls where the next budget leaves that size out."
+    )
 
 
 def _lines(titles: str, rows: Sequence[str]) -> str:
