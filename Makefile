@@ -68,7 +68,7 @@ test-harness: $(READY) ## install the lm-evaluation-harness and test the models 
 test-browser: $(READY) ## install selenium and, where there is apt-get, Chromium; drive the playground in it
 	@command -v chromedriver >/dev/null || apt-get install -y --no-install-recommends chromium chromium-driver \
 	  || { echo "make test-browser: install Chromium and chromedriver, then try again"; exit 1; }
-	$(PIP) install -q -c $(CONSTRAINTS) -e '.[browser]'
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[browser]'
 	$(BIN)/python -m pytest -q -m browser tests/calm/test_serving_browser.py $(ARGS)
 
 docs: $(READY) ## install what builds the documentation site, and build it in build/site

@@ -28,12 +28,13 @@ of a head that `calm distill-temperature` has trained, in its range of temperatu
 CALM that has kept its readout (docs/readout.md): it draws token by token from softmax(logits / T),
 T > 0, at the same cost for every T, without the head.
 
---json prints for each prompt: prompt, text (what was added), seed, method, temperature and
-num_samples; new_tokens, chunks, draws of the head, draws_saved (counted in draws, but not needed),
+--json prints for each prompt: prompt, seed, method, temperature and num_samples; text (what was
+added); new_tokens, chunks, draws of the head, draws_saved (counted in draws, but not needed),
 mean_level (draws that agreed on a chunk, mean), fallbacks (chunks that a fallback decided), padded
 (one of them is the prompt's end, which no draw continued); seconds (without warm-up),
 prefill_seconds of them for the prompt, warmup_seconds, tokens_per_second. After Ctrl-C the
-unfinished prompt's line has the text so far and interrupted, without the other numbers.
+unfinished prompt's line has the text so far and interrupted, without the other numbers. For this
+every chunk is read as it is drawn, also on a GPU, where generate from Python reads several at once.
 """
 METHODS = ("batch", "exact", "medoid", "noise_scale", "amortized", "direct", "readout")
 
@@ -162,8 +163,7 @@ def _continue(model: Any, tokenizer: Any, prompt: str, seed: int, args: argparse
         raise
     figures = _figures(found)
     if args.json:
-        begin, count = len(received.prompt), figures["new_tokens"]
-        new = found.sequences[0, begin : begin + count].tolist()
+        new = received.new[: figures["new_tokens"]]  # a stop string may begin in an earlier chunk
         _print_record(request, tokenizer, received.prompt, new, figures)
     else:
         print(_summary(figures), file=sys.stderr)

@@ -54,8 +54,12 @@ def test_a_short_prompt_is_noted_in_a_line(folders, capsys):
 def test_generate_reads_a_prompt_file(folders, tmp_path, capsys):
     (tmp_path / "prompt.txt").write_text("grüße aus\n\n", encoding="utf-8")
     words = ("--model", folders / "calm", "--prompt-file", tmp_path / "prompt.txt", "--json")
-    assert calm("generate", *words, "--max-new-tokens", 4, "--prompt-alignment", "pad") == 0
-    assert objects(capsys)[0]["prompt"] == "grüße aus\n"  # a file's last newline is no part of it
+    words = (*words, "--max-new-tokens", 8, "--prompt-alignment", "pad")
+    assert calm("generate", *words) == 0
+    (record,) = objects(capsys)
+    assert record["prompt"] == "grüße aus\n"  # a file's last newline is no part of it
+    assert calm("generate", *(word for word in words if word != "--json")) == 0
+    assert record["text"] and capsys.readouterr().out == f"grüße aus\n{record['text']}\n"
 
 
 @pytest.mark.parametrize("kind", ["calm", "baseline"])
