@@ -93,6 +93,7 @@ class _Service:
             prompt_tokens=sum(map(len, prompts)),
             is_chat=is_chat,
             has_votes=request.candidates is not None,
+            is_stream=bool(request.stream),
         )
         if not request.stream:
             return CompleteReply(mailbox, reply)

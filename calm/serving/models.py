@@ -33,6 +33,7 @@ from calm.serving.worker import Lane
 
 __all__ = ["Limits", "ServedModel", "Settings"]
 
+MAX_SHOWN = 500  # candidates of a vote times texts of a request
 SEED_BITS = 53  # whole numbers that every reader of JSON keeps
 WHY_CALM = (
     "a CALM draws latents and knows no probabilities of tokens; temperature below 1 sharpens its "
@@ -220,10 +221,16 @@ class ServedModel:
 
         Raises:
             APIError: no room in the context, ids beyond the vocabulary, a method that does not
-                suit the model.
+                suit the model, too many candidates to show.
         """
         config, device = self.model.config, self.model.device
         count, shown = request.n or 1, request.candidates
+        if shown is not None and shown * count * len(prompts) > MAX_SHOWN:
+            raise bad_request(
+                "calm",
+                f"calm.candidates must be at most {MAX_SHOWN} over all texts, got {shown} for each "
+                f"of {count * len(prompts)}",
+            )
         try:
             predictor = self._predictor(settings)
         except UserError as error:

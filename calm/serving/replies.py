@@ -3,7 +3,7 @@
 import json
 import secrets
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from calm.serving.models import ServedModel, Settings
@@ -68,6 +68,7 @@ class Reply:
         prompt_tokens: of all prompts.
         is_chat: messages rather than texts.
         has_votes: with the vote of each chunk.
+        is_stream: events are all that is sent, so that votes are not kept for a whole reply.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class Reply:
         prompt_tokens: int,
         is_chat: bool,
         has_votes: bool,
+        is_stream: bool,
     ) -> None:
         self.is_chat, self.has_votes, self.prompt_tokens = is_chat, has_votes, prompt_tokens
+        self.is_stream = is_stream
         self._choices = [_Choice() for _ in range(num_texts)]
         self._common = {
             "id": ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12),
@@ -92,7 +95,7 @@ class Reply:
     def add(self, index: int, piece: Piece) -> dict[str, Any]:
         """Keep what a chunk adds to text `index`; the event that says so."""
         is_first = not self._choices[index].pieces
-        self._choices[index].pieces.append(piece)
+        self._choices[index].pieces.append(replace(piece, vote=None) if self.is_stream else piece)
         record = piece.record
         choice: dict[str, Any] = {
             "index": index,

@@ -36,7 +36,11 @@ HEADERS = {
 def add_page(app: FastAPI) -> None:
     """Add ``/`` and ``/playground/FILE``."""
     folder = files("calm.serving") / "playground"
-    contents = {file.name: file.read_bytes() for file in folder.iterdir()}
+    contents = {
+        file.name: file.read_bytes()
+        for file in folder.iterdir()
+        if file.is_file() and PurePath(file.name).suffix in TYPES  # no folder, no editor's backup
+    }
 
     def reply(name: str) -> Response:
         if name not in contents:

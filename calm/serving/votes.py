@@ -8,7 +8,7 @@ from calm.decoding.chunk import ChunkRecord
 from calm.decoding.engine.predictors import ChunkPredictor, Predictor
 from calm.decoding.sampling.methods import Batch
 from calm.decoding.sampling.tallied_vote import TalliedBatch, Tally
-from calm.decoding.text.edges import CONTEXT, text_after
+from calm.decoding.text.edges import CONTEXT, texts_after
 
 __all__ = ["VoteWatch"]
 
@@ -48,16 +48,20 @@ class VoteWatch:
         chosen, shown = tuple(record.tokens), tally.most_common(self.num_shown)
         if chosen in tally and chosen not in dict(shown):
             shown.append((chosen, tally[chosen]))
+        texts = texts_after(
+            self.tokenizer,
+            before[-CONTEXT:],
+            [tokens[given:] for tokens, _ in shown],
+            skip_special_tokens=False,
+        )
         candidates = [
             {
-                "text": text_after(
-                    self.tokenizer, before[-CONTEXT:], tokens[given:], skip_special_tokens=False
-                ),
+                "text": text,
                 "ids": list(tokens[given:]),
                 "count": count,
                 "is_chosen": tokens == chosen,
             }
-            for tokens, count in shown
+            for text, (tokens, count) in zip(texts, shown, strict=True)
         ]
         num_shown = sum(count for _, count in shown)
         return {

@@ -1,13 +1,17 @@
 """The page at `/` without a browser: its files, their headers, and that they are installed."""
 
+import asyncio
 import re
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 from serving_cases import client_of, error_of, running, served
 from setuptools import Distribution
 
+from calm.serving import static
 from calm.serving.app import Access
+from calm.serving.errors import APIError
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "calm" / "serving" / "playground"
@@ -67,6 +71,23 @@ def test_the_page_names_files_of_its_own_alone(http):
 @pytest.mark.parametrize("name", ["nothing.js", "..%2fapp.py", "__init__.py"])
 def test_no_other_file_is_served(http, name):
     assert error_of(http.get(f"/playground/{name}"), 404)["type"] == "not_found_error"
+
+
+def test_what_else_lies_in_the_folder_is_no_part_of_the_page(monkeypatch, tmp_path):
+    """A folder, an editor's backup and its lock, a link to nothing."""
+    place = tmp_path / "playground"
+    (place / "old.js").mkdir(parents=True)
+    (place / ".#main.js").symlink_to("nobody@nowhere")
+    for name in ("main.js", "main.js~"):
+        (place / name).write_text(name)
+    monkeypatch.setattr(static, "files", lambda package: tmp_path)
+    static.add_page(app := FastAPI())
+    routes = [route for route in app.routes if route.path == "/playground/{name}"]
+    (asset,) = (route.endpoint for route in routes)
+    assert asyncio.run(asset("main.js")).body == b"main.js"
+    for name in ("main.js~", "old.js", ".#main.js"):
+        with pytest.raises(APIError, match="the playground has no file"):
+            asyncio.run(asset(name))
 
 
 def test_labels_and_elements_that_scripts_look_for_are_there():

@@ -6,7 +6,11 @@ import pytest
 from serving_cases import client_of, error_of, running, served
 from tiny_models import calm_with_readout
 
+from calm.decoding.chunk import ChunkRecord
 from calm.decoding.text.edges import text_after
+from calm.serving.models import Settings
+from calm.serving.replies import Reply
+from calm.serving.texts import Piece
 
 PROMPT = "Returns the "
 GOOD = {"model": "calm", "prompt": PROMPT, "max_tokens": 14, "seed": 1, "temperature": 0.5}
@@ -122,6 +126,30 @@ def test_texts_of_one_step_have_their_own_votes(http):
     assert first == alone
     second = [choice["calm"] for choice in chunks_of(both) if choice["index"] == 1]
     assert second != first
+
+
+@pytest.mark.parametrize("many", [{"n": 6}, {"prompt": [PROMPT] * 6}])
+def test_all_candidates_of_a_request_are_bounded(http, many):
+    response = http.post("/v1/completions", json={**GOOD, **many, "calm": {"candidates": 100}})
+    error = error_of(response, 400)
+    assert error["param"] == "calm"
+    assert error["message"] == (
+        "calm.candidates must be at most 500 over all texts, got 100 for each of 6"
+    )
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_stream_keeps_no_votes(is_stream):
+    """They were sent; a long text would hold them to its end."""
+    settings = Settings(method="batch", temperature=0.5, num_samples=9, noise_scale=1.0,
+                        max_draws=None, seed=1)  # fmt: skip
+    reply = Reply(served(), settings, num_texts=1, prompt_tokens=1, is_chat=False, has_votes=True,
+                  is_stream=is_stream)  # fmt: skip
+    vote = {"candidates": [], "others": 9, "rejected": 0}
+    piece = Piece("a", 1, ChunkRecord([1], 1, 9, False, True, 0), "stop", vote)
+    assert reply.add(0, piece)["choices"][0]["calm"]["vote"] == vote
+    kept = reply.whole()["choices"][0]["calm"]["votes"]
+    assert kept == [None if is_stream else vote]
 
 
 @pytest.mark.parametrize("candidates", [0, 101, True])

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from transformers.generation.streamers import BaseStreamer
 
-__all__ = ["TextPieces", "TextStream", "TokenRecord", "text_after"]
+__all__ = ["TextPieces", "TextStream", "TokenRecord", "text_after", "texts_after"]
 
 CONTEXT = 16  # tokens that are decoded before an edge where all of them would take long
 UNFINISHED = "\ufffd"  # what a part of a character decodes to
@@ -36,14 +36,32 @@ def text_after(
 
     Returns: their text, from the first character that is not whole or not there without them.
     """
-    shown, whole = (
-        tokenizer.decode(
+    (text,) = texts_after(tokenizer, before, [tokens], skip_special_tokens=skip_special_tokens)
+    return text
+
+
+def texts_after(
+    tokenizer: Any,
+    before: Sequence[int],
+    continuations: Sequence[Sequence[int]],
+    *,
+    skip_special_tokens: bool = True,
+) -> list[str]:
+    """`text_after` of each continuation of the same tokens, which are decoded once."""
+
+    def decode(ids: Sequence[int]) -> str:
+        text: str = tokenizer.decode(
             list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
-        for ids in (before, [*before, *tokens])
-    )
-    common = takewhile(lambda pair: pair[0] == pair[1], zip(shown, whole, strict=False))
-    return whole[sum(1 for _ in common) :]
+        return text
+
+    shown = decode(before)
+    found = []
+    for tokens in continuations:
+        whole = decode([*before, *tokens])
+        common = takewhile(lambda pair: pair[0] == pair[1], zip(shown, whole, strict=False))
+        found.append(whole[sum(1 for _ in common) :])
+    return found
 
 
 class TextPieces:

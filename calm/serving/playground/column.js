@@ -50,6 +50,7 @@ export class Column {
     this.clear();
     this.given.textContent = body.prompt;
     this.text.setAttribute("aria-busy", "true");
+    this.select.disabled = true; // another model would clear a text that goes on
     try {
       for await (const event of complete({ ...body, model: this.model }, key, signal)) {
         this.#add(event);
@@ -59,6 +60,7 @@ export class Column {
       else this.fail(error);
     } finally {
       this.text.setAttribute("aria-busy", "false");
+      this.select.disabled = false;
     }
   }
 
