@@ -13,6 +13,7 @@ __all__ = [
     "check_dtype",
     "check_exponent",
     "check_fraction",
+    "check_int64",
     "check_integer",
     "check_shape",
     "check_tensor",
@@ -68,6 +69,15 @@ def check_fraction(name: str, value: float) -> float:
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must lie in [0, 1); got {value}")
     return float(value)
+
+
+def check_int64(name: str, value: int) -> int:
+    """An integer of 64 bits, one of them for its sign."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, got {value}")
+    return value
 
 
 def check_integer(name: str, value: int, minimum: int) -> int:

@@ -22,13 +22,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calm_kernels.checks import check_integer
+from calm_kernels.checks import check_int64, check_integer
 from calm_kernels.operators import is_traced
 
-__all__ = ["Seed", "Stream", "as_first_row", "as_seed", "normal", "philox", "uniform"]
+__all__ = [
+    "Seed",
+    "Stream",
+    "as_first_row",
+    "as_seed",
+    "check_draws",
+    "normal",
+    "philox",
+    "uniform",
+]
 
 Seed = int | Tensor | None
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -66,9 +76,7 @@ def as_seed(seed: Seed, device: torch.device | str) -> Tensor:
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()).item())
     if isinstance(seed, int) and not isinstance(seed, bool):
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed must fit into 64 bits, got {seed}")
-        return torch.tensor([seed, 0], dtype=torch.int64, device=device)
+        return torch.tensor([check_int64("seed", seed), 0], dtype=torch.int64, device=device)
     if not isinstance(seed, Tensor):
         raise TypeError(f"seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
     if seed.dtype != torch.int64:
@@ -142,8 +150,6 @@ class _Draws(NamedTuple):
 
 def _words(num_rows: int, seed: Tensor, of: _Draws) -> tuple[Tensor, ...]:
     """Four word tensors ``[num_rows, num_draws, words]``."""
-    if seed.dim() == 2 and seed.shape[0] != num_rows:
-        raise ValueError(f"seed has {seed.shape[0]} rows for {num_rows} rows of noise")
     device = seed.device
     value, offset = seed[..., 0], seed[..., 1]
     column = (slice(None), None, None) if seed.dim() == 2 else (None, None, None)
@@ -165,12 +171,29 @@ def _to_shape(
     return values[:, 0] if num_draws is None else values.transpose(0, 1)
 
 
-def _check(num_rows: int, width: int, num_draws: int | None, first_draw: int) -> None:
+def check_draws(
+    seed: Tensor, num_rows: int, width: int, num_draws: int | None, first_row: int | Tensor,
+    first_draw: int,
+) -> None:  # fmt: skip
+    """The arguments of `uniform` and `normal`, with the seed of `as_seed`; reads no tensor.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or range.
+    """
     check_integer("num_rows", num_rows, 0)
     check_integer("width", width, 1)
     check_integer("first_draw", first_draw, 0)
     if num_draws is not None:
         check_integer("num_draws", num_draws, 0)
+    if seed.dim() == 2 and seed.shape[0] != num_rows:
+        raise ValueError(f"seed has {seed.shape[0]} rows for {num_rows} rows of noise")
+    if not isinstance(first_row, Tensor):
+        check_int64("first_row", first_row)
+    elif first_row.numel() != 1 or first_row.dtype not in _INTEGERS:
+        raise TypeError(
+            f"first_row must hold one integer, got {first_row.dtype} of shape "
+            f"{tuple(first_row.shape)}"
+        )
 
 
 def uniform(
@@ -201,11 +224,12 @@ def uniform(
 
     Returns: ``[num_draws, num_rows, width]`` (a view of row-major memory) or ``[num_rows, width]``.
     """
-    _check(num_rows, width, num_draws, first_draw)
+    seed = as_seed(seed, device)
+    check_draws(seed, num_rows, width, num_draws, first_row, first_draw)
     words = math.ceil(width / 4)
     count = 1 if num_draws is None else num_draws
     of = _Draws(words, count, stream, first_row, first_draw)
-    drawn = _words(num_rows, as_seed(seed, device), of)
+    drawn = _words(num_rows, seed, of)
     return _to_shape(
         [(part >> 8).to(torch.float32) * 2.0**-24 for part in drawn], width, num_draws, dtype
     )
@@ -229,11 +253,12 @@ def normal(
     and j the lower 12 bits of a word; word w of a call gives radius * cos(angle) to slice 2w and
     radius * sin(angle) to slice 2w + 1.
     """
-    _check(num_rows, width, num_draws, first_draw)
+    seed = as_seed(seed, device)
+    check_draws(seed, num_rows, width, num_draws, first_row, first_draw)
     words = math.ceil(width / 8)
     count = 1 if num_draws is None else num_draws
     of = _Draws(words, count, stream, first_row, first_draw)
-    drawn = _words(num_rows, as_seed(seed, device), of)
+    drawn = _words(num_rows, seed, of)
     slices = []
     for word in drawn:
         fraction = ((word >> _ANGLE_BITS).to(torch.float32) + 0.5) * 2.0**-_RADIUS_BITS

@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from calm_kernels.backend import Backend, resolve
-from calm_kernels.checks import FLOATS, check_device, check_dtype, check_shape, check_tensor
+from calm_kernels.checks import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_int64,
+    check_shape,
+    check_tensor,
+)
 from calm_kernels.chunk_record.eager import chunk_record_eager
 from calm_kernels.chunk_record.reference import chunk_record_reference
 
@@ -41,7 +48,8 @@ def chunk_record(
     Returns: int64 ``[B, K + 5]``. Nothing is differentiable.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, device or shape.
+        TypeError, ValueError: an argument of the wrong type, dtype, device or shape, or a number
+            beyond 64 bits.
 
     Cost: in Triton one launch, a program a sequence, which reads its N L values.
     """
@@ -75,9 +83,11 @@ def chunk_record(
 
 def _checked(name: str, number: int | Tensor, tokens: Tensor) -> int | Tensor:
     if not isinstance(number, Tensor):
-        if not isinstance(number, int):
-            raise TypeError(f"{name} must be a whole number or a tensor, got {number!r}")
-        return int(number)
+        is_flag = name == "is_fallback"
+        if not isinstance(number, int) or isinstance(number, bool) != is_flag:
+            kind = "a bool" if is_flag else "a whole number"
+            raise TypeError(f"{name} must be {kind} or a tensor, got {number!r}")
+        return check_int64(name, int(number))
     check_dtype(name, number, (torch.bool,) if name == "is_fallback" else (torch.int64,))
     check_shape(name, number, (len(tokens),), "a number for each sequence")
     check_device(name, number, "tokens", tokens)

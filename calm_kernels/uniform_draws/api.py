@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from calm_kernels.backend import Backend, resolve
-from calm_kernels.checks import FLOATS, check_integer
-from calm_kernels.noise import Seed, Stream, as_seed
+from calm_kernels.checks import FLOATS
+from calm_kernels.noise import Seed, Stream, as_seed, check_draws
 from calm_kernels.uniform_draws.eager import draws_eager
 from calm_kernels.uniform_draws.reference import draws_reference
 
@@ -90,7 +90,9 @@ def _draws(
     backend: Backend | str,
 ) -> Tensor:  # fmt: skip
     seed = as_seed(seed, device)
-    _check(seed, num_rows, width, num_draws, first_row, first_draw, dtype)
+    check_draws(seed, num_rows, width, num_draws, first_row, first_draw)
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be a floating one, got {dtype}")
     count = 1 if num_draws is None else num_draws
     name = "normal_draws" if is_normal else "uniform_draws"
     is_large = num_rows * count * width > MAX_ELEMENTS
@@ -112,26 +114,3 @@ def _draws(
                 first_row=first_row, first_draw=first_draw,
             )  # fmt: skip
     return drawn[0] if num_draws is None else drawn
-
-
-def _check(
-    seed: Tensor, num_rows: int, width: int, num_draws: int | None, first_row: int | Tensor,
-    first_draw: int, dtype: torch.dtype,
-) -> None:  # fmt: skip
-    check_integer("num_rows", num_rows, 0)
-    check_integer("width", width, 1)
-    check_integer("first_draw", first_draw, 0)
-    if num_draws is not None:
-        check_integer("num_draws", num_draws, 0)
-    if seed.dim() == 2 and seed.shape[0] != num_rows:
-        raise ValueError(f"seed has {seed.shape[0]} rows for {num_rows} rows of noise")
-    if dtype not in FLOATS:
-        raise TypeError(f"dtype must be a floating one, got {dtype}")
-    if not isinstance(first_row, Tensor):
-        if isinstance(first_row, bool) or not isinstance(first_row, int):
-            raise TypeError(f"first_row must be an integer, got {type(first_row).__name__}")
-    elif first_row.numel() != 1 or first_row.is_floating_point():
-        raise TypeError(
-            f"first_row must hold one integer, got {first_row.dtype} of shape "
-            f"{tuple(first_row.shape)}"
-        )

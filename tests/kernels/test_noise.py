@@ -216,6 +216,9 @@ class TestAddressing:
             ({"width": 0}, ValueError, "width must be at least 1"),
             ({"num_draws": -1}, ValueError, "num_draws must be at least 0"),
             ({"first_draw": -1}, ValueError, "first_draw must be at least 0"),
+            ({"first_row": True}, TypeError, "first_row must be an integer, got bool"),
+            ({"first_row": -(2**63) - 1}, ValueError, "first_row must fit into 64 bits"),
+            ({"first_row": torch.tensor(0.0)}, TypeError, "first_row must .*, got torch.float32"),
             ({"seed": torch.zeros(4, dtype=torch.int64)}, ValueError, "seed has 4 rows for 7"),
         ],
     )

@@ -52,6 +52,13 @@ def test_dtypes_and_nothing(draw, dtype, backend):
         ({"num_draws": 1.5}, TypeError, "num_draws must be an integer"),
         ({"first_draw": -1}, ValueError, "first_draw must be at least 0"),
         ({"first_row": 0.5}, TypeError, "first_row must be an integer, got float"),
+        (
+            {"first_row": 2**63},
+            ValueError,
+            "first_row must fit into 64 bits, got 9223372036854775808",
+        ),
+        ({"first_row": torch.tensor(True)}, TypeError, r"first_row must .*, got torch.bool of"),
+        ({"first_row": torch.tensor(1j)}, TypeError, r"one integer, got torch.complex64 of"),
         ({"first_row": torch.ones(2, dtype=torch.int64)}, TypeError, r"one integer, .*\(2,\)"),
         ({"dtype": torch.int64}, TypeError, "dtype must be a floating one, got torch.int64"),
         ({"seed": torch.zeros(4, dtype=torch.int64)}, ValueError, "seed has 4 rows for 7"),
