@@ -52,7 +52,17 @@ class EnergyTransformer(ContinuousTransformer):
         Args:
             bounds: least and largest T, 0 < least <= largest < 1. Where the model has such a head,
                 they replace those it was trained for.
+
+        Raises:
+            UserError: no such range; the head draws its noise from a learned density, which a copy
+                of it would lack.
         """
+        if isinstance(self.mlp_generator, SteeredHead):
+            raise UserError(
+                "noise_policy must be false for a model that learns temperatures, whose new head "
+                "would start without the learned density of the noise; got True, as after "
+                "`calm post-train --method policy`"
+            )
         config = cast(CALMConfig, deepcopy(self.config))
         config.tempered_range = list(bounds)
         config.validate_architecture()

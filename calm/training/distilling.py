@@ -12,7 +12,7 @@ The text's own chunk may join the mixture with weight λ, the others then share 
 
 A student that learns on its own texts (``contexts="student"``) is corrected where it will be when
 it generates. The text then gives each sequence's first chunk alone, and nothing says how it goes
-on: λ must be 0.
+on: λ must be 0. An evaluation has the teacher continue the held-out text in either case.
 
 Shapes: B sequences, P chunks of a text, S = P - 1 that are predicted, K tokens of a chunk, M draws
 of the teacher, n of the student, L latent size.
@@ -103,7 +103,7 @@ class DistillationObjective:
         """See `Objective`."""
         config, head = model.config, model.generative_head
         text, weight = input_ids, posterior.weight
-        if self.arguments.contexts == "student":
+        if self.arguments.contexts == "student" and model.training:
             first_sequence = first_row // hidden.shape[1]
             text, is_counted = own_texts(
                 model, input_ids, self.documents, seed=seed, first_sequence=first_sequence

@@ -37,8 +37,14 @@ def build_model(arguments: JobArguments, tokenizer: PreTrainedTokenizerBase) -> 
             f"model_name_or_path: {arguments.model.model_name_or_path} has a {model.head_type} "
             "head; an energy head alone can be trained by rewards of its draws"
         )
-    learn_from(model, arguments.options, tokenizer)
     training = arguments.training
+    for flag in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(training, flag):
+            raise UserError(
+                f"{flag} must be false in this stage: an evaluation would compare a rounded head "
+                "with the old one as it was; got True"
+            )
+    learn_from(model, arguments.options, tokenizer)
     batch = max(training.per_device_train_batch_size, training.per_device_eval_batch_size)
     chunks = batch * arguments.block_size // model.patch_size
     check_draws(model, "num_draws", arguments.options.num_draws, chunks)

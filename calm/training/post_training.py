@@ -26,13 +26,13 @@ Shapes: B sequences, S positions, R = B S, K tokens of a chunk, L latent size, H
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, TrainerControl, TrainerState, TrainingArguments
 
 from calm.decoding.sampling.seeds import advance
 from calm.errors import UserError
@@ -52,6 +52,11 @@ logger = logging.getLogger(__name__)
 OLD_STRIDE = 2**40  # the old model's draws are those of steps that no run reaches
 DRAWS_AT_A_TIME = 2**13  # decoded together
 METHODS, WEIGHTINGS = ("tilted", "policy"), ("softmax", "signed")
+UNUSED = {  # flags without effect
+    "policy": ("weighting", "reward_temperature", "advantage_scale"),
+    "softmax": ("advantage_scale",),
+    "signed": ("reward_temperature",),
+}
 DISTANCE = "energy_distance"
 
 
@@ -85,6 +90,14 @@ class PostTrainingArguments:
             if getattr(self, name) not in allowed:
                 raise UserError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        is_policy = self.method == "policy"
+        chosen = f"method={self.method}" if is_policy else f"weighting={self.weighting}"
+        unused = UNUSED[self.method if is_policy else self.weighting]
+        for flag in fields(self):
+            if flag.name in unused and (given := getattr(self, flag.name)) != flag.default:
+                raise UserError(
+                    f"{flag.name} has no effect with {chosen}: take it out, got {given!r}"
                 )
 
 
@@ -315,6 +328,21 @@ class EnergyDistanceLimit(RunLimit):
         """A run that has ended here takes no further step when it is started again."""
         logged = [entry[DISTANCE] for entry in state.log_history if DISTANCE in entry]
         self._distance = logged[-1] if logged else 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse a run without a log, in which nothing would be compared with the limit."""
+        strategy, given = args.logging_strategy, ""
+        if strategy == IntervalStrategy.NO:
+            given = "logging_strategy=no"
+        elif strategy == IntervalStrategy.STEPS and state.logging_steps > state.max_steps:
+            given = f"logging_steps={state.logging_steps} in a run of {state.max_steps} steps"
+        if given and not args.logging_first_step:
+            raise UserError(
+                f"max_energy_distance={self.limit:g} is compared with the distance at each log, "
+                f"and this run has none; got {given}"
+            )
 
     def on_log(
         self,

@@ -34,18 +34,22 @@ class Length:
 class Repetition:
     """Minus the share of a continuation's tokens that end an n-gram which was there before.
 
+    Tokens after the first end token only fill the chunk and count nowhere.
+
     Attributes:
         order: n.
+        end: id of the token that ends a text; None where there is none.
     """
 
     order: int
+    end: int | None
 
     @classmethod
-    def parse(cls, text: str) -> "Repetition":
+    def parse(cls, text: str, end: int | None) -> "Repetition":
         """What follows ``repetition:``, n; 4 for nothing."""
         if text and not (text.isascii() and text.isdigit() and int(text)):
             raise UserError(f"reward: repetition:N takes a whole number of tokens, got {text!r}")
-        return cls(int(text or NGRAM))
+        return cls(int(text or NGRAM), end)
 
     def __call__(
         self, contexts: Sequence[tuple[int, ...]], continuations: Sequence[tuple[int, ...]]
@@ -56,6 +60,8 @@ class Repetition:
         ]
 
     def _of(self, context: tuple[int, ...], ids: tuple[int, ...]) -> float:
+        if self.end in ids:
+            ids = ids[: ids.index(self.end) + 1]
         whole, repeated, seen = context + ids, 0, set()
         for end in range(self.order, len(whole) + 1):
             gram = whole[end - self.order : end]
@@ -91,6 +97,14 @@ class Pattern:
     def __call__(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """A number for each, 0 or 1."""
         return [
-            float(any(m.end() > len(context) for m in self.pattern.finditer(context + text)))
+            float(self._ends_in(context, text))
             for context, text in zip(contexts, continuations, strict=True)
         ]
+
+    def _ends_in(self, context: str, text: str) -> bool:
+        """Of each place where a match begins the first one counts; matches may overlap."""
+        whole = context + text
+        match = self.pattern.search(whole) if text else None
+        while match and match.end() <= len(context):
+            match = self.pattern.search(whole, match.start() + 1)
+        return match is not None

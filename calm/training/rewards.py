@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from calm.decoding.text.edges import CONTEXT, text_after
 from calm.errors import UserError
 from calm.labels import IGNORE_INDEX
 from calm.training.reward_functions import Length, Pattern, Repetition
@@ -30,6 +31,7 @@ __all__ = ["READS", "BrierReward", "FunctionReward", "Group", "Reward", "load_re
 READS = ("text", "tokens")
 FORMS = "brier, length, repetition, repetition:N, regex:PATTERN or module:function"
 Function = Callable[[list[Any], list[Any]], Any]
+Ids = tuple[int, ...]
 
 
 class Group(NamedTuple):
@@ -115,13 +117,14 @@ class BrierReward:
 class FunctionReward:
     """A Python function of contexts and continuations.
 
-    It is asked once for equal pairs of a micro-batch.
+    It is asked once for equal pairs of a micro-batch, and not at all where there is none.
 
     Attributes:
         function: takes two lists of equal length, contexts and continuations, and returns as many
             finite numbers.
         name: of the function, for errors.
-        tokenizer: with it contexts and continuations are texts; without, tuples of token ids.
+        tokenizer: with it contexts and continuations are texts, the latter what the tokens add to
+            that of the context (`text_after`); without, tuples of token ids.
     """
 
     function: Function
@@ -136,9 +139,9 @@ class FunctionReward:
         Raises:
             UserError: the function raises, or returns something else than a number for each.
         """
-        contexts = self._read(group.contexts)
-        chunks = self._read(group.draws.flatten(0, 1).tolist())
-        pairs = list(zip(contexts * len(group.draws), chunks, strict=True))
+        contexts = [tuple(context) for context in group.contexts]
+        chunks = [tuple(chunk) for chunk in group.draws.flatten(0, 1).tolist()]
+        pairs = self._read(list(zip(contexts * len(group.draws), chunks, strict=True)))
         unique = list(dict.fromkeys(pairs))
         known = dict(zip(unique, self._ask(unique), strict=True))
         numbers = torch.tensor([known[pair] for pair in pairs], dtype=torch.float32)
@@ -152,19 +155,25 @@ class FunctionReward:
         """See `Reward`; the baseline is the mean of the other rewards."""
         return (rewards - rewards.mean(0)) * (len(rewards) / (len(rewards) - 1))
 
-    def _read(self, sequences: Sequence[Sequence[int]]) -> list[Any]:
-        """What the function sees of lists of ids."""
-        ids = [tuple(sequence) for sequence in sequences]
+    def _read(self, pairs: list[tuple[Ids, Ids]]) -> list[tuple[Any, Any]]:
+        """What the function sees of contexts and continuations; a text is what ids add to it."""
         if self.tokenizer is None:
-            return ids
-        unique = list(dict.fromkeys(ids))
-        texts = self.tokenizer.batch_decode(
-            [list(one) for one in unique], clean_up_tokenization_spaces=False
-        )
-        known = dict(zip(unique, texts, strict=True))
-        return [known[one] for one in ids]
+            return pairs
+        contexts = {
+            context: self.tokenizer.decode(list(context), clean_up_tokenization_spaces=False)
+            for context in dict.fromkeys(context for context, _ in pairs)
+        }
+        chunks = {
+            (context, ids): text_after(
+                self.tokenizer, context[-CONTEXT:], ids, skip_special_tokens=False
+            )
+            for context, ids in dict.fromkeys(pairs)
+        }
+        return [(contexts[pair[0]], chunks[pair]) for pair in pairs]
 
     def _ask(self, pairs: list[tuple[Any, Any]]) -> list[float]:
+        if not pairs:
+            return []
         try:
             found = self._call(pairs)
         except Exception as error:
@@ -213,8 +222,24 @@ def load_reward(name: str, tokenizer: PreTrainedTokenizerBase, reads: str) -> Re
         reads: what a function of the user sees, ``text`` or ``tokens``.
 
     Raises:
-        UserError: no such reward, module or function; a pattern that is none.
+        UserError: no such reward, module or function; a pattern that is none; `reads` other than
+            text for a reward that is built in.
     """
+    kind, _, rest = name.partition(":")
+    if built_in := _built_in(name, tokenizer):
+        if reads != READS[0]:
+            raise UserError(
+                f"reward_reads says what a module:function gets and has no effect with the reward "
+                f"{name}: take it out, got {reads!r}"
+            )
+        return built_in
+    if not kind or not rest:
+        raise UserError(f"reward must be {FORMS}; got {name!r}")
+    return FunctionReward(_imported(kind, rest), name, tokenizer if reads == "text" else None)
+
+
+def _built_in(name: str, tokenizer: PreTrainedTokenizerBase) -> Reward | None:
+    """The reward that is no function of the user; None where `name` is none of these."""
     kind, _, rest = name.partition(":")
     match kind:
         case "brier" if not rest:
@@ -222,12 +247,10 @@ def load_reward(name: str, tokenizer: PreTrainedTokenizerBase, reads: str) -> Re
         case "length" if not rest:
             return FunctionReward(Length(tokenizer.eos_token_id), name)
         case "repetition":
-            return FunctionReward(Repetition.parse(rest), name)
+            return FunctionReward(Repetition.parse(rest, tokenizer.eos_token_id), name)
         case "regex":
             return FunctionReward(Pattern.parse(rest), name, tokenizer)
-    if not kind or not rest:
-        raise UserError(f"reward must be {FORMS}; got {name!r}")
-    return FunctionReward(_imported(kind, rest), name, tokenizer if reads == "text" else None)
+    return None
 
 
 def _imported(module: str, function: str) -> Function:

@@ -196,7 +196,7 @@ class TestTarget:
 
     @pytest.mark.parametrize("contexts", ["data", "student"])
     def test_a_batch_in_parts_learns_the_same(self, contexts):
-        model, ids = tiny_calm(vocab_size=VOCAB), prompt(4, 16, vocab_size=VOCAB)
+        model, ids = tiny_calm(vocab_size=VOCAB).train(), prompt(4, 16, vocab_size=VOCAB)
         teacher = TokenTeacher(tiny_baseline(vocab_size=VOCAB), PLAIN)
         arguments = DistillationArguments(contexts=contexts, teacher_draws=2)
         model.objective = DistillationObjective(arguments, teacher, PLAIN)
@@ -247,9 +247,17 @@ class TestOwnTexts:
             assert text[row, K : K + len(wanted)].equal(wanted)
         assert counted[:, 0].all()
 
+    def test_an_evaluation_is_on_the_text_that_is_held_out(self):
+        model, ids = self.model(), prompt(2, 16, vocab_size=END)
+        teacher = TokenTeacher(tiny_baseline(vocab_size=VOCAB), PLAIN)
+        with torch.no_grad():
+            own, text = (loss_of(model, teacher, ids, contexts=c) for c in ("student", "data"))
+            assert own.equal(text)
+            assert not loss_of(model.train(), teacher, ids, contexts="student").equal(text)
+
     def test_sequences_count_as_much_as_in_the_text(self):
         """Where texts end early, what is left of them stands for the whole."""
-        model, ids = self.model(), prompt(6, 32, vocab_size=END)
+        model, ids = self.model().train(), prompt(6, 32, vocab_size=END)
         arguments = DistillationArguments(contexts="student")
         objective = DistillationObjective(arguments, Saying(*[[1, 2, 3, 4]] * 4), PLAIN)
         _, counted = own_texts(model, ids, PLAIN, seed=SEED, first_sequence=0)

@@ -245,6 +245,26 @@ class TestPolicy:
         assert loaded.generate(ids, **options).equal(model.generate(ids, **options))
         assert not loaded.generate(ids, **options).equal(before)
 
+    def test_a_factor_narrows_the_draws_towards_the_mean_that_was_learned(self):
+        """ε = μ + f exp(s) g with f of both factors; given noise is the head's own matter."""
+        torch.manual_seed(0)
+        head = SteeredHead(tiny.config())
+        head.start_from(SteeredHead(tiny.config()))
+        torch.nn.init.normal_(head.output.weight, std=0.2)
+        with torch.no_grad():
+            head.noise_policy.bias[: head.noise_size] = 1.5
+        hidden = torch.randn(5, 16)
+        drawn = head.draw(hidden, 3, seed=4)
+        narrow = head.as_noise(1.5 + 0.3 * (drawn - 1.5))
+        found = head.sample(hidden, None, 3, 4, noise_scale=0.5, noise_spread=0.6)
+        torch.testing.assert_close(found, head(hidden, narrow))
+        mean = head(hidden, head.as_noise(torch.full_like(drawn[0], 1.5)))
+        for factors in ({"noise_scale": 0.0}, {"noise_spread": 0.0}):
+            torch.testing.assert_close(head.sample(hidden, **factors), mean)
+            assert (head.sample(hidden, narrow[0], **factors) - mean).abs().max() > 1e-3
+        with pytest.raises(ValueError, match="noise_spread must be finite"):
+            head.sample(hidden, noise_spread=float("nan"))
+
     def test_who_can_have_one(self):
         with pytest.raises(UserError, match="noise_policy must be false for the flow head"):
             CALMConfig(noise_policy=True, head_type="flow")

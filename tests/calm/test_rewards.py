@@ -4,7 +4,9 @@ from itertools import product
 
 import pytest
 import torch
+from tokenizers_like import llama2_like
 
+from calm.data.encoding import Encoder
 from calm.data.tokenizer import byte_tokenizer
 from calm.errors import UserError
 from calm.training.rewards import BrierReward, FunctionReward, Group, load_reward
@@ -107,6 +109,37 @@ class TestFunctions:
             0,
         ]
 
+    def test_matches_may_overlap(self):
+        """The first match, "x-x" of the context, hides the one that ends in the chunk."""
+        assert ask("regex:x-x", ["x-x-", "x-x "], ["x", "x"]) == [1, 0]
+
+    def test_a_repetition_ends_with_the_text(self):
+        reward = load_reward("repetition:1", byte_tokenizer(), "text")
+        draws = torch.tensor([[[65, 257, 257, 257]], [[66, 257, 66, 65]], [[65, 65, 66, 66]]])
+        found = reward.rewards(Group(draws, draws[0], [(65,)]))[:, 0]
+        assert found.tolist() == [-1 / 2, 0, -3 / 4]
+
+    @pytest.mark.parametrize("reads", ["text", "tokens"])
+    def test_nothing_is_asked_about_no_position(self, reads):
+        def refuses(*lists):
+            raise AssertionError(lists)
+
+        reward = FunctionReward(refuses, "mine", byte_tokenizer() if reads == "text" else None)
+        draws = torch.zeros(3, 0, 4, dtype=torch.long)
+        assert reward.rewards(Group(draws, draws[0], [])).shape == (3, 0)
+
+    def test_a_chunk_is_read_after_its_context(self):
+        """A sentencepiece-like tokenizer drops the space before a text's first word."""
+        tokenizer, asked = llama2_like(), []
+        ids = Encoder(tokenizer).prompt("the cat sat")
+        cut = tokenizer.convert_ids_to_tokens(ids).index("▁cat")
+        reward = FunctionReward(
+            lambda *pairs: asked.extend(zip(*pairs, strict=True)) or [0.0], "mine", tokenizer
+        )
+        draws = torch.tensor([[ids[cut:]]] * 2)
+        reward.rewards(Group(draws, draws[0], [ids[:cut]]))
+        assert asked == [(tokenizer.decode(ids[:cut]), " cat sat")]
+
     def test_length_counts_to_the_end_token(self):
         reward = load_reward("length", byte_tokenizer(), "text")
         draws = torch.tensor([[[65, 257, 66]], [[65, 66, 67]], [[257, 257, 65]]])
@@ -181,3 +214,8 @@ class TestRefused:
     def test_names_that_mean_nothing(self, name, complaint):
         with pytest.raises(UserError, match=complaint):
             load_reward(name, byte_tokenizer(), "text")
+
+    @pytest.mark.parametrize("name", ["brier", "length", "repetition:2", "regex:a"])
+    def test_what_a_built_in_reward_reads(self, name):
+        with pytest.raises(UserError, match=f"reward_reads .*the reward {name}.*got 'tokens'"):
+            load_reward(name, byte_tokenizer(), "tokens")

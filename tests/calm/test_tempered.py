@@ -115,6 +115,12 @@ class TestMistakes:
         with pytest.raises(UserError, match="a FlowTransformer cannot have"):
             make_predictor(tiny.model("flow"), method="amortized", temperature=0.5)
 
+    def test_a_head_with_a_density_of_its_noise(self):
+        model = tiny.model(noise_policy=True)
+        with pytest.raises(UserError, match=r"noise_policy must be false .*policy`"):
+            model.add_tempered_head(BOUNDS)
+        assert model.tempered_head is None and model.config.tempered_range is None
+
     @pytest.mark.parametrize("bounds", [[0.5], [0.0, 0.5], [0.5, 0.4], [0.5, 1.0]])
     def test_ranges(self, bounds):
         with pytest.raises(UserError, match="tempered_range must be two temperatures"):

@@ -125,13 +125,19 @@ class TestProgram:
             (["--num_draws=1"], "num_draws must be at least 2, got 1"),
             (["--num_draws=2", "--method=policy"], "num_draws must be at least 3 for method"),
             (["--num_draws=100000000000"], "num_draws=100000000000"),
+            (["--method=policy", "--weighting=signed"], "weighting has no effect with method=pol"),
+            (["--advantage_scale=2"], "advantage_scale has no effect with weighting=softmax"),
+            (["--weighting=signed", "--reward_temperature=2"], "reward_temperature has no effect"),
+            (["--max_energy_distance=1", "--logging_strategy=no"], "got logging_strategy=no"),
+            (["--max_energy_distance=1", "--logging_steps=5"], "logging_steps=5 in a run of 4"),
+            (["--bf16_full_eval"], "bf16_full_eval must be false"),
             (["--reward_temperature=0"], "reward_temperature must be above 0"),
             (["--old_weight=-1"], "old_weight must be at least 0"),
             (["--metric_for_best_model=brier_lm"], "must be one of loss, reward, old_reward"),
         ],
         ids=[
-            "model", "method", "weighting", "reads", "reward", "draws", "brier", "memory", "beta",
-            "old", "metric",
+            "model", "method", "weighting", "reads", "reward", "draws", "brier", "memory",
+            "policy", "softmax", "signed", "no-log", "late-log", "bf16", "beta", "old", "metric",
         ],
     )  # fmt: skip
     def test_mistakes(self, words, part, calm, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The interface of a language model's head."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "GenerativeHead", "HeadLoss", "Objective", "Posterior", "expand_rows", "is_recomputed",
+    "noise_factor",
 ]  # fmt: skip
 
 
@@ -144,3 +146,15 @@ def expand_rows(name: str, draw: Tensor, weight: Tensor, num_draws: int, width: 
     expanded = draw.new_zeros(num_draws, *weight.shape, width)
     expanded[:, is_unmasked] = draw.reshape(num_draws, unmasked, width)
     return expanded
+
+
+def noise_factor(noise_scale: float, noise_spread: float) -> float:
+    """Their product, for a head in which both are one factor on normal noise.
+
+    Raises:
+        ValueError: one is negative or not finite.
+    """
+    for name, factor in (("noise_scale", noise_scale), ("noise_spread", noise_spread)):
+        if not (factor >= 0.0 and math.isfinite(factor)):
+            raise ValueError(f"{name} must be finite and at least 0, got {factor}")
+    return noise_scale * noise_spread

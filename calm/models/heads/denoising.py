@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from calm.configuration import CALMConfig
-from calm.models.heads.base import HeadLoss, Posterior, expand_rows
+from calm.models.heads.base import HeadLoss, Posterior, expand_rows, noise_factor
 from calm.models.heads.denoiser import Denoiser
 from calm_kernels.noise import Seed, Stream, as_seed
 from calm_kernels.uniform_draws import normal_draws, uniform_draws
@@ -160,10 +160,7 @@ class DenoisingHead(nn.Module):
 
         Returns: ``[..., L]``, or ``[num_samples, ..., L]``.
         """
-        for name, factor in (("noise_scale", noise_scale), ("noise_spread", noise_spread)):
-            if not (factor >= 0.0 and math.isfinite(factor)):
-                raise ValueError(f"{name} must be finite and at least 0, got {factor}")
-        scale = noise_scale * noise_spread
+        scale = noise_factor(noise_scale, noise_spread)
         if num_samples is not None and not 1 <= num_samples <= MAX_SAMPLES:
             raise ValueError(f"num_samples must lie in [1, {MAX_SAMPLES}], got {num_samples}")
         draws = () if num_samples is None else (num_samples,)

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from calm.configuration import CALMConfig
+from calm.models.heads.base import noise_factor
 from calm.models.heads.energy import EnergyGenerativeHead
-from calm_kernels import noise as noise_source
 from calm_kernels.backend import Backend
 from calm_kernels.noise import Seed, Stream
+from calm_kernels.uniform_draws import uniform_draws
 
 __all__ = ["SteeredHead"]
 
@@ -60,20 +61,22 @@ class SteeredHead(EnergyGenerativeHead):
         num_samples: int | None = None,
         seed: Seed = None,
         first_row: int | Tensor = 0,
+        factor: float = 1.0,
     ) -> Tensor:
         """ε for hidden states ``[..., H]``: float32 ``[..., Z]`` or ``[num_samples, ..., Z]``.
 
-        Differentiable in the policy. Draws are addressed as those of `EnergyHead.sample`.
+        Differentiable in the policy. Draws are addressed as those of `EnergyHead.sample`. `factor`
+        multiplies the deviation exp(s): 1 for the density, 0 for its mean.
         """
         mean, log_std = self.policy(hidden)
         rows = hidden.shape[:-1].numel()
-        uniform = noise_source.uniform(
+        uniform = uniform_draws(
             rows, self.noise_size, stream=Stream.HEAD, seed=seed, num_draws=num_samples,
             first_row=first_row, device=hidden.device,
         )  # fmt: skip
         normal = math.sqrt(2) * torch.erfinv(2 * (uniform - 0.5 + HALF_STEP))
         lead = () if num_samples is None else (num_samples,)
-        return mean + log_std.exp() * normal.reshape(*lead, *mean.shape)
+        return mean + factor * log_std.exp() * normal.reshape(*lead, *mean.shape)
 
     def log_density(self, drawn: Tensor, hidden: Tensor) -> Tensor:
         """Logarithm of the density N(ε; μ(h), exp(2 s(h))), summed over Z, float32.
@@ -104,10 +107,15 @@ class SteeredHead(EnergyGenerativeHead):
         recompute: bool = False,
         backend: Backend | str = Backend.AUTO,
     ) -> Tensor:
-        """As `EnergyHead.sample`; fresh noise comes from the density, given noise stays."""
+        """As `EnergyHead.sample`; fresh noise comes from the density, given noise stays.
+
+        Of fresh noise both `noise_scale` and `noise_spread` multiply exp(s), so that draws narrow
+        towards those of the mean that was learned, ε = μ(h), and not towards those of noise 0.
+        """
         if noise is None:
-            drawn = self.draw(hidden, num_samples, seed, first_row)
-            noise = self.as_noise(drawn).to(hidden.dtype)
+            factor = noise_factor(noise_scale, noise_spread)
+            drawn = self.draw(hidden, num_samples, seed, first_row, factor)
+            noise, noise_scale, noise_spread = self.as_noise(drawn).to(hidden.dtype), 1.0, 1.0
         return super().sample(
             hidden, noise, num_samples, seed, first_row, noise_scale,
             noise_spread=noise_spread, recompute=recompute, backend=backend,
