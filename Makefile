@@ -25,7 +25,7 @@ TESTS = OMP_WAIT_POLICY=PASSIVE $(1)/bin/python -m pytest -q $(PARALLEL)
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oldest test-harness test-browser test-gpu lint format types check bench bench-gpu \
+.PHONY: help setup demo test suite test-long test-oldest test-harness test-browser test-gpu lint format types check bench bench-gpu \
   audit docs docs-serve compile-report clean
 
 help: ## show this list
@@ -51,8 +51,14 @@ $(READY): pyproject.toml setup.py $(CONSTRAINTS)
 demo: $(READY) ## train, evaluate and sample a small CALM on two cores in minutes; writes runs/demo
 	$(WAIT) $(BIN)/calm demo $(ARGS)
 
-test: lint types ## lint, types and all tests that need no GPU and no browser (under 20 minutes on two cores)
-	$(call TESTS,$(VENV)) -m "not gpu and not browser" $(ARGS)
+test: lint ## lint, types and the tests that need no GPU and no browser (under 20 minutes on two cores)
+	$(MAKE) -j2 types suite
+
+suite: $(READY) ## these tests alone
+	$(call TESTS,$(VENV)) -m "not gpu and not browser and not long" $(ARGS)
+
+test-long: $(READY) ## whole runs through the command line, torchrun, the compiler and a loaded server (minutes)
+	$(call TESTS,$(VENV)) -m long $(ARGS)
 
 test-oldest: ## the tests with the oldest supported torch, Triton and transformers, in .venv-oldest
 	$(MAKE) VENV=$(OLDEST) CONSTRAINTS=constraints-oldest.txt setup
@@ -91,7 +97,7 @@ types: $(READY) ## type-check both packages
 	$(BIN)/mypy
 
 check: lint types ## lint, types and the fast tests (under 5 minutes)
-	$(call TESTS,$(VENV)) -m "not gpu and not slow and not browser" $(ARGS)
+	$(call TESTS,$(VENV)) -m "not gpu and not slow and not long and not browser" $(ARGS)
 
 bench: $(READY) ## benchmarks on this machine; parity is asserted before anything is timed
 	$(BIN)/python -m pytest benchmarks -q --benchmark-only $(ARGS)

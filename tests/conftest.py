@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     long, others = [], []
     for item in items:
-        is_long = any(item.get_closest_marker(name) for name in ("slow", "timeout"))
+        is_long = any(item.get_closest_marker(name) for name in ("slow", "long", "timeout"))
         (long if is_long else others).append(item)
     bounds = [len(others) * worker // workers for worker in range(workers + 1)]
     items[:] = [

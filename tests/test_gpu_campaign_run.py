@@ -81,7 +81,7 @@ def check_tables(folder, report, capsys):
     return page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_stage_of_each_program(tmp_path, capsys):
     """Some 40 s of a CPU core."""

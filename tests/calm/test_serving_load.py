@@ -66,7 +66,7 @@ def resident_bytes(process):
     return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) << 10
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_many_requests(folders):

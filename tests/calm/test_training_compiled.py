@@ -37,6 +37,7 @@ def _one_graph():
     assert counters["stats"]["unique_graphs"] <= 1
 
 
+@pytest.mark.long
 def test_losses_checkpoints_evaluation_and_generation(tmp_path):
     """Through inductor."""
     settings = {"data": DATA, **STEPS, **EVALUATED, **SAVED}

@@ -72,7 +72,7 @@ def test_a_run_of_two_processes_goes_on_in_one(tmp_path):
     assert MAIN["autoencoder"](odd) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_error_of_ours_ends_what_torchrun_reports(tmp_path):
     words = flags(tmp_path, "autoencoder", "--block_size=30")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -263,7 +263,7 @@ def test_bf16_without_a_gpu(paths, monkeypatch, caplog, units):
     assert "running on the CPU" in said and ("in float32" in said) is not units
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_train_ar_under_torchrun(paths):
     """As the script launches it, with two processes instead of eight."""
     output = paths["WORK_PATH"] / "ar"

@@ -31,7 +31,7 @@ def kill_after(folder, *words):
     process.communicate()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_train_kill_resume_evaluate_generate(tmp_path):
     text = write_corpus(tmp_path)
     calm("train-ae", *flags(tmp_path, "autoencoder", text=text))
