@@ -13,6 +13,7 @@ from calm.configuration_autoencoder import AutoencoderConfig, Initializer
 from calm.configuration_checks import (
     check_backbone,
     check_tempered_range,
+    check_tempered_spread,
     checked,
     require,
     require_positive,
@@ -92,6 +93,8 @@ class CALMConfig(LlamaConfig):
         tempered_range: least and largest T < 1 of which a second energy head draws in one step
             (`calm.models.heads.tempered`), which ``calm distill-temperature`` adds to a trained
             model and trains; None for none, as published.
+        tempered_spread: pairs of a T and the factor on what that head's noise contributes there, T
+            increasing; the logarithm of the factor is linear in that of T between them. None for 1.
         noise_policy: the energy head draws its noise from a learned density
             (`calm.models.heads.steered`), which ``calm post-train --method policy`` adds to a
             trained model and trains; False for uniform noise, as published.
@@ -143,6 +146,7 @@ class CALMConfig(LlamaConfig):
     token_score_start: int | float = 0
     token_score_samples: int = 2
     tempered_range: list[int | float] | None = None
+    tempered_spread: list[list[float]] | None = None
     noise_policy: bool = False
     has_start_patch: bool = False
     initializer: Initializer = "normal"
@@ -179,6 +183,7 @@ class CALMConfig(LlamaConfig):
         self._check_sampling_steps()
         self._check_training_terms()
         check_tempered_range(self.tempered_range, self.head_type)
+        check_tempered_spread(self.tempered_spread, self.tempered_range)
         require(
             not self.noise_policy or self.head_type in (None, "energy"),
             f"noise_policy must be false for the {self.head_type} head: an energy head alone can "

@@ -15,6 +15,7 @@ from calm.errors import UserError
 __all__ = [
     "check_backbone",
     "check_tempered_range",
+    "check_tempered_spread",
     "checked",
     "require",
     "require_numbers",
@@ -96,6 +97,22 @@ def check_tempered_range(bounds: list[int | float] | None, head_type: str | None
         head_type in (None, "energy"),
         f"tempered_range must be None for the {head_type} head: an energy head alone can have "
         "learned temperatures",
+    )
+
+
+def check_tempered_spread(
+    knots: list[list[float]] | None, bounds: list[int | float] | None
+) -> None:
+    """Pairs of increasing temperatures and positive factors, of a model with a tempered head."""
+    if knots is None:
+        return
+    require(bounds is not None, f"tempered_spread needs a tempered_range, got {knots} without one")
+    is_pairs = bool(knots) and all(len(knot) == 2 and min(knot) > 0 for knot in knots)
+    temperatures = [knot[0] for knot in knots]
+    require(
+        is_pairs and temperatures == sorted(set(temperatures)),
+        "tempered_spread must be pairs [T, factor] of positive numbers with increasing T, got "
+        f"{knots}",
     )
 
 

@@ -51,7 +51,7 @@ class EnergyTransformer(ContinuousTransformer):
 
         Args:
             bounds: least and largest T, 0 < least <= largest < 1. Where the model has such a head,
-                they replace those it was trained for.
+                they replace those it was trained for, and its noise is spread as in training.
 
         Raises:
             UserError: no such range; the head draws its noise from a learned density, which a copy
@@ -64,9 +64,9 @@ class EnergyTransformer(ContinuousTransformer):
                 "`calm post-train --method policy`"
             )
         config = cast(CALMConfig, deepcopy(self.config))
-        config.tempered_range = list(bounds)
+        config.tempered_range, config.tempered_spread = list(bounds), None
         config.validate_architecture()
-        self.config.tempered_range = config.tempered_range
+        self.config.tempered_range, self.config.tempered_spread = config.tempered_range, None
         if self.tempered_head is None:
             self.tempered_head = TemperedHead(config).to(self.device, self.dtype)
             self.tempered_head.start_from(self.mlp_generator)

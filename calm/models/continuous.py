@@ -24,7 +24,7 @@ from calm.models.autoencoder import Autoencoder
 from calm.models.backbone import Backbone, compressor
 from calm.models.cross_entropy import cross_entropy
 from calm.models.heads.base import GenerativeHead, HeadLoss, Objective, Posterior
-from calm.models.heads.tempered import TemperedHead
+from calm.models.heads.tempered import TemperedHead, spread_at
 from calm.models.output import CALMOutput, output_of
 from calm.models.pretrained import CALMPreTrainedModel
 from calm.models.readout import TiedReadout, TokenReadout
@@ -233,13 +233,14 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
     def distribution(self, hidden: Tensor, temperature: float = 1.0) -> HeadDistribution:
         """The distribution of the chunk that follows each hidden state ``[B, H]``.
 
-        Below T = 1 it is that of `head_at`.
+        Below T = 1 it is that of `head_at`, its noise spread as ``tempered_spread`` says.
         """
-        head: GenerativeHead = self.generative_head
-        if temperature != 1:
-            head = tempered = self.head_at(temperature)
-            hidden = tempered.condition(hidden, temperature)
-        return HeadDistribution(head, self.ae_model.decoder, hidden)
+        decoder = self.ae_model.decoder
+        if temperature == 1:
+            return HeadDistribution(self.generative_head, decoder, hidden)
+        head = self.head_at(temperature)
+        spread = spread_at(temperature, self.config.tempered_spread)
+        return HeadDistribution(head, decoder, head.condition(hidden, temperature), spread)
 
     def head_at(self, temperature: float) -> TemperedHead:
         """The head that draws at this T below 1; `UserError` where there is none."""

@@ -42,6 +42,7 @@ from calm.training.recipe import Stage
 from calm.training.resume import Takeover, check_output_folder
 from calm.training.scoring import check_best_metric
 from calm.training.stages import STAGES
+from calm.training.tempered_spread import set_tempered_spread
 from calm.training.trainer import CALMTrainer
 from calm_kernels.backend import Backend, use_backend
 
@@ -184,6 +185,7 @@ def _train(trainer: CALMTrainer, checkpoint: Path | None) -> None:
         logger.info("resuming from %s", checkpoint)
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     whiten_latent(trainer)
+    set_tempered_spread(trainer)
     trainer.save_model()
     trainer.save_state()
     result.metrics.pop("total_flos", None)

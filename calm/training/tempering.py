@@ -51,6 +51,11 @@ class TemperingArguments:
     max_temperature: float = _flag(0.8, "Largest T, likewise.")
     min_draws: int = _flag(200, "Least N, candidates of a vote.")
     max_draws: int = _flag(200, "Largest N; each step draws its own, uniform in log N.")
+    match_agreement: bool = _flag(
+        True,
+        "After training, narrow what the head's noise contributes at each T until its draws agree "
+        "as often as winners of votes; False leaves the head as it was trained.",
+    )
 
     def __post_init__(self) -> None:
         low, high = self.min_temperature, self.max_temperature

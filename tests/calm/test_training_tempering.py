@@ -90,9 +90,12 @@ class TestProgram:
         assert protocol["stage"] == "temperature"
         assert protocol["options"] == {
             "min_temperature": 0.3, "max_temperature": 0.8, "min_draws": 8, "max_draws": 12,
+            "match_agreement": True,
         }  # fmt: skip
         results = json.loads((folder / "eval_results.json").read_text())
         assert "eval_loss" in results and "eval_brier_lm" not in results
+        spread = new.config.tempered_spread
+        assert [round(knot[0], 3) for knot in spread] == [0.3, 0.416, 0.577, 0.8]
         weights, losses = (folder / "model.safetensors").read_bytes(), logs(folder)
         again = flags(tmp_path, "calm", f"--model_name_or_path={folder}", "--config_overrides=")
         assert MAIN["calm"](again) == 2
@@ -100,6 +103,12 @@ class TestProgram:
         shutil.rmtree(folder / "checkpoint-4")  # stopped, and started again
         assert distill(calm, tmp_path) == 0
         assert (folder / "model.safetensors").read_bytes() == weights and logs(folder) == losses
+        assert EnergyTransformer.from_pretrained(folder).config.tempered_spread == spread
+
+    def test_without_matching_the_head_stays_as_it_was_trained(self, calm, tmp_path):
+        assert distill(calm, tmp_path, "--match_agreement=False") == 0
+        new = EnergyTransformer.from_pretrained(tmp_path / "temperature")
+        assert new.config.tempered_spread is None
 
     @pytest.mark.parametrize(
         ("words", "part"),

@@ -100,10 +100,11 @@ class HeadDistribution:
         head: draws latents, a `calm.models.heads.base.GenerativeHead`.
         decoder: of the autoencoder, a `calm.models.autoencoder.Decoder`.
         hidden: ``[B, H]``.
+        spread: factor of the head's own on what its noise contributes, beside that of a method.
     """
 
-    def __init__(self, head: Any, decoder: Any, hidden: Tensor) -> None:
-        self.head, self.decoder, self.hidden = head, decoder, hidden
+    def __init__(self, head: Any, decoder: Any, hidden: Tensor, spread: float = 1.0) -> None:
+        self.head, self.decoder, self.hidden, self.spread = head, decoder, hidden, spread
         self.patch_size: int = decoder.patch_size
         self.device = hidden.device
 
@@ -124,7 +125,7 @@ class HeadDistribution:
             num_samples=num_samples,
             seed=seed,
             noise_scale=noise_scale,
-            noise_spread=noise_spread,
+            noise_spread=noise_spread * self.spread,
         )
 
     def slots(self, latents: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ class HeadDistribution:
 
     def select(self, rows: Tensor) -> "HeadDistribution":
         """See `ChunkDistribution`."""
-        return HeadDistribution(self.head, self.decoder, self.hidden[rows])
+        return HeadDistribution(self.head, self.decoder, self.hidden[rows], self.spread)
 
 
 def decode(distribution: ChunkDistribution, latents: Tensor) -> Tensor:

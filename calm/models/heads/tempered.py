@@ -10,7 +10,7 @@ from transformers import initialization as init
 from calm.configuration import CALMConfig
 from calm.models.heads.energy import EnergyGenerativeHead
 
-__all__ = ["TemperedHead", "in_range"]
+__all__ = ["TemperedHead", "in_range", "spread_at"]
 
 NUM_FEATURES = 8
 TOLERANCE = 1e-6  # relative; 1/3 written with seven digits is 1/3
@@ -57,6 +57,21 @@ class TemperedHead(EnergyGenerativeHead):
             angles = step * -math.log(temperature)
         weight = self.temperature_embd.weight
         return hidden + self.temperature_embd(angles.sin().to(weight.dtype)).to(hidden.dtype)
+
+
+def spread_at(temperature: float, knots: Sequence[Sequence[float]] | None) -> float:
+    """Factor s on what the noise of a tempered head contributes at T.
+
+    log s is linear in log T between the `knots` (T, s), and that of the nearest knot outside of
+    them; without knots s is 1.
+    """
+    if not knots:
+        return 1.0
+    after = next((i for i, knot in enumerate(knots) if knot[0] >= temperature), len(knots) - 1)
+    (low, below), (high, above) = knots[max(0, after - 1)], knots[after]
+    share = 1.0 if low == high else math.log(temperature / low) / math.log(high / low)
+    share = min(max(share, 0.0), 1.0)
+    return math.exp((1 - share) * math.log(below) + share * math.log(above))
 
 
 def in_range(temperature: float, bounds: Sequence[float]) -> bool:
