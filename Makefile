@@ -25,7 +25,7 @@ TESTS = OMP_WAIT_POLICY=PASSIVE $(1)/bin/python -m pytest -q $(PARALLEL)
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test suite test-long test-oldest test-harness test-browser test-gpu lint format types check bench bench-gpu \
+.PHONY: help setup demo pretrained test suite test-long test-oldest test-harness test-browser test-gpu lint format types check bench bench-gpu \
   audit docs docs-serve compile-report clean
 
 help: ## show this list
@@ -50,6 +50,17 @@ $(READY): pyproject.toml setup.py $(CONSTRAINTS)
 
 demo: $(READY) ## train, evaluate and sample a small CALM on two cores in minutes; writes runs/demo
 	$(WAIT) $(BIN)/calm demo $(ARGS)
+
+# Trained in runs/docstrings; a stage that was stopped goes on. ARGS are flags of training.
+PRETRAINED = calm/pretrained/calm-docstrings
+EXPORT = $(BIN)/calm export --overwrite --license mit
+pretrained: $(READY) ## train, score and store the models that come with the package: about an hour of one core
+	$(WAIT) $(BIN)/calm train-ae --config docstrings --output_dir runs/docstrings/autoencoder $(ARGS)
+	$(WAIT) $(BIN)/calm train --config docstrings --ae_name_or_path runs/docstrings/autoencoder \
+	  --output_dir runs/docstrings/calm $(ARGS)
+	$(WAIT) $(BIN)/calm train-ar --config docstrings --output_dir runs/docstrings/baseline $(ARGS)
+	$(EXPORT) --model runs/docstrings/calm --output $(PRETRAINED)
+	$(EXPORT) --model runs/docstrings/baseline --output $(PRETRAINED)-baseline
 
 test: lint ## lint, types and the tests that need no GPU and no browser (under 20 minutes on two cores)
 	$(MAKE) -j2 types suite

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         EnergyTransformer,
         FlowTransformer,
     )
+    from calm.pretrained import pretrained_path
 
 __all__ = [
     "Autoencoder",
@@ -25,12 +26,15 @@ __all__ = [
     "DiffusionTransformer",
     "EnergyTransformer",
     "FlowTransformer",
+    "pretrained_path",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "pretrained_path":
+        return import_module("calm.pretrained").pretrained_path
     models = import_module("calm.models")  # registers them, whichever name is asked for
     return getattr(import_module("calm.configuration") if name.endswith("Config") else models, name)
 

@@ -46,7 +46,9 @@ COMMANDS = {
     "eval": Command("calm.commands.evaluate", "BrierLM of a model on a text"),
     "compare": Command("calm.commands.compare", "rank several models on one text", "train,plot"),
     "generate": Command("calm.commands.generate", "continue a prompt", ""),
+    "pretrained": Command("calm.commands.pretrained", "models that come with the package", ""),
     "serve": Command("calm.commands.serve", "serve models behind OpenAI's interface", "serve"),
+    "export": Command("calm.commands.export", "a trained model small, with scores in its card"),
     "verify": Command("calm.commands.verify", "whether a run's files are as they were written"),
     "experiment": Command("calm.commands.experiment", "study a trained model", "train,plot"),
 }

@@ -10,6 +10,7 @@ from calm.commands.model_flags import (
     add_loading_arguments,
     load_model,
     load_tokenizer_of,
+    model_folder,
     read_config,
 )
 from calm.commands.run_text import (
@@ -27,6 +28,7 @@ from calm.errors import UserError
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
 EXAMPLES = """\
+  calm compare calm-docstrings calm-docstrings-baseline           those of the package
   calm compare runs/demo/calm runs/demo/baseline
   calm compare runs/k2 runs/k4 runs/k8 --data wikitext-test.txt --plot compare.png
   calm compare runs/a runs/b --max-blocks 64 --json compare.json
@@ -39,7 +41,9 @@ with the first where the 95 % interval of its difference holds 0.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the subcommand."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of trained models")
+    parser.add_argument(
+        "runs", nargs="+", type=model_folder, metavar="RUN", help="folders of trained models"
+    )
     add_loading_arguments(parser)
     add_evaluation_text_arguments(parser, or_else="the held-out text of their training")
     add_scoring_arguments(parser)

@@ -6,13 +6,19 @@ import sys
 from typing import Any
 
 from calm.commands.flag_names import with_flag_names
-from calm.commands.model_flags import add_model_arguments, load_model, load_tokenizer_of
+from calm.commands.model_flags import (
+    add_model_arguments,
+    choose_model,
+    load_model,
+    load_tokenizer_of,
+)
 from calm.commands.prompt_flags import add_prompt_arguments, is_interactive, read_prompts
 from calm.ranges import NOT_NEGATIVE, Range, at_least, number
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
 EXAMPLES = """\
+  calm generate --prompt "Returns the "           the model that comes with the package
   calm generate --model runs/demo/calm --prompt "Return the number of"
   calm generate --model runs/demo/calm --prompt-file start.txt --temperature 1 --seed 7
   calm generate --model runs/demo/calm --method exact --temperature 0.7 --prompt "Returns "
@@ -127,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
     """Print every prompt and its continuation as it is drawn; speed goes to standard error."""
     from calm.memory import check_draws
 
+    choose_model(args)
     model: Any = load_model(args)
     check_draws(model, "--num-samples", args.num_samples, 1)
     tokenizer = load_tokenizer_of(args, model)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +12,68 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from calm.commands.text_flags import add_trust_argument
 from calm.configuration import model_kind
 from calm.errors import UserError
+from calm.pretrained import DEFAULT, packaged, pretrained_path
 
 __all__ = [
     "add_loading_arguments",
     "add_model_arguments",
+    "choose_model",
     "load_model",
     "load_tokenizer_of",
+    "model_folder",
     "read_config",
+    "say_default",
 ]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+def add_model_arguments(
+    parser: argparse.ArgumentParser, default: str | None = None, *, is_required: bool = False
+) -> None:
     """The flags that say which model to load, and how.
 
     Args:
         parser: of the command.
-        default: the folder without a flag; None makes the flag required.
+        default: the folder without a flag; None leaves it to `choose_model`.
+        is_required: whether the flag must be given.
     """
+    shown = "" if is_required else f" (default: {default or DEFAULT})"
     parser.add_argument(
         "--model",
-        required=default is None,
+        required=is_required,
         default=default,
+        type=model_folder,
         metavar="DIR",
-        help="folder of a trained CALM or baseline"
-        + ("" if default is None else f" (default: {default})"),
+        help="folder of a trained CALM or baseline, or a model that comes with the package, see "
+        f"`calm pretrained`{shown}",
     )
     add_loading_arguments(parser)
+
+
+def model_folder(text: str) -> str:
+    """A flag's value, or the folder of the model of this name that comes with the package."""
+    try:
+        return packaged(text)
+    except UserError as error:  # which argparse would not show
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def choose_model(args: argparse.Namespace) -> None:
+    """Without ``--model``: the one that comes with the package, which standard error then says."""
+    if args.model is None:
+        args.model = str(pretrained_path())
+        say_default(DEFAULT)
+
+
+def say_default(*names: str) -> None:
+    """Say that models of these names, which come with the package, were chosen."""
+    verb = "comes" if len(names) == 1 else "come"
+    print(
+        f"model: {' and '.join(names)}, which {verb} with the package (--model takes another)",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:

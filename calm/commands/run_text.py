@@ -38,7 +38,7 @@ def choose_text(args: argparse.Namespace, runs: Sequence[str]) -> None:
     name, share = first[1]
     if not name.startswith("embedded:") or share is None:
         known_as = f"trained on {name}" if name else "without a protocol.json that names a text"
-        raise UserError(f"{runs[0]} was {known_as}; pass the text to compare on with --data")
+        raise UserError(f"{runs[0]} was {known_as}; pass the text to score on with --data")
     args.data = name
     if args.validation_split_percentage is None:
         args.validation_split_percentage = share

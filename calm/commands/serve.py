@@ -6,13 +6,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from calm.commands.model_flags import add_loading_arguments, load_model, load_tokenizer_of
+from calm.commands.model_flags import (
+    add_loading_arguments,
+    load_model,
+    load_tokenizer_of,
+    say_default,
+)
 from calm.errors import UserError
+from calm.pretrained import PRETRAINED, packaged, pretrained_path
 from calm.ranges import POSITIVE, Range, at_least, number
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
 EXAMPLES = """\
+  calm serve                                      the models that come with the package
   calm serve --model runs/demo/calm
   calm serve --model runs/demo/calm --model runs/demo/baseline --port 8080
   calm serve --model story=runs/mine/checkpoint-4000 --method readout
@@ -28,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         action="append",
-        required=True,
         metavar="[NAME=]DIR",
         help="folder of a trained CALM or baseline; may be repeated. Requests name it by the "
-        "folder's name, or by NAME",
+        f"folder's name, or by NAME (default: {' and '.join(PRETRAINED)}, which come with the "
+        "package)",
     )
     add_loading_arguments(parser)
     _add_sampling_arguments(parser)
@@ -123,6 +130,9 @@ def run(args: argparse.Namespace) -> int:
     from calm.serving.app import Access, make_app
     from calm.serving.server import bind, is_loopback, make_server
 
+    if args.model is None:
+        args.model = [f"{name}={pretrained_path(name)}" for name in PRETRAINED]
+        say_default(*PRETRAINED)
     folders = _folders(args.model)
     api_key = None if args.api_key_file is None else _read_key(Path(args.api_key_file))
     with bind(args.host, args.port) as sock:
@@ -156,6 +166,7 @@ def _folders(names: list[str]) -> dict[str, str]:
         name, sign, folder = text.partition("=")
         if not sign or Path(text).is_dir():
             name, folder = Path(text).resolve().name, text
+        folder = packaged(folder)
         if not name or not folder or "/" in name:
             raise UserError(f"--model takes DIR or NAME=DIR, a NAME without slash; got {text!r}")
         if name in found:

@@ -160,13 +160,15 @@ def load_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[A
     from calm.evaluation.text import scored_blocks
 
     hide_bars_without_terminal()
+    percentage = held_out_percentage(args)
     options = corpus_options(
         args.data,
-        validation_split_percentage=held_out_percentage(args),
+        validation_split_percentage=percentage,
         text_unit=args.text_unit,
         on_error=args.on_error,
     )
     blocks, skipped = scored_blocks(
         options, model, tokenizer, block_size=args.block_size, max_blocks=args.max_blocks
     )
-    return blocks, {"data": args.data, "skipped_documents": skipped}
+    about = {"data": args.data, "held_out_percentage": percentage, "skipped_documents": skipped}
+    return blocks, about

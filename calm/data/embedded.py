@@ -32,6 +32,7 @@ from calm.integrity import write_atomically
 __all__ = [
     "EMBEDDED_CORPORA",
     "PREFIX",
+    "TEXT_LICENCES",
     "check_embedded",
     "embedded_corpus",
     "embedded_stamp",
@@ -201,6 +202,17 @@ EMBEDDED_CORPORA: dict[str, Callable[[], list[str]]] = {
     f"{PREFIX}docstrings": standard_library_docstrings,
     f"{PREFIX}sources": standard_library_sources,
     f"{PREFIX}packages": package_docstrings,
+}
+
+
+OF_PYTHON = (
+    "It is part of Python, under the licence PSF-2.0 (https://docs.python.org/3/license.html)."
+)
+# Whose text a corpus is, in a sentence, for cards of models.
+TEXT_LICENCES = {
+    **{PREFIX + name: OF_PYTHON for name in ("topics", "docstrings", "sources")},
+    f"{PREFIX}packages": "It is part of packages that are installed with calm, under the licence "
+    "of each, most of them BSD or Apache 2.0.",
 }
 
 

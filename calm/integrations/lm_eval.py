@@ -67,7 +67,7 @@ class CALMHarness(TemplateLM):
         flags = [f"--model={pretrained}", f"--device={device or 'auto'}", f"--dtype={dtype}"]
         flags += [f"--tokenizer={tokenizer}"] if tokenizer else []
         parser = argparse.ArgumentParser()
-        add_model_arguments(parser)
+        add_model_arguments(parser, is_required=True)
         args = parser.parse_args(flags)
         self.model: Any = load_model(args)
         self.tokenizer: Any = load_tokenizer_of(args, self.model)

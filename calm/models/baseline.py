@@ -19,6 +19,7 @@ from calm.labels import IGNORE_INDEX, Term
 from calm.models.backbone import Backbone
 from calm.models.cross_entropy import cross_entropy
 from calm.models.initialization import initialize
+from calm.pretrained import packaged
 
 __all__ = ["BaselineOutput", "BaselineTransformer"]
 
@@ -57,7 +58,13 @@ class BaselineTransformer(DecodingMixin, LlamaForCausalLM):  # type: ignore[misc
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers; raises `UserError` if files are not those that were saved."""
+        """As in transformers; names of models that come with the package are known, too.
+
+        Raises:
+            UserError: files are not those that were saved.
+        """
+        if pretrained_model_name_or_path is not None:
+            pretrained_model_name_or_path = packaged(pretrained_model_name_or_path)
         check_files(pretrained_model_name_or_path)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 

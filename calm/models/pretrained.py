@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from calm.integrity import check_files
 from calm.models.initialization import initialize
+from calm.pretrained import packaged
 
 __all__ = ["CALMPreTrainedModel"]
 
@@ -37,11 +38,16 @@ class CALMPreTrainedModel(PreTrainedModel):
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers; the dtype is the file's unless ``dtype=`` says otherwise.
+        """As in transformers; the dtype is the configuration's unless ``dtype=`` says otherwise.
+
+        One of `calm.pretrained.PRETRAINED` is the model that comes with the package, unless there
+        is a folder of that name.
 
         Raises:
             UserError: files of the folder are not those that were saved (`calm.integrity`).
         """
+        if pretrained_model_name_or_path is not None:
+            pretrained_model_name_or_path = packaged(pretrained_model_name_or_path)
         check_files(pretrained_model_name_or_path)
         mapping = {**cls.aliases, **(key_mapping or {})}
         return super().from_pretrained(

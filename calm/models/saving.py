@@ -1,12 +1,16 @@
-"""Saving a trained model without what training alone needs."""
+"""Saving a trained model without what training alone needs, and in few bytes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
-__all__ = ["without_training_parts"]
+from calm.integrity import find_non_finite
+
+__all__ = ["save_in", "without_training_parts"]
 
 # Parts of models, and the field of the configuration that is 0 where there is no such part.
 PARTS = {"token_readout": "token_loss_weight", "alignment": "alignment_weight"}
@@ -35,3 +39,23 @@ def without_training_parts(model: PreTrainedModel) -> Iterator[None]:
         model._keys_to_ignore_on_save = ignored
         for name, weight in weights.items():
             setattr(config, name, weight)
+
+
+def save_in(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Save `model` with weights in `dtype`; loading converts them to the dtype that they have now.
+
+    So a file holds half the bytes, and computes as before; weights are rounded once. The model
+    itself is converted, too.
+
+    Raises:
+        ValueError: a weight beyond the range of `dtype`.
+    """
+    computed = model.dtype
+    stored: Any = model
+    stored.to(dtype)
+    if name := find_non_finite(stored.named_parameters()):
+        raise ValueError(f"dtype {dtype} does not reach as far as weight {name}: take bfloat16")
+    with without_training_parts(stored):
+        stored.save_pretrained(folder)
+        stored.config.dtype = computed
+        stored.config.save_pretrained(folder)

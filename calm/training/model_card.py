@@ -1,15 +1,26 @@
 """The model card: ``README.md`` of a trained model's folder, as the Hugging Face hub shows it."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from transformers import PreTrainedModel
 
 from calm.integrity import write_atomically
+from calm.pretrained import PRETRAINED
 from calm.training.recipe import Stage
 from calm.training.trainer import CALMTrainer
 
-__all__ = ["model_card", "write_model_card"]
+__all__ = [
+    "CARD",
+    "TrainedModel",
+    "brier_result",
+    "markdown_table",
+    "model_card",
+    "write_model_card",
+]
 
 CARD = "README.md"
 # First line of the metadata: a person who edits a card takes it out, and the card stays.
@@ -33,11 +44,12 @@ ABOUT = {
 }
 USE = """\
 ```python
-from calm import {model_class}
+from calm import {names}
 from transformers import AutoTokenizer
 
-model = {model_class}.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+folder = {folder}
+model = {model_class}.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 GENERATE = """\
 ids = tokenizer("Returns the ", return_tensors="pt")["input_ids"]
@@ -48,78 +60,149 @@ LIMITS = (
 )
 
 
-def model_card(trainer: CALMTrainer, metrics: dict[str, float]) -> str:
-    """The card of what `trainer` has trained, with metadata for the hub.
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained model and what its run has recorded.
 
-    No licence is named: that of the text is not known here.
+    Attributes:
+        name: of the model.
+        model: itself.
+        protocol: ``protocol.json`` of its run.
+        steps: of the optimizer.
+    """
+
+    name: str
+    model: PreTrainedModel
+    protocol: dict[str, Any]
+    steps: int
+
+    @property
+    def stage(self) -> Stage:
+        """What was trained."""
+        return Stage(self.protocol["stage"])
+
+    @property
+    def text(self) -> str:
+        """What it was trained on, in words."""
+        files = self.protocol["train_files"] or []
+        return self.protocol["dataset"] or ", ".join(files[:3]) + (
+            " and more" if len(files) > 3 else ""
+        )
+
+
+def model_card(
+    trained: TrainedModel,
+    *,
+    rows: Sequence[tuple[str, str]] = (),
+    results: list[EvalResult] | None = None,
+    sections: Sequence[str] = (),
+    limits: Sequence[str] = (),
+    license: str | None = None,
+) -> str:
+    """The card of what was trained, with metadata for the hub.
 
     Args:
-        trainer: after training; its protocol says what was done.
-        metrics: of its evaluation, with names as in ``eval_results.json``; empty without one.
+        trained: with the protocol, which says what was done.
+        rows: more of the table of facts, as name and value.
+        results: scores, for the hub; None without one.
+        sections: Markdown between the facts and the use.
+        limits: more of them, in sentences.
+        license: of the weights; None where nobody has named one: that of the text is not known.
     """
-    record, name = trainer.protocol, trainer.args.folder.name
-    stage = Stage(record["stage"])
-    about = ABOUT[stage].format_map(record)
-    use = USE.format(model_class=type(trainer.model).__name__, name=name)
+    stage, name = trained.stage, trained.name
     parts = [
-        f"---\n{_metadata(trainer, stage, metrics)}\n---",
+        f"---\n{MARK}{_metadata(trained, results, license)}\n---",
         f"# {name}",
-        about,
-        _table([*_facts(trainer), *_scores(metrics)]),
+        ABOUT[stage].format_map(trained.protocol),
+        markdown_table(["", ""], [*_facts(trained), *rows]),
+        *sections,
         "## Use",
         "`pip install calm-lm`, then",
-        use + ("" if stage is Stage.AUTOENCODER else GENERATE) + "```",
+        _use(trained) + ("" if stage is Stage.AUTOENCODER else GENERATE) + "```",
     ]
     if stage is not Stage.AUTOENCODER:
-        parts += ["## Limits", LIMITS]
+        parts += ["## Limits", " ".join([LIMITS, *limits])]
     return "\n\n".join(parts) + "\n"
 
 
 def write_model_card(trainer: CALMTrainer, metrics: dict[str, float]) -> None:
-    """Write `model_card` into the folder of the run; a card that a person has changed stays."""
-    path: Path = trainer.args.folder / CARD
+    """Write the card into the folder of the run; a card that a person has changed stays.
+
+    Args:
+        trainer: after training.
+        metrics: of its evaluation, with names as in ``eval_results.json``; empty without one.
+    """
+    folder: Path = trainer.args.folder
+    path = folder / CARD
     if path.is_file() and not path.read_text(encoding="utf-8").startswith("---\n" + MARK):
         return
-    write_atomically(path, model_card(trainer, metrics))
-
-
-def _metadata(trainer: CALMTrainer, stage: Stage, metrics: dict[str, float]) -> str:
-    dataset = trainer.protocol["dataset"]
+    model: Any = trainer.model
+    trained = TrainedModel(folder.name, model, trainer.protocol, trainer.state.global_step)
     results = None
     if "eval_brier_lm" in metrics:
-        results = [
-            EvalResult(
-                task_type="text-generation", dataset_type="held-out",
-                dataset_name=f"held-out part of {dataset or 'the training files'}",
-                metric_type="brier_lm", metric_name="BrierLM",
-                metric_value=round(metrics["eval_brier_lm"], 3),
-            )
-        ]  # fmt: skip
+        dataset = trained.protocol["dataset"] or "the training files"
+        results = [brier_result(f"held-out part of {dataset}", metrics["eval_brier_lm"])]
+    write_atomically(path, model_card(trained, rows=_scores(metrics), results=results))
+
+
+def brier_result(text: str, value: float) -> EvalResult:
+    """BrierLM on `text`, as the hub lists it."""
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type="held-out",
+        dataset_name=text,
+        metric_type="brier_lm",
+        metric_name="BrierLM",
+        metric_value=round(value, 3),
+    )
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _use(trained: TrainedModel) -> str:
+    """How to load it."""
+    names, folder = [type(trained.model).__name__], f'"{trained.name}"'
+    if trained.name in PRETRAINED:
+        names, folder = [*names, "pretrained_path"], f"pretrained_path({folder})"
+    return USE.format(names=", ".join(names), folder=folder, model_class=names[0])
+
+
+def _metadata(
+    trained: TrainedModel,
+    results: list[EvalResult] | None,
+    license: str | None,
+) -> str:
+    stage = trained.stage
     data = ModelCardData(
         library_name="calm-lm",
-        model_name=trainer.args.folder.name if results else None,
+        license=license,
+        model_name=trained.name if results else None,
         pipeline_tag=None if stage is Stage.AUTOENCODER else "text-generation",
         tags=["calm", str(stage)],
         eval_results=results,
     )
-    return MARK + data.to_yaml()
+    return data.to_yaml()
 
 
-def _facts(trainer: CALMTrainer) -> list[tuple[str, str]]:
-    record, state, args = trainer.protocol, trainer.state, trainer.args
-    train: dict[str, Any] = record["train"]
-    files = record["train_files"]
-    text = record["dataset"] or ", ".join(files[:3]) + (" and more" if len(files) > 3 else "")
+def _facts(trained: TrainedModel) -> list[tuple[str, str]]:
+    record = trained.protocol
+    train, training = record["train"], record["training"]
+    text = trained.text
     if "tokens" in train:
         text += f": {train['tokens']:,} tokens"
-    size = sum(parameter.numel() for parameter in trainer.model.parameters())
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    size = sum(parameter.numel() for parameter in trained.model.parameters())
+    batch = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+    batch *= training["world_size"]
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     return [
         ("parameters", f"{size:,}"),
         ("trained on", text),
         ("tokenizer", f"{record['tokenizer']}, {record['vocab_size']:,} entries"),
-        ("training", f"{state.global_step:,} steps of {batch} x {record['block_size']} tokens"),
+        ("training", f"{trained.steps:,} steps of {batch} x {record['block_size']} tokens"),
         ("optimizer", f"{record['optimizer']}, seed {record['seed']}"),
         ("versions", versions),
     ]
@@ -131,7 +214,3 @@ def _scores(metrics: dict[str, float]) -> list[tuple[str, str]]:
         "eval_brier_lm": "held-out BrierLM (0 to 100, higher is better)",
     }  # fmt: skip
     return [(title, f"{metrics[name]:.4g}") for name, title in names.items() if name in metrics]
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

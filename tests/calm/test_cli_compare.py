@@ -100,7 +100,7 @@ def test_mistakes_in_the_runs(runs, capsys):
     for name in ("calm", "baseline"):
         change(runs / name, dataset=None, train_files=["book.txt"])
     message = error_of(capsys, "compare", runs / "calm", runs / "baseline")
-    assert message.endswith("was trained on book.txt; pass the text to compare on with --data")
+    assert message.endswith("was trained on book.txt; pass the text to score on with --data")
     (runs / "calm" / PROTOCOL).unlink()
     (runs / "baseline" / PROTOCOL).unlink()
     message = error_of(capsys, "compare", runs / "calm", runs / "baseline")

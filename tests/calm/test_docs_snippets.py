@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calm import cli
+from calm import cli, pretrained
 from calm.errors import UserError
 from calm.training.arguments import parse_arguments
 from calm.training.stages import STAGES
@@ -70,7 +70,16 @@ WITH_COMMANDS = [page for page in PAGES if any(commands(page))]
 
 
 @pytest.fixture
-def here(folders, tmp_path, monkeypatch):
+def package(folders, tmp_path_factory, monkeypatch):
+    """Tiny models as those that come with the package."""
+    root = tmp_path_factory.mktemp("package")
+    for name, kind in zip(pretrained.PRETRAINED, ("readout", "baseline"), strict=True):
+        (root / name).symlink_to(folders / kind)
+    monkeypatch.setattr(pretrained, "FOLDER", root)
+
+
+@pytest.fixture
+def here(folders, package, tmp_path, monkeypatch):
     """A folder that holds what the demo leaves, with tiny models."""
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     (tmp_path / "path" / "to").mkdir(parents=True)
@@ -154,7 +163,7 @@ def take(words):
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=name_of)
-def test_commands_are_what_their_programs_take(page, parse_only, monkeypatch):
+def test_commands_are_what_their_programs_take(page, parse_only, package, monkeypatch):
     monkeypatch.chdir(ROOT)
     for words in commands(page):
         take(words)

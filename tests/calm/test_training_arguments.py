@@ -22,7 +22,7 @@ from calm.training.recipe import (
 
 PRESETS = (
     "autoencoder baseline-10b baseline-l baseline-m baseline-s calm-10b calm-l calm-m "
-    "calm-m-diffusion calm-m-flow calm-xl demo desk small tiny"
+    "calm-m-diffusion calm-m-flow calm-xl demo desk docstrings small tiny"
 )
 
 # Every flag that the published scripts take, under its name of then.
