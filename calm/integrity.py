@@ -8,7 +8,7 @@ filled up, leaves no manifest, or one that the files do not match. A changed bit
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,6 +27,7 @@ __all__ = [
     "find_damage",
     "find_non_finite",
     "listed_names",
+    "new_digest",
     "saved_shapes",
     "saved_weights",
     "weights_hash",
@@ -39,7 +40,7 @@ BLOCK = 1 << 22  # bytes hashed at a time
 
 # Any one of the patterns in a row will do: weights whole or in shards, by transformers or FSDP.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model_fsdp*")
-LARGE = (".safetensors", ".bin", ".pt", ".pth")
+LARGE = (".safetensors", ".bin", ".pt", ".pth", ".tokens", ".documents")
 MODEL_FILES = (("config.json",), WEIGHTS)
 
 
@@ -53,8 +54,11 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _new_digest(start: bytes = b"") -> Any:
-    """XXH3 of 128 bits. Imported here: a machine without it can still train and time models."""
+def new_digest(start: bytes = b"") -> Any:
+    """XXH3 of 128 bits, to be updated.
+
+    Imported here: a machine without it can still train and time models.
+    """
     try:
         import xxhash
     except ImportError:
@@ -64,7 +68,7 @@ def _new_digest(start: bytes = b"") -> Any:
 
 def _hash(path: Path) -> str:
     """XXH3 of a file, 128 bits in hexadecimal: fast, and no defence against an attacker."""
-    digest = _new_digest()
+    digest = new_digest()
     with path.open("rb") as handle:
         while block := handle.read(BLOCK):
             digest.update(block)
@@ -73,18 +77,24 @@ def _hash(path: Path) -> str:
 
 def _digest(files: dict[str, Any]) -> str:
     """Of a manifest's own entries, so that a changed bit in it shows too."""
-    return _new_digest(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return new_digest(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, is_listed: Callable[[str], bool] | None = None) -> None:
+def write_manifest(
+    folder: Path,
+    is_listed: Callable[[str], bool] | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> None:
     """Declare the files in `folder` complete, once they have reached the disk.
 
     All files get the same permissions, those that the umask allows.
 
     Args:
-        folder: of a checkpoint or a model.
+        folder: of a checkpoint, a model or a prepared text.
         is_listed: which names belong to it; None for all files in it, those in subfolders too.
+        hashes: of files that have reached the disk already, by name: these are not read again.
     """
+    known = hashes or {}
     umask = os.umask(0)
     os.umask(umask)
     files = {}
@@ -94,9 +104,10 @@ def write_manifest(folder: Path, is_listed: Callable[[str], bool] | None = None)
             continue
         with suppress(OSError):  # not all file systems know modes
             path.chmod(0o666 & ~umask)
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-        files[name] = {"size": path.stat().st_size, "xxh3_128": _hash(path)}
+        if name not in known:
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+        files[name] = {"size": path.stat().st_size, "xxh3_128": known.get(name) or _hash(path)}
     manifest = {"files": files, "digest": _digest(files)}
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
@@ -139,7 +150,7 @@ def check_files(folder: str | os.PathLike[str] | None, *, only_small: bool = Fal
 
     Args:
         folder: of a checkpoint or a model, or a hub name.
-        only_small: skip weights and states of a run, which take long and make no tokenizer.
+        only_small: skip weights, states of a run and shards of a text, which take long.
     """
     path = Path(str(folder))
     if folder is None or not (path / MANIFEST).is_file():
@@ -240,7 +251,7 @@ def check_finite(weights: Iterable[tuple[str, Tensor]], owner: str) -> None:
 
 def weights_hash(model: nn.Module) -> str:
     """XXH3 of the weights of `model`, 128 bits in hexadecimal, by their names in order."""
-    digest = _new_digest()
+    digest = new_digest()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy())

@@ -1,4 +1,4 @@
-"""`calm verify`: whether the files of a run or a model are those that were written."""
+"""`calm verify`: whether the files of a run, a model or a text are those that were written."""
 
 import argparse
 from collections.abc import Iterator
@@ -12,21 +12,24 @@ EXAMPLES = """\
   calm verify runs/calm                  the model and every checkpoint of a run
   calm verify runs/calm/checkpoint-500   one checkpoint
   calm verify runs/demo                  all models of the demo
+  calm verify runs/text                  what calm prepare wrote
 
-Compares sizes and hashes with manifest.json, which is written with the weights, and looks for
-weights that are not finite. The exit status is 1 if anything is damaged. Nothing is changed.
+Compares sizes and hashes with manifest.json, which is written last, and looks for weights that are
+not finite. The exit status is 1 if anything is damaged. Nothing is changed.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the subcommand."""
     parser.add_argument(
-        "folder", metavar="FOLDER", help="of a run, a checkpoint, a model, or of several of them"
+        "folder",
+        metavar="FOLDER",
+        help="of a run, a checkpoint, a model, a prepared text, or of several of them",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a line for each set of weights; 1 if any is damaged."""
+    """Print a line for each set of weights and each text; 1 if any is damaged."""
     folder = Path(args.folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; FOLDER takes that of a run, a checkpoint or a model")
@@ -37,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
         for path, reason in _examine(inside)
     }
     if not found:
-        raise UserError(f"{folder} holds neither a model nor a checkpoint of a training run")
+        raise UserError(
+            f"{folder} holds neither a model, a checkpoint of a training run nor a prepared text"
+        )
     width = max(len(str(path)) for path in found)
     for path, reason in found.items():
         print(f"{path!s:{width}}  {'damaged: ' + reason if reason else 'whole'}")
@@ -45,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _examine(folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """Every set of weights in `folder`, with what is wrong with it."""
+    """Every set of weights in `folder`, or its prepared text, with what is wrong with it."""
+    from calm.data.manifest import DESCRIPTION, is_prepared
     from calm.integrity import MANIFEST, find_damage, find_non_finite, saved_weights
     from calm.training.checkpoints import (
         FOLDER,
@@ -54,6 +60,9 @@ def _examine(folder: Path) -> Iterator[tuple[Path, str | None]]:
         holds_weights_alone,
     )
 
+    if is_prepared(folder):
+        yield folder, find_damage(folder, required=((DESCRIPTION,),))
+        return
     is_checkpoint = FOLDER.fullmatch(folder.resolve().name)
     checks = dict.fromkeys(checkpoint_folders(folder), checkpoint_damage)
     if is_checkpoint:

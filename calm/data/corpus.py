@@ -35,6 +35,7 @@ from calm.errors import UserError, message_of, one_line
 __all__ = [
     "Corpus",
     "code_stamp",
+    "damage_advice",
     "is_held_out",
     "load_corpus",
 ]
@@ -154,7 +155,7 @@ def _sound(documents: Documents, on_error: OnError) -> tuple[Documents, int]:
     if count:
         first = pyarrow.compute.drop_null(damage)[0].as_py()
         if on_error == "stop":
-            raise UserError(_advice(first, count - 1))
+            raise UserError(damage_advice(first, count - 1))
         logger.warning("skipped %d of %d documents, the first: %s", count, len(damage), first)
         batch = rows_in_bounds(documents, TEXT_KEY)
         documents = documents.filter(_is_none, input_columns=DAMAGE_KEY, batch_size=batch)
@@ -167,7 +168,8 @@ def _is_none(damage: str | None) -> bool:
     return damage is None
 
 
-def _advice(first: str, more: int) -> str:
+def damage_advice(first: str, more: int) -> str:
+    """The error about what cannot be read: the first, and how many more."""
     also = f" (and {more} more)" if more else ""
     return f"{first}{also}; mend the text, or skip what is damaged (on_error=skip)"
 
@@ -184,7 +186,7 @@ class _StreamCheck:
         if damage is None:
             return True
         if self.on_error == "stop":
-            raise UserError(_advice(damage, 0))
+            raise UserError(damage_advice(damage, 0))
         self.count += 1
         if self.count & (self.count - 1) == 0:  # 1, 2, 4, 8, ...
             logger.warning("skipped %d documents so far, now: %s", self.count, damage)

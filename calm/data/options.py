@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["SCORED_BLOCK_SIZE", "CorpusOptions", "OnError", "TextUnit"]
+__all__ = ["SCORED_BLOCK_SIZE", "TOKENIZER_DOCUMENTS", "CorpusOptions", "OnError", "TextUnit"]
 
+TOKENIZER_DOCUMENTS = 100_000  # that a tokenizer is trained on, at most
 SCORED_BLOCK_SIZE = 2048  # tokens of a block that a model is scored on, unless its context is less
 
 TextUnit = Literal["line", "paragraph", "file"]

@@ -122,7 +122,8 @@ def prepare_job(
         UserError: as for `run_job`; settings that differ from the checkpoint's.
     """
     # Here, so that a trainer of given blocks needs no `datasets`.
-    from calm.training.training_text import BlockLayout, load_text, pack_text, protocol
+    from calm.training.prepared_text import BlockLayout
+    from calm.training.training_text import load_text, pack_text, protocol
 
     args = arguments.training
     if args.max_train_seconds and args.max_steps <= 0:

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState
+from transformers import PreTrainedModel, ProgressCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
@@ -39,6 +38,7 @@ from calm.training.checkpoints import (
     last_good_checkpoint,
 )
 from calm.training.clock import RunLimit, TimedProgress, TrainingClock, timed_schedule
+from calm.training.loading import LoadingTrainer
 from calm.training.metrics import (
     ADVICE,
     FiniteGuard,
@@ -55,7 +55,7 @@ from calm_kernels.noise import as_seed
 __all__ = ["CALMTrainer"]
 
 
-class CALMTrainer(Trainer):
+class CALMTrainer(LoadingTrainer):
     """Trains and evaluates an `Autoencoder`, a CALM or the token baseline on packed blocks.
 
     Args:
@@ -115,26 +115,6 @@ class CALMTrainer(Trainer):
             self.add_callback(self.clock)
             if self.pop_callback(ProgressCallback) is not None:
                 self.add_callback(TimedProgress(self.clock))
-
-    # Data
-
-    def get_train_dataloader(self) -> DataLoader:
-        """As in transformers; a `PackedStream` gets to know who takes which of its blocks."""
-        shares = (self.args.world_size, self.args.process_index)
-        is_dispatched = self.accelerator.dispatch_batches is not False  # by the first process
-        _deal(self.train_dataset, self._train_batch_size, *(() if is_dispatched else shares))
-        return super().get_train_dataloader()
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As in transformers, but the first process deals a stream out: it knows where it ends."""
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        _deal(data, self.args.eval_batch_size)
-        config = self.accelerator.dataloader_config
-        asked, config.dispatch_batches = config.dispatch_batches, None
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            config.dispatch_batches = asked
 
     # Training
 
@@ -391,10 +371,3 @@ class CALMTrainer(Trainer):
                 f"{self.state.global_step}, nothing is saved; the last good checkpoint is "
                 f"{good or 'none'}; {ADVICE}"
             )
-
-
-def _deal(data: Any, *shares: int) -> None:
-    """Tell a `PackedStream` its batch size, processes and process; other data take none."""
-    deal = getattr(data, "deal", None)
-    if deal is not None:
-        deal(*shares)

@@ -1,18 +1,21 @@
 """The text of a training job: documents, tokenizer, blocks, and a record of all three."""
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.data.corpus import Corpus, load_corpus
 from calm.data.encoding import document_separator, vocabulary_size
 from calm.data.files import expand_files
+from calm.data.manifest import TRAIN, VALIDATION, is_prepared
+from calm.data.options import TOKENIZER_DOCUMENTS
 from calm.data.packing import PackedBlocks, pack_documents
+from calm.data.prepared import PreparedBlocks, PreparedText, ShuffledBlocks
 from calm.data.reading import TEXT_KEY
 from calm.data.stream import PackedStream
 from calm.data.tables import Documents
@@ -20,15 +23,13 @@ from calm.data.tokenizer import BPE_NAME, load_tokenizer, tokenizer_hash
 from calm.errors import UserError
 from calm.integrity import weights_hash
 from calm.training.arguments import NO_AUTOENCODER, JobArguments
+from calm.training.prepared_text import BlockLayout, find_prepared, prepared_blocks
 from calm.training.recipe import Stage
 from calm.training.resume import model_settings, read_protocol
 
-__all__ = ["BlockLayout", "Blocks", "Text", "load_text", "pack_text", "protocol"]
+__all__ = ["Blocks", "Text", "load_text", "pack_text", "protocol"]
 
 logger = logging.getLogger(__name__)
-
-# A tokenizer is trained on at most this many documents.
-TOKENIZER_DOCUMENTS = 100_000
 
 # Settings of training that the protocol records.
 RECORDED = """
@@ -38,28 +39,31 @@ max_steps num_train_epochs max_train_seconds bf16 fp16 tf32 lr_scheduler_kwargs 
 optim_args neftune_noise_alpha dataloader_drop_last train_sampling_strategy ignore_data_skip
 """
 
-Packed = PackedBlocks | PackedStream
+Packed = PackedBlocks | PackedStream | PreparedBlocks | ShuffledBlocks
 
 
 @dataclass(frozen=True)
 class Text:
-    """Documents and their tokenizer."""
+    """Documents and their tokenizer.
+
+    Attributes:
+        corpus: documents that are not prepared.
+        tokenizer: of all of them.
+        tokenizer_name: as the flags have it.
+        prepared: the folder that ``train_file`` names, if it is one.
+    """
 
     corpus: Corpus
     tokenizer: PreTrainedTokenizerBase
     tokenizer_name: str
+    prepared: PreparedText | None = None
 
-
-class BlockLayout(NamedTuple):
-    """How a model reads blocks: K, and the token of the chunk before each document, if any."""
-
-    patch_size: int
-    start_token_id: int | None
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Self:
-        """The layout of `model`. Autoencoder and baseline have no chunk between documents."""
-        return cls(getattr(model, "patch_size", 1), getattr(model, "start_token_id", None))
+    @property
+    def skipped(self) -> int | None:
+        """Documents that could not be read; None for a stream."""
+        if self.prepared is None:
+            return self.corpus.skipped
+        return self.prepared.description.skipped + (self.corpus.skipped or 0)
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,17 @@ def load_text(arguments: JobArguments, checkpoint: Path | None = None) -> Text:
         UserError: see `load_corpus` and `load_tokenizer`; no text for what is to be done.
     """
     model, training = arguments.model, arguments.training
-    corpus = load_corpus(arguments.corpus)
-    if training.do_train and corpus.train is None:
+    prepared = find_prepared(arguments)
+    if prepared is None:
+        corpus = load_corpus(arguments.corpus)
+    elif arguments.data.validation_file:
+        corpus = load_corpus(replace(arguments.corpus, train_file=None))
+    else:
+        corpus = Corpus(None, None)
+    if training.do_train and corpus.train is None and prepared is None:
         raise UserError("there is no text to train on: pass train_file or dataset_name")
-    if training.do_eval and corpus.validation is None:
+    is_held_out = prepared is not None and prepared.description.of_split(VALIDATION)
+    if training.do_eval and corpus.validation is None and not is_held_out:
         raise UserError(
             "there is no text to evaluate on: pass validation_file, or a "
             "validation_split_percentage above 0"
@@ -103,7 +114,7 @@ def load_text(arguments: JobArguments, checkpoint: Path | None = None) -> Text:
         token=model.token,
         trust_remote_code=model.trust_remote_code,
     )
-    return Text(corpus, tokenizer, name)
+    return Text(corpus, tokenizer, name, prepared)
 
 
 def _tokenizer_source(arguments: JobArguments) -> tuple[str, str]:
@@ -113,6 +124,8 @@ def _tokenizer_source(arguments: JobArguments) -> tuple[str, str]:
             return argument, name
     if arguments.stage is Stage.CALM:
         raise UserError(NO_AUTOENCODER)
+    if is_prepared(arguments.data.train_file):
+        return "train_file", str(arguments.data.train_file)
     raise UserError("tokenizer_name is needed: a folder, a hub name, 'bytes' or 'bpe:4096'")
 
 
@@ -126,9 +139,14 @@ def pack_text(arguments: JobArguments, text: Text, layout: BlockLayout) -> Block
     """Blocks of the documents. Streams for training repeat without end."""
     training, data = arguments.training, arguments.data
 
-    def pack(documents: Documents | None, wanted: bool, limit: int | None, repeat: bool) -> Any:
-        if documents is None or not wanted:
+    def pack(split: str, documents: Documents | None, limit: int | None) -> Any:
+        is_train = split == TRAIN
+        if not (training.do_train if is_train else training.do_eval):
             return None
+        if documents is None:
+            return text.prepared and prepared_blocks(
+                arguments, text.prepared, text.tokenizer, split, layout, limit
+            )
         return pack_documents(
             documents,
             text.tokenizer,
@@ -136,15 +154,15 @@ def pack_text(arguments: JobArguments, text: Text, layout: BlockLayout) -> Block
             patch_size=layout.patch_size,
             start_token_id=layout.start_token_id,
             max_blocks=limit,
-            repeat=repeat,
-            lanes=data.stream_lanes if repeat else 1,
+            repeat=is_train,
+            lanes=data.stream_lanes if is_train else 1,
             num_proc=data.preprocessing_num_workers,
             overwrite_cache=data.overwrite_cache,
         )
 
     return Blocks(
-        pack(text.corpus.train, training.do_train, data.max_train_samples, True),
-        pack(text.corpus.validation, training.do_eval, data.max_eval_samples, False),
+        pack(TRAIN, text.corpus.train, data.max_train_samples),
+        pack(VALIDATION, text.corpus.validation, data.max_eval_samples),
     )
 
 
@@ -172,7 +190,7 @@ def protocol(
         "validation_files": _file_names(data.validation_file),
         "validation_split_percentage": data.validation_split_percentage,
         "on_error": data.on_error,
-        "skipped_documents": text.corpus.skipped,
+        "skipped_documents": text.skipped,
         "train": _describe(blocks.train, data.train_file),
         "validation": _describe(blocks.validation, data.validation_file),
         "autoencoder": None if autoencoder is None else weights_hash(autoencoder),
@@ -198,13 +216,15 @@ def protocol(
 
 
 def _file_names(patterns: str | None) -> list[str] | None:
+    if is_prepared(patterns):
+        return [Path(str(patterns)).name]
     return [Path(file).name for file in expand_files(patterns)] if patterns else None
 
 
 def _describe(blocks: Packed | None, patterns: str | None) -> dict[str, Any] | None:
     if blocks is None:
         return None
-    if not isinstance(blocks, PackedBlocks):  # too long to be read for a hash
+    if isinstance(blocks, PackedStream):  # too long to be read for a hash
         sizes = [Path(file).stat().st_size for file in expand_files(patterns)] if patterns else []
         size = {"files": len(sizes), "bytes": sum(sizes)}
         return {"streaming": True, **size, "lanes": blocks.lanes}

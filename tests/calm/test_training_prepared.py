@@ -1,0 +1,114 @@
+"""Training on prepared text: as on the text itself, exact after a stop, or refused."""
+
+import json
+import shutil
+
+import pytest
+from cli_cases import calm, error_of
+from training_cases import MAIN, flags, logs, write_corpus
+
+from calm.training.resume import read_protocol
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+STEPS = ("--max_steps=12", "--save_steps=10", "--per_device_train_batch_size=8")
+
+
+@pytest.fixture
+def text(tmp_path, capsys):
+    """A prepared text: its folder."""
+    words = (
+        "--data",
+        write_corpus(tmp_path),
+        "--tokenizer",
+        "bytes",
+        "--output",
+        tmp_path / "text",
+    )
+    assert calm("prepare", *words, "--validation-split-percentage", 20) == 0
+    capsys.readouterr()
+    return tmp_path / "text"
+
+
+def train(folder, *extra, stage="baseline", text=None):
+    return MAIN[stage](flags(folder, stage, "--do_train", *extra, text=str(text)))
+
+
+def test_losses_are_those_of_the_text(text, tmp_path):
+    """In the order of the text: baseline and CALM, whose blocks have start chunks."""
+    found = {}
+    for name, source in {"plain": tmp_path / "text.jsonl", "prepared": text}.items():
+        for number in range(2):
+            (tmp_path / f"{name}{number}").mkdir()
+        order = "--train_sampling_strategy=sequential"
+        assert train(tmp_path / f"{name}0", order, "--do_eval", text=source) == 0
+        folder = tmp_path / f"{name}0" / "baseline"
+        scores = json.loads((folder / "eval_results.json").read_text())
+        found[name] = (
+            logs(folder),
+            scores["eval_loss"],
+            (folder / "model.safetensors").read_bytes(),
+        )
+    assert found["plain"] == found["prepared"]
+
+
+def test_a_stopped_run_goes_on_bit_equal(text, tmp_path):
+    """In the second epoch, with loader workers where there were none."""
+    folder = tmp_path / "baseline"
+    assert train(tmp_path, *STEPS, text=text) == 0
+    whole = logs(folder), (folder / "model.safetensors").read_bytes()
+    record = read_protocol(folder)
+    assert 8 * 7 < record["train"]["blocks"] < 8 * 10 and record["train_files"] == ["text"]
+    shutil.rmtree(folder / "checkpoint-12")
+    assert train(tmp_path, *STEPS, "--dataloader_num_workers=2", text=text) == 0
+    assert (logs(folder), (folder / "model.safetensors").read_bytes()) == whole
+    assert read_protocol(folder)["changes"] == []
+
+
+def test_what_does_not_fit_is_refused_in_one_line(text, tmp_path, capsys):
+    def refused(*extra, stage="baseline"):
+        assert train(tmp_path, *extra, stage=stage, text=text) == 2
+        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        (message,) = lines
+        return message
+
+    assert "was prepared with 20 % held out, got 5" in refused("--validation_split_percentage=5")
+    assert "is a prepared text; take streaming out" in refused("--streaming")
+    assert "exclude each other" in refused("--dataset_name=embedded:topics")
+    assert "is a prepared text; name it by train_file" in refused(f"--validation_file={text}")
+    (tmp_path / "other").mkdir()
+    words = ("--data", tmp_path / "text.jsonl", "--tokenizer", "bpe:300", "--output")
+    assert calm("prepare", *words, tmp_path / "other") == 0
+    other = f"--tokenizer_name={tmp_path / 'other'}"
+    assert "was prepared with another tokenizer" in refused(other)
+    sizes = "hidden_size=16,intermediate_size=24,latent_size=8,patch_size=3"
+    assert "multiple of patch_size (K=3)" in refused(
+        f"--config_overrides={sizes}", stage="autoencoder"
+    )
+    (text / "prepared.json").unlink()
+    assert "is not a file; a folder needs a glob" in refused()
+
+
+def test_calm_prepare_mixes_and_verifies(tmp_path, capsys):
+    for name in ("web", "code"):
+        (tmp_path / name).mkdir()
+        write_corpus(tmp_path / name)
+    sources = [f"--source={name}={tmp_path / name / 'text.jsonl'}" for name in ("web", "code")]
+    words = ("prepare", *sources, "--tokenizer", "bpe:300", "--output", tmp_path / "out")
+    assert "weights must sum to 1" in error_of(capsys, *words, "--mixture", "web=0.7,code=0.1")
+    assert "pass --data TEXT, or --source" in error_of(capsys, *words[:1], *words[3:])
+    assert "--mixture gives shares" in error_of(
+        capsys, "prepare", "--data", tmp_path / "web/text.jsonl", *words[3:], "--mixture", "web=1"
+    )
+    assert not (tmp_path / "out").exists()
+    for _ in range(2):  # the second time it is there
+        assert calm(*words, "--mixture", "web=0.7,code=0.3") == 0
+        assert "training    1" in capsys.readouterr().out
+    assert "holds another prepared text" in error_of(capsys, *words)
+    assert calm("verify", tmp_path / "out") == 0
+    shard = min((tmp_path / "out").glob("train-code*.tokens"))
+    shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    assert calm("verify", tmp_path / "out") == 1
+    assert f"the bytes of {shard.name} are not those" in capsys.readouterr().out
+    assert calm(*words, "--overwrite") == 0
+    assert calm("verify", tmp_path / "out") == 0
+    assert not list((tmp_path / "out").glob(".*"))
