@@ -27,6 +27,7 @@ from calm.models.autoencoder import Decoder
 from calm.models.backbone import Backbone
 from calm.models.heads.base import GenerativeHead
 from calm.models.heads.denoising import DenoisingHead
+from calm.models.heads.steered import SteeredHead
 from calm.models.readout import TokenReadout
 from calm_kernels.energy_head import EnergyHead
 
@@ -289,6 +290,8 @@ def _head(head: GenerativeHead) -> tuple[HeadFlops, HeadFlops]:
     if isinstance(head, EnergyHead):
         # Every block's first matrix sees [draw; hidden state]: half of it is done once.
         once = _matrices(head.hidden_embd) + 2 * head.num_blocks * head.hidden_size**2
+        if isinstance(head, SteeredHead):
+            once += _matrices(head.noise_policy)
         both = HeadFlops(once, _matrices(head) - once)
         return both, both
     if not isinstance(head, DenoisingHead):

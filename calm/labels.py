@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["IGNORE_INDEX", "Term", "num_chunks"]
+__all__ = ["IGNORE_INDEX", "Term", "chunk_labels", "counted_chunks", "num_chunks"]
 
 IGNORE_INDEX = -100
 
@@ -20,6 +20,17 @@ def num_chunks(input_ids: Tensor, patch_size: int) -> int:
             f"got {tuple(input_ids.shape)}"
         )
     return input_ids.shape[1] // patch_size
+
+
+def counted_chunks(targets: Tensor, patch_size: int) -> Tensor:
+    """Which chunks of labels ``[B, S*K]`` count, bool ``[B, S]``: where the first is not -100."""
+    return targets[:, ::patch_size] != IGNORE_INDEX
+
+
+def chunk_labels(targets: Tensor, patch_size: int) -> Tensor:
+    """Labels ``[B, S*K]`` as ``[B, S, K]``, -100 in all of a chunk that does not count."""
+    is_masked = ~counted_chunks(targets, patch_size)[..., None]
+    return targets.unflatten(1, (-1, patch_size)).masked_fill(is_masked, IGNORE_INDEX)
 
 
 class Term(NamedTuple):

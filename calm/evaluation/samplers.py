@@ -22,7 +22,7 @@ from calm.decoding.engine.predictors import (
     TokenPredictor,
 )
 from calm.decoding.generation import make_predictor
-from calm.decoding.sampling.seeds import advance
+from calm.decoding.sampling.seeds import OFFSET_STRIDE, advance
 from calm.decoding.sampling.token_draws import SlotReadout, draw_chunks, draw_tokens
 from calm.errors import UserError
 from calm.evaluation.rollout import Step
@@ -41,7 +41,6 @@ __all__ = [
     "make_sampler",
 ]
 
-DEPTH_STRIDE = 2**40  # rollout depths draw from disjoint ranges of the seed's offset
 DRAWS_AT_A_TIME = 2**13  # latents decoded together: half a gigabyte at the published sizes
 LOGITS_AT_A_TIME = 2**25  # logits of the baseline that are held together: 128 MB in float32
 
@@ -101,7 +100,7 @@ class DrawSampler:
 
         Arguments as `ChunkSampler.step`.
         """
-        seed = advance(self.seed, rows.flatten() + depth * DEPTH_STRIDE)
+        seed = advance(self.seed, rows.flatten() + depth * OFFSET_STRIDE)
         size = max(1, DRAWS_AT_A_TIME // self.num_draws)
         targets = [None] if target is None else target.flatten(0, 1).split(size)
         parts = [
@@ -200,7 +199,7 @@ class TokenSampler:
             rows.numel(),
             2,
             stream=Stream.HEAD,
-            seed=advance(self.seed, rows.flatten() + depth * DEPTH_STRIDE),
+            seed=advance(self.seed, rows.flatten() + depth * OFFSET_STRIDE),
             device=hidden.device,
             dtype=torch.float64,
         )

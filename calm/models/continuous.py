@@ -18,13 +18,14 @@ from calm.decoding.mixin import DecodingMixin
 from calm.decoding.sampling.chunk_distribution import HeadDistribution, Method
 from calm.decoding.sampling.lazy_decode import decode_compared
 from calm.errors import UserError
-from calm.labels import IGNORE_INDEX, Term, num_chunks
+from calm.labels import IGNORE_INDEX, Term, chunk_labels, counted_chunks, num_chunks
 from calm.models.agreement import MAX_ORDER, brier_terms
 from calm.models.autoencoder import Autoencoder
 from calm.models.backbone import Backbone, compressor
 from calm.models.cross_entropy import cross_entropy
-from calm.models.heads.base import GenerativeHead, HeadLoss, Objective, Posterior
+from calm.models.heads.base import GenerativeHead, HeadLoss
 from calm.models.heads.tempered import TemperedHead, spread_at
+from calm.models.objective import Objective, PredictedChunks
 from calm.models.output import CALMOutput, output_of
 from calm.models.pretrained import CALMPreTrainedModel
 from calm.models.readout import TiedReadout, TokenReadout
@@ -196,12 +197,12 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
             by_chunk = rearrange(tokens, "b (p k) h -> b p (k h)", k=self.patch_size)
             embeds.append(self.embed_proj(by_chunk))
         if self.config.input_type != "tokens":
-            mean, _ = self._encode(input_ids)
+            mean, _ = self.encode(input_ids)
             embeds.append(self.latent_proj(mean.to(self.dtype)))
         return sum(embeds[1:], start=embeds[0])
 
     @torch.no_grad()
-    def _encode(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation of the posterior, ``[B, P, L]`` each."""
         mean, log_std = self.ae_model.encoder(input_ids=input_ids).chunk(2, dim=-1)
         return mean, log_std
@@ -225,8 +226,8 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
         slots = decoder.expand(latents)[..., :MAX_ORDER, :]
         return decode_compared(slots, decoder.project, target[..., :MAX_ORDER])
 
-    def _hidden_states(self, input_ids: Tensor) -> Tensor:
-        """Hidden states after each chunk."""
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """Hidden states ``[B, P, H]`` after each chunk of ``[B, P*K]`` token ids."""
         inputs = self.embed_patches(input_ids)
         return self.transformer(inputs_embeds=inputs, use_cache=False).last_hidden_state
 
@@ -277,19 +278,11 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
         Returns: int64 ``[1]``, or ``[2]`` with a readout.
         """
         targets = labels[:, self.patch_size :]
-        chunks = self._is_counted(targets).sum()[None]
+        chunks = counted_chunks(targets, self.patch_size).sum()[None]
         if self.token_readout is None:
             return chunks
-        return torch.cat([chunks, (self._token_labels(targets) != IGNORE_INDEX).sum()[None]])
-
-    def _is_counted(self, targets: Tensor) -> Tensor:
-        """Which chunks of ``[B, S*K]`` labels count, ``[B, S]``: where the first is not -100."""
-        return targets[:, :: self.patch_size] != IGNORE_INDEX
-
-    def _token_labels(self, targets: Tensor) -> Tensor:
-        """Labels ``[B, S, K]``, -100 in all of a chunk that does not count."""
-        by_chunk = rearrange(targets, "b (s k) -> b s k", k=self.patch_size)
-        return by_chunk.masked_fill(~self._is_counted(targets)[..., None], IGNORE_INDEX)
+        tokens = chunk_labels(targets, self.patch_size) != IGNORE_INDEX
+        return torch.cat([chunks, tokens.sum()[None]])
 
     def _forward(
         self,
@@ -304,57 +297,47 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
     ) -> CALMOutput:
         """`forward` of the subclasses; `draws` are the arguments of their heads' losses."""
         if labels is None:
-            return CALMOutput(last_hidden_state=self._hidden_states(input_ids))
-        targets = self._targets(input_ids, labels)
-        tokens = torch.where(targets == IGNORE_INDEX, input_ids[:, self.patch_size :], targets)
-        posterior = self._posterior(tokens, targets)
-        hidden = self._hidden_states(input_ids[:, : -self.patch_size])  # [B, S, H]
+            return CALMOutput(last_hidden_state=self.hidden_states(input_ids))
+        chunks = PredictedChunks(self, input_ids, self._targets(input_ids, labels))
         address: dict[str, Any] = {
-            "seed": as_seed(seed, hidden.device), "first_row": first_row * hidden.shape[1],
-        }  # fmt: skip
+            "seed": as_seed(seed, input_ids.device),
+            "first_row": first_row * chunks.weight.shape[1],
+        }
         if self.objective is None:
-            result = self.generative_head.loss(hidden, posterior, **address, **draws)
+            result = self.generative_head.loss(chunks.hidden, chunks.posterior, **address, **draws)
         else:
-            result = self.objective.loss(
-                self, hidden, posterior,
-                input_ids=input_ids, labels=self._token_labels(targets), **address,
-            )  # fmt: skip
-        terms = self._terms(result, posterior.weight, hidden, tokens, targets, progress)
+            result = self.objective.loss(chunks, **address)
+        terms = self._terms(result, chunks, progress)
         config = cast(CALMConfig, self.config)
         output = output_of(terms, config, loss_counts, is_training=self.training)
         if not self.training and self.patch_size >= MAX_ORDER and loss_counts is None:
             samples = result.samples
             if samples is None:
-                samples = self.generative_head.sample(hidden, sample_noise, BRIER_DRAWS, **address)
-            self._add_brier(output, samples[:BRIER_DRAWS], targets)
+                samples = self.generative_head.sample(
+                    chunks.hidden, sample_noise, BRIER_DRAWS, **address
+                )
+            self._add_brier(output, samples[:BRIER_DRAWS], chunks.targets)
         return output
 
-    def _terms(
-        self,
-        result: HeadLoss,
-        weight: Tensor,
-        hidden: Tensor,
-        tokens: Tensor,
-        targets: Tensor,
-        progress: float,
-    ) -> dict[str, Term]:
+    def _terms(self, result: HeadLoss, chunks: PredictedChunks, progress: float) -> dict[str, Term]:
         """Loss and parts of the head, and the terms that the configuration adds in training."""
-        config, counts = self.config, weight.sum(1)
+        config, counts = self.config, chunks.weight.sum(1)
         values = {name: getattr(result, name) for name in ("loss", "fidelity", "diversity")}
         values |= result.measured
         terms = {n: Term(value.sum(1), counts) for n, value in values.items() if value is not None}
         if self.objective is not None:
             return terms
         if self.token_readout is not None:
-            readout, by_chunk = self.slot_readout(), tokens.unflatten(1, (-1, self.patch_size))
+            readout = self.slot_readout()
+            by_chunk = chunks.tokens.unflatten(1, (-1, self.patch_size))
             terms["token_loss"] = cross_entropy(
-                readout.features(hidden, by_chunk), readout.embedding.weight,
-                self._token_labels(targets), by_sequence=not self.training,
+                readout.features(chunks.hidden, by_chunk), readout.embedding.weight,
+                chunks.labels, by_sequence=not self.training,
             )  # fmt: skip
         is_on = config.token_score_weight > 0 and progress >= config.token_score_start
         if self.training and is_on:
             draws = cast(Tensor, result.samples)[: config.token_score_samples]
-            scores = token_scores(self.ae_model.decoder, draws, self._token_labels(targets))
+            scores = token_scores(self.ae_model.decoder, draws, chunks.labels)
             terms["token_score"] = Term(scores.sum(1), counts)
         return terms
 
@@ -371,15 +354,6 @@ class ContinuousTransformer(DecodingMixin, CALMPreTrainedModel):
                 f"to be predicted; got {tuple(input_ids.shape)}"
             )
         return labels[:, self.patch_size :]
-
-    def _posterior(self, tokens: Tensor, targets: Tensor) -> Posterior:
-        """Distribution of the latents to predict; a chunk counts unless its first label is -100.
-
-        `tokens` are the labels, and where there is none the input token.
-        """
-        mean, log_std = self._encode(tokens)
-        weight = self._is_counted(targets).to(torch.float32)
-        return Posterior(mean, log_std, weight)
 
     @torch.no_grad()
     def _add_brier(self, output: CALMOutput, samples: Tensor, targets: Tensor) -> None:

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from calm.errors import UserError
 from calm.ranges import FRACTION, NOT_NEGATIVE, PERCENTAGE, POSITIVE, SEED, at_least
 from calm.training.compilation import check_compilation
 from calm.training.old_flags import translate_old_flags
-from calm.training.parser import TrainingParser
+from calm.training.parser import TrainingParser, flag
 from calm.training.precision import has_bfloat16_units
 from calm.training.recipe import Stage, load_recipe, recipe_arguments, recipe_names
 from calm.training.stages import STAGES, check_source
@@ -84,52 +84,48 @@ NO_AUTOENCODER = (
 )
 
 
-def _flag(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class ModelArguments:
     """Which model to train, from what."""
 
     _argument_group_name = "model"
 
-    ae_name_or_path: str | None = _flag(
+    ae_name_or_path: str | None = flag(
         None, "Trained autoencoder: folder or hub name (language model only)."
     )
-    teacher_name_or_path: str | None = _flag(
+    teacher_name_or_path: str | None = flag(
         None,
         "Teacher: folder or hub name of a token baseline (of an autoencoder, for alignment_weight) "
         "or of any trained language model (of a distilled one).",
     )
-    model_name_or_path: str | None = _flag(
+    model_name_or_path: str | None = flag(
         None, "Weights to start from: folder or hub name. Default: random ones."
     )
-    model_type: str | None = _flag(
+    model_type: str | None = flag(
         None, "Head of the language model: energy (default), diffusion or flow."
     )
-    config_overrides: str | None = _flag(
+    config_overrides: str | None = flag(
         None, "Fields of a new model, as in hidden_size=1024,num_mlp_layers=4,model_type=flow."
     )
-    config_name: str | None = _flag(
+    config_name: str | None = flag(
         None, "Folder or hub name of a configuration to start from, without its weights."
     )
-    tokenizer_name: str | None = _flag(
+    tokenizer_name: str | None = flag(
         None,
         "Folder, hub name, 'bytes' or 'bpe:<entries>' (trained on the text). Default: the one "
         "saved with the model or autoencoder.",
     )
-    add_pad_token: bool = _flag(
+    add_pad_token: bool = flag(
         True, "Append [PAD] to a tokenizer without pad token. False: stop there with an error."
     )
-    cache_dir: str | None = _flag(None, "Where downloads and prepared data are kept.")
-    use_fast_tokenizer: bool = _flag(True, "Use the fast form of the tokenizer.")
-    model_revision: str = _flag("main", "Branch, tag or commit of what comes from a hub.")
-    token: str | None = _flag(None, "Access token of the hub.")
-    trust_remote_code: bool = _flag(
+    cache_dir: str | None = flag(None, "Where downloads and prepared data are kept.")
+    use_fast_tokenizer: bool = flag(True, "Use the fast form of the tokenizer.")
+    model_revision: str = flag("main", "Branch, tag or commit of what comes from a hub.")
+    token: str | None = flag(None, "Access token of the hub.")
+    trust_remote_code: bool = flag(
         False, "Run code that comes with a hub tokenizer; only for repositories you have read."
     )
-    torch_dtype: str | None = _flag(
+    torch_dtype: str | None = flag(
         None,
         "Type of the weights: float32 (default), bfloat16, float16, or auto (the file's). For "
         "mixed precision keep float32 and pass --bf16.",
@@ -142,38 +138,38 @@ class DataTrainingArguments:
 
     _argument_group_name = "text"
 
-    dataset_name: str | None = _flag(
+    dataset_name: str | None = flag(
         None,
         "Hub dataset, local dataset folder, or embedded:docstrings (or :packages, :topics).",
     )
-    dataset_config_name: str | None = _flag(None, "Configuration of the hub dataset.")
-    train_file: str | None = _flag(
+    dataset_config_name: str | None = flag(None, "Configuration of the hub dataset.")
+    train_file: str | None = flag(
         None,
         "Text to learn from: text, .jsonl, .json (also .gz, .zst) or .parquet files, with commas "
         "between; globs work.",
     )
-    validation_file: str | None = _flag(None, "Held-out text, named the same way.")
-    max_train_samples: int | None = _flag(None, "Use only this many training blocks, the first.")
-    max_eval_samples: int | None = _flag(None, "Use only this many validation blocks, the first.")
-    streaming: bool = _flag(False, "Read the text during training instead of preparing a cache.")
-    stream_lanes: int = _flag(
+    validation_file: str | None = flag(None, "Held-out text, named the same way.")
+    max_train_samples: int | None = flag(None, "Use only this many training blocks, the first.")
+    max_eval_samples: int | None = flag(None, "Use only this many validation blocks, the first.")
+    streaming: bool = flag(False, "Read the text during training instead of preparing a cache.")
+    stream_lanes: int = flag(
         1,
         "Parts into which a stream is dealt and which take turns. A multiple of processes x batch "
         "x loader workers lets each worker tokenize its own part alone.",
     )
-    block_size: int | None = _flag(
+    block_size: int | None = flag(
         None,
         "Tokens of a training sequence, a multiple of K. Default: 8192 for the language model, "
         "2048 for autoencoder and baseline.",
     )
-    overwrite_cache: bool = _flag(False, "Prepare the text again.")
-    validation_split_percentage: float = _flag(
+    overwrite_cache: bool = flag(False, "Prepare the text again.")
+    validation_split_percentage: float = flag(
         5, "Share of documents held out when there is no validation data; 0 for none."
     )
-    preprocessing_num_workers: int | None = _flag(None, "Processes that read and tokenize.")
-    keep_linebreaks: bool = _flag(True, "Keep the line breaks of text files.")
-    text_unit: str = _flag("line", "One document of a text file: line, paragraph or file.")
-    on_error: str = _flag(
+    preprocessing_num_workers: int | None = flag(None, "Processes that read and tokenize.")
+    keep_linebreaks: bool = flag(True, "Keep the line breaks of text files.")
+    text_unit: str = flag("line", "One document of a text file: line, paragraph or file.")
+    on_error: str = flag(
         "stop", "What to do about text that cannot be read: stop, or skip and count it."
     )
 
@@ -184,27 +180,27 @@ class CALMTrainingArguments(TrainingArguments):
 
     _argument_group_name = "training"
 
-    backend: str = _flag(Backend.AUTO.value, "Implementation of the operations.")
-    eval_num_samples: int = _flag(8, "Draws per position that BrierLM is estimated from.")
-    eval_seed: int = _flag(0, "Seed of the draws of evaluation; training has its own, --seed.")
-    max_train_seconds: float = _flag(
+    backend: str = flag(Backend.AUTO.value, "Implementation of the operations.")
+    eval_num_samples: int = flag(8, "Draws per position that BrierLM is estimated from.")
+    eval_seed: int = flag(0, "Seed of the draws of evaluation; training has its own, --seed.")
+    max_train_seconds: float = flag(
         0.0,
         "Stop after this many seconds of training steps; the learning-rate schedule then follows "
         "the time instead of the steps. 0: no limit.",
     )
-    muon_learning_rate: float = _flag(
+    muon_learning_rate: float = flag(
         0.0,
         "Update weight matrices by Muon at this rate, everything else by AdamW at learning_rate. "
         "0: AdamW for all.",
     )
-    torch_compile: bool = _flag(
+    torch_compile: bool = flag(
         False,
         "Train with compiled decoder layers. Of transformers' flags for compilation the only one.",
     )
-    overwrite_output_dir: bool = _flag(
+    overwrite_output_dir: bool = flag(
         False, "Start afresh instead of resuming from the last good checkpoint in output_dir."
     )
-    allow_changes: bool = _flag(
+    allow_changes: bool = flag(
         False, "Resume with other settings than the checkpoint's, and record both."
     )
 
@@ -255,6 +251,13 @@ class JobArguments:
     def block_size(self) -> int:
         """Tokens of a block, the stage's default where no flag says otherwise."""
         return self.data.block_size or STAGES[self.stage].block_size
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a micro-batch of a device, in training or evaluation, whichever has more."""
+        training = self.training
+        sizes = training.per_device_train_batch_size, training.per_device_eval_batch_size
+        return max(sizes) * self.block_size
 
     @property
     def corpus(self) -> CorpusOptions:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.data.tokenizer import load_tokenizer, tokenizer_hash
 from calm.errors import UserError
+from calm.memory import check_draws
 from calm.models import MODEL_CLASSES, BaselineTransformer, EnergyTransformer
 from calm.models.loading import load_kind
 from calm.training import train_calm
@@ -34,13 +35,11 @@ ARGUMENT = "teacher_name_or_path"
 
 def build_model(arguments: JobArguments, tokenizer: PreTrainedTokenizerBase) -> EnergyTransformer:
     """The CALM at ``model_name_or_path``, which learns from its teacher; all of it does."""
-    model = train_calm.build_model(arguments, tokenizer)
-    if not isinstance(model, EnergyTransformer):
-        raise UserError(
-            f"model_name_or_path: {arguments.model.model_name_or_path} has a {model.head_type} "
-            "head; an energy head alone can learn from draws"
-        )
+    loaded = train_calm.build_model(arguments, tokenizer)
+    model = train_calm.with_energy_head(loaded, arguments, use="learn from draws")
     _check_contexts(arguments, model)
+    chunks = arguments.batch_tokens // model.patch_size
+    check_draws(model, "teacher_draws", arguments.options.teacher_draws, chunks)
     documents = Documents(model.start_token_id, tokenizer.eos_token_id)
     teacher = load_teacher(arguments, model, tokenizer, documents)
     if model.token_readout is not None:

@@ -9,7 +9,6 @@ devices. Everything but the new head stays as it is: T = 1 draws what it drew be
 
 from transformers import PreTrainedTokenizerBase
 
-from calm.errors import UserError
 from calm.models import EnergyTransformer
 from calm.training import train_calm
 from calm.training.arguments import JobArguments
@@ -25,12 +24,8 @@ def build_model(arguments: JobArguments, tokenizer: PreTrainedTokenizerBase) -> 
 
     A model that has such a head already goes on from it, in the range that the flags give.
     """
-    model = train_calm.new_or_trained(arguments, tokenizer)
-    if not isinstance(model, EnergyTransformer):
-        raise UserError(
-            f"model_name_or_path: {arguments.model.model_name_or_path} has a {model.head_type} "
-            "head; an energy head alone can learn temperatures"
-        )
+    loaded = train_calm.new_or_trained(arguments, tokenizer)
+    model = train_calm.with_energy_head(loaded, arguments, use="learn temperatures")
     tempering: TemperingArguments = arguments.options
     head = model.add_tempered_head(tempering.bounds)
     model.requires_grad_(False)

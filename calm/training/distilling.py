@@ -18,7 +18,7 @@ Shapes: B sequences, P chunks of a text, S = P - 1 that are predicted, K tokens 
 of the teacher, n of the student, L latent size.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ from calm.decoding.sampling.seeds import row_seeds
 from calm.errors import UserError
 from calm.evaluation.brier import evaluating
 from calm.models import EnergyTransformer
-from calm.models.heads.base import HeadLoss, Posterior, is_recomputed
+from calm.models.heads.base import HeadLoss, is_recomputed
+from calm.models.objective import PredictedChunks
+from calm.training.parser import flag
 from calm.training.teachers import Documents, Teacher
 from calm_kernels.energy_score import gaussian_energy_score
 from calm_kernels.noise import Stream
@@ -38,22 +40,18 @@ __all__ = ["DistillationArguments", "DistillationObjective", "own_texts"]
 CONTEXTS = ("data", "student")
 
 
-def _flag(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class DistillationArguments:
     """What a student learns from its teacher."""
 
     _argument_group_name = "distillation"
 
-    teacher_draws: int = _flag(4, "M, continuations that the teacher draws after each chunk.")
-    data_weight: float = _flag(
+    teacher_draws: int = flag(4, "M, continuations that the teacher draws after each chunk.")
+    data_weight: float = flag(
         0.0,
         "Share of the text's own next chunk in the target, in [0, 1); the rest is the teacher's.",
     )
-    contexts: str = _flag(
+    contexts: str = flag(
         "data",
         "Where the teacher continues: in the text (data), or in texts that the student draws after "
         "the first chunk of each sequence, new in every step (student).",
@@ -76,7 +74,7 @@ class DistillationArguments:
 
 @dataclass(frozen=True)
 class DistillationObjective:
-    """The loss of a student, as a `calm.models.heads.base.Objective`.
+    """The loss of a student, as a `calm.models.objective.Objective`.
 
     Attributes:
         arguments: of the target.
@@ -89,30 +87,22 @@ class DistillationObjective:
     documents: Documents
     predicts_text = True
 
-    def loss(
-        self,
-        model: EnergyTransformer,
-        hidden: Tensor,
-        posterior: Posterior,
-        *,
-        input_ids: Tensor,
-        labels: Tensor,
-        seed: Tensor,
-        first_row: int | Tensor,
-    ) -> HeadLoss:
+    def loss(self, chunks: PredictedChunks, *, seed: Tensor, first_row: int | Tensor) -> HeadLoss:
         """See `Objective`."""
+        model, text, weight = chunks.model, chunks.input_ids, chunks.weight
         config, head = model.config, model.generative_head
-        text, weight = input_ids, posterior.weight
         if self.arguments.contexts == "student" and model.training:
-            first_sequence = first_row // hidden.shape[1]
+            first_sequence = first_row // weight.shape[1]
             text, is_counted = own_texts(
-                model, input_ids, self.documents, seed=seed, first_sequence=first_sequence
+                model, text, self.documents, seed=seed, first_sequence=first_sequence
             )
-            hidden = model(text[:, : -model.patch_size]).last_hidden_state
+            hidden = model.hidden_states(text[:, : -model.patch_size])
             # Each sequence counts as it does in the number that divides the loss.
             share = weight.sum(1) / is_counted.sum(1)
             weight = is_counted * share[:, None]
-        mean, log_std, mixture = self._target(model, text, posterior, seed, first_row)
+        else:
+            hidden = chunks.hidden
+        mean, log_std, mixture = self._target(chunks, text, seed, first_row)
         samples = head.sample(
             hidden, None, config.num_samples, seed, first_row,
             recompute=is_recomputed(head, config.head_recompute),
@@ -125,32 +115,25 @@ class DistillationObjective:
 
     @torch.no_grad()
     def _target(
-        self,
-        model: EnergyTransformer,
-        text: Tensor,
-        posterior: Posterior,
-        seed: Tensor,
-        first_row: int | Tensor,
+        self, chunks: PredictedChunks, text: Tensor, seed: Tensor, first_row: int | Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Means and log standard deviations ``[G, B, S, L]`` of the mixture; weights ``[G, B, S]``.
 
         G is M, or M + 1 with the text's own chunk, the last.
         """
-        count, own = self.arguments.teacher_draws, self.arguments.data_weight
+        model, count, own = chunks.model, self.arguments.teacher_draws, self.arguments.data_weight
         drawn = self.teacher.continuations(
             text[:, : -model.patch_size], num_draws=count, length=model.patch_size,
             seed=seed, first_row=first_row,
         )  # fmt: skip
-        encoder = model.ae_model.encoder
-        encoded = torch.stack([encoder(tokens.flatten(1)) for tokens in drawn])
-        mean, log_std = encoded.chunk(2, dim=-1)
-        shares = [(1 - own) / count] * count
+        encoded = [model.encode(tokens.flatten(1)) for tokens in drawn]
         if own:
-            mean = torch.cat([mean, posterior.mean[None]])
-            log_std = torch.cat([log_std, posterior.log_std[None]])
-            shares.append(own)
-        weights = torch.tensor(shares, device=mean.device)[:, None, None]
-        return mean, log_std, weights.expand(mean.shape[:-1])
+            encoded.append(chunks.posterior[:2])
+        mean, log_std = (torch.stack(parts) for parts in zip(*encoded, strict=True))
+        weights = torch.full(mean.shape[:-1], (1 - own) / count, device=mean.device)
+        if own:
+            weights[-1] = own
+        return mean, log_std, weights
 
 
 @torch.no_grad()

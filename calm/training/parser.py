@@ -11,7 +11,7 @@ from calm.errors import UserError
 from calm.ranges import ANY, Range, name_first, number
 from calm.training.config_overrides import close_names
 
-__all__ = ["TrainingParser"]
+__all__ = ["TrainingParser", "flag"]
 
 # The flags of transformers that the help shows; it has about two hundred.
 SHOWN = """
@@ -23,6 +23,11 @@ load_best_model_at_end resume_from_checkpoint report_to
 """
 THEIRS = {field.name for field in dataclasses.fields(TrainingArguments)}
 METAVARS = {"int": "N", "float": "X"}
+
+
+def flag(default: Any, text: str) -> Any:
+    """The field of a dataclass that is a flag, with its default and its help."""
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 class _Help(argparse.HelpFormatter):

@@ -31,12 +31,8 @@ __all__ = ["build_model", "learn_from", "main"]
 
 def build_model(arguments: JobArguments, tokenizer: PreTrainedTokenizerBase) -> EnergyTransformer:
     """The CALM at ``model_name_or_path``, whose head, or policy, alone learns."""
-    model = train_calm.build_model(arguments, tokenizer)
-    if not isinstance(model, EnergyTransformer):
-        raise UserError(
-            f"model_name_or_path: {arguments.model.model_name_or_path} has a {model.head_type} "
-            "head; an energy head alone can be trained by rewards of its draws"
-        )
+    loaded = train_calm.build_model(arguments, tokenizer)
+    model = train_calm.with_energy_head(loaded, arguments, use="be trained by rewards of its draws")
     training = arguments.training
     for flag in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(training, flag):
@@ -45,8 +41,7 @@ def build_model(arguments: JobArguments, tokenizer: PreTrainedTokenizerBase) -> 
                 "with the old one as it was; got True"
             )
     learn_from(model, arguments.options, tokenizer)
-    batch = max(training.per_device_train_batch_size, training.per_device_eval_batch_size)
-    chunks = batch * arguments.block_size // model.patch_size
+    chunks = arguments.batch_tokens // model.patch_size
     check_draws(model, "num_draws", arguments.options.num_draws, chunks)
     return model
 

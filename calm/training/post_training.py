@@ -26,19 +26,20 @@ Shapes: B sequences, S positions, R = B S, K tokens of a chunk, L latent size, H
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import IntervalStrategy, TrainerControl, TrainerState, TrainingArguments
 
-from calm.decoding.sampling.seeds import advance
+from calm.decoding.sampling.seeds import OFFSET_STRIDE, advance
 from calm.errors import UserError
-from calm.models import EnergyTransformer
-from calm.models.heads.base import HeadLoss, Posterior, is_recomputed
+from calm.models.heads.base import HeadLoss, is_recomputed
+from calm.models.objective import PredictedChunks
 from calm.training.clock import RunLimit
+from calm.training.parser import flag
 from calm.training.rewards import READS, Group, Reward
 from calm_kernels.energy_score import energy_score
 
@@ -49,7 +50,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-OLD_STRIDE = 2**40  # the old model's draws are those of steps that no run reaches
 DRAWS_AT_A_TIME = 2**13  # decoded together
 METHODS, WEIGHTINGS = ("tilted", "policy"), ("softmax", "signed")
 UNUSED = {  # flags without effect
@@ -60,26 +60,22 @@ UNUSED = {  # flags without effect
 DISTANCE = "energy_distance"
 
 
-def _flag(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class PostTrainingArguments:
     """Which reward is raised, how, and how far from the old model."""
 
     _argument_group_name = "post-training"
 
-    method: str = _flag("tilted", "tilted: the head learns; policy: a density of its noise.")
-    reward: str = _flag("brier", "brier, length, repetition, regex:PATTERN or module:function.")
-    reward_reads: str = _flag("text", "What a module:function gets: text, or tokens as ids.")
-    reward_context: int = _flag(64, "Tokens before a chunk that a reward sees.")
-    num_draws: int = _flag(32, "m, draws of a position that get rewards.")
-    weighting: str = _flag("softmax", "Weights of tilted draws: softmax (of r/beta) or signed.")
-    reward_temperature: float = _flag(1.0, "beta of the softmax: less of it tilts more.")
-    advantage_scale: float = _flag(1.0, "eta of signed weights, (1 + eta A)/m.")
-    old_weight: float = _flag(0.0, "Weight of an energy score against the old model's draws.")
-    max_energy_distance: float = _flag(
+    method: str = flag("tilted", "tilted: the head learns; policy: a density of its noise.")
+    reward: str = flag("brier", "brier, length, repetition, regex:PATTERN or module:function.")
+    reward_reads: str = flag("text", "What a module:function gets: text, or tokens as ids.")
+    reward_context: int = flag(64, "Tokens before a chunk that a reward sees.")
+    num_draws: int = flag(32, "m, draws of a position that get rewards.")
+    weighting: str = flag("softmax", "Weights of tilted draws: softmax (of r/beta) or signed.")
+    reward_temperature: float = flag(1.0, "beta of the softmax: less of it tilts more.")
+    advantage_scale: float = flag(1.0, "eta of signed weights, (1 + eta A)/m.")
+    old_weight: float = flag(0.0, "Weight of an energy score against the old model's draws.")
+    max_energy_distance: float = flag(
         0.0, "Stop once the mean distance since the last log exceeds this. 0: no limit."
     )
 
@@ -94,10 +90,11 @@ class PostTrainingArguments:
         is_policy = self.method == "policy"
         chosen = f"method={self.method}" if is_policy else f"weighting={self.weighting}"
         unused = UNUSED[self.method if is_policy else self.weighting]
-        for flag in fields(self):
-            if flag.name in unused and (given := getattr(self, flag.name)) != flag.default:
+        for option in fields(self):
+            given = getattr(self, option.name)
+            if option.name in unused and given != option.default:
                 raise UserError(
-                    f"{flag.name} has no effect with {chosen}: take it out, got {given!r}"
+                    f"{option.name} has no effect with {chosen}: take it out, got {given!r}"
                 )
 
 
@@ -126,9 +123,25 @@ def energy_distance(new: Tensor, old: Tensor, exponent: float = 1.0) -> Tensor:
     return -energy_score(new, old, exponent=exponent) - spread
 
 
+class _Learned(NamedTuple):
+    """What a method learns by.
+
+    Attributes:
+        loss: of each position ``[R]``, 0 for a masked one.
+        samples: new draws ``[n, R, L]``.
+        value: the reward's of them, ``[R]``, 0 for a masked position.
+        measured: what the method alone has logged, likewise.
+    """
+
+    loss: Tensor
+    samples: Tensor
+    value: Tensor
+    measured: Mapping[str, Tensor] = {}
+
+
 @dataclass(frozen=True)
 class PostTrainingObjective:
-    """What the two methods share, as a `calm.models.heads.base.Objective`.
+    """What the two methods share, as a `calm.models.objective.Objective`.
 
     Attributes:
         arguments: the flags.
@@ -141,55 +154,40 @@ class PostTrainingObjective:
     old_head: Any
     measures: ClassVar[tuple[str, ...]] = ("reward", "old_reward", DISTANCE)
 
-    def loss(
-        self,
-        model: EnergyTransformer,
-        hidden: Tensor,
-        posterior: Posterior,
-        *,
-        input_ids: Tensor,
-        labels: Tensor,
-        seed: Tensor,
-        first_row: int | Tensor,
-    ) -> HeadLoss:
+    def loss(self, chunks: PredictedChunks, *, seed: Tensor, first_row: int | Tensor) -> HeadLoss:
         """See `Objective`. Measured: rewards of new and old draws, their distance; 1/Σw²."""
-        position = _Positions(self, model, hidden.flatten(0, 1), posterior, input_ids, labels)
+        position = _Positions(self, chunks)
         old = self._old_draws(position.rows, seed, first_row)
         group = position.group(old)
         rewards = self.reward.rewards(group)
-        weights = target_weights(rewards, self.arguments)
-        loss, samples, value = self._learn(
-            position, old, position.everywhere(weights), seed, first_row
-        )
-        found = {
-            "reward": position.everywhere(value),
+        learned = self._learn(position, old, rewards, seed, first_row)
+        distance = energy_distance(learned.samples, old, position.exponent)
+        measured = {
+            "reward": learned.value,
             "old_reward": position.everywhere(self.reward.value(group, rewards)),
-            DISTANCE: energy_distance(samples, old, float(model.config.beta)) * position.weight,
-            "effective_draws": position.everywhere(1 / weights.square().sum(0)),
+            DISTANCE: distance * position.weight,
+            **learned.measured,
         }
-        shape = posterior.weight.shape
-        measured = {name: found[name].view(shape) for name in self.measures}
-        return HeadLoss(loss.view(shape), measured=measured)
+        shape = chunks.weight.shape
+        measured = {name: measure.view(shape) for name, measure in measured.items()}
+        return HeadLoss(learned.loss.view(shape), measured=measured)
 
     def _learn(
         self,
         position: "_Positions",
         old: Tensor,
-        weights: Tensor,
+        rewards: Tensor,
         seed: Tensor,
         first_row: int | Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> _Learned:
         """What the method learns by.
 
         Args:
             position: the positions.
             old: the old model's draws, ``[m, R, L]``.
-            weights: of `target_weights`, ``[m, R]``, 0 at a masked position.
+            rewards: of them, at each position that counts.
             seed: of the new model's draws.
             first_row: global index of the first position.
-
-        Returns: loss of each position ``[R]``, 0 for a masked one; new draws; the reward's value of
-            them at each position that counts.
         """
         raise NotImplementedError
 
@@ -198,7 +196,7 @@ class PostTrainingObjective:
         """``[m, R, L]``, independent of the new model's draws."""
         head = self.old_head.to(rows.device)
         return head.sample(
-            rows, num_samples=self.arguments.num_draws, seed=advance(seed, OLD_STRIDE),
+            rows, num_samples=self.arguments.num_draws, seed=advance(seed, OFFSET_STRIDE),
             first_row=first_row,
         )  # fmt: skip
 
@@ -213,23 +211,25 @@ class TiltedObjective(PostTrainingObjective):
         self,
         position: "_Positions",
         old: Tensor,
-        weights: Tensor,
+        rewards: Tensor,
         seed: Tensor,
         first_row: int | Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> _Learned:
         head, config = position.model.generative_head, position.model.config
         samples = head.sample(
             position.rows, None, config.num_samples, seed, first_row,
             recompute=is_recomputed(head, config.head_recompute),
         )  # fmt: skip
         # The energy score is linear in its target: both together are one mixture.
-        share = self.arguments.old_weight
+        weights, share = target_weights(rewards, self.arguments), self.arguments.old_weight
         score = energy_score(
-            samples, old, exponent=float(config.beta), weight=position.weight,
-            target_weights=(weights + share / len(old)) / (1 + share),
+            samples, old, exponent=position.exponent, weight=position.weight,
+            target_weights=(position.everywhere(weights) + share / len(old)) / (1 + share),
         )  # fmt: skip
         group = position.group(samples)
-        return -score, samples, self.reward.value(group, self.reward.rewards(group))
+        value = position.everywhere(self.reward.value(group, self.reward.rewards(group)))
+        effective = position.everywhere(1 / weights.square().sum(0))
+        return _Learned(-score, samples, value, {"effective_draws": effective})
 
 
 @dataclass(frozen=True)
@@ -240,10 +240,10 @@ class PolicyObjective(PostTrainingObjective):
         self,
         position: "_Positions",
         old: Tensor,
-        weights: Tensor,
+        rewards: Tensor,
         seed: Tensor,
         first_row: int | Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> _Learned:
         head: Any = position.model.generative_head
         share = self.arguments.old_weight
         drawn = head.draw(position.rows, len(old), seed, first_row)
@@ -251,17 +251,16 @@ class PolicyObjective(PostTrainingObjective):
             noise = head.as_noise(drawn).to(position.rows.dtype)
             samples = head(position.rows, noise)
         group = position.group(samples)
-        rewards = self.reward.rewards(group)
-        value = self.reward.value(group, rewards)
-        advantages = position.everywhere(self.reward.advantages(group, rewards))
+        own = self.reward.rewards(group)
+        value = position.everywhere(self.reward.value(group, own))
+        advantages = position.everywhere(self.reward.advantages(group, own))
         gain = (advantages * head.log_density(drawn.detach(), position.rows)).mean(0)
-        loss = gain.detach() - gain - position.everywhere(value)
+        loss = gain.detach() - gain - value
         if share:
-            exponent = float(position.model.config.beta)
             loss = loss - share * energy_score(
-                samples, old, exponent=exponent, weight=position.weight
+                samples, old, exponent=position.exponent, weight=position.weight
             )
-        return loss, samples.detach(), value
+        return _Learned(loss, samples.detach(), value)
 
 
 @dataclass(frozen=True)
@@ -269,16 +268,27 @@ class _Positions:
     """The positions of a micro-batch: what a reward needs to know of them."""
 
     objective: PostTrainingObjective
-    model: EnergyTransformer
-    rows: Tensor  # [R, H]
-    posterior: Posterior
-    input_ids: Tensor
-    labels: Tensor
+    chunks: PredictedChunks
+
+    @property
+    def model(self) -> Any:
+        """The model that learns."""
+        return self.chunks.model
+
+    @property
+    def exponent(self) -> float:
+        """α of its energy score."""
+        return float(self.model.config.beta)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Hidden states ``[R, H]``."""
+        return self.chunks.hidden.flatten(0, 1)
 
     @property
     def weight(self) -> Tensor:
         """1 for a position that counts, ``[R]``."""
-        return self.posterior.weight.flatten()
+        return self.chunks.weight.flatten()
 
     @cached_property
     def counted(self) -> Tensor:
@@ -295,12 +305,14 @@ class _Positions:
         size = max(1, DRAWS_AT_A_TIME // len(latents))
         parts = latents.detach()[:, self.counted].split(size, dim=1)
         draws = torch.cat([self.model.decode_latents(part) for part in parts], dim=1)
-        return Group(draws, self.labels.flatten(0, 1)[self.counted], self._contexts())
+        contexts = self._contexts if self.objective.reward.reads_contexts else ()
+        return Group(draws, self.chunks.labels.flatten(0, 1)[self.counted], contexts)
 
+    @cached_property
     def _contexts(self) -> list[list[int]]:
-        """The last tokens before each chunk that counts."""
-        chunks, size = self.labels.shape[1:]
-        texts, reach = self.input_ids.tolist(), self.objective.arguments.reward_context
+        """The last tokens before each chunk that counts, copied to the host once."""
+        chunks, size = self.chunks.labels.shape[1:]
+        texts, reach = self.chunks.input_ids.tolist(), self.objective.arguments.reward_context
         found = []
         for row in self.counted.tolist():
             end = (row % chunks + 1) * size

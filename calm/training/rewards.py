@@ -40,7 +40,8 @@ class Group(NamedTuple):
     Attributes:
         draws: token ids, ``[m, R, K]``.
         labels: what the text has there, ``[R, K]``, -100 where it has ended.
-        contexts: ids before each chunk, as far back as the reward may look; R lists.
+        contexts: ids before each chunk, as far back as the reward may look; R lists, none for a
+            reward that does not read them.
     """
 
     draws: Tensor
@@ -50,6 +51,10 @@ class Group(NamedTuple):
 
 class Reward(Protocol):
     """A reward of drawn chunks."""
+
+    @property
+    def reads_contexts(self) -> bool:
+        """Whether it depends on the text before a chunk, beyond its labels."""
 
     @property
     def least_draws(self) -> int:
@@ -83,7 +88,7 @@ class BrierReward:
     Where the text ends within a chunk, the tokens before its end alone are compared.
     """
 
-    least_draws = 3
+    least_draws, reads_contexts = 3, False
 
     def rewards(self, group: Group) -> Tensor:
         """See `Reward`."""
@@ -131,7 +136,7 @@ class FunctionReward:
     name: str
     tokenizer: PreTrainedTokenizerBase | None = None
 
-    least_draws = 2
+    least_draws, reads_contexts = 2, True
 
     def rewards(self, group: Group) -> Tensor:
         """See `Reward`.

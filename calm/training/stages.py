@@ -1,7 +1,7 @@
 """The stages of training: the command of each, what it trains, its flags.
 
 A stage after pre-training goes on from a trained CALM, has flags of its own and gives the model an
-`calm.models.heads.base.Objective`. A new one is an entry of `STAGES`, a module of that objective
+`calm.models.objective.Objective`. A new one is an entry of `STAGES`, a module of that objective
 and its flags (such as `calm.training.tempering`) and a program (such as
 `calm.training.distill_temperature`).
 """

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calm.decoding.sampling.seeds import advance, row_seeds
+from calm.decoding.sampling.seeds import OFFSET_STRIDE, advance, row_seeds
 from calm.decoding.sampling.token_draws import draw_tokens, token_chances
 from calm.evaluation.rollout import MAX_BRANCHES, Branches
 from calm.evaluation.samplers import LOGITS_AT_A_TIME
@@ -29,8 +29,6 @@ from calm_kernels.noise import Stream
 from calm_kernels.uniform_draws import uniform_draws
 
 __all__ = ["ChunkTeacher", "Documents", "Teacher", "TokenTeacher"]
-
-DRAW_STRIDE = 2**40  # draws of a branch have disjoint ranges of the seed's offset
 
 
 class Documents(NamedTuple):
@@ -258,7 +256,7 @@ class ChunkTeacher(_BranchingTeacher):
             latents = head.sample(states, num_samples=num_draws, seed=own)
         else:
             draws = torch.arange(num_draws, device=seeds.device)[:, None, None]
-            own = advance(seeds, depth + DRAW_STRIDE * draws).flatten(0, 2)
+            own = advance(seeds, depth + OFFSET_STRIDE * draws).flatten(0, 2)
             latents = head.sample(hidden.flatten(0, 2), seed=own)
         tokens = self.model.decode_latents(latents)
         return tokens.view(num_draws, *seeds.shape[:2], self.unit)

@@ -15,18 +15,20 @@ Shapes: B sequences, S positions, N draws of the vote, n of the tempered head, L
 hidden size.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from calm.decoding.sampling.chunk_distribution import HeadDistribution
-from calm.decoding.sampling.seeds import advance
+from calm.decoding.sampling.seeds import OFFSET_STRIDE, advance
 from calm.decoding.sampling.voting import vote_distribution
 from calm.errors import UserError
 from calm.models import EnergyTransformer
-from calm.models.heads.base import HeadLoss, Posterior, is_recomputed
+from calm.models.heads.base import HeadLoss, is_recomputed
+from calm.models.objective import PredictedChunks
+from calm.training.parser import flag
 from calm_kernels.energy_score import energy_score
 from calm_kernels.noise import Stream
 from calm_kernels.uniform_draws import uniform_draws
@@ -34,11 +36,6 @@ from calm_kernels.uniform_draws import uniform_draws
 __all__ = ["TemperatureObjective", "TemperingArguments"]
 
 DRAWS_AT_A_TIME = 2**13  # of a vote, decoded together: half a gigabyte at the published sizes
-VOTE_STRIDE = 2**40  # the vote's draws are those of steps that no run reaches
-
-
-def _flag(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -47,11 +44,11 @@ class TemperingArguments:
 
     _argument_group_name = "temperature"
 
-    min_temperature: float = _flag(0.3, "Least T that the head learns, in (0, 1).")
-    max_temperature: float = _flag(0.8, "Largest T, likewise.")
-    min_draws: int = _flag(200, "Least N, candidates of a vote.")
-    max_draws: int = _flag(200, "Largest N; each step draws its own, uniform in log N.")
-    match_agreement: bool = _flag(
+    min_temperature: float = flag(0.3, "Least T that the head learns, in (0, 1).")
+    max_temperature: float = flag(0.8, "Largest T, likewise.")
+    min_draws: int = flag(200, "Least N, candidates of a vote.")
+    max_draws: int = flag(200, "Largest N; each step draws its own, uniform in log N.")
+    match_agreement: bool = flag(
         True,
         "After training, narrow what the head's noise contributes at each T until its draws agree "
         "as often as winners of votes; False leaves the head as it was trained.",
@@ -79,7 +76,7 @@ class TemperingArguments:
 
 @dataclass(frozen=True)
 class TemperatureObjective:
-    """The loss of the tempered head, as a `calm.models.heads.base.Objective`.
+    """The loss of the tempered head, as a `calm.models.objective.Objective`.
 
     Attributes:
         arguments: temperatures and numbers of draws.
@@ -87,19 +84,10 @@ class TemperatureObjective:
 
     arguments: TemperingArguments
 
-    def loss(
-        self,
-        model: EnergyTransformer,
-        hidden: Tensor,
-        posterior: Posterior,
-        *,
-        input_ids: Tensor,
-        labels: Tensor,
-        seed: Tensor,
-        first_row: int | Tensor,
-    ) -> HeadLoss:
+    def loss(self, chunks: PredictedChunks, *, seed: Tensor, first_row: int | Tensor) -> HeadLoss:
         """See `Objective`; of the text it needs only which chunks count."""
-        rows, config = hidden.flatten(0, 1), model.config
+        model, rows, weight = chunks.model, chunks.hidden.flatten(0, 1), chunks.weight
+        config = model.config
         power = self._powers(len(rows), seed, first_row)
         targets, chances = self._targets(model, rows, power, seed, first_row)
         head: Any = model.tempered_head
@@ -107,7 +95,6 @@ class TemperatureObjective:
             head.condition(rows, 1 / power), None, config.num_samples, seed, first_row,
             recompute=is_recomputed(head, config.head_recompute),
         )  # fmt: skip
-        weight = posterior.weight
         score = energy_score(
             samples, targets, exponent=float(config.beta), target_weights=chances,
             weight=weight.flatten(),
@@ -127,7 +114,7 @@ class TemperatureObjective:
         least, largest = self.arguments.min_draws, self.arguments.max_draws
         if least == largest:
             return least
-        own = advance(seed, VOTE_STRIDE)
+        own = advance(seed, OFFSET_STRIDE)
         drawn = uniform_draws(1, 1, stream=Stream.VOTE, seed=own, device=seed.device)
         return round(least * (largest / least) ** float(drawn))
 
@@ -141,7 +128,7 @@ class TemperatureObjective:
         first_row: int | Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Draws of the model's own head, ``[N, B*S, L]``, and their chances ``[N, B*S]``."""
-        count, own = self._num_draws(seed), advance(seed, VOTE_STRIDE)
+        count, own = self._num_draws(seed), advance(seed, OFFSET_STRIDE)
         size = max(1, DRAWS_AT_A_TIME // count)
         drawn, chances = [], []
         for begin in range(0, len(hidden), size):

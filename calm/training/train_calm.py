@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from calm.configuration import HEAD_TYPES, CALMConfig
 from calm.errors import UserError
-from calm.models import MODEL_CLASSES, Autoencoder, ContinuousTransformer
+from calm.models import MODEL_CLASSES, Autoencoder, ContinuousTransformer, EnergyTransformer
 from calm.models.loading import load_config
 from calm.training.arguments import NO_AUTOENCODER, JobArguments, ModelArguments
 from calm.training.building import check_vocabulary, check_weights, load_pretrained, new_config
@@ -18,7 +18,7 @@ from calm.training.config_overrides import parse_overrides
 from calm.training.job import run_stage
 from calm.training.recipe import Stage
 
-__all__ = ["build_model", "main", "new_or_trained"]
+__all__ = ["build_model", "main", "new_or_trained", "with_energy_head"]
 
 
 def build_model(
@@ -42,6 +42,27 @@ def new_or_trained(
     loaded = _continued(model) if model.model_name_or_path else _new(model, tokenizer)
     check_vocabulary(loaded.config.vocab_size, tokenizer, "the language model")
     return loaded
+
+
+def with_energy_head(
+    model: ContinuousTransformer, arguments: JobArguments, *, use: str
+) -> EnergyTransformer:
+    """`model`, whose head is an energy head.
+
+    Args:
+        model: the one at ``model_name_or_path``.
+        arguments: of the job.
+        use: what an energy head alone can do, for the message.
+
+    Raises:
+        UserError: it has another head.
+    """
+    if not isinstance(model, EnergyTransformer):
+        raise UserError(
+            f"model_name_or_path: {arguments.model.model_name_or_path} has a {model.head_type} "
+            f"head; an energy head alone can {use}"
+        )
+    return model
 
 
 def _head_type(arguments: ModelArguments) -> str | None:

@@ -1,5 +1,6 @@
 """Fixtures of the tests of `calm`."""
 
+import datasets
 import pytest
 from cli_cases import EOS, PAD, TEXT
 from tiny_models import tiny_baseline, tiny_calm
@@ -11,6 +12,21 @@ from calm.data.tokenizer import BYTE_VOCAB_SIZE, byte_tokenizer
 def save(model, folder, tokenizer):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_calm(tmp_path_factory):
+    """Folder of a CALM that was trained for two steps, ``calm``, and of its text."""
+    from training_cases import MAIN, flags, write_corpus  # imports all of training
+
+    datasets.disable_progress_bars()
+    folder = tmp_path_factory.mktemp("trained")
+    text = write_corpus(folder, 30)
+    few = ("--max_steps=2", "--save_strategy=no")
+    assert MAIN["autoencoder"](flags(folder, "autoencoder", *few, text=text)) == 0
+    ae_flag = f"--ae_name_or_path={folder / 'autoencoder'}"
+    assert MAIN["calm"](flags(folder, "calm", ae_flag, *few, text=text)) == 0
     return folder
 
 

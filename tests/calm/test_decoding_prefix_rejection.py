@@ -7,7 +7,7 @@ from decoding_distributions import ToyDistribution, row_seeds
 from calm.decoding.sampling.chunk_distribution import decode
 from calm.decoding.sampling.methods import METHODS, build_method
 from calm.decoding.sampling.prefix_rejection import Prefix, collect_accepted, draw_accepted, waves
-from calm.decoding.sampling.seeds import ROUND_STRIDE, advance
+from calm.decoding.sampling.seeds import OFFSET_STRIDE, advance
 
 CHANCES = (0.4, 0.3, 0.2, 0.1)
 
@@ -21,7 +21,7 @@ def test_waves_grow_to_their_size_and_stop_at_the_cap():
     plan = list(waves(seed, 50, 130, first=16))
     assert [(before, size) for _, before, size in plan] == [(0, 16), (16, 32), (48, 50), (98, 32)]
     assert [wave_seed.tolist() for wave_seed, *_ in plan] == [
-        [[3, 5 + wave * ROUND_STRIDE]] for wave in range(4)
+        [[3, 5 + wave * OFFSET_STRIDE]] for wave in range(4)
     ]
     assert sum(1 for _ in waves(seed, 1, 300_000, first=16)) == 300_000  # sizes stay small numbers
 
@@ -50,7 +50,7 @@ def test_collected_draws_are_the_first_accepted_of_all_waves():
     )
     everything = torch.cat(
         [
-            decode(distribution, distribution.latents(size, advance(seed, wave * ROUND_STRIDE)))
+            decode(distribution, distribution.latents(size, advance(seed, wave * OFFSET_STRIDE)))
             for wave, size in enumerate((25, 25, 10))
         ]
     )

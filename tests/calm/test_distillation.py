@@ -1,15 +1,15 @@
 """Distillation: what teachers read and draw, the target's expectation, the student's texts."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import prompt, tiny_baseline, tiny_calm
 
-from calm.decoding.sampling.seeds import advance, row_seeds
+from calm.decoding.sampling.seeds import OFFSET_STRIDE, advance, row_seeds
 from calm.decoding.sampling.token_draws import draw_tokens
 from calm.labels import IGNORE_INDEX
-from calm.models.heads.base import Posterior
 from calm.training import teachers
 from calm.training.distilling import DistillationArguments, DistillationObjective, own_texts
 from calm.training.teachers import ChunkTeacher, Documents, TokenTeacher
@@ -73,7 +73,7 @@ def chunk_by_chunk(model, context, seed, draw):
     for depth in range(K // 2):
         hidden = model(torch.tensor([context + drawn])).last_hidden_state[:, -1]
         if depth:
-            own = advance(seed, depth + teachers.DRAW_STRIDE * draw)[None]
+            own = advance(seed, depth + OFFSET_STRIDE * draw)[None]
             latent = model.generative_head.sample(hidden, seed=own)
         else:
             latent = model.generative_head.sample(hidden, num_samples=M, seed=seed[None])[draw]
@@ -263,16 +263,13 @@ class TestOwnTexts:
         _, counted = own_texts(model, ids, PLAIN, seed=SEED, first_sequence=0)
         weight = torch.ones(6, 7)
         weight[0, 4:] = 0
-        hidden = torch.zeros(6, 7, 32)
-        posterior = Posterior(torch.zeros(6, 7, 8), torch.zeros(6, 7, 8), weight)
-        found = objective.loss(
-            model, hidden, posterior, input_ids=ids, labels=ids, seed=SEED, first_row=0
-        )
+        chunks = SimpleNamespace(model=model, input_ids=ids, weight=weight)  # no hidden states
+        found = objective.loss(chunks, seed=SEED, first_row=0)
         assert found.loss.ne(0).equal(counted.bool())
         text, _ = own_texts(model, ids, PLAIN, seed=SEED, first_sequence=0)
         plain = DistillationObjective(DistillationArguments(), objective.teacher, PLAIN)
         own = model(text[:, :-K]).last_hidden_state
-        ones = posterior._replace(weight=counted)
-        each = plain.loss(model, own, ones, input_ids=text, labels=text, seed=SEED, first_row=0)
+        chunks = SimpleNamespace(model=model, input_ids=text, weight=counted, hidden=own)
+        each = plain.loss(chunks, seed=SEED, first_row=0)
         means = each.loss.sum(1) / counted.sum(1)
         torch.testing.assert_close(found.loss.sum(1), means * weight.sum(1))

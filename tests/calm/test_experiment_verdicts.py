@@ -213,6 +213,24 @@ def test_what_scaling_says_of_figure_4():
     assert "K = 4 | 1 |" in SCALING.analysis(results)
 
 
+def test_how_often_the_best_size_is_at_the_edge_of_its_grid():
+    best = {
+        1e9: {"K = 1": 1, "K = 4": 2},
+        2e9: {"K = 1": 3, "K = 4": 1},
+        3e9: {"K = 1": 3, "K = 4": 3},
+    }
+    grid = {1e9: (1, 2, 3), 2e9: (1, 3), 3e9: (3,)}
+    results = [
+        scaling_result(arm, size, budget, 0.5 if size == chosen else 0.1)
+        for budget, arms in best.items()
+        for arm, chosen in arms.items()
+        for size in grid[budget]
+    ]
+    analysis = SCALING.analysis(results)
+    assert "is the smallest of its budget in 2 of 4 cases, the largest in 1: the" in analysis
+    assert "One size for each budget" in SCALING.analysis(results[-2:])
+
+
 def test_the_fit_finds_its_own_law_and_holds_out_the_largest_budget():
     def law(parameters, tokens):
         return 0.1 + 0.02 * np.log10(parameters) + 0.03 * np.log10(tokens)

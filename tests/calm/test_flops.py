@@ -120,6 +120,16 @@ def test_drawing_as_counted(head, steps):
     assert drawn == 10 * flops.drawing.of(7) + steps * time
 
 
+def test_a_density_of_the_noise_is_computed_once_for_all_draws():
+    model, hidden = tiny_calm(), torch.zeros(2, 5, 32)
+    before = flops_of(model).drawing
+    model.add_noise_policy()
+    flops = flops_of(model)
+    assert flops.drawing == (before.once + 2 * 32 * 2 * 12, before.draw)
+    drawn = count(lambda: model.generative_head.sample(hidden, num_samples=7, seed=0))
+    assert drawn == 10 * flops.drawing.of(7)
+
+
 @pytest.mark.parametrize("head", ["flow", "diffusion"])
 def test_a_training_step_as_counted(head):
     """Forward and backward; noisy latents and times have no gradient."""

@@ -11,8 +11,8 @@ import torch
 from calm import CALMConfig, EnergyTransformer
 from calm.data.tokenizer import byte_tokenizer
 from calm.errors import UserError
-from calm.models.heads.base import Posterior
 from calm.models.heads.steered import SteeredHead
+from calm.training import post_training
 from calm.training.post_train import learn_from
 from calm.training.post_training import (
     PolicyObjective,
@@ -24,6 +24,7 @@ from calm.training.rewards import BrierReward, FunctionReward
 from calm_kernels.energy_score import energy_score
 
 ATOMS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0], [1.5, 1.5]], dtype=torch.float64)
+SEED = torch.tensor([3, 0])
 OLD = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
 REWARDS = torch.tensor([0.0, 1.0, 0.5, 2.0], dtype=torch.float64)
 
@@ -102,17 +103,15 @@ def test_energy_distance_is_unbiased():
     torch.testing.assert_close((chances * found).sum(), exact)
 
 
-def trained_inputs(batch=2, first_row=0, weight=None):
-    """What an objective gets of a text of four chunks, three of them predicted."""
+def chunks_of(model, batch=2, first_row=0, weight=None):
+    """What an objective reads of a text of four chunks, three of them predicted."""
     ids = tiny.tokens(batch=4, chunks=4)[first_row // 3 :][:batch]
     labels = ids[:, 4:].unflatten(1, (3, 4))
     weight = torch.ones(batch, 3) if weight is None else weight
     labels = labels.masked_fill(weight[..., None] == 0, -100)
     hidden = torch.randn(12, 16, generator=torch.Generator().manual_seed(4))
     hidden = hidden[first_row:][: 3 * batch].view(batch, 3, 16)
-    posterior = Posterior(hidden, hidden, weight)
-    address = {"seed": torch.tensor([3, 0]), "first_row": first_row}
-    return (hidden, posterior), {"input_ids": ids, "labels": labels, **address}
+    return SimpleNamespace(model=model, input_ids=ids, labels=labels, hidden=hidden, weight=weight)
 
 
 def tilted_loss(batch=2, first_row=0, weight=None, **flags):
@@ -120,8 +119,8 @@ def tilted_loss(batch=2, first_row=0, weight=None, **flags):
     learn_from(
         model, PostTrainingArguments(**{"reward": "repetition:1", **flags}), byte_tokenizer()
     )
-    given, named = trained_inputs(batch, first_row, weight)
-    found = model.objective.loss(model, *given, **named)
+    chunks = chunks_of(model, batch, first_row, weight)
+    found = model.objective.loss(chunks, seed=SEED, first_row=first_row)
     return found.loss, found.measured
 
 
@@ -136,11 +135,11 @@ class TestObjective:
             lambda contexts, chunks: asked.extend(contexts) or [float(c[0]) for c in chunks], "mine"
         )
         objective = type(objective)(flags, reward, objective.old_head)
-        given, named = trained_inputs(weight=torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]))
-        found = objective.loss(model, *given, **named)
+        chunks = chunks_of(model, weight=torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]))
+        found = objective.loss(chunks, seed=SEED, first_row=0)
         for values in (found.loss, *found.measured.values()):
-            assert ((values != 0) == given[1].weight.bool()).all()
-        ids = named["input_ids"]
+            assert ((values != 0) == chunks.weight.bool()).all()
+        ids = chunks.input_ids
         first, last, other = (
             tuple(ids[row, :end].tolist()) for row, end in ((0, 4), (0, 12), (1, 12))
         )
@@ -149,6 +148,13 @@ class TestObjective:
         learning = {name for name, weight in model.named_parameters() if weight.grad is not None}
         expected = "mlp_generator." + ("noise_policy." if method == "policy" else "")
         assert learning and all(name.startswith(expected) for name in learning)
+
+    def test_a_brier_reward_reads_neither_posteriors_nor_contexts(self, method, monkeypatch):
+        model, ids = tiny.model().train(), tiny.tokens(batch=2, chunks=4)
+        learn_from(model, PostTrainingArguments(method=method, num_draws=4), byte_tokenizer())
+        monkeypatch.setattr(model, "encode", None)
+        monkeypatch.setattr(post_training._Positions, "_contexts", None)
+        assert model(ids, ids, seed=3).loss.isfinite()
 
     def test_parts_of_a_batch_draw_what_the_whole_draws(self, method):
         options = {"method": method, "num_draws": 4, "reward": "regex:[a-z]"}
@@ -184,12 +190,12 @@ def toy_gradient(reward, mean=0.0, draws=3, rows=20_000):
     model = SimpleNamespace(
         config=config, generative_head=head, decode_latents=lambda latents: (latents > 0).long()
     )
-    hidden = torch.zeros(rows, 1, 16)
-    loss = PolicyObjective(flags, reward, old).loss(
-        model, hidden, Posterior(hidden, hidden, torch.ones(rows, 1)),
+    chunks = SimpleNamespace(
+        model=model, hidden=torch.zeros(rows, 1, 16), weight=torch.ones(rows, 1),
         input_ids=torch.zeros(rows, 2, dtype=torch.long),
-        labels=torch.ones(rows, 1, 1, dtype=torch.long), seed=torch.tensor([3, 0]), first_row=0,
-    ).loss.mean()  # fmt: skip
+        labels=torch.ones(rows, 1, 1, dtype=torch.long),
+    )  # fmt: skip
+    loss = PolicyObjective(flags, reward, old).loss(chunks, seed=SEED, first_row=0).loss.mean()
     return loss.item(), torch.autograd.grad(loss, head.noise_policy.bias)[0].tolist()
 
 

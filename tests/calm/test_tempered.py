@@ -13,7 +13,6 @@ from calm.decoding.generation import make_predictor
 from calm.decoding.sampling import voting
 from calm.decoding.sampling.voting import vote, vote_distribution
 from calm.errors import UserError
-from calm.models.heads.base import Posterior
 from calm.models.heads.tempered import TemperedHead
 from calm.models.loading import load_checked
 from calm.training.tempering import TemperatureObjective, TemperingArguments
@@ -202,9 +201,6 @@ class ToyDecoder:
         return slots[..., 0].round().long()
 
 
-TEXT = {"input_ids": None, "labels": None}  # of which this objective needs nothing
-
-
 def toy_model(tempered_head, chances=(0.4, 0.35, 0.25)):
     """What the objective needs of a model."""
     config, decoder = tiny.config(latent_size=1, num_samples=8), ToyDecoder()
@@ -214,25 +210,27 @@ def toy_model(tempered_head, chances=(0.4, 0.35, 0.25)):
     )  # fmt: skip
 
 
+def chunks_of(model, weight):
+    """What this objective reads of a text: which chunks count, and hidden states."""
+    hidden = torch.zeros(*weight.shape, 16)
+    return SimpleNamespace(model=model, hidden=hidden, weight=weight)
+
+
 def objective(**fields):
     return TemperatureObjective(TemperingArguments(**{"min_draws": 40, "max_draws": 40, **fields}))
 
 
 def loss_of(objective, model, rows, step=0, first_row=0):
-    hidden = torch.zeros(1, rows, 16)
-    posterior = Posterior(hidden, hidden, torch.ones(1, rows))
-    seed = torch.tensor([3, step])
-    return objective.loss(model, hidden, posterior, **TEXT, seed=seed, first_row=first_row)
+    chunks = chunks_of(model, torch.ones(1, rows))
+    return objective.loss(chunks, seed=torch.tensor([3, step]), first_row=first_row)
 
 
 class TestObjective:
     def test_it_is_weighted_and_differentiable(self):
         model = toy_model(TemperedHead(tiny.config(latent_size=1)))
-        hidden = torch.zeros(2, 3, 16)
         weight = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-        seed = torch.tensor([3, 0])
-        posterior = Posterior(hidden, hidden, weight)
-        found = objective().loss(model, hidden, posterior, **TEXT, seed=seed, first_row=0)
+        chunks, seed = chunks_of(model, weight), torch.tensor([3, 0])
+        found = objective().loss(chunks, seed=seed, first_row=0)
         assert ((found.loss != 0) == weight.bool()).all()
         found.loss.sum().backward()
         assert all(weight.grad is not None for weight in model.tempered_head.parameters())

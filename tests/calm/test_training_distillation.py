@@ -148,6 +148,7 @@ class TestProgram:
             (["--data_weight=1"], "baseline", "data_weight must lie in [0, 1)"),
             (["--data_weight=nan"], "baseline", "data_weight"),
             (["--teacher_draws=0"], "baseline", "teacher_draws must be at least 1"),
+            (["--teacher_draws=100000000000"], "baseline", "teacher_draws=100000000000"),
             (["--contexts=web"], "baseline", "contexts must be data or student, got 'web'"),
             (["--contexts=student", "--data_weight=0.5"], "baseline", "must be 0 with contexts"),
             (["--contexts=student", "--block_size=4"], "baseline", "block_size must be at least 8"),

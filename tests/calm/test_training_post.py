@@ -3,10 +3,9 @@
 import json
 import shutil
 
-import datasets
 import pytest
 import tiny
-from training_cases import MAIN, flags, history, logs, make_trainer, train, write_corpus
+from training_cases import MAIN, flags, history, logs, make_trainer, train
 
 from calm import EnergyTransformer
 from calm.data.tokenizer import byte_tokenizer
@@ -48,28 +47,17 @@ def _times(measured):
     return {n: v for n, v in measured.items() if n.endswith(("runtime", "second")) or n == "epoch"}
 
 
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory):
-    """Folder of a CALM that was trained for two steps, and the text."""
-    datasets.disable_progress_bars()
-    folder = tmp_path_factory.mktemp("calm")
-    text = write_corpus(folder, 30)
-    few = ("--max_steps=2", "--save_strategy=no")
-    assert MAIN["autoencoder"](flags(folder, "autoencoder", *few, text=text)) == 0
-    ae_flag = f"--ae_name_or_path={folder / 'autoencoder'}"
-    assert MAIN["calm"](flags(folder, "calm", ae_flag, *few, text=text)) == 0
-    return folder
-
-
-def post(calm, folder, *extra):
-    words = (f"--model_name_or_path={calm / 'calm'}", "--num_draws=4", "--do_train", *extra)
-    return MAIN["post"](flags(folder, "post", *words, text=str(calm / "text.jsonl")))
+def post(trained_calm, folder, *extra):
+    words = (f"--model_name_or_path={trained_calm / 'calm'}", "--num_draws=4", "--do_train", *extra)
+    return MAIN["post"](flags(folder, "post", *words, text=str(trained_calm / "text.jsonl")))
 
 
 class TestProgram:
-    def test_a_limit_ends_a_run_which_then_stays_ended(self, calm, tmp_path, caplog, capsys):
+    def test_a_limit_ends_a_run_which_then_stays_ended(
+        self, trained_calm, tmp_path, caplog, capsys
+    ):
         folder, limit = tmp_path / "post", ("--max_energy_distance=1e-4", "--max_steps=40")
-        assert post(calm, tmp_path, "--do_eval", *limit) == 0
+        assert post(trained_calm, tmp_path, "--do_eval", *limit) == 0
         distances, steps = logs(folder, "energy_distance"), logs(folder, "loss")
         assert distances[-1] > 1e-4 and max(distances[:-1], default=0) <= 1e-4
         assert len(steps) < 40 and "exceeds max_energy_distance" in caplog.text
@@ -79,18 +67,20 @@ class TestProgram:
         results = json.loads((folder / "eval_results.json").read_text())
         assert "eval_reward" in results and "eval_energy_distance" in results
         weights = (folder / "model.safetensors").read_bytes()
-        assert post(calm, tmp_path, *limit) == 0
+        assert post(trained_calm, tmp_path, *limit) == 0
         assert (folder / "model.safetensors").read_bytes() == weights
         assert logs(folder) == steps
-        old, new = (EnergyTransformer.from_pretrained(at).eval() for at in (calm / "calm", folder))
+        old, new = (
+            EnergyTransformer.from_pretrained(at).eval() for at in (trained_calm / "calm", folder)
+        )
         assert old.config.to_diff_dict() == new.config.to_diff_dict()
         other = shutil.copytree(folder, tmp_path / "other")  # another old model
-        assert post(calm, tmp_path, *limit, f"--model_name_or_path={other}") == 2
+        assert post(trained_calm, tmp_path, *limit, f"--model_name_or_path={other}") == 2
         assert "a run cannot go on from" in (error := capsys.readouterr().err)
         assert "source" in error
 
     def test_a_reward_that_fails_leaves_the_last_checkpoint(
-        self, calm, tmp_path, monkeypatch, capsys
+        self, trained_calm, tmp_path, monkeypatch, capsys
     ):
         (tmp_path / "failing_reward.py").write_text(
             "calls = 0\n"
@@ -104,13 +94,13 @@ class TestProgram:
         monkeypatch.chdir(tmp_path)
         monkeypatch.syspath_prepend(tmp_path)
         words = ("--reward=failing_reward:score", "--method=policy")
-        assert post(calm, tmp_path, *words) == 2
+        assert post(trained_calm, tmp_path, *words) == 2
         error = capsys.readouterr().err
         assert "reward failing_reward:score raised RuntimeError for continuation" in error
         assert "failing_reward.py" in error
         assert (tmp_path / "post" / "checkpoint-2" / "model.safetensors").is_file()
         __import__("failing_reward").calls = -100
-        assert post(calm, tmp_path, *words) == 0
+        assert post(trained_calm, tmp_path, *words) == 0
         assert len(logs(tmp_path / "post")) == 4
         assert EnergyTransformer.from_pretrained(tmp_path / "post").config.noise_policy is True
 
@@ -140,8 +130,8 @@ class TestProgram:
             "policy", "softmax", "signed", "no-log", "late-log", "bf16", "beta", "old", "metric",
         ],
     )  # fmt: skip
-    def test_mistakes(self, words, part, calm, tmp_path, capsys):
-        assert post(calm, tmp_path, *words) == 2
+    def test_mistakes(self, words, part, trained_calm, tmp_path, capsys):
+        assert post(trained_calm, tmp_path, *words) == 2
         assert part in capsys.readouterr().err
 
     def test_another_head(self, monkeypatch):

@@ -3,11 +3,10 @@
 import json
 import shutil
 
-import datasets
 import pytest
 import tiny
 import torch
-from training_cases import MAIN, flags, history, logs, make_trainer, train, write_corpus
+from training_cases import MAIN, flags, history, logs, make_trainer, train
 
 from calm import EnergyTransformer
 from calm.errors import UserError
@@ -52,31 +51,20 @@ class TestRun:
         assert not [name for name in first if "brier" in name]
 
 
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory):
-    """Folder of a CALM that was trained for two steps, and the text."""
-    datasets.disable_progress_bars()
-    folder = tmp_path_factory.mktemp("calm")
-    text = write_corpus(folder, 30)
-    few = ("--max_steps=2", "--save_strategy=no")
-    assert MAIN["autoencoder"](flags(folder, "autoencoder", *few, text=text)) == 0
-    ae_flag = f"--ae_name_or_path={folder / 'autoencoder'}"
-    assert MAIN["calm"](flags(folder, "calm", ae_flag, *few, text=text)) == 0
-    return folder
-
-
-def distill(calm, folder, *extra):
-    words = (f"--model_name_or_path={calm / 'calm'}", *DRAWS, *extra)
-    return MAIN["temperature"](flags(folder, "temperature", *words, text=str(calm / "text.jsonl")))
+def distill(trained_calm, folder, *extra):
+    words = (f"--model_name_or_path={trained_calm / 'calm'}", *DRAWS, *extra)
+    return MAIN["temperature"](
+        flags(folder, "temperature", *words, text=str(trained_calm / "text.jsonl"))
+    )
 
 
 class TestProgram:
     def test_from_a_trained_model_to_one_that_draws_at_low_temperature(
-        self, calm, tmp_path, capsys
+        self, trained_calm, tmp_path, capsys
     ):
         folder = tmp_path / "temperature"
-        assert distill(calm, tmp_path, "--do_train", "--do_eval") == 0
-        old = EnergyTransformer.from_pretrained(calm / "calm").eval()
+        assert distill(trained_calm, tmp_path, "--do_train", "--do_eval") == 0
+        old = EnergyTransformer.from_pretrained(trained_calm / "calm").eval()
         new = EnergyTransformer.from_pretrained(folder).eval()
         assert new.config.tempered_range == [0.3, 0.8]
         for name, weight in old.state_dict().items():
@@ -101,12 +89,12 @@ class TestProgram:
         assert MAIN["calm"](again) == 2
         assert "would not fit any more" in capsys.readouterr().err
         shutil.rmtree(folder / "checkpoint-4")  # stopped, and started again
-        assert distill(calm, tmp_path) == 0
+        assert distill(trained_calm, tmp_path) == 0
         assert (folder / "model.safetensors").read_bytes() == weights and logs(folder) == losses
         assert EnergyTransformer.from_pretrained(folder).config.tempered_spread == spread
 
-    def test_without_matching_the_head_stays_as_it_was_trained(self, calm, tmp_path):
-        assert distill(calm, tmp_path, "--match_agreement=False") == 0
+    def test_without_matching_the_head_stays_as_it_was_trained(self, trained_calm, tmp_path):
+        assert distill(trained_calm, tmp_path, "--match_agreement=False") == 0
         new = EnergyTransformer.from_pretrained(tmp_path / "temperature")
         assert new.config.tempered_spread is None
 
@@ -122,8 +110,8 @@ class TestProgram:
         ],
         ids=["model", "overrides", "range", "draws", "order", "metric"],
     )
-    def test_mistakes(self, words, part, calm, tmp_path, capsys):
-        assert distill(calm, tmp_path, *words) == 2
+    def test_mistakes(self, words, part, trained_calm, tmp_path, capsys):
+        assert distill(trained_calm, tmp_path, *words) == 2
         assert part in capsys.readouterr().err
 
     def test_another_head(self, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from calm.decoding.sampling.chunk_distribution import ChunkDistribution
 from calm.decoding.sampling.lazy_decode import decode_matching
-from calm.decoding.sampling.seeds import ROUND_STRIDE, advance
+from calm.decoding.sampling.seeds import OFFSET_STRIDE, advance
 
 __all__ = ["CollectedDraws", "Prefix", "collect_accepted", "draw_accepted", "waves"]
 
@@ -79,7 +79,7 @@ def waves(
     wave, before, most = 0, 0, first
     while before < max_draws:
         draws = min(size, most, max_draws - before)
-        yield advance(seed, wave * ROUND_STRIDE), before, draws
+        yield advance(seed, wave * OFFSET_STRIDE), before, draws
         wave, before, most = wave + 1, before + draws, min(2 * most, size)
 
 

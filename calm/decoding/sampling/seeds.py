@@ -8,10 +8,13 @@ from torch import Tensor
 from calm.errors import UserError
 from calm_kernels.noise import Seed, Stream, as_seed, philox
 
-__all__ = ["ROUND_STRIDE", "advance", "row_seeds", "sequence_seeds"]
+__all__ = ["OFFSET_STRIDE", "advance", "row_seeds", "sequence_seeds"]
 
 LOW_32_BITS = 0xFFFFFFFF
-ROUND_STRIDE = 2**40  # waves of one chunk draw from disjoint ranges of the seed's offset
+# Between the seeds of draws that share nothing: waves of one chunk, depths of a rollout, draws of a
+# branch, and what a training step draws beside its samples. The offsets in between are free: no
+# text has so many chunks and no run so many steps.
+OFFSET_STRIDE = 2**40
 
 
 def sequence_seeds(seed: Seed | Sequence[int], batch: int, device: torch.device) -> Tensor:
@@ -41,10 +44,8 @@ def sequence_seeds(seed: Seed | Sequence[int], batch: int, device: torch.device)
         return common[None]
     value, offset = common.expand(batch, 2).unbind(1)
     row = torch.arange(batch, device=device)
-    zero = torch.zeros_like(row)
-    key = (value & LOW_32_BITS, ((value >> 32) & LOW_32_BITS) ^ int(Stream.SEQUENCE))
-    low, high, *_ = philox((row, zero, zero, zero), key)
-    return torch.stack([torch.where(row == 0, value, low | (high << 32)), offset], dim=1)
+    own = _hashed(value, Stream.SEQUENCE, row, torch.zeros_like(row))
+    return torch.stack([torch.where(row == 0, value, own), offset], dim=1)
 
 
 def advance(seed: Tensor, steps: int | Tensor) -> Tensor:
@@ -67,8 +68,16 @@ def row_seeds(seed: Tensor, rows: Tensor, stream: Stream) -> Tensor:
     Returns: int64 ``[..., 2]`` of (seed, 0).
     """
     value, offset = seed.unbind()
-    key = (value & LOW_32_BITS, ((value >> 32) & LOW_32_BITS) ^ int(stream))
-    below, above = offset & LOW_32_BITS, (offset >> 32) & LOW_32_BITS
-    low, high, *_ = philox((rows & LOW_32_BITS, below, above, torch.zeros_like(rows)), key)
-    own = low | (high << 32)
+    own = _hashed(value, stream, rows, offset)
     return torch.stack([own, torch.zeros_like(own)], dim=-1)
+
+
+def _hashed(seed: Tensor, stream: Stream, row: Tensor, offset: Tensor) -> Tensor:
+    """64 bits of Philox: `seed` and `stream` are the key, `row` and `offset` the counter.
+
+    All int64 of shapes that broadcast; of a row its lower 32 bits count.
+    """
+    key = (seed & LOW_32_BITS, ((seed >> 32) & LOW_32_BITS) ^ int(stream))
+    below, above = offset & LOW_32_BITS, (offset >> 32) & LOW_32_BITS
+    low, high, *_ = philox((row & LOW_32_BITS, below, above, torch.zeros_like(row)), key)
+    return low | (high << 32)

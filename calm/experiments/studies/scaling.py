@@ -121,22 +121,20 @@ def _analysis(results: Sequence[Result]) -> str:
 
 def _edges(results: Sequence[Result], budgets: Sequence[Arms]) -> str:
     """How often the best size of an arm is the smallest or the largest that its budget has."""
-    sizes = list(dict.fromkeys(result.labels["size"] for result in results))
-    counts = {"smallest": 0, "largest": 0}
-    total = 0
+    labels = [result.labels for result in results]
+    sizes = list(dict.fromkeys(each["size"] for each in labels))  # from the smallest on
+    found = []
     for arms in budgets:
-        labels = [result.labels for result in results]
         there = {each["size"] for each in labels if each["budget"] == arms.budget}
-        if len(there) > 1:
-            ordered = sorted(there, key=sizes.index)
-            counts["smallest"] += arms.sizes.count(ordered[0])
-            counts["largest"] += arms.sizes.count(ordered[-1])
-            total += len(arms.sizes)
-    if not total:
+        ordered = [size for size in sizes if size in there]
+        if len(ordered) > 1:
+            found += [(size == ordered[0], size == ordered[-1]) for size in arms.sizes]
+    if not found:
         return "One size for each budget: how the best size grows is not measured."
+    smallest, largest = map(sum, zip(*found, strict=True))
     return (
-        f"The best size of an arm is the smallest of its budget in {counts['smallest']} of {total} "
-        f"cases, the largest in {counts['largest']}: the optimum may lie beyond it, and a line "
+        f"The best size of an arm is the smallest of its budget in {smallest} of {len(found)} "
+        f"cases, the largest in {largest}: the optimum may lie beyond it, and a line "
         "falls where the next budget leaves that size out."
     )
 

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 __all__ = [
-    "GenerativeHead", "HeadLoss", "Objective", "Posterior", "expand_rows", "is_recomputed",
-    "noise_factor",
+    "GenerativeHead", "HeadLoss", "Posterior", "expand_rows", "is_recomputed", "noise_factor",
 ]  # fmt: skip
 
 
@@ -34,8 +33,8 @@ class HeadLoss(NamedTuple):
         fidelity: likewise; energy head.
         diversity: likewise; energy head.
         samples: its draws, ``[N, B, S, L]``; energy head.
-        measured: of an `Objective`: what it has logged beside the loss, each ``[B, S]``, 0 for a
-            masked chunk.
+        measured: of a `calm.models.objective.Objective`: what it has logged beside the loss, each
+            ``[B, S]``, 0 for a masked chunk.
     """
 
     loss: Tensor
@@ -75,38 +74,6 @@ class GenerativeHead(Protocol):
     def initialize(self, module: nn.Module) -> None:
         """Give `module`, if it belongs to the head, its initial weights."""
         ...
-
-
-class Objective(Protocol):
-    """What a model learns instead of its head's own loss.
-
-    Its attribute ``measures``, if there is one, names what of `HeadLoss.measured` an evaluation
-    reports; training logs all of it. With ``predicts_text = True`` an evaluation reports BrierLM
-    and what else it does without an objective, since that is what learns.
-    """
-
-    def loss(
-        self,
-        model: Any,
-        hidden: Tensor,
-        posterior: Posterior,
-        *,
-        input_ids: Tensor,
-        labels: Tensor,
-        seed: Tensor,
-        first_row: int | Tensor,
-    ) -> HeadLoss:
-        """Loss of each chunk.
-
-        Args:
-            model: a `calm.models.ContinuousTransformer`.
-            hidden: ``[B, S, H]``.
-            posterior: of the chunk that follows each.
-            input_ids: the text, ``[B, (S+1)*K]``; ``hidden[:, s]`` has read its first (s+1)*K.
-            labels: of the chunk that follows each, ``[B, S, K]``, all -100 where it does not count.
-            seed: of all draws.
-            first_row: global index of the first chunk.
-        """
 
 
 def is_recomputed(module: nn.Module, is_asked: bool) -> bool:
