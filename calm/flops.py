@@ -15,9 +15,11 @@ and 11 % above the table, instead of 4 and 3 % below and 2 % above it. The paper
 formula: what remains is unexplained.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -39,10 +41,25 @@ __all__ = [
     "Flops",
     "HeadFlops",
     "flops_of",
+    "peak_of",
 ]
 
 
 PEAK = 989e12  # operations a second, dense bfloat16, of an H100 or H200 (SXM)
+# Likewise, by the words in a GPU's name, as their makers state it; the first that fits counts.
+PEAKS = {
+    ("B200",): 2250e12,
+    ("H200", "NVL"): 835e12,
+    ("H200",): PEAK,
+    ("GH200",): PEAK,
+    ("H100", "NVL"): 835e12,
+    ("H100", "PCIe"): 756e12,
+    ("H100",): PEAK,
+    ("A100",): 312e12,
+    ("L40S",): 362e12,
+    ("L4",): 121e12,
+    ("4090",): 165e12,
+}
 
 
 @dataclass(frozen=True)
@@ -181,6 +198,14 @@ class CALMFlops:
 
 
 Flops = AutoencoderFlops | BaselineFlops | CALMFlops
+
+
+def peak_of(device: torch.device) -> float | None:
+    """Operations a second of `device`, dense bfloat16; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    words = re.split(r"[\s-]+", torch.cuda.get_device_name(device))
+    return next((peak for named, peak in PEAKS.items() if set(named) <= set(words)), None)
 
 
 def flops_of(model: PreTrainedModel, context: int = 2048) -> Flops:

@@ -1,13 +1,19 @@
 """Refusing what cannot fit into memory, before the machine starts to kill programs."""
 
 import os
+import sys
 from typing import Any
 
 import torch
 
 from calm.errors import UserError
 
-__all__ = ["check_draws", "check_memory"]
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment] # a module is declared
+
+__all__ = ["check_draws", "check_memory", "peak_memory"]
 
 
 def check_memory(what: str, needed: int, device: torch.device) -> None:
@@ -41,6 +47,19 @@ def check_draws(model: Any, argument: str, num_samples: int, positions: int) -> 
     row = (config.latent_size + config.noise_size) * model.dtype.itemsize
     what = f"{argument}={num_samples} ({positions} chunks at once)"
     check_memory(what, num_samples * positions * row, model.device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that this process has held so far; None where the system does not say.
+
+    On a GPU what torch has allocated there, on a CPU the whole process.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu" or resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _memory(device: torch.device) -> int | None:

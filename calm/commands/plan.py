@@ -9,6 +9,7 @@ from typing import Any
 from calm.commands.model_flags import read_config
 from calm.configuration import model_kind
 from calm.ranges import Range, at_least, number
+from calm.units import duration
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -175,7 +176,7 @@ def _cost_rows(cost: dict[str, Any]) -> list[str]:
     if "training_flop" in cost:
         peak = cost["assumed_peak_flop_per_second_per_gpu"]
         rows.append(
-            f"time             {_duration(cost['training_seconds']):>16} on {cost['gpus']} GPUs at "
+            f"time             {duration(cost['training_seconds']):>16} on {cost['gpus']} GPUs at "
             f"{cost['assumed_mfu']:.0%} of {peak / 1e12:.0f} TFLOP/s (dense bf16; assumed)"
         )
     if "memory_bytes_per_gpu" in cost:
@@ -189,10 +190,3 @@ def _cost_rows(cost: dict[str, Any]) -> list[str]:
         fits = "it fits" if cost["fits_80_gb"] else "it does not fit (shard it: --fsdp)"
         rows.append(f"{'':17}{fits} a GPU of 80 GB, with 20 % for what is not counted")
     return rows
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.1f} seconds"

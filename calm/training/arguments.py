@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import SchedulerType, TrainingArguments, get_scheduler
+from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from calm.data.options import CorpusOptions
 from calm.errors import UserError
 from calm.ranges import FRACTION, NOT_NEGATIVE, PERCENTAGE, POSITIVE, SEED, at_least
+from calm.training.clock import check_schedule
 from calm.training.compilation import check_compilation
 from calm.training.old_flags import translate_old_flags
 from calm.training.parser import TrainingParser, flag
@@ -356,7 +357,7 @@ def _check(arguments: JobArguments) -> None:
     if training.muon_learning_rate and training.fsdp:
         raise UserError("muon_learning_rate needs whole matrices; fsdp splits them")
     check_compilation(training)
-    _check_schedule(training)
+    check_schedule(training)
     if training.label_smoothing_factor:
         raise UserError("label_smoothing_factor has no effect on these losses: take it out")
     loading: Any = training.accelerator_config
@@ -370,24 +371,3 @@ def _check(arguments: JobArguments) -> None:
         )
     if data.streaming and training.max_steps <= 0 and not training.max_train_seconds:
         raise UserError("a stream has no length: pass max_steps (or max_train_seconds)")
-
-
-def _check_schedule(training: CALMTrainingArguments) -> None:
-    """The schedule exists and takes the arguments that are given for it."""
-    kwargs = training.lr_scheduler_kwargs
-    if not isinstance(kwargs, dict | None):
-        raise UserError(f'lr_scheduler_kwargs must be JSON such as {{"power": 2}}, got {kwargs!r}')
-    name = SchedulerType(training.lr_scheduler_type)
-    placeholder = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    try:
-        get_scheduler(
-            name,
-            placeholder,
-            num_warmup_steps=1,
-            num_training_steps=2,
-            scheduler_specific_kwargs=kwargs,
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"lr_scheduler_kwargs: wrong for lr_scheduler_type={name.value} ({error})"
-        ) from error

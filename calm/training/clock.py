@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
-    ProgressCallback,
+    SchedulerType,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -18,9 +18,9 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from calm.errors import UserError
-from calm.training.metrics import remember
+from calm.training.metrics import recall, remember
 
-__all__ = ["RunLimit", "TimedProgress", "TrainingClock", "timed_schedule"]
+__all__ = ["RunLimit", "TrainingClock", "check_schedule", "timed_schedule"]
 
 UNBOUNDED_STEPS = 10**9
 RESOLUTION = 10_000  # virtual steps into which a schedule by time is cut
@@ -78,10 +78,8 @@ class TrainingClock(RunLimit, ExportableState):
 
     def resume(self, state: TrainerState) -> None:
         """Take over the seconds that `state` has recorded, if any."""
-        known: Any = state.stateful_callbacks or {}
-        saved = known.get(type(self).__name__)
-        if isinstance(saved, dict):
-            self.elapsed = saved["args"]["elapsed"]
+        if kept := recall(state, self):
+            self.elapsed = kept["elapsed"]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -107,27 +105,6 @@ class TrainingClock(RunLimit, ExportableState):
         if self.is_over:
             control.should_log = True
             self.end_run(args, control)
-
-
-class TimedProgress(ProgressCallback):
-    """transformers' bar with the number of steps that the budget is likely to allow.
-
-    Args:
-        clock: of the run.
-    """
-
-    def __init__(self, clock: TrainingClock) -> None:
-        super().__init__()
-        self.clock = clock
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Advance the bar and put its end where the time will be over."""
-        super().on_step_end(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            expected = state.global_step / max(self.clock.progress, 1e-9)
-            self.training_bar.total = max(state.global_step, round(expected))
 
 
 def timed_schedule(optimizer: Optimizer, args: TrainingArguments, clock: TrainingClock) -> LambdaLR:
@@ -162,3 +139,28 @@ def timed_schedule(optimizer: Optimizer, args: TrainingArguments, clock: Trainin
         return min(1.0, warmed) * decay(int(progress * RESOLUTION))
 
     return LambdaLR(optimizer, factor)
+
+
+def check_schedule(training: TrainingArguments) -> None:
+    """The schedule exists and takes the arguments that are given for it.
+
+    Raises:
+        UserError: it does not.
+    """
+    kwargs = training.lr_scheduler_kwargs
+    if not isinstance(kwargs, dict | None):
+        raise UserError(f'lr_scheduler_kwargs must be JSON such as {{"power": 2}}, got {kwargs!r}')
+    name = SchedulerType(training.lr_scheduler_type)
+    placeholder = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        get_scheduler(
+            name,
+            placeholder,
+            num_warmup_steps=1,
+            num_training_steps=2,
+            scheduler_specific_kwargs=kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"lr_scheduler_kwargs: wrong for lr_scheduler_type={name.value} ({error})"
+        ) from error

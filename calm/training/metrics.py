@@ -1,6 +1,5 @@
 """Measurements during training: kept on the device and read once per logging interval."""
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,9 @@ __all__ = [
     "MeanLoss",
     "NonFiniteLossError",
     "RunningMeans",
-    "Throughput",
+    "recall",
     "remember",
+    "whole_norm",
 ]
 
 # What to do about a loss, gradient or weight that is not finite.
@@ -35,6 +35,12 @@ Gather = Callable[[Tensor], Tensor]
 
 class NonFiniteLossError(UserError):
     """The loss or the gradient stopped being a number."""
+
+
+def whole_norm(norm: Tensor | float) -> Tensor:
+    """A gradient's norm in float32, ``[]``; sharded training gives a DTensor."""
+    whole = getattr(norm, "full_tensor", lambda: norm)()
+    return torch.as_tensor(whole, dtype=torch.float32).detach()
 
 
 class RunningMeans:
@@ -73,6 +79,13 @@ def remember(state: TrainerState, callback: ExportableState) -> None:
     known: Any = state.stateful_callbacks  # a mapping, although transformers declares a list
     if known is not None:
         known.setdefault(type(callback).__name__, callback.state())
+
+
+def recall(state: TrainerState, callback: ExportableState) -> dict[str, Any] | None:
+    """What the checkpoint of `state` has kept of `callback`; None if nothing."""
+    known: Any = state.stateful_callbacks or {}
+    saved = known.get(type(callback).__name__)
+    return saved["args"] if isinstance(saved, dict) else None
 
 
 class MeanLoss(TrainerCallback, ExportableState):
@@ -114,9 +127,7 @@ class MeanLoss(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Go on from what the checkpoint holds, if any."""
-        known: Any = state.stateful_callbacks or {}
-        saved = known.get(type(self).__name__) if state.global_step else None
-        kept: Any = saved["args"] if isinstance(saved, dict) else {"total": 0.0, "steps": 0}
+        kept = (state.global_step and recall(state, self)) or {"total": 0.0, "steps": 0}
         self.total, self.steps = kept["total"], kept["steps"]
         self._pending = None
         remember(state, self)
@@ -126,32 +137,6 @@ class MeanLoss(TrainerCallback, ExportableState):
     ) -> None:
         """Count the step."""
         self.steps += 1
-
-
-class Throughput:
-    """Tokens and characters per second between two logs, evaluation and saving included."""
-
-    def __init__(self, tokens_per_character: float | None = None) -> None:
-        self.tokens_per_character = tokens_per_character
-        self.start()
-
-    def start(self) -> None:
-        """Start an interval."""
-        self._tokens = 0
-        self._since = time.perf_counter()
-
-    def add(self, tokens: int) -> None:
-        """Add `tokens`, the number over all processes."""
-        self._tokens += tokens
-
-    def drain(self) -> dict[str, float]:
-        """Rates of the interval. The next interval starts."""
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        rates = {"tokens_per_second": self._tokens / seconds}
-        if self.tokens_per_character:
-            rates["characters_per_second"] = rates["tokens_per_second"] / self.tokens_per_character
-        self.start()
-        return rates
 
 
 @dataclass(frozen=True)
@@ -182,8 +167,7 @@ class FiniteGuard:
 
     def watch_norm(self, norm: Tensor | float, *, step: int, learning_rate: float) -> None:
         """Watch the gradient norm of `step`."""
-        whole = getattr(norm, "full_tensor", lambda: norm)()  # sharded training gives a DTensor
-        value = torch.as_tensor(whole, dtype=torch.float32).detach()
+        value = whole_norm(norm)
         self._events.append(_Event(step, learning_rate, "gradient norm"))
         self._values.append(value)
         self._norms[step] = value

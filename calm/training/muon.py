@@ -96,6 +96,18 @@ class MuonAdamW(Optimizer):
         ]
         return cls(matrices, [group for group in groups if group["params"]], **settings)
 
+    @classmethod
+    def from_arguments(cls, model: nn.Module, args: Any) -> Self:
+        """`for_model` with the settings that flags give, `CALMTrainingArguments`."""
+        return cls.for_model(
+            model,
+            muon_lr=args.muon_learning_rate,
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+        )
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override] # torch's has overloads
         """One update of all parameters that have a gradient."""

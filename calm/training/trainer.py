@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, ProgressCallback, TrainerState
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
@@ -37,7 +37,8 @@ from calm.training.checkpoints import (
     is_model_file,
     last_good_checkpoint,
 )
-from calm.training.clock import RunLimit, TimedProgress, TrainingClock, timed_schedule
+from calm.training.clock import RunLimit, TrainingClock, timed_schedule
+from calm.training.draws import DrawAddress
 from calm.training.loading import LoadingTrainer
 from calm.training.metrics import (
     ADVICE,
@@ -45,11 +46,12 @@ from calm.training.metrics import (
     MeanLoss,
     NonFiniteLossError,
     RunningMeans,
-    Throughput,
 )
 from calm.training.muon import MuonAdamW
+from calm.training.progress import print_lines
 from calm.training.resume import PROTOCOL, OwnSettings
 from calm.training.scoring import logged_parts, metrics_of, score_sequences
+from calm.training.speed import BETWEEN, Speed
 from calm_kernels.noise import as_seed
 
 __all__ = ["CALMTrainer"]
@@ -102,33 +104,23 @@ class CALMTrainer(LoadingTrainer):
         self._mean_loss = MeanLoss()
         self.add_callback(self._mean_loss)
         self._means = RunningMeans()
-        self._throughput = Throughput(tokens_per_character)
+        self._speed = Speed(model, args, tokens_per_character)
+        self.add_callback(self._speed)
         self._guard = FiniteGuard()
-        self._drawn_step = -1
-        self._address: tuple[int, int] | None = None
-        self._seed: Tensor | None = None
-        self._micro_batch = 0
+        self._address = DrawAddress(args, self._train_batch_size)
         self._eval_batch = 0
         self.clock: TrainingClock | None = None
         if args.max_train_seconds:
             self.clock = TrainingClock(args.max_train_seconds)
             self.add_callback(self.clock)
-            if self.pop_callback(ProgressCallback) is not None:
-                self.add_callback(TimedProgress(self.clock))
+        print_lines(self, self.clock)
 
     # Training
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """As in transformers, or `MuonAdamW` with ``muon_learning_rate``."""
         if self.optimizer is None and self.args.muon_learning_rate:
-            self.optimizer = MuonAdamW.for_model(
-                model or self.model,
-                muon_lr=self.args.muon_learning_rate,
-                lr=self.args.learning_rate,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-                weight_decay=self.args.weight_decay,
-            )
+            self.optimizer = MuonAdamW.from_arguments(model or self.model, self.args)
         optimizer = super().create_optimizer(model)
         self._optimizer_settings[:] = [
             {name: value for name, value in group.items() if name != "params"}
@@ -161,7 +153,7 @@ class CALMTrainer(LoadingTrainer):
             self._first_step = state.global_step
             for limit in self._limits():
                 limit.resume(state)
-        self._throughput.start()
+        self._speed.start()
         output: Any = super().train(resume_from_checkpoint, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
 
@@ -183,7 +175,9 @@ class CALMTrainer(LoadingTrainer):
 
         They run over all its micro-batches and processes, see `loss_counts` of the models.
         """
+        self._speed.mark(BETWEEN)
         batches = list(islice(epoch_iterator, num_batches))
+        self._speed.mark("data")
         if not batches:
             return batches, None
         self._uncount_repeats(batches[-1]["labels"])
@@ -215,34 +209,28 @@ class CALMTrainer(LoadingTrainer):
         Summed over micro-batches and averaged over processes, as gradients are, it is the mean over
         all that counts in the step.
         """
-        first_row = self._next_first_row()
-        draws = self._draws(self.args.seed, self.state.global_step, first_row)
+        step = self.state.global_step
+        first_row = self._address.next_first_row(step)
+        draws = self._draws(self.args.seed, step, first_row)
+        self._speed.mark("data")
         outputs = model(**inputs, **draws, **self._progress(), loss_counts=num_items_in_batch)
         self._record(inputs, outputs, first_row)
         loss = outputs.loss * self.args.world_size
         self._mean_loss.add(loss)
+        self._speed.mark("forward")
         return (loss, outputs) if return_outputs else loss
 
-    def _next_first_row(self) -> int:
-        """Index of the first sequence of the next micro-batch within the whole batch of this step.
-
-        The data loader gives micro-batches to the processes in turn.
-        """
-        if self._drawn_step != self.state.global_step:
-            self._drawn_step, self._micro_batch = self.state.global_step, 0
-        dealt = self._micro_batch * self.args.world_size + self.args.process_index
-        self._micro_batch += 1
-        return dealt * self._train_batch_size
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in transformers; the time since its loss is that of the backward pass."""
+        loss = super().training_step(*args, **kwargs)
+        self._speed.mark("backward")
+        return loss
 
     def _draws(self, seed: int, offset: int, first_row: int) -> dict[str, Any]:
         """Arguments that address the draws of a forward; none for a model that draws nothing."""
         if "seed" not in self._forward_takes:
             return {}
-        if self._address != (seed, offset):  # once a step, for all its micro-batches
-            # Filled on the device, since a copy from the host would synchronise.
-            filled = [torch.full((), value, device=self.args.device) for value in (seed, offset)]
-            self._address, self._seed = (seed, offset), torch.stack(filled)
-        return {"seed": self._seed, "first_row": first_row}
+        return {"seed": self._address.seed(seed, offset), "first_row": first_row}
 
     def _progress(self) -> dict[str, float]:
         """The share of the training that is done, for a model whose loss depends on it."""
@@ -261,12 +249,12 @@ class CALMTrainer(LoadingTrainer):
             f"(process {self.args.process_index}, epoch {self.state.epoch or 0:.4f})",
         )
         self._means.add(outputs.terms)
-        self._throughput.add(inputs["input_ids"].numel() * self.args.world_size)
+        self._speed.add(inputs["input_ids"])
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        step, rate = self.state.global_step + 1, self._get_learning_rate()
         if not self.args.fp16:  # its loss scaler skips steps with infinite gradients
-            step, rate = self.state.global_step + 1, self._get_learning_rate()
             self._guard.watch_norm(norm, step=step, learning_rate=rate)
         return norm
 
@@ -290,7 +278,7 @@ class CALMTrainer(LoadingTrainer):
         if "loss" in logs:
             means = self._means.drain(self.accelerator.gather)
             logs |= logged_parts(self.accelerator.unwrap_model(self.model), means)
-            logs |= self._throughput.drain()
+            logs |= self._speed.drain()
         if "train_loss" in logs:
             logs["train_loss"] = self._mean_loss.mean
         if self.clock is not None:

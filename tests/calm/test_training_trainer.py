@@ -13,6 +13,7 @@ from transformers import Trainer
 from calm.errors import UserError
 from calm.evaluation import evaluate
 from calm.training.arguments import CALMTrainingArguments
+from calm.training.draws import DrawAddress
 from calm.training.loading import LoadingTrainer
 from calm.training.metrics import NonFiniteLossError
 from calm.training.trainer import CALMTrainer
@@ -125,7 +126,7 @@ class TestDraws:
     def test_the_address_of_a_sequence_matters(self, tmp_path, monkeypatch, name):
         split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, **EXACT}
         right = train(MODELS[name](), tmp_path, **split)
-        monkeypatch.setattr(CALMTrainer, "_next_first_row", lambda self: 0)
+        monkeypatch.setattr(DrawAddress, "next_first_row", lambda self, step: 0)
         wrong = train(MODELS[name](), tmp_path, **split)
         assert history(right, "loss") != pytest.approx(history(wrong, "loss"), rel=1e-5)
 
@@ -139,20 +140,19 @@ class TestDraws:
         assert history(other, "loss") != pytest.approx([one, two], rel=1e-6)
 
     def test_processes_and_micro_batches_share_the_rows_out(self, tmp_path, monkeypatch):
-        trainer = make_trainer(MODELS["energy"](), tmp_path, per_device_train_batch_size=3)
         monkeypatch.setattr(CALMTrainingArguments, "world_size", 2)
+        address = DrawAddress(CALMTrainingArguments(str(tmp_path), use_cpu=True), 3)
         rows = []
         for rank in (0, 1):
             monkeypatch.setattr(CALMTrainingArguments, "process_index", rank)
-            trainer.state.global_step = 7 + rank  # a new step starts at the first micro-batch
-            rows += [trainer._next_first_row() for _ in range(2)]
+            # A new step starts at the first micro-batch.
+            rows += [address.next_first_row(7 + rank) for _ in range(2)]
         assert rows == [0, 6, 3, 9]
 
     def test_micro_batches_of_a_step_share_its_seed(self, tmp_path):
-        trainer = make_trainer(MODELS["energy"](), tmp_path)
+        address = DrawAddress(CALMTrainingArguments(str(tmp_path), use_cpu=True), 3)
         one, two, next_step, evaluation = (
-            trainer._draws(*address)["seed"]
-            for address in ((5, 3, 0), (5, 3, 8), (5, 4, 0), (0, 4, 0))
+            address.seed(*each) for each in ((5, 3), (5, 3), (5, 4), (0, 4))
         )
         assert one is two and one.tolist() == [5, 3]
         assert next_step.tolist() == [5, 4] and evaluation.tolist() == [0, 4]
@@ -206,7 +206,7 @@ class TestLogs:
 
     def test_characters_a_second(self, tmp_path):
         trainer = make_trainer(MODELS["energy"](), tmp_path)
-        trainer._throughput.tokens_per_character = 0.25
+        trainer._speed.tokens_per_character = 0.25
         trainer.train()
         for entry in (entry for entry in trainer.state.log_history if "loss" in entry):
             assert entry["characters_per_second"] == pytest.approx(4 * entry["tokens_per_second"])
