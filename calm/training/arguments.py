@@ -28,6 +28,7 @@ from calm.training.old_flags import translate_old_flags
 from calm.training.parser import TrainingParser, flag
 from calm.training.precision import has_bfloat16_units
 from calm.training.recipe import Stage, load_recipe, recipe_arguments, recipe_names
+from calm.training.spikes import check_spikes
 from calm.training.stages import STAGES, check_source
 from calm_kernels.backend import Backend
 
@@ -76,6 +77,7 @@ RANGES = {
     **dict.fromkeys(("data_seed", "eval_seed", "seed"), SEED),
     **dict.fromkeys(("eval_num_samples", "num_draws"), at_least(2)),
     "max_steps": at_least(1, also=-1),
+    "max_gradient_spike": at_least(1, also=0),
     "validation_split_percentage": PERCENTAGE,
 }  # fmt: skip
 
@@ -194,6 +196,12 @@ class CALMTrainingArguments(TrainingArguments):
         "Update weight matrices by Muon at this rate, everything else by AdamW at learning_rate. "
         "0: AdamW for all.",
     )
+    max_gradient_spike: float = flag(
+        0.0,
+        "A gradient norm above this many times the median of the last 100 is a spike; its batch is "
+        "kept in output_dir/spikes. 0: none is looked for.",
+    )
+    on_spike: str = flag("stop", "What to do about a spike: stop, or skip its update.")
     torch_compile: bool = flag(
         False,
         "Train with compiled decoder layers. Of transformers' flags for compilation the only one.",
@@ -357,6 +365,7 @@ def _check(arguments: JobArguments) -> None:
     if training.muon_learning_rate and training.fsdp:
         raise UserError("muon_learning_rate needs whole matrices; fsdp splits them")
     check_compilation(training)
+    check_spikes(training)
     check_schedule(training)
     if training.label_smoothing_factor:
         raise UserError("label_smoothing_factor has no effect on these losses: take it out")

@@ -52,6 +52,7 @@ from calm.training.progress import print_lines
 from calm.training.resume import PROTOCOL, OwnSettings
 from calm.training.scoring import logged_parts, metrics_of, score_sequences
 from calm.training.speed import BETWEEN, Speed
+from calm.training.spikes import SpikeGuard
 from calm_kernels.noise import as_seed
 
 __all__ = ["CALMTrainer"]
@@ -107,6 +108,10 @@ class CALMTrainer(LoadingTrainer):
         self._speed = Speed(model, args, tokens_per_character)
         self.add_callback(self._speed)
         self._guard = FiniteGuard()
+        self._spikes = SpikeGuard.of(args, self.accelerator.gather)
+        if self._spikes:
+            self.add_callback(self._spikes)
+        self._step_batches: list[dict[str, Tensor]] = []
         self._address = DrawAddress(args, self._train_batch_size)
         self._eval_batch = 0
         self.clock: TrainingClock | None = None
@@ -181,6 +186,7 @@ class CALMTrainer(LoadingTrainer):
         if not batches:
             return batches, None
         self._uncount_repeats(batches[-1]["labels"])
+        self._step_batches = batches
         counts = [self._loss_counts(batch["labels"]) for batch in batches]
         return batches, self.accelerator.reduce(torch.stack(counts).sum(0).to(device))
 
@@ -256,6 +262,8 @@ class CALMTrainer(LoadingTrainer):
         step, rate = self.state.global_step + 1, self._get_learning_rate()
         if not self.args.fp16:  # its loss scaler skips steps with infinite gradients
             self._guard.watch_norm(norm, step=step, learning_rate=rate)
+        if self._spikes and self._spikes.skips(norm, step, rate, self._step_batches):
+            model.zero_grad()  # an optimizer passes over weights without a gradient
         return norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -279,6 +287,7 @@ class CALMTrainer(LoadingTrainer):
             means = self._means.drain(self.accelerator.gather)
             logs |= logged_parts(self.accelerator.unwrap_model(self.model), means)
             logs |= self._speed.drain()
+            logs |= self._spikes.drain() if self._spikes else {}
         if "train_loss" in logs:
             logs["train_loss"] = self._mean_loss.mean
         if self.clock is not None:

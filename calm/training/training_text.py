@@ -37,6 +37,7 @@ learning_rate muon_learning_rate lr_scheduler_type warmup_steps adam_beta1 adam_
 weight_decay max_grad_norm per_device_train_batch_size gradient_accumulation_steps world_size
 max_steps num_train_epochs max_train_seconds bf16 fp16 tf32 lr_scheduler_kwargs data_seed
 optim_args neftune_noise_alpha dataloader_drop_last train_sampling_strategy ignore_data_skip
+max_gradient_spike on_spike
 """
 
 Packed = PackedBlocks | PackedStream | PreparedBlocks | ShuffledBlocks
