@@ -45,6 +45,7 @@ COMMANDS = {
     "plan": Command("calm.commands.plan", "size and cost of a recipe or a checkpoint"),
     "eval": Command("calm.commands.evaluate", "BrierLM of a model on a text"),
     "compare": Command("calm.commands.compare", "rank several models on one text", "train,plot"),
+    "plot": Command("calm.commands.plot", "draw what training runs have logged", "train,plot"),
     "generate": Command("calm.commands.generate", "continue a prompt", ""),
     "pretrained": Command("calm.commands.pretrained", "models that come with the package", ""),
     "serve": Command("calm.commands.serve", "serve models behind OpenAI's interface", "serve"),

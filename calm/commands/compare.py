@@ -1,7 +1,6 @@
 """`calm compare`: several trained models on one text, at the same positions."""
 
 import argparse
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,13 +106,8 @@ def _entry(args: argparse.Namespace, run: str, config: dict[str, Any]) -> Any:
 
 def _training_tokens(run: str) -> int | None:
     """Tokens read in training, from the records that a run leaves; None without them."""
-    protocol, state = run_record(run), run_record(run, "trainer_state.json")
-    training = protocol.get("training", {})
-    factors = [
-        state.get("global_step"),
-        protocol.get("block_size"),
-        training.get("per_device_train_batch_size"),
-        training.get("gradient_accumulation_steps"),
-        training.get("world_size"),
-    ]
-    return math.prod(factors) if all(isinstance(factor, int) for factor in factors) else None
+    from calm.experiments.run_logs import tokens_per_step
+
+    steps = run_record(run, "trainer_state.json").get("global_step")
+    tokens = tokens_per_step(run_record(run))
+    return steps * tokens if isinstance(steps, int) and tokens is not None else None

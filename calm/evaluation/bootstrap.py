@@ -11,6 +11,7 @@ __all__ = [
     "ORDERS",
     "bootstrap_interval",
     "brier_lm",
+    "brier_lm_error",
     "corpus_means",
     "resampled_sums",
     "standard_errors",
@@ -47,6 +48,19 @@ def standard_errors(sums: Tensor, counts: Tensor) -> Tensor:
         return torch.full_like(sums[0], torch.nan)
     residuals = sums - counts[:, None] * corpus_means(sums, counts)
     return (residuals.square().sum(0) * blocks / (blocks - 1)).sqrt() / counts.sum()
+
+
+def brier_lm_error(sums: Tensor, counts: Tensor) -> Tensor:
+    """Standard error of BrierLM of the whole corpus, ``[]``, to first order in those of Brier-n.
+
+    A small change of Brier-n changes BrierLM by BrierLM / (4 Brier-n) of it; `standard_errors` of
+    the sums weighted so have the covariance of the four in them. NaN for fewer than two blocks, and
+    where BrierLM is 0.
+    """
+    means = corpus_means(sums, counts)
+    weighted = (sums * (brier_lm(means) / (4 * means))).sum(-1, keepdim=True)
+    error = standard_errors(weighted, counts)[0]
+    return torch.where((means > 0).all(), error, torch.nan)
 
 
 def bootstrap_interval(

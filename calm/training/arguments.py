@@ -376,7 +376,8 @@ def _check(arguments: JobArguments) -> None:
     if unknown := sorted(set(training.report_to or ()) - set(trackers)):
         raise UserError(
             f"report_to: no tracker {unknown[0]!r} is installed here (installed: "
-            f"{', '.join(trackers) or 'none'}); pip install it, or take the flag out"
+            f"{', '.join(trackers) or 'none'}); pip install it (tensorboard comes with "
+            "'calm-lm[train]'), or take the flag out"
         )
     if data.streaming and training.max_steps <= 0 and not training.max_train_seconds:
         raise UserError("a stream has no length: pass max_steps (or max_train_seconds)")

@@ -1,7 +1,7 @@
 """What a run prints: a bar with the time that is left, and each log as one line to read.
 
-step 1200 of 10000 · loss 3.214 · fidelity 5.12 · diversity 1.906 · grad_norm 0.71 ·
-learning_rate 0.0003 · epoch 0.4 · 12,300 tokens/s · MFU 41.2 % · 37.1 GiB ·
+step 1200 of 10000 · loss 3.214 · grad_norm 0.71 · learning_rate 0.0003 · fidelity 5.12 ·
+diversity 1.906 · 12,300 tokens/s · MFU 41.2 % · 37.10 GiB · epoch 0.4 ·
 data 0.4 %, forward 31.0 %, backward 59.6 %, optimizer 9.0 % · 1.2 hours left
 """
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel
 
 from calm.errors import UserError
-from calm.evaluation.bootstrap import brier_lm, standard_errors
+from calm.evaluation.bootstrap import brier_lm, brier_lm_error, standard_errors
 from calm.evaluation.brier import brier_sums
 from calm.evaluation.diagnostics import spread_ratio
 from calm.evaluation.samplers import make_sampler
@@ -97,9 +97,9 @@ def metrics_of(model: PreTrainedModel, prediction: EvalPrediction) -> dict[str, 
 
     All models: ``loss``. Autoencoder: ``kl``, ``accuracy``, ``collapsed``. Language models:
     ``brier1`` to ``brier4`` (fractions) with their standard errors ``brier1_se`` to ``brier4_se``,
-    and ``brier_lm`` (0 to 100). Energy head: ``spread_ratio``, see `calm.evaluation.diagnostics`.
-    Readout: ``token_loss``. An objective that does not predict text: the loss and what it measures,
-    alone. NaN where nothing counts.
+    and ``brier_lm`` (0 to 100) with ``brier_lm_se``, where it is above 0. Energy head:
+    ``spread_ratio``, see `calm.evaluation.diagnostics`. Readout: ``token_loss``. An objective that
+    does not predict text: the loss and what it measures, alone. NaN where nothing counts.
     """
     sums = torch.as_tensor(prediction.predictions, dtype=torch.float64)
     counts = torch.as_tensor(prediction.label_ids, dtype=torch.float64)
@@ -115,8 +115,9 @@ def metrics_of(model: PreTrainedModel, prediction: EvalPrediction) -> dict[str, 
     brier, parts = means[1:5], dict(zip(_parts(model), means[5:], strict=True))
     metrics |= {f"brier{order}": value for order, value in enumerate(brier.tolist(), 1)}
     errors = standard_errors(sums[:, 1:5], counts[:, 1]).tolist()
-    if not math.isnan(errors[0]):
-        metrics |= {f"brier{order}_se": value for order, value in enumerate(errors, 1)}
+    errors.append(brier_lm_error(sums[:, 1:5], counts[:, 1]).item())
+    names = [f"brier{order}_se" for order in range(1, 5)] + ["brier_lm_se"]
+    metrics |= {n: error for n, error in zip(names, errors, strict=True) if not math.isnan(error)}
     if "fidelity" in parts:
         metrics["spread_ratio"] = spread_ratio(parts["fidelity"], parts["diversity"]).item()
     if "token_loss" in parts:

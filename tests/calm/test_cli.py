@@ -29,7 +29,7 @@ def test_help_lists_every_command(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["env", "demo", "prepare", "plan", "eval", "compare", "generate", "experiment"]
+    "name", ["env", "demo", "prepare", "plan", "eval", "compare", "plot", "generate", "experiment"]
 )
 def test_each_command_has_help_with_examples(name, capsys):
     with pytest.raises(SystemExit) as done:

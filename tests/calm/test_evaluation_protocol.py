@@ -14,6 +14,7 @@ from calm.evaluation import brier_scores, evaluate
 from calm.evaluation.bootstrap import (
     bootstrap_interval,
     brier_lm,
+    brier_lm_error,
     corpus_means,
     standard_errors,
 )
@@ -79,8 +80,10 @@ def test_intervals_repeat_themselves_and_agree_with_standard_errors():
     low, high = bootstrap_interval(sums, counts, seed=5)
     assert torch.equal(bootstrap_interval(sums, counts, seed=5)[0], low)
     assert not torch.equal(bootstrap_interval(sums, counts, seed=6)[0], low)
-    half_width = (high - low)[:4] / 2
-    torch.testing.assert_close(half_width, 1.96 * standard_errors(sums, counts), rtol=0.1, atol=0)
+    errors = [*standard_errors(sums, counts), brier_lm_error(sums, counts)]
+    torch.testing.assert_close((high - low) / 2, 1.96 * torch.stack(errors), rtol=0.1, atol=0)
+    sums[:, 3] = -1
+    assert brier_lm_error(sums, counts).isnan() and brier_lm_error(sums[:1], counts[:1]).isnan()
 
 
 @pytest.mark.parametrize("make", [tiny_calm, tiny_baseline], ids=["calm", "baseline"])

@@ -59,6 +59,20 @@ class TestTimeLeft:
         assert capsys.readouterr().out == "step 0 · eval_loss 2\n"
 
 
+def test_tensorboard_gets_what_is_logged(tmp_path):
+    """In the output folder, under names with the part of the text before them."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = {"report_to": "tensorboard", "eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(MODELS["energy"](), tmp_path, **settings)
+    trainer.train()
+    (written,) = (tmp_path / "runs").glob("*/events.out.*")
+    found = events.EventAccumulator(str(written)).Reload()
+    for tag, name in (("train/fidelity", "fidelity"), ("eval/brier_lm", "eval_brier_lm")):
+        logged = {e["step"]: e[name] for e in trainer.state.log_history if name in e}
+        seen = {event.step: event.value for event in found.Scalars(tag)}
+        assert logged and seen == pytest.approx(logged)
+
+
 class TestTrainer:
     def test_without_a_bar_it_prints_lines(self, tmp_path, capsys):
         make_trainer(MODELS["baseline"](), tmp_path).train()
