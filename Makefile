@@ -26,7 +26,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo pretrained test suite test-long test-oldest test-harness test-browser test-gpu lint format types check bench bench-gpu \
-  audit docs docs-serve compile-report clean
+  audit docs docs-serve notebook compile-report clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -94,6 +94,10 @@ docs: $(READY) ## install what builds the documentation site, and build it in bu
 
 docs-serve: docs ## the site at http://127.0.0.1:8000, built again when a page changes
 	$(MKDOCS) serve --strict $(ARGS)
+
+notebook: $(READY) ## install what runs notebooks, run docs/notebook.ipynb and keep what it prints
+	$(INSTALL) -c $(CONSTRAINTS) -e '.[notebook]'
+	$(WAIT) $(BIN)/jupyter-execute --inplace docs/notebook.ipynb
 
 lint: $(READY) ## ruff, format check and spelling
 	$(BIN)/ruff check .

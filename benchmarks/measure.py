@@ -4,36 +4,17 @@ Nothing is timed before every baseline has shown that it computes what ours comp
 """
 
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from calm.timing import Baseline, Run, assert_parity, milliseconds
+
 __all__ = ["Baseline", "Requirement", "compare", "peak_memory_bytes"]
 
-Run = Callable[[], object]
-Check = Callable[[], None]
 ROUNDS, WARMUP_ROUNDS = 7, 2
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """What ours is timed against.
-
-    Attributes:
-        run: one call.
-        check: raises AssertionError unless `run` computes what ours computes; for runs with draws
-            of their own. If None, the outputs of both are compared.
-        rtol: relative tolerance of that comparison.
-        atol: its absolute tolerance.
-    """
-
-    run: Run
-    check: Check | None = None
-    rtol: float = 1e-3
-    atol: float = 1e-5
 
 
 @dataclass(frozen=True)
@@ -43,24 +24,6 @@ class Requirement:
     baseline: str
     min_speedup: float
     max_memory_share: float | None = None
-
-
-def assert_parity(ours: Run, baselines: Mapping[str, Baseline]) -> None:
-    """Every baseline computes what `ours` does.
-
-    Raises:
-        AssertionError: one does not; its name is in the message.
-    """
-    for name, baseline in baselines.items():
-        try:
-            if baseline.check is not None:
-                baseline.check()
-            else:
-                torch.testing.assert_close(
-                    ours(), baseline.run(), rtol=baseline.rtol, atol=baseline.atol
-                )
-        except AssertionError as error:
-            raise AssertionError(f"{name!r} and ours differ, nothing is timed: {error}") from error
 
 
 def peak_memory_bytes(run: Run) -> int:
@@ -76,12 +39,6 @@ def peak_memory_bytes(run: Run) -> int:
         live += change
         peak = max(peak, live)
     return peak
-
-
-def _milliseconds(run: Run) -> float:
-    start = time.perf_counter()
-    run()
-    return (time.perf_counter() - start) * 1e3
 
 
 def compare(
@@ -105,7 +62,7 @@ def compare(
 
     def time_baselines() -> None:
         for name, baseline in baselines.items():
-            times[name].append(_milliseconds(baseline.run))
+            times[name].append(milliseconds(baseline.run))
 
     benchmark.pedantic(ours, setup=time_baselines, rounds=rounds)
     ours_ms = benchmark.stats.stats.median * 1e3

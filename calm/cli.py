@@ -48,6 +48,7 @@ COMMANDS = {
     "plot": Command("calm.commands.plot", "draw what training runs have logged", "train,plot"),
     "generate": Command("calm.commands.generate", "continue a prompt", ""),
     "pretrained": Command("calm.commands.pretrained", "models that come with the package", ""),
+    "bench": Command("calm.commands.bench", "speed on this CPU, of texts and of operations", ""),
     "serve": Command("calm.commands.serve", "serve models behind OpenAI's interface", "serve"),
     "export": Command("calm.commands.export", "a trained model small, with scores in its card"),
     "verify": Command("calm.commands.verify", "whether a run's files are as they were written"),

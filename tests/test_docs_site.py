@@ -46,7 +46,7 @@ def leaves(entry):
 
 def test_the_navigation_names_every_page_once(site):
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    expected = [*PAGES, *site.SHOWN, site.COMMAND_LINE]
+    expected = [*PAGES, *site.SHOWN, site.COMMAND_LINE, site.NOTEBOOK]
     assert sorted(leaves(settings["nav"])) == sorted(expected)
     assert settings["site_dir"].startswith("build/")  # which git ignores
 

@@ -66,11 +66,11 @@ def choose_model(args: argparse.Namespace) -> None:
         say_default(DEFAULT)
 
 
-def say_default(*names: str) -> None:
-    """Say that models of these names, which come with the package, were chosen."""
+def say_default(*names: str, flag: str = "--model") -> None:
+    """Say that models of these names, which come with the package, were chosen without `flag`."""
     verb = "comes" if len(names) == 1 else "come"
     print(
-        f"model: {' and '.join(names)}, which {verb} with the package (--model takes another)",
+        f"model: {' and '.join(names)}, which {verb} with the package ({flag} takes another)",
         file=sys.stderr,
         flush=True,
     )

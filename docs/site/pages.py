@@ -4,6 +4,7 @@ Pages in docs/ link as the repository has it: relative to themselves, `../CONTRI
 """
 
 import io
+import json
 import os
 import posixpath
 import re
@@ -12,7 +13,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["COMMAND_LINE", "SHOWN", "Shown", "command_line", "on_files", "on_page_markdown"]
+__all__ = [
+    "COMMAND_LINE",
+    "NOTEBOOK",
+    "SHOWN",
+    "Shown",
+    "command_line",
+    "notebook",
+    "on_files",
+    "on_page_markdown",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,6 +65,7 @@ SHOWN = {
     },
 }
 COMMAND_LINE = "reference/command-line.md"
+NOTEBOOK = "notebook.md"
 
 FENCED = re.compile(r"^(?:```|~~~).*?^(?:```|~~~)[^\S\n]*$", re.DOTALL | re.MULTILINE)
 # An image, a link, code, or a file that the text names.
@@ -89,13 +100,29 @@ def _help(main: Any, *words: str) -> str:
     return f"```text\n{text.getvalue().strip()}\n```"
 
 
+def notebook() -> str:
+    """docs/notebook.ipynb as a page: its cells, and what they printed when it was last run."""
+    parts = []
+    for cell in json.loads((ROOT / "docs" / "notebook.ipynb").read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        if printed := "".join(line for output in cell["outputs"] for line in output["text"]):
+            parts.append(f"```text\n{printed.rstrip()}\n```")
+    parts.append("This page is `docs/notebook.ipynb`; `make notebook` runs it again.")
+    return "\n\n".join(parts) + "\n"
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages that no file of docs/ holds."""
     from mkdocs.structure.files import File
 
     for page, shown in SHOWN.items():
         files.append(File.generated(config, page, content=shown.text()))
-    files.append(File.generated(config, COMMAND_LINE, content=command_line()))
+    for page, text in ((COMMAND_LINE, command_line()), (NOTEBOOK, notebook())):
+        files.append(File.generated(config, page, content=text))
     return files
 
 
@@ -103,6 +130,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Point links at pages of the site, and make links of the pages that the text names."""
     pages = {shown.address: name for name, shown in SHOWN.items()}
     pages |= {f"docs/{file.src_uri}": file.src_uri for file in files.documentation_pages()}
+    pages["docs/notebook.ipynb"] = NOTEBOOK
     here = page.file.src_uri
     source = SHOWN[here].path if here in SHOWN else f"docs/{here}"
     folder = posixpath.dirname(source)

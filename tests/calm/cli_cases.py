@@ -1,11 +1,18 @@
 """What tests of the command line share."""
 
 import json
+from pathlib import Path
 
-from calm import cli
+from calm import cli, pretrained
 
 EOS, PAD = 257, 258
 TEXT = "the quick brown fox jumps over the lazy dog and the small cat sleeps\n"
+
+
+def has_weights():
+    """Whether the models that come with the package are in this checkout."""
+    folder = Path(pretrained.__file__).parent
+    return all((folder / name / "config.json").is_file() for name in pretrained.PRETRAINED)
 
 
 def calm(*words):

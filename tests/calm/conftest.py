@@ -5,7 +5,7 @@ import pytest
 from cli_cases import EOS, PAD, TEXT
 from tiny_models import tiny_baseline, tiny_calm
 
-from calm import Autoencoder
+from calm import Autoencoder, pretrained
 from calm.data.tokenizer import BYTE_VOCAB_SIZE, byte_tokenizer
 
 
@@ -13,6 +13,15 @@ def save(model, folder, tokenizer):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def package(folders, tmp_path_factory, monkeypatch):
+    """Tiny models as those that come with the package."""
+    root = tmp_path_factory.mktemp("package")
+    for name, kind in zip(pretrained.PRETRAINED, ("readout", "baseline"), strict=True):
+        (root / name).symlink_to(folders / kind)
+    monkeypatch.setattr(pretrained, "FOLDER", root)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calm import cli, pretrained
+from calm import cli
 from calm.errors import UserError
 from calm.training.arguments import parse_arguments
 from calm.training.stages import STAGES
@@ -67,15 +67,6 @@ def python_of(page):
 
 WITH_PYTHON = [page for page in PAGES if python_of(page) and name_of(page) not in OF_ANOTHER_TEST]
 WITH_COMMANDS = [page for page in PAGES if any(commands(page))]
-
-
-@pytest.fixture
-def package(folders, tmp_path_factory, monkeypatch):
-    """Tiny models as those that come with the package."""
-    root = tmp_path_factory.mktemp("package")
-    for name, kind in zip(pretrained.PRETRAINED, ("readout", "baseline"), strict=True):
-        (root / name).symlink_to(folders / kind)
-    monkeypatch.setattr(pretrained, "FOLDER", root)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_cases import calm, error_of, objects
+from cli_cases import calm, error_of, has_weights, objects
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from training_cases import MAIN, SIZES, flags, write_corpus
@@ -188,10 +188,7 @@ class TestCommands:
             assert model["path"] in shown and f"{model['brier_lm']['direct']['value']:.2f}" in shown
 
 
-@pytest.mark.skipif(
-    not (pretrained.FOLDER / pretrained.DEFAULT / "config.json").is_file(),
-    reason="this checkout has no weights: make pretrained",
-)
+@pytest.mark.skipif(not has_weights(), reason="this checkout has no weights: make pretrained")
 class TestTheRealOnes:
     def test_they_are_small_and_whole(self, capsys):
         files = pretrained.FOLDER.glob("calm-*/*")
