@@ -35,6 +35,7 @@ _SIZES: dict[str, Mapping[str, Any]] = {
     "N = 2": {"num_samples": 2},
     "N = 8": {"num_samples": 8},
     "head of 1 block": {"num_mlp_layers": 1},
+    "head of 1 block, N = 2": {"num_mlp_layers": 1, "num_samples": 2},
     "head of 4 blocks": {"num_mlp_layers": 4},
     "noise of width 128": {"noise_size": 128},
     "trunk of 5 layers": {"num_hidden_layers": 5},
