@@ -51,6 +51,7 @@ COMMANDS = {
     "bench": Command("calm.commands.bench", "speed on this CPU, of texts and of operations", ""),
     "serve": Command("calm.commands.serve", "serve models behind OpenAI's interface", "serve"),
     "export": Command("calm.commands.export", "a trained model small, with scores in its card"),
+    "merge": Command("calm.commands.merge", "a model's folder from a checkpoint in shards"),
     "verify": Command("calm.commands.verify", "whether a run's files are as they were written"),
     "experiment": Command("calm.commands.experiment", "study a trained model", "train,plot"),
 }

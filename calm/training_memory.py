@@ -1,9 +1,10 @@
 """Memory of a training step on one GPU, by formula.
 
-Assumed: data parallel training, so that every GPU holds the whole model; float32 weights under
-autocast; AdamW; attention and operations on a GPU, so that neither attention's probabilities nor
-logits are stored; eager PyTorch. Not counted: buffers of libraries, gradients on their way through
-a layer, fragmentation. `TrainingMemory.fits` leaves 20 % of the sum for them.
+Assumed: data parallel training, so that every GPU holds the whole model, or its part of weights in
+shards (`calm.training.sharding`); float32 weights under autocast; AdamW; attention and operations
+on a GPU, so that neither attention's probabilities nor logits are stored; eager PyTorch. Not
+counted: buffers of libraries, gradients on their way through a layer, fragmentation.
+`TrainingMemory.fits` leaves 20 % of the sum for them.
 
 Activations of a layer and position, for width d, heads h and shared heads k wide in all, inner
 width f, and a bytes an element of a matmul (2 in bfloat16, else 4):
@@ -18,6 +19,7 @@ With gradient checkpointing, a layer keeps its input (4 d) alone, as does a bloc
 their backward pass runs.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,7 @@ from calm.models.agreement import MAX_ORDER
 from calm.models.slot_mixing import INNER_FACTOR
 from calm.models.token_score import MAX_LOGITS
 from calm.plan import Run
+from calm.training.sharding import units_of
 from calm_kernels.energy_head import EnergyHead
 
 __all__ = ["TrainingMemory", "memory_of"]
@@ -49,6 +52,8 @@ class TrainingMemory:
         buckets: gradients once more, as DistributedDataParallel exchanges them among GPUs.
         copies: trained linear layers in bfloat16, which autocast keeps until the step ends.
         activations: of one micro-batch, saved for the backward pass.
+        gathered: with shards: units that are whole at a time, with their gradients (the heads, what
+            is no unit, and two layers), and the largest one's gradient in float32 on its way.
     """
 
     weights: int
@@ -57,6 +62,7 @@ class TrainingMemory:
     buckets: int
     copies: int
     activations: int
+    gathered: int = 0
 
     def total(self) -> int:
         """All of them."""
@@ -67,22 +73,53 @@ class TrainingMemory:
         return self.total() * MARGIN <= GPU_BYTES
 
 
-def memory_of(model: PreTrainedModel, run: Run, gpus: int) -> TrainingMemory:
-    """Memory to train `model`, which may be on the meta device, as `run` says on so many GPUs."""
+def memory_of(
+    model: PreTrainedModel, run: Run, gpus: int, *, is_sharded: bool = False
+) -> TrainingMemory:
+    """Memory to train `model`, which may be on the meta device, as `run` says on so many GPUs.
+
+    With `is_sharded` its weights are split among them.
+    """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     alignment: Any = getattr(model, "alignment", None)
     taught = alignment.teacher.parameters() if alignment is not None else ()
     size = sum(weight.numel() for weight in trained)
+    weights = sum(weight.numel() for weight in (*model.parameters(), *taught))
     linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     matrices = sum(weight.numel() for weight in linears if weight.requires_grad)
+    parts, split = gpus if is_sharded else 1, weights - _repeated(model) if is_sharded else 0
     return TrainingMemory(
-        weights=FLOAT32 * sum(weight.numel() for weight in (*model.parameters(), *taught)),
-        gradients=FLOAT32 * size,
-        optimizer=2 * FLOAT32 * size,
-        buckets=FLOAT32 * size if gpus > 1 else 0,
-        copies=2 * matrices if run.is_bf16 else 0,
+        weights=FLOAT32 * (weights - split + _share(split, parts)),
+        gradients=FLOAT32 * _share(size, parts),
+        optimizer=2 * FLOAT32 * _share(size, parts),
+        buckets=FLOAT32 * size if gpus > 1 and not is_sharded else 0,
+        copies=2 * matrices if run.is_bf16 and not is_sharded else 0,
         activations=_activations(model, run),
+        gathered=_gathered(model, split, run) if is_sharded else 0,
     )
+
+
+def _share(elements: int, parts: int) -> int:
+    return math.ceil(elements / parts)
+
+
+def _repeated(model: PreTrainedModel) -> int:
+    return sum(_numel(part) for part in units_of(model).repeated)
+
+
+def _gathered(model: PreTrainedModel, split: int, run: Run) -> int:
+    """Of the `split` weights those that are whole at a time."""
+    units = units_of(model)
+    layers = [_numel(layer) for layer in units.layers]
+    kept = split - sum(layers)
+    heads = [_numel(head) for head in units.heads]
+    largest = max(*layers, *heads, kept - sum(heads))
+    element = 2 if run.is_bf16 else FLOAT32
+    return 2 * element * (kept + 2 * max(layers, default=0)) + FLOAT32 * largest
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
 
 
 def _activations(model: Any, run: Run) -> int:

@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="share of a GPU's peak that training reaches, in (0, 1] (default: 0.4)",
     )
+    parser.add_argument(
+        "--fsdp", action="store_true", help="weights split among the GPUs (see docs/scaling.md)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -122,10 +125,11 @@ def _cost(model: Any, run: Any, args: argparse.Namespace) -> dict[str, Any]:
             tokens = run.steps * batch
         if tokens is not None:
             cost["optimizer_steps"] = math.ceil(tokens / batch)
-        memory = memory_of(model, run, args.gpus)
+        memory = memory_of(model, run, args.gpus, is_sharded=args.fsdp)
         cost["micro_batch_sequences"] = run.micro_batch
         cost["memory_bytes_per_gpu"] = {**vars(memory), "total": memory.total()}
         cost["fits_80_gb"] = memory.fits()
+        cost["is_sharded"] = args.fsdp
     if tokens is not None:
         total = tokens * flops.training()
         cost |= {
@@ -184,9 +188,11 @@ def _cost_rows(cost: dict[str, Any]) -> list[str]:
         parts = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in sizes.items() if v and k != "total")
         rows.append(f"memory a GPU     {sizes['total'] / 2**30:>16,.2f} GiB: {parts}")
         rows.append(
-            f"{'':17}{cost['micro_batch_sequences']:>16,} sequences at once, data parallel, "
+            f"{'':17}{cost['micro_batch_sequences']:>16,} sequences at once, "
+            f"{'weights in shards' if cost['is_sharded'] else 'data parallel'}, "
             "float32 weights, AdamW (by formula)"
         )
-        fits = "it fits" if cost["fits_80_gb"] else "it does not fit (shard it: --fsdp)"
+        advice = "" if cost["is_sharded"] else " (shard it: --fsdp)"
+        fits = "it fits" if cost["fits_80_gb"] else f"it does not fit{advice}"
         rows.append(f"{'':17}{fits} a GPU of 80 GB, with 20 % for what is not counted")
     return rows

@@ -35,6 +35,11 @@ def load_checked(model_class: type[Model], name: str, argument: str, **options: 
         UserError: nothing there, damaged files, another kind of model, weights that are missing,
             not finite, or without a place in the configuration.
     """
+    if any(Path(name).glob("pytorch_model_fsdp*")):
+        raise UserError(
+            f"{argument}: the weights in {name} lie in shards; make them whole first: calm merge "
+            f"{name} --output DIR"
+        )
     options["local_files_only"] = Path(name).is_dir()  # a folder leads to no hub
     try:
         with _quiet_transformers():

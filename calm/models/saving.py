@@ -23,7 +23,7 @@ def without_training_parts(model: PreTrainedModel) -> Iterator[None]:
     A readout stays with ``keep_token_readout``. Another model is saved as it is.
     """
     config: Any = model.config
-    found = {part for part in PARTS if getattr(model, part, None) is not None}
+    found = {part for part, field in PARTS.items() if getattr(config, field, 0)}
     if getattr(config, "keep_token_readout", False):
         found -= {"token_readout"}
     ignored: Any = model._keys_to_ignore_on_save

@@ -9,7 +9,6 @@ override it.
 import argparse
 import dataclasses
 import logging
-import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +27,7 @@ from calm.training.old_flags import translate_old_flags
 from calm.training.parser import TrainingParser, flag
 from calm.training.precision import has_bfloat16_units
 from calm.training.recipe import Stage, load_recipe, recipe_arguments, recipe_names
+from calm.training.sharding_settings import check_sharding, is_asked_to_shard
 from calm.training.spikes import check_spikes
 from calm.training.stages import STAGES, check_source
 from calm_kernels.backend import Backend
@@ -218,6 +218,11 @@ class CALMTrainingArguments(TrainingArguments):
         """`output_dir` as a path."""
         return Path(str(self.output_dir))
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights are split among processes."""
+        return is_asked_to_shard(self)
+
     def __post_init__(self) -> None:
         # A filtered average would hide the loss that stops the run.
         self.logging_nan_inf_filter = False
@@ -332,9 +337,7 @@ def _construct(group: Any, namespace: argparse.Namespace) -> Any:
 def _check(arguments: JobArguments) -> None:
     """Refuse combinations that transformers would run as something else, or not at all."""
     training, data, model = arguments.training, arguments.data, arguments.model
-    uses_fsdp = training.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if uses_fsdp and training.device.type == "cpu":
-        raise UserError("fsdp needs GPUs: on a CPU it would silently run as plain data parallelism")
+    check_sharding(training)
     if training.n_gpu > 1:
         raise UserError(
             f"{training.n_gpu} GPUs in one process would share their random draws; launch with "
@@ -362,8 +365,6 @@ def _check(arguments: JobArguments) -> None:
         raise UserError(f"text_unit must be line, paragraph or file, got {data.text_unit!r}")
     if training.backend not in list(Backend):
         raise UserError(f"backend must be one of {', '.join(Backend)}, got {training.backend!r}")
-    if training.muon_learning_rate and training.fsdp:
-        raise UserError("muon_learning_rate needs whole matrices; fsdp splits them")
     check_compilation(training)
     check_spikes(training)
     check_schedule(training)

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from calm.errors import UserError
 from calm.integrity import MANIFEST, MODEL_FILES, find_damage, listed_names, write_manifest
+from calm.training.sharded_checkpoints import shard_damage
 
 __all__ = [
     "CheckpointCompletion",
@@ -70,7 +71,7 @@ def is_model_file(name: str) -> bool:
 
 def checkpoint_damage(folder: Path) -> str | None:
     """Why a run cannot go on from the checkpoint in `folder`, or None if it can."""
-    return find_damage(folder, (*MODEL_FILES, *RECORD_FILES, *STATE_FILES))
+    return find_damage(folder, (*MODEL_FILES, *RECORD_FILES, *STATE_FILES)) or shard_damage(folder)
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:

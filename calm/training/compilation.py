@@ -3,6 +3,7 @@
 from transformers import TrainingArguments
 
 from calm.errors import UserError
+from calm.training.sharding_settings import is_asked_to_shard
 
 __all__ = ["check_compilation"]
 
@@ -16,7 +17,7 @@ def check_compilation(training: TrainingArguments) -> None:
     for name in ("torch_compile_backend", "torch_compile_mode"):
         if value := getattr(training, name):
             raise UserError(f"{name}={value!r} has no effect here: pass --torch_compile alone")
-    if training.torch_compile and (training.fsdp or training.deepspeed):
+    if training.torch_compile and (is_asked_to_shard(training) or training.deepspeed):
         raise UserError(
             "torch_compile compiles layers whose weights are whole; fsdp and deepspeed split them: "
             "pass --torch_compile=false"

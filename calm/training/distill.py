@@ -55,7 +55,7 @@ def _check_contexts(arguments: JobArguments, model: EnergyTransformer) -> None:
     options: DistillationArguments = arguments.options
     if options.contexts != "student":
         return
-    if arguments.training.fsdp:
+    if arguments.training.is_sharded:
         raise UserError("contexts=student needs whole matrices to generate, and fsdp splits them")
     least = (2 + (model.start_token_id is not None)) * model.patch_size
     if arguments.block_size < least:

@@ -41,6 +41,7 @@ from calm.training.model_card import write_model_card
 from calm.training.recipe import Stage
 from calm.training.resume import Takeover, check_output_folder
 from calm.training.scoring import check_best_metric
+from calm.training.sharding_settings import check_processes
 from calm.training.stages import STAGES
 from calm.training.tempered_spread import set_tempered_spread
 from calm.training.trainer import CALMTrainer
@@ -87,6 +88,7 @@ def run_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
     """
     args = arguments.training
     check_output_folder(arguments)
+    check_processes(args)
     with ExitStack() as stack:
         if args.backend != Backend.AUTO:
             stack.enter_context(use_backend(args.backend))
@@ -94,8 +96,7 @@ def run_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
             stack.enter_context(locked(args.folder))
         checkpoint = None
         if args.do_train:
-            with args.main_process_first(desc="looking for checkpoints"):
-                checkpoint = _resume_point(args)
+            checkpoint = _agreed_resume_point(args)
         trainer = prepare_job(arguments, build_model, checkpoint)
         if args.do_train:
             _train(trainer, checkpoint)
@@ -206,6 +207,14 @@ def _last_evaluation(trainer: CALMTrainer) -> dict[str, float] | None:
 def _report(trainer: CALMTrainer, stage: str, metrics: dict[str, float]) -> None:
     trainer.log_metrics(stage, metrics)
     trainer.save_metrics(stage, metrics)
+
+
+def _agreed_resume_point(args: CALMTrainingArguments) -> Path | None:
+    """Where all processes resume: the first looks, so that files are read and hashed once."""
+    found = [_resume_point(args) if args.process_index == 0 else None]
+    if args.world_size > 1:
+        distributed.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def _resume_point(args: CALMTrainingArguments) -> Path | None:

@@ -165,7 +165,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _use(trained: TrainedModel) -> str:
     """How to load it."""
-    names, folder = [type(trained.model).__name__], f'"{trained.name}"'
+    names, folder = [type(trained.model).__name__.removeprefix("FSDP")], f'"{trained.name}"'
     if trained.name in PRETRAINED:
         names, folder = [*names, "pretrained_path"], f"pretrained_path({folder})"
     return USE.format(names=", ".join(names), folder=folder, model_class=names[0])

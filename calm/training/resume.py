@@ -27,6 +27,7 @@ from calm.errors import UserError
 from calm.integrity import saved_shapes
 from calm.training.arguments import JobArguments
 from calm.training.checkpoints import checkpoint_folders, step_of
+from calm.training.sharded_checkpoints import has_shards, shard_shapes
 
 __all__ = [
     "PROTOCOL",
@@ -269,9 +270,7 @@ def _split(settings: dict[str, Any]) -> tuple[list[int], int]:
 
 def _shape_changes(checkpoint: Path, model: PreTrainedModel) -> dict[str, Change]:
     """The first weight that has another shape, or that only one of file and model has."""
-    saved = saved_shapes(checkpoint)
-    if not saved:  # sharded by FSDP, whose loader compares
-        return {}
+    saved = (shard_shapes if has_shards(checkpoint) else saved_shapes)(checkpoint)
     tied: Any = getattr(model, "_tied_weights_keys", None) or ()
     own = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     for name in sorted(saved.keys() | own.keys()):

@@ -36,7 +36,7 @@ def build_model(arguments: JobArguments, tokenizer: PreTrainedTokenizerBase) -> 
         check_weights(Autoencoder, config)
         built = Autoencoder(config)
     check_vocabulary(built.config.vocab_size, tokenizer, "the autoencoder")
-    if built.config.whitening != "none" and arguments.training.fsdp:
+    if built.config.whitening != "none" and arguments.training.is_sharded:
         raise UserError(
             f"whitening needs whole matrices when training ends, and fsdp splits them; got "
             f"{built.config.whitening!r}: set whitening=none, or take fsdp out"

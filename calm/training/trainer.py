@@ -51,6 +51,8 @@ from calm.training.muon import MuonAdamW
 from calm.training.progress import print_lines
 from calm.training.resume import PROTOCOL, OwnSettings
 from calm.training.scoring import logged_parts, metrics_of, score_sequences
+from calm.training.sharded_trainer import ShardedTrainer
+from calm.training.sharding import whole_weights
 from calm.training.speed import BETWEEN, Speed
 from calm.training.spikes import SpikeGuard
 from calm_kernels.noise import as_seed
@@ -58,7 +60,7 @@ from calm_kernels.noise import as_seed
 __all__ = ["CALMTrainer"]
 
 
-class CALMTrainer(LoadingTrainer):
+class CALMTrainer(LoadingTrainer, ShardedTrainer):
     """Trains and evaluates an `Autoencoder`, a CALM or the token baseline on packed blocks.
 
     Args:
@@ -72,9 +74,6 @@ class CALMTrainer(LoadingTrainer):
     Attributes:
         clock: counts the seconds of training steps, with ``max_train_seconds``; else None.
     """
-
-    args: CALMTrainingArguments
-    model: PreTrainedModel
 
     def __init__(
         self,
@@ -137,13 +136,11 @@ class CALMTrainer(LoadingTrainer):
         self, num_training_steps: int, optimizer: Optimizer | None = None
     ) -> LRScheduler:
         """The learning-rate schedule: over steps, or over time with ``max_train_seconds``."""
-        if self.clock is None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
+        if self.clock is not None and self.lr_scheduler is None:
             chosen: Any = optimizer or self.optimizer
             self.lr_scheduler = timed_schedule(chosen, self.args, self.clock)
             self._created_lr_scheduler = True
-        return self.lr_scheduler
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -323,15 +320,16 @@ class CALMTrainer(LoadingTrainer):
         draws = self._draws(self.args.eval_seed, 0, first)
         with torch.no_grad(), self.accelerator.autocast():
             outputs = model(**inputs, **draws, loss_counts=self._loss_counts(inputs["labels"]))
-            sums, counts = score_sequences(
-                self.accelerator.unwrap_model(model),
-                inputs,
-                outputs.terms,
-                loss_only=prediction_loss_only,
-                seed=as_seed(self.args.eval_seed, self.args.device),
-                first_sequence=first,
-                num_samples=self.args.eval_num_samples,
-            )
+            with whole_weights(model):
+                sums, counts = score_sequences(
+                    self.accelerator.unwrap_model(model),
+                    inputs,
+                    outputs.terms,
+                    loss_only=prediction_loss_only,
+                    seed=as_seed(self.args.eval_seed, self.args.device),
+                    first_sequence=first,
+                    num_samples=self.args.eval_num_samples,
+                )
         return None, sums, counts
 
     # Saving

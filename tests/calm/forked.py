@@ -33,15 +33,20 @@ def _call(log, function, arguments, environment):
 
 
 def run_in_two(folder, function, *arguments):
-    """Call `function` in two processes that torch.distributed joins; both must succeed."""
+    """`run_in` two processes."""
+    run_in(2, folder, function, *arguments)
+
+
+def run_in(count, folder, function, *arguments):
+    """Call `function` in processes that torch.distributed joins; all must succeed."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    logs = [folder / f"rank-{rank}.log" for rank in "01"]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    logs = [folder / f"rank-{rank}.log" for rank in range(count)]
     processes = [
-        start(log, function, *arguments, RANK=rank, LOCAL_RANK=rank, **shared)
-        for rank, log in zip("01", logs, strict=True)
+        start(log, function, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        for rank, log in enumerate(logs)
     ]
     while not any(process.exitcode for process in processes):
         running = [process.sentinel for process in processes if process.exitcode is None]

@@ -4,12 +4,15 @@ import argparse
 import importlib
 import re
 import shlex
+import subprocess
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 
 from calm import cli
 from calm.errors import UserError
@@ -125,6 +128,13 @@ def take_module(name, words):
     run(importlib.import_module(name).main, words)
 
 
+def take_launched(launcher, words):
+    """What a launcher, whose parser reads its own words first, starts in every process."""
+    found, unknown = launcher.parse_known_args(words)
+    assert found.module and not unknown, unknown
+    take_module(found.training_script, found.training_script_args)
+
+
 def take(words):
     """Let the program's own parser read the words of a command."""
     match words:
@@ -137,8 +147,10 @@ def take(words):
         case ["python" | "python3", path, *rest] if (ROOT / path).is_file():
             if path.startswith("benchmarks/"):
                 take_module(path.removesuffix(".py").replace("/", "."), rest)
-        case ["torchrun", "--nproc_per_node", number, "-m", module, *rest] if number.isdigit():
-            take_module(module, rest)
+        case ["torchrun", *rest]:
+            take_launched(get_args_parser(), rest)
+        case ["accelerate", "launch", *rest]:
+            take_launched(launch_command_parser(), rest)
         case ["make", *targets]:
             makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
             for target in targets:
@@ -151,6 +163,20 @@ def take(words):
             pass
         case _:
             raise AssertionError(f"nothing reads {shlex.join(words)}")
+
+
+def test_the_slurm_job_starts_what_the_page_does(parse_only, monkeypatch):
+    """Bash can read it, and its command is that of docs/scaling.md."""
+    script = ROOT / "examples" / "slurm_64_gpus.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    lines = script.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    (command,) = (shlex.split(line)[1:] for line in lines if line.startswith("srun "))
+    take(command)
+    own = [word for word in command if "rdzv_id" not in word and "SLURM" not in word]
+    page = [words for words in commands(ROOT / "docs" / "scaling.md") if "--nnodes" in words]
+    assert [[word for word in words if "$" not in word] for words in page] == [
+        [word for word in own if "$" not in word]
+    ]
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=name_of)

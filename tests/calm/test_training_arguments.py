@@ -19,6 +19,7 @@ from calm.training.recipe import (
     recipe_names,
     recipe_stages,
 )
+from calm.training.sharding_settings import check_processes
 
 PRESETS = (
     "autoencoder baseline-10b baseline-l baseline-m baseline-s calm-10b calm-l calm-m "
@@ -353,12 +354,36 @@ class TestRefused:
         assert loading.dispatch_batches is False and loading.non_blocking is False
         assert training.dataloader_pin_memory is False
 
-    @pytest.mark.filterwarnings("ignore:.*fsdp")
-    def test_fsdp_on_a_cpu_would_be_something_else(self, monkeypatch):
-        with pytest.raises(UserError, match="fsdp needs GPUs"):
-            parse("--fsdp", "full_shard")
+    @pytest.mark.parametrize(
+        ("words", "complaint"),
+        [
+            ("--muon_learning_rate 1e-3", "muon_learning_rate=0.001 needs whole matrices"),
+            ("--save_only_model", "save_only_model=True would leave shards"),
+            ("--do_eval --model_name_or_path x", "fsdp shards the weights of a training"),
+            ("--torch_compile", "torch_compile compiles layers whose weights are whole"),
+            ('--fsdp_config {"cpu_offload":true}', "cpu_offload is not supported"),
+            ('--fsdp_config {"min_num_params":9}', "min_num_params has no effect.*got 9"),
+            ('--fsdp_config {"state_dict_type":"FULL_STATE_DICT"}', "must be SHARDED_STATE_DICT"),
+        ],
+    )
+    def test_with_shards(self, words, complaint):
+        with pytest.raises(UserError, match=complaint):
+            parse("--fsdp", *words.split())
+
+    def test_of_a_launcher(self, monkeypatch):
+        """What `accelerate launch --use_fsdp` puts into the environment counts as the flag."""
+        assert not parse().training.is_sharded
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        with pytest.raises(UserError, match="fsdp needs GPUs"):
+        with pytest.raises(UserError, match=r"fsdp version must be 2 .*, got 1"):
+            parse()
+        monkeypatch.setenv("FSDP_VERSION", "2")
+        monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+        training = parse().training
+        assert training.is_sharded and os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+        with pytest.raises(UserError, match="this one is alone: start them with torchrun"):
+            check_processes(training)
+        monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+        with pytest.raises(UserError, match="cpu_offload is not supported"):
             parse()
 
     def test_autoencoder_flag_where_it_means_nothing(self):

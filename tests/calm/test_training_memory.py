@@ -176,6 +176,20 @@ def test_every_published_recipe_but_the_largest_fits_80_gb():
     assert unfit == {"baseline-10b", "calm-10b"}
 
 
+def test_shards_make_the_largest_fit_eight_gpus():
+    """16 bytes a weight are divided; an autoencoder that is frozen stays whole."""
+    for name in ("baseline-10b", "calm-10b"):
+        for model, run in stages_of(name).values():
+            few, many = (memory_of(model, run, gpus, is_sharded=True) for gpus in (8, 64))
+            assert few.fits() and few.buckets == few.copies == 0
+            assert few.gathered == many.gathered > 0 and few.activations == many.activations
+            frozen = sum(w.numel() for w in model.parameters() if not w.requires_grad)
+            trained = sum(w.numel() for w in model.parameters()) - frozen
+            for memory, gpus in ((few, 8), (many, 64)):
+                states = memory.weights - 4 * frozen + memory.gradients + memory.optimizer
+                assert states == pytest.approx(16 * trained / gpus, abs=64)
+
+
 def test_several_gpus_exchange_gradients_in_buckets():
     alone, together = (memory_of(tiny_calm(), RUN, gpus) for gpus in (1, 8))
     assert alone.buckets == 0 and together.buckets == together.gradients

@@ -37,6 +37,7 @@ BASES: dict[str, Words] = {
                 "--cache-dir", "../cache"],
     "plan": ["plan"],
     "verify": ["verify"],
+    "merge": ["merge"],
     "eval": ["eval", "--model", "calm", "--data", "text.txt", "--block-size", "32",
              "--max-blocks", "1"],
     "generate": ["generate", "--model", "calm", "--prompt", "the quick br",
@@ -181,6 +182,9 @@ OTHERS: dict[str, tuple[Words, ...]] = {
         ["--jsn"],
     ),
     "verify": ([], ["nowhere"], ["text.txt"], [""], ["ae", "--x"]),
+    "merge": (
+        ["ae"], *([name, "--output", "out"] for name in ("nowhere", "text.txt", "", "ae", ".")),
+    ),
     "eval": (
         ["--dtype", "int8"], ["--device", "tpu"], ["--device", "cuda:x"], ["--seed", "-1"],
         ["--num-samples", "100000000000"], ["--json", "nowhere/x.json"], ["--json", "."],

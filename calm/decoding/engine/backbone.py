@@ -48,13 +48,18 @@ class CachedBackbone:
         backbone: a `LlamaModel`, in any of its configurations.
 
     Raises:
-        UserError: its layers are not Llama's.
+        UserError: its layers are not Llama's, or their weights are split among processes.
     """
 
     def __init__(self, backbone: LlamaModel) -> None:
         for layer in backbone.layers:
             if not isinstance(layer, LlamaDecoderLayer):
                 raise UserError(f"generate reads Llama layers, got {type(layer).__name__}")
+            if hasattr(layer.self_attn.q_proj.weight, "full_tensor"):  # a DTensor
+                raise UserError(
+                    "generate reads whole weights, and these are split among processes: call it "
+                    "inside of `with calm.training.sharding.whole_weights(model)`"
+                )
         config = backbone.config
         self.backbone = backbone
         self.head_dim: int = cast(Any, backbone.layers[0]).self_attn.head_dim

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -45,7 +45,14 @@ class HeadLoss(NamedTuple):
 
 
 class GenerativeHead(Protocol):
-    """A head: draws latents, and has the loss that trains it."""
+    """A head: draws latents, and has the loss that trains it.
+
+    Attributes:
+        entry_points: methods beside `forward` through which others reach its weights. Where weights
+            are sharded, each gathers them.
+    """
+
+    entry_points: ClassVar[tuple[str, ...]]
 
     @property
     def loss(self) -> Callable[..., HeadLoss]:

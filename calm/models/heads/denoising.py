@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class DenoisingHead(nn.Module):
 
     A subclass says how times are drawn, what a row of the loss is and how a path is walked.
     """
+
+    entry_points: ClassVar[tuple[str, ...]] = ("sample", "loss")
 
     def __init__(self, config: CALMConfig, out_channels: int) -> None:
         super().__init__()

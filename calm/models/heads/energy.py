@@ -1,5 +1,7 @@
 """The energy head's loss; the head itself is `calm_kernels.EnergyHead`."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -20,6 +22,7 @@ class EnergyGenerativeHead(EnergyHead):
     Source: CALM, sections 3.2 and 3.3.
     """
 
+    entry_points: ClassVar[tuple[str, ...]] = ("sample",)
     gradient_checkpointing = False  # which transformers sets
 
     def __init__(self, config: CALMConfig) -> None:

@@ -1,6 +1,7 @@
 """An energy head that draws its noise from a learned density instead of the uniform one."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ class SteeredHead(EnergyGenerativeHead):
 
     Source: Wagenmaker et al., arXiv 2506.15799, steer a frozen flow through its noise likewise.
     """
+
+    entry_points: ClassVar[tuple[str, ...]] = ("sample", "policy")
 
     def __init__(self, config: CALMConfig) -> None:
         super().__init__(config)

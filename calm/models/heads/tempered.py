@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ class TemperedHead(EnergyGenerativeHead):
     draws, and learns from there (`calm.training.tempering`). The trained head stays beside it, for
     T = 1. Cost: that of the head, and 8 H a hidden state.
     """
+
+    entry_points: ClassVar[tuple[str, ...]] = ("sample", "condition")
 
     def __init__(self, config: CALMConfig) -> None:
         super().__init__(config)
