@@ -109,7 +109,8 @@ def notebook() -> str:
             parts.append(source)
             continue
         parts.append(f"```python\n{source}\n```")
-        if printed := "".join(line for output in cell["outputs"] for line in output["text"]):
+        printed = [out["text"] for out in cell["outputs"] if out.get("name") == "stdout"]
+        if printed := "".join(line for lines in printed for line in lines):
             parts.append(f"```text\n{printed.rstrip()}\n```")
     parts.append("This page is `docs/notebook.ipynb`; `make notebook` runs it again.")
     return "\n\n".join(parts) + "\n"

@@ -159,8 +159,10 @@ def take(words):
             known = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
             extras = re.fullmatch(r"(?:\.|calm-lm)\[([\w,]+)\]", requirement)[1].split(",")
             assert set(extras) <= set(known["project"]["optional-dependencies"])
-        case ["curl" | "export" | ".venv/bin/pre-commit", *_]:
+        case ["curl" | "export" | "pre-commit", *_]:
             pass
+        case [program, *rest] if program.startswith(".venv/bin/"):
+            take([program.removeprefix(".venv/bin/"), *rest])
         case _:
             raise AssertionError(f"nothing reads {shlex.join(words)}")
 

@@ -46,8 +46,9 @@ def test_its_page_has_every_cell_and_what_it_printed(monkeypatch, tmp_path):
     text = pages.notebook()
     assert text.count("```python\n") == len(SOURCES)
     assert all(source in text for source in SOURCES)
-    printed = {"cell_type": "code", "source": ["print(1)"], "outputs": [{"text": ["1\n"]}]}
+    printed = {"cell_type": "code", "source": ["print(1)"], "outputs": []}
+    printed["outputs"] = [{"name": name, "text": [f"{name}\n"]} for name in ("stderr", "stdout")]
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "notebook.ipynb").write_text(json.dumps({"cells": [printed]}))
     monkeypatch.setattr(pages, "ROOT", tmp_path)
-    assert pages.notebook().startswith("```python\nprint(1)\n```\n\n```text\n1\n```\n")
+    assert pages.notebook().startswith("```python\nprint(1)\n```\n\n```text\nstdout\n```\n")

@@ -6,6 +6,9 @@ commands.
 
 import json
 import os
+import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from training_cases import MAIN, SIZES, flags, write_corpus
 
-import calm as package
+import calm as calm_package
 from calm import BaselineTransformer, EnergyTransformer, pretrained
 from calm.errors import UserError
 
@@ -133,7 +136,7 @@ class TestNames:
         model = EnergyTransformer.from_pretrained("calm-docstrings")
         assert model.config.beta == 0.5 and model.token_readout is not None
         assert model.dtype == torch.float32
-        folder = package.pretrained_path("calm-docstrings-baseline")
+        folder = calm_package.pretrained_path("calm-docstrings-baseline")
         assert folder == installed / "calm-docstrings-baseline"
         found = BaselineTransformer.from_pretrained("calm-docstrings-baseline")
         expected = BaselineTransformer.from_pretrained(folder)
@@ -148,7 +151,7 @@ class TestNames:
 
     def test_an_unknown_name_and_missing_weights_are_told(self, nothing_installed, capsys):
         with pytest.raises(UserError, match=r"name must be one of .*, got 'nope'"):
-            package.pretrained_path("nope")
+            calm_package.pretrained_path("nope")
         with pytest.raises(UserError, match=r"should come with the package.*make pretrained"):
             EnergyTransformer.from_pretrained("calm-docstrings")
         for words in (
@@ -162,6 +165,15 @@ class TestNames:
 
 
 class TestCommands:
+    def test_the_example_takes_it_and_says_so(self, package, capsys, monkeypatch):
+        example = Path(__file__).resolve().parents[2] / "examples" / "continue_text.py"
+        monkeypatch.setattr(sys, "argv", [str(example)])
+        runpy.run_path(str(example), run_name="__main__")
+        captured = capsys.readouterr()
+        assert captured.err.startswith("model: calm-docstrings, which comes with the package\n")
+        shown = re.findall(r"^(.*), \d+ tokens/s: Returns the ", captured.out, re.MULTILINE)
+        assert shown == ["batch, T = 1", "batch, T = 0.5", "readout, T = 1", "readout, T = 0.5"]
+
     def test_generate_takes_it_and_says_so(self, installed, capsys):
         words = ("--prompt", "the cat ", "--max-new-tokens", 8, "--num-samples", 8, "--json")
         assert calm("generate", *words) == 0
