@@ -55,9 +55,10 @@ OF_THE_MACHINE = {
     re.compile(r"out of memory|(?i:can(?:'t|not) allocate memory)|os error 12\b"): (
         "out of memory: take smaller batches, blocks or models"
     ),
-    re.compile(r"worker.* exited unexpectedly|subprocesses has abruptly died"): (
-        "a worker process was killed, most often for lack of memory: take fewer workers"
-    ),
+    re.compile(
+        r"worker.* exited unexpectedly|subprocesses has abruptly died"
+        r"|process pool (?:was terminated|is not usable)"
+    ): ("a worker process was killed, most often for lack of memory: take fewer workers"),
 }
 # A data loader hands on the error of a worker as a text with the worker's traceback.
 OF_A_WORKER = re.compile(r"Caught (\w+) in [^\n]*\nOriginal Traceback ")

@@ -27,6 +27,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from calm.data.embedded import PREFIX, check_embedded, embedded_stamp
 from calm.data.files import DATA_SUFFIXES, expand_files, file_stamp, file_suffix
+from calm.data.manifest import is_prepared
 from calm.data.options import CorpusOptions, OnError
 from calm.data.reading import TEXT_KEY
 from calm.data.tables import DAMAGE_KEY, FEATURES, Documents, document_table, rows_in_bounds
@@ -200,6 +201,8 @@ def _hub_splits(options: CorpusOptions, name: str) -> dict[str, Documents]:
     """Splits of a hub dataset, a folder of data files, or a folder of ``save_to_disk``."""
     if Path(name).is_file():
         raise UserError(f"dataset_name: {name} is a file; pass it as train_file")
+    if is_prepared(name):
+        raise UserError(f"dataset_name: {name} is a prepared text; pass it as train_file")
     if (Path(name) / "dataset_dict.json").exists() or (Path(name) / "state.json").exists():
         loaded = datasets.load_from_disk(name)
     elif files := _files_of_splits(options, name):

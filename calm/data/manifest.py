@@ -184,6 +184,8 @@ def read_description(folder: Path) -> Description:
                 "prepare the text again"
             )
         shards = [ShardRecord(**shard) for shard in content.pop("shards")]
+        if outside := next((s.name for s in shards if Path(s.name).name != s.name), None):
+            raise UserError(f"{path}: the shard {outside!r} lies outside the folder")
         sources = [SourceRecord(**source) for source in content.pop("sources")]
         description = Description(**content, sources=sources, shards=shards)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -8,7 +8,7 @@ goes on at any place without reading what came before.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
@@ -24,7 +24,7 @@ from calm.data.shards import Layout, TokenFile
 from calm.errors import UserError
 from calm.integrity import new_digest
 
-__all__ = ["EpochSampler", "PreparedBlocks", "PreparedText", "ShuffledBlocks", "permuted"]
+__all__ = ["EpochBatches", "PreparedBlocks", "PreparedText", "ShuffledBlocks", "permuted"]
 
 ROUNDS = 6
 
@@ -260,9 +260,11 @@ class ShuffledBlocks(Dataset[Block]):
         drawn = epoch * share + mixed - self._ends[sequence] + share
         return sequence, permuted(drawn % size, size, f"{self.seed} sequence {sequence}")
 
-    def sampler(self) -> "EpochSampler":
-        """The places of each epoch, for a data loader."""
-        return EpochSampler(len(self))
+    def batches(
+        self, batch_size: int, processes: int = 1, process: int = 0, *, drop_last: bool = False
+    ) -> "EpochBatches":
+        """The places of one process, see `EpochBatches`."""
+        return EpochBatches(len(self), batch_size, processes, process, drop_last=drop_last)
 
     @property
     def num_tokens(self) -> int:
@@ -279,25 +281,48 @@ class ShuffledBlocks(Dataset[Block]):
         return self.blocks.data_hash()
 
 
-class EpochSampler(Sampler[int]):
-    """The places of an epoch of `ShuffledBlocks`, in order.
+class EpochBatches(Sampler[Sequence[int]]):
+    """Batches of places of `ShuffledBlocks` for one of several processes, which take turns.
+
+    They are accelerate's: the last batches of several processes are filled up from the epoch's
+    beginning, that of one process is short. A batch costs no more than its two ends, so that those
+    before a resumed step are skipped at once.
 
     Args:
         length: places of an epoch.
+        batch_size: of one process.
+        processes: that share the epoch.
+        process: which of them.
+        drop_last: leave out what fills no batch of every process.
     """
 
-    def __init__(self, length: int) -> None:
-        self.length, self.epoch = length, 0
+    def __init__(
+        self, length: int, batch_size: int, processes: int, process: int, *, drop_last: bool
+    ) -> None:
+        self.length, self.batch_size, self.drop_last = length, batch_size, drop_last
+        self.processes, self.process = processes, process
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        whole, rest = divmod(self.length, self.batch_size * self.processes)
+        return whole + (rest > 0 and not self.drop_last)
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.epoch * self.length, (self.epoch + 1) * self.length))
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        base = self.epoch * self.length
+        turn = self.batch_size * self.processes
+        first = self.process * self.batch_size
+        for start in range(first, first + len(self) * turn, turn):
+            stop = start + self.batch_size
+            if stop <= self.length:
+                yield range(base + start, base + stop)
+            elif self.processes == 1:
+                yield range(base + start, base + self.length)
+            else:
+                yield [base + place % self.length for place in range(start, stop)]
 
 
 def permuted(place: int, size: int, key: str) -> int:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, Sampler
+from accelerate import skip_first_batches
+from torch.utils.data import DataLoader
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -10,6 +11,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+
+from calm.data.prepared import EpochBatches, ShuffledBlocks
 
 __all__ = ["LoadingTrainer"]
 
@@ -22,11 +25,23 @@ class LoadingTrainer(Trainer):
         self.add_callback(_EpochOrder())
 
     def get_train_dataloader(self) -> DataLoader:
-        """As in transformers; a `PackedStream` gets to know who takes which of its blocks."""
+        """As in transformers; a `PackedStream` gets to know who takes which of its blocks.
+
+        `ShuffledBlocks` come in an order of their own.
+        """
         shares = (self.args.world_size, self.args.process_index)
         is_dispatched = self.accelerator.dispatch_batches is not False  # by the first process
         _deal(self.train_dataset, self._train_batch_size, *(() if is_dispatched else shares))
-        return super().get_train_dataloader()
+        loader = super().get_train_dataloader()
+        if isinstance(self.train_dataset, ShuffledBlocks):
+            # A copy by accelerate, in which the sampler may be replaced.
+            loader = skip_first_batches(loader, 0)
+            loader.batch_sampler.batch_sampler = self.train_dataset.batches(
+                self._train_batch_size,
+                *(() if self.accelerator.dispatch_batches else shares),
+                drop_last=self.args.dataloader_drop_last,
+            )
+        return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in transformers, but the first process deals a stream out: it knows where it ends."""
@@ -39,12 +54,6 @@ class LoadingTrainer(Trainer):
         finally:
             config.dispatch_batches = asked
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        """As in transformers; `ShuffledBlocks` have an order of their own."""
-        data = self.train_dataset if train_dataset is None else train_dataset
-        sampler = getattr(data, "sampler", None)
-        return super()._get_train_sampler(train_dataset) if sampler is None else sampler()
-
 
 def _deal(data: Any, *shares: int) -> None:
     """Tell a `PackedStream` its batch size, processes and process; other data take none."""
@@ -54,11 +63,7 @@ def _deal(data: Any, *shares: int) -> None:
 
 
 class _EpochOrder(TrainerCallback):
-    """Tells the sampler the epoch, also behind what accelerate puts around it.
-
-    Where a resumed epoch of several processes skips batches, accelerate finds no sampler but its
-    own, and another one would keep the first epoch.
-    """
+    """Tells `EpochBatches` the epoch, whatever accelerate has put around them."""
 
     def on_epoch_begin(
         self,
@@ -70,8 +75,7 @@ class _EpochOrder(TrainerCallback):
     ) -> None:
         """Runs before batches are skipped and read."""
         found = getattr(train_dataloader, "batch_sampler", None)
-        while found is not None and not hasattr(found, "sampler"):
+        while found is not None and not isinstance(found, EpochBatches):
             found = getattr(found, "batch_sampler", None)
-        set_epoch = getattr(getattr(found, "sampler", None), "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(int(state.epoch or 0))
+        if found is not None:
+            found.set_epoch(int(state.epoch or 0))

@@ -7,15 +7,16 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from accelerate import skip_first_batches
-from accelerate.data_loader import prepare_data_loader
+from accelerate.data_loader import BatchSamplerShard
 from prepared_cases import blocks_of, prepare, write_jsonl
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 from training_cases import make_trainer, tiny_baseline
 
 from calm.data.blocks import collate
 from calm.data.mixture import epoch_shares, parse_sources, parse_weights
-from calm.data.prepared import ShuffledBlocks, permuted
+from calm.data.prepared import EpochBatches, ShuffledBlocks, permuted
 from calm.errors import UserError
+from calm.training.arguments import CALMTrainingArguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
@@ -48,18 +49,12 @@ def test_permutations_are_even():
 
 
 def loaded(blocks, batch, workers, processes, epoch, skip=0):
-    """What every process reads in an epoch, as transformers and accelerate make its loader."""
+    """What every process reads in an epoch, from batch `skip` on."""
     for process in range(processes):
-        loader = DataLoader(
-            blocks, batch, sampler=blocks.sampler(), num_workers=workers, collate_fn=collate
-        )
-        loader = prepare_data_loader(loader, num_processes=processes, process_index=process)
-        sampler = loader.batch_sampler
-        while not hasattr(sampler, "sampler"):
-            sampler = sampler.batch_sampler
-        sampler.sampler.set_epoch(epoch)
+        batches = blocks.batches(batch, processes, process)
+        batches.set_epoch(epoch)
+        loader = DataLoader(blocks, batch_sampler=batches, num_workers=workers, collate_fn=collate)
         loader = skip_first_batches(loader, skip) if skip else loader
-        loader.iteration = epoch
         yield [[number_of(row) for row in each["input_ids"].tolist()] for each in loader]
 
 
@@ -156,24 +151,46 @@ def test_weights_and_sources():
             parse_sources(words)
 
 
+@pytest.mark.parametrize(("length", "batch"), [(24, 2), (23, 2), (25, 4), (3, 4), (7, 1)])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_batches_are_those_of_accelerate(length, batch, processes, drop_last):
+    plain = BatchSampler(range(length), batch, drop_last)
+    for process in range(processes):
+        expected = list(BatchSamplerShard(plain, processes, process) if processes > 1 else plain)
+        ours = EpochBatches(length, batch, processes, process, drop_last=drop_last)
+        assert [list(each) for each in ours] == expected and len(ours) == len(expected)
+        ours.set_epoch(2)
+        assert [[place - 2 * length for place in each] for each in ours] == expected
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("is_shuffled", [True, False])
-def test_an_epoch_resumed_in_its_middle_keeps_its_order(is_shuffled, processes, tmp_path):
-    """The third epoch, also where accelerate hides the sampler; ours and that of transformers."""
-    blocks = blocks_of(numbered(tmp_path, 24), block_size=4)
-    data = ShuffledBlocks(blocks, seed=3) if is_shuffled else blocks
-    trainer = make_trainer(tiny_baseline(), tmp_path, data=data)
+def test_the_trainer_resumes_in_the_middle_of_a_later_epoch(processes, tmp_path, monkeypatch):
+    monkeypatch.setattr(CALMTrainingArguments, "world_size", processes)
+    monkeypatch.setattr(CALMTrainingArguments, "process_index", processes - 1)
+    data = ShuffledBlocks(blocks_of(numbered(tmp_path, 24), block_size=4), seed=3)
 
     def order(skip):
-        loader = DataLoader(data, 2, sampler=trainer._get_train_sampler(), collate_fn=collate)
-        loader = prepare_data_loader(
-            loader, num_processes=processes, process_index=0, use_seedable_sampler=True, data_seed=1
-        )
+        settings = {"per_device_train_batch_size": 2}
+        trainer = make_trainer(tiny_baseline(), tmp_path, data=data, **settings)
+        loader = trainer.get_train_dataloader()
+        assert len(loader) == 12 // processes
         trainer.callback_handler.train_dataloader = loader
-        trainer.state.epoch = 2 + skip / 24
+        trainer.state.epoch = 2 + skip / len(loader)
         trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
         loader = skip_first_batches(loader, skip) if skip else loader
         loader.set_epoch(2)
         return [number_of(row) for batch in loader for row in batch["input_ids"].tolist()]
 
-    assert order(skip=2) == order(skip=0)[4:]
+    own = order(skip=0)
+    *_, last = loaded(data, 2, 0, processes, 2)
+    assert own == [number for batch in last for number in batch]
+    assert order(skip=2) == own[4:]
+
+
+def test_a_late_step_is_found_at_once():
+    """Whatever the number of processes: a batch costs its two ends."""
+    batches = EpochBatches(10**12, 4, 512, 7, drop_last=False)
+    batches.set_epoch(3)
+    found = next(itertools.islice(iter(batches), 100_000, None))
+    assert list(found) == [3 * 10**12 + (100_000 * 512 + 7) * 4 + row for row in range(4)]

@@ -37,7 +37,6 @@ class TestTransformers:
     # Methods that are private, or public and rarely replaced: their parameters in transformers.
     REPLACED: ClassVar = {
         "_get_grad_norm": ["self", "model", "grad_norm"],
-        "_get_train_sampler": ["self", "train_dataset"],
         "set_initial_training_values": ["self", "args", "dataloader"],
     }
 
@@ -45,7 +44,7 @@ class TestTransformers:
         own = {*vars(CALMTrainer), *vars(LoadingTrainer)}
         private = {name for name in own if name[0] == "_" and name[1] != "_"}
         replaced = {name for name in private if hasattr(Trainer, name)}
-        assert replaced == {"_get_grad_norm", "_get_train_sampler"}
+        assert replaced == {"_get_grad_norm"}
 
     @pytest.mark.parametrize("name", REPLACED)
     def test_each_is_called_with_the_parameters_it_had(self, tmp_path, monkeypatch, name):
