@@ -33,6 +33,7 @@ __all__ = [
     "check_draws",
     "normal",
     "philox",
+    "split_first_row",
     "uniform",
 ]
 
@@ -104,6 +105,18 @@ def as_first_row(first_row: int | Tensor, device: torch.device) -> Tensor:
         return _filled(first_row, device)
     stream = torch.cuda.current_stream(device).cuda_stream if is_cuda else 0
     return _kept(first_row, device, stream)
+
+
+def split_first_row(
+    first_row: int | Tensor, device: torch.device
+) -> tuple[Tensor | None, int]:
+    """`first_row` for an operator whose kernels read it from memory or take it as a number.
+
+    Returns: an int64 tensor and 0, or None and the integer, for which no memory is filled.
+    """
+    if isinstance(first_row, Tensor):
+        return first_row.to(device, torch.int64), 0
+    return None, first_row
 
 
 def _filled(number: int, device: torch.device) -> Tensor:

@@ -139,9 +139,6 @@ TABLE: dict[tuple[str, str], dict[int, Launch]] = {
     ("energy_head.embed", "gfx942"): {4096: Launch(num_warps=4, block_rows=16, block_features=128)},
     ("energy_head.embed.backward", DEFAULT): {4096: Launch(num_warps=8, block_rows=32)},
     ("energy_head.embed.backward", "gfx942"): {4096: Launch(num_warps=4, block_rows=16)},
-    ("energy_head.embed.small", DEFAULT): {
-        4096: Launch(num_warps=8, block_rows=16, block_features=256)
-    },
     # The width of a fused layer is its number of rows. ".norm" normalises them as they are loaded,
     # in every program again: its programs take few rows and many outputs.
     ("energy_head.layer", DEFAULT): {

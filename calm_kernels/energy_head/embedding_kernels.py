@@ -9,6 +9,7 @@ for those of the second, and to store. Row ``r`` is draw ``r % num_draws`` of po
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -23,7 +24,6 @@ from calm_kernels.noise_kernels import load_key, philox
 from calm_kernels.tuning import (
     Constants,
     architecture,
-    fuses_head,
     launch_options,
     setting,
     use_fast_math,
@@ -35,7 +35,10 @@ __all__ = [
     "embed_kernel",
     "embed_noise",
     "embed_noise_backward",
+    "embedded_noise",
     "embedding_constants",
+    "noise_constants",
+    "noise_slices",
 ]
 
 _STREAM_HEAD = tl.constexpr(2)  # noise.Stream.HEAD
@@ -44,10 +47,10 @@ _UNIFORM_STEP = tl.constexpr(2.0**-24)
 
 @triton.jit
 def _drawn_slices(
-    seed_ptr, first_row_ptr, position, draw, q, stride_seed, noise_scale, WORDS: tl.constexpr
+    seed_ptr, first_row, position, draw, q, stride_seed, noise_scale, WORDS: tl.constexpr
 ):
     """Four slices of U[-1/2, 1/2) times `noise_scale`."""
-    k0, k1, c1, c2, c3 = load_key(seed_ptr, first_row_ptr, position, stride_seed, _STREAM_HEAD)
+    k0, k1, c1, c2, c3 = load_key(seed_ptr, first_row, position, stride_seed, _STREAM_HEAD)
     c0 = (draw[:, None] * WORDS + q[None, :]).to(tl.uint32)
     zero = c0 * 0
     words = philox(
@@ -61,8 +64,8 @@ def _drawn_slices(
 
 
 @triton.jit
-def _noise_slices(
-    noise_ptr, seed_ptr, first_row_ptr, row, q, num_rows, num_draws, stride_n, stride_r, stride_z,
+def noise_slices(
+    noise_ptr, seed_ptr, first_row, row, q, num_rows, num_draws, stride_n, stride_r, stride_z,
     stride_seed, noise_scale, IS_GIVEN: tl.constexpr, NOISE_SIZE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +76,7 @@ def _noise_slices(
     draw = (safe % num_draws).to(tl.int64)
     if not IS_GIVEN:
         drawn = _drawn_slices(
-            seed_ptr, first_row_ptr, position, draw, q, stride_seed, noise_scale, WORDS
+            seed_ptr, first_row, position, draw, q, stride_seed, noise_scale, WORDS
         )
     slices = ()
     for k in tl.static_range(4):
@@ -89,7 +92,7 @@ def _noise_slices(
 
 
 @triton.jit
-def _embedded(
+def embedded_noise(
     slices, weight_ptr, bias_ptr, q, column, NOISE_SIZE: tl.constexpr, WIDTH: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +139,7 @@ def _embedded_statistics(
     lane_spread = tl.zeros((slices[0].shape[0], SEGMENT), tl.float32)
     for segment in range(num_segments):
         column = segment * SEGMENT + tl.arange(0, SEGMENT)
-        tile = _embedded(
+        tile = embedded_noise(
             slices, weight_ptr, bias_ptr, q, column, NOISE_SIZE, WIDTH, DOT_DTYPE, PRECISION
         )
         lane_mean, lane_spread = _gather(tile, segment, column, lane_mean, lane_spread, WIDTH)
@@ -150,9 +153,9 @@ def _affine(normal, weight_ptr, shift_ptr, column, WIDTH: tl.constexpr):
     return normal * weight[None, :] + shift[None, :]
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_draws", "num_segments"])
+@triton.jit(do_not_specialize=["first_row", "num_rows", "num_draws", "num_segments"])
 def embed_kernel(
-    noise_ptr, seed_ptr, first_row_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_shift_ptr,
+    noise_ptr, seed_ptr, first_row, weight_ptr, bias_ptr, norm_weight_ptr, norm_shift_ptr,
     next_weight_ptr, next_shift_ptr, stream_ptr, normed_ptr, num_rows, num_draws, num_segments,
     stride_n, stride_r, stride_z, stride_seed, noise_scale, IS_GIVEN: tl.constexpr,
     NOISE_SIZE: tl.constexpr, WIDTH: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -161,8 +164,8 @@ def embed_kernel(
     """stream = LN(weight · noise + bias), normed = LN'(stream)."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     q = tl.arange(0, BLOCK_Q)
-    slices = _noise_slices(
-        noise_ptr, seed_ptr, first_row_ptr, row, q, num_rows, num_draws, stride_n, stride_r,
+    slices = noise_slices(
+        noise_ptr, seed_ptr, first_row, row, q, num_rows, num_draws, stride_n, stride_r,
         stride_z, stride_seed, noise_scale, IS_GIVEN, NOISE_SIZE, weight_ptr.dtype.element_ty,
     )  # fmt: skip
     mean, scale = _embedded_statistics(
@@ -173,7 +176,7 @@ def embed_kernel(
     lane_spread = tl.zeros((BLOCK_ROWS, SEGMENT), tl.float32)
     for segment in range(num_segments):
         column = segment * SEGMENT + tl.arange(0, SEGMENT)
-        tile = _embedded(
+        tile = embedded_noise(
             slices, weight_ptr, bias_ptr, q, column, NOISE_SIZE, WIDTH, DOT_DTYPE, PRECISION
         )
         stream = _affine((tile - mean) * scale, norm_weight_ptr, norm_shift_ptr, column, WIDTH)
@@ -183,7 +186,7 @@ def embed_kernel(
         column = segment * SEGMENT + tl.arange(0, SEGMENT)
         mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
         offs = row[:, None] * WIDTH + column[None, :]
-        tile = _embedded(
+        tile = embedded_noise(
             slices, weight_ptr, bias_ptr, q, column, NOISE_SIZE, WIDTH, DOT_DTYPE, PRECISION
         )
         stream = _affine((tile - mean) * scale, norm_weight_ptr, norm_shift_ptr, column, WIDTH)
@@ -193,9 +196,11 @@ def embed_kernel(
         tl.store(normed_ptr + offs, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_draws", "num_groups", "num_segments"])
+@triton.jit(
+    do_not_specialize=["first_row", "num_rows", "num_draws", "num_groups", "num_segments"]
+)
 def embed_backward_kernel(
-    noise_ptr, seed_ptr, first_row_ptr, weight_ptr, bias_ptr, norm_weight_ptr, dstream_ptr,
+    noise_ptr, seed_ptr, first_row, weight_ptr, bias_ptr, norm_weight_ptr, dstream_ptr,
     dmatmul_ptr, drawn_ptr, sums_ptr, num_rows, num_draws, num_groups, num_segments, stride_n,
     stride_r, stride_z, stride_seed, stride_group, noise_scale, IS_GIVEN: tl.constexpr,
     NOISE_SIZE: tl.constexpr, WIDTH: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -211,8 +216,8 @@ def embed_backward_kernel(
     sums_ptr += group.to(tl.int64) * stride_group
     for tile_index in range(group, tl.cdiv(num_rows, BLOCK_ROWS), num_groups):
         row = (tile_index * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-        slices = _noise_slices(
-            noise_ptr, seed_ptr, first_row_ptr, row, q, num_rows, num_draws, stride_n, stride_r,
+        slices = noise_slices(
+            noise_ptr, seed_ptr, first_row, row, q, num_rows, num_draws, stride_n, stride_r,
             stride_z, stride_seed, noise_scale, IS_GIVEN, NOISE_SIZE, weight_ptr.dtype.element_ty,
         )  # fmt: skip
         _store_noise(drawn_ptr, slices, row, q, num_rows, NOISE_SIZE)
@@ -224,7 +229,7 @@ def embed_backward_kernel(
         sum_product = tl.zeros((BLOCK_ROWS, SEGMENT), tl.float32)
         for segment in range(num_segments):
             column = segment * SEGMENT + tl.arange(0, SEGMENT)
-            tile = _embedded(
+            tile = embedded_noise(
                 slices, weight_ptr, bias_ptr, q, column, NOISE_SIZE, WIDTH, DOT_DTYPE, PRECISION
             )
             normal = (tile - mean) * scale
@@ -236,7 +241,7 @@ def embed_backward_kernel(
         slope = tl.sum(sum_product, axis=1)[:, None] / WIDTH
         for segment in range(num_segments):
             column = segment * SEGMENT + tl.arange(0, SEGMENT)
-            tile = _embedded(
+            tile = embedded_noise(
                 slices, weight_ptr, bias_ptr, q, column, NOISE_SIZE, WIDTH, DOT_DTYPE, PRECISION
             )
             _, dnormal = _dnormal(dstream_ptr, norm_weight_ptr, row, column, num_rows, WIDTH)
@@ -279,8 +284,8 @@ class Noise:
     """Noise of every row: given ``[N, R, Z]``, or drawn, N draws for each of R positions."""
 
     given: Tensor | None
-    seed: Tensor | None  # None, like the first row, where noise is given
-    first_row: Tensor | None
+    seed: Tensor | None  # None where noise is given
+    first_row: Tensor | int
     num_draws: int
     num_positions: int
     scale: float
@@ -290,41 +295,45 @@ class Noise:
         """N R."""
         return self.num_draws * self.num_positions
 
-    def arguments(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """Pointers and strides, as the kernels take them; a pointer stands where none is read."""
+    def arguments(self) -> tuple[tuple[Tensor | int, ...], tuple[int, ...]]:
+        """Noise, seed and first row, and strides, as the kernels take them; a pointer stands where
+        none is read.
+        """
         if self.given is not None:
-            return (self.given, self.given, self.given), (*self.given.stride(), 0)
-        assert self.seed is not None and self.first_row is not None
+            return (self.given, self.given, 0), (*self.given.stride(), 0)
+        assert self.seed is not None
         stride_seed = 0 if self.seed.dim() == 1 else 2
         return (self.seed, self.seed, self.first_row), (0, 0, 0, stride_seed)
 
 
 def embedding_constants(
     width: int, noise_size: int, dtype: torch.dtype, arch: str, *, is_given: bool,
-    is_backward: bool, has_fast_math: bool, can_round: bool = True, is_small: bool = False,
+    is_backward: bool, has_fast_math: bool, can_round: bool = True,
 ) -> Constants:  # fmt: skip
-    """Of `embed_kernel` or `embed_backward_kernel`; `is_small` for few rows.
+    """Of `embed_kernel` or `embed_backward_kernel`.
 
     float32 operands are multiplied as three tf32 matmuls where there is fast mathematics. The
     interpreter would multiply 16-bit operands as bit patterns: there `can_round` is False, and they
     are multiplied in float32.
     """
-    form = ".backward" * is_backward + ".small" * is_small
-    launch = setting("energy_head.embed" + form, arch, width)
-    words = -(-noise_size // 4)
+    launch = setting("energy_head.embed" + ".backward" * is_backward, arch, width)
     row = row_segments(width, launch.block_features)
-    constants = {
+    constants = noise_constants(noise_size, is_given=is_given) | {
         "WIDTH": width,
         "SEGMENT": row["SEGMENT"],
-        "IS_GIVEN": is_given,
-        "NOISE_SIZE": noise_size,
         "BLOCK_ROWS": launch.block_rows,
-        "BLOCK_Q": max(16, 1 << (words - 1).bit_length()),
         "NORM_EPS": NORM_EPS,
         "DOT_DTYPE": DOT_DTYPES[dtype] if can_round else tl.float32,
         "PRECISION": "tf32x3" if has_fast_math and dtype == torch.float32 else "ieee",
     }
     return constants, launch_options(launch)
+
+
+def noise_constants(noise_size: int, *, is_given: bool) -> dict[str, Any]:
+    """Of a kernel that reads or draws noise; a slice must be deep enough for a matmul."""
+    words = -(-noise_size // 4)
+    block = max(16, 1 << (words - 1).bit_length())
+    return {"IS_GIVEN": is_given, "NOISE_SIZE": noise_size, "BLOCK_Q": block}
 
 
 def _constants(noise: Noise, weight: Tensor, *, is_backward: bool) -> Constants:
@@ -333,7 +342,6 @@ def _constants(noise: Noise, weight: Tensor, *, is_backward: bool) -> Constants:
         width, noise_size, weight.dtype, architecture(weight.device),
         is_given=noise.given is not None, is_backward=is_backward,
         has_fast_math=use_fast_math(), can_round=not is_interpreted(),
-        is_small=not is_backward and fuses_head(noise.num_rows, width),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from calm_kernels.energy_head.passes import (
     forward_pass,
     small_rows_pass,
 )
-from calm_kernels.noise import Seed, as_first_row, as_seed
+from calm_kernels.noise import Seed, as_seed, split_first_row
 from calm_kernels.operators import operator
 from calm_kernels.tuning import fuses_head
 
@@ -52,12 +52,12 @@ def energy_head_triton(
         first_row: global index of the first row.
         noise_scale: factor on drawn noise.
     """
-    seeds, start = None, None
+    seeds, row, row_number = None, None, 0
     if noise is None:
         seeds = as_seed(seed, hidden.device).contiguous()
         if seeds.dim() == 2 and len(seeds) != len(hidden):
             raise ValueError(f"seed has {len(seeds)} rows for {len(hidden)} rows of noise")
-        start = as_first_row(first_row, hidden.device)
+        row, row_number = split_first_row(first_row, hidden.device)
     # Here and not in the operator, whose backward pass would cast every weight again.
     hidden = hidden.to(dtype)
     parameters = [_cast(parameter, dtype) for parameter in flatten_parameters(head)]
@@ -65,7 +65,9 @@ def energy_head_triton(
     save = _SAVE_NOTHING
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed):
         save = _SAVE_STREAMS if recompute else _SAVE_ALL
-    latent, _ = _forward_op(hidden, noise, parameters, seeds, start, num_draws, noise_scale, save)
+    latent, _ = _forward_op(
+        hidden, noise, parameters, seeds, row, row_number, num_draws, noise_scale, save
+    )
     return latent.unflatten(0, (hidden.shape[0], num_draws)).transpose(0, 1)
 
 
@@ -75,9 +77,11 @@ def _cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _noise(
-    hidden: Tensor, noise: Tensor | None, seed: Tensor | None, first_row: Tensor | None,
-    num_draws: int, noise_scale: float,
+    hidden: Tensor, noise: Tensor | None, seed: Tensor | None, row: Tensor | None,
+    row_number: int, num_draws: int, noise_scale: float,
 ) -> Noise:  # fmt: skip
+    """Its first row is that in memory, or the number."""
+    first_row = row_number if row is None else row
     return Noise(noise, seed, first_row, num_draws, hidden.shape[0], noise_scale)
 
 
@@ -87,7 +91,8 @@ def _forward_op(
     noise: Tensor | None,
     parameters: list[Tensor],
     seed: Tensor | None,
-    first_row: Tensor | None,
+    row: Tensor | None,
+    row_number: int,
     num_draws: int,
     noise_scale: float,
     save: int,
@@ -95,7 +100,7 @@ def _forward_op(
     """Latents ``[R N, L]``, and what the backward pass needs."""
     inputs = (
         hidden,
-        _noise(hidden, noise, seed, first_row, num_draws, noise_scale),
+        _noise(hidden, noise, seed, row, row_number, num_draws, noise_scale),
         unflatten_parameters(parameters),
     )
     with torch.cuda.device_of(hidden):
@@ -116,7 +121,8 @@ def _backward_op(
     noise: Tensor | None,
     parameters: list[Tensor],
     seed: Tensor | None,
-    first_row: Tensor | None,
+    row: Tensor | None,
+    row_number: int,
     saved: list[Tensor],
     num_draws: int,
     noise_scale: float,
@@ -128,7 +134,7 @@ def _backward_op(
         found = backward_pass(
             dlatent,
             hidden,
-            _noise(hidden, noise, seed, first_row, num_draws, noise_scale),
+            _noise(hidden, noise, seed, row, row_number, num_draws, noise_scale),
             head,
             SavedActivations.of(saved, len(head.blocks)),
             need_noise=need_noise,
@@ -139,7 +145,8 @@ def _backward_op(
 @_forward_op.register_fake
 def _(
     hidden: Tensor, noise: Tensor | None, parameters: list[Tensor],
-    seed: Tensor | None, first_row: Tensor | None, num_draws: int, noise_scale: float, save: int,
+    seed: Tensor | None, row: Tensor | None, row_number: int, num_draws: int, noise_scale: float,
+    save: int,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     head = unflatten_parameters(parameters)
     num_positions, width = hidden.shape
@@ -161,7 +168,7 @@ def _(
 @_backward_op.register_fake
 def _(
     dlatent: Tensor, hidden: Tensor, noise: Tensor | None, parameters: list[Tensor],
-    seed: Tensor | None, first_row: Tensor | None, saved: list[Tensor], num_draws: int,
+    seed: Tensor | None, row: Tensor | None, row_number: int, saved: list[Tensor], num_draws: int,
     noise_scale: float, need_noise: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:  # fmt: skip
     head = unflatten_parameters(parameters)
@@ -180,24 +187,25 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    hidden, noise, parameters, seed, first_row, ctx.num_draws, ctx.noise_scale, *_ = inputs
+    hidden, noise, parameters, seed, row, *numbers, _ = inputs
+    ctx.row_number, ctx.num_draws, ctx.noise_scale = numbers
     _, saved = output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)  # zeros in place of gradients of all that is saved
     ctx.num_parameters = len(parameters)
-    ctx.save_for_backward(hidden, noise, seed, first_row, *parameters, *saved)
+    ctx.save_for_backward(hidden, noise, seed, row, *parameters, *saved)
 
 
 def _backward(ctx: Any, dlatent: Tensor | None, _: list[Tensor]) -> tuple[Any, ...]:
     refuse_second_derivative("the energy head")
     if dlatent is None:  # what follows the head has no gradient
-        return None, None, [None] * ctx.num_parameters, *[None] * 5
-    hidden, noise, seed, first_row, *others = ctx.saved_tensors
+        return None, None, [None] * ctx.num_parameters, *[None] * 6
+    hidden, noise, seed, row, *others = ctx.saved_tensors
     parameters, saved = others[: ctx.num_parameters], others[ctx.num_parameters :]
     need_noise = ctx.needs_input_grad[1]
     dhidden, dnoise, matrices, vectors, output_bias = _backward_op(
-        dlatent.contiguous(), hidden, noise, parameters, seed, first_row, saved, ctx.num_draws,
-        ctx.noise_scale, need_noise,
+        dlatent.contiguous(), hidden, noise, parameters, seed, row, ctx.row_number, saved,
+        ctx.num_draws, ctx.noise_scale, need_noise,
     )  # fmt: skip
     num_blocks = len(unflatten_parameters(parameters).blocks)
     gradients = [
@@ -208,7 +216,7 @@ def _backward(ctx: Any, dlatent: Tensor | None, _: list[Tensor]) -> tuple[Any, .
     ]
     if need_noise:
         dnoise = dnoise.unflatten(0, (len(hidden), ctx.num_draws)).transpose(0, 1).to(noise.dtype)
-    return dhidden, dnoise if need_noise else None, gradients, *[None] * 5
+    return dhidden, dnoise if need_noise else None, gradients, *[None] * 6
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)

@@ -14,6 +14,8 @@ from calm_kernels.energy_head.parameters import NORM_EPS, Pair
 from calm_kernels.tuning import Constants, architecture, launch_options, setting
 
 __all__ = [
+    "embedding_norms",
+    "embedding_norms_kernel",
     "layer_norm",
     "layer_norm_backward",
     "norm_backward_kernel",
@@ -101,17 +103,65 @@ def norm_kernel(
         step_ptr, bias_ptr, stream_ptr, row, num_rows, HAS_STEP, HAS_STREAM, WIDTH, SEGMENT,
         NUM_SEGMENTS,
     )  # fmt: skip
+    if HAS_STEP and HAS_STREAM:
+        for k in tl.static_range(NUM_SEGMENTS):
+            column = k * SEGMENT + tl.arange(0, SEGMENT)
+            mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
+            tl.store(next_ptr + row[:, None] * WIDTH + column[None, :], tiles[k], mask=mask)
     normal, _ = _normalize(tiles, WIDTH, SEGMENT, NORM_EPS)
-    for k in tl.static_range(NUM_SEGMENTS):
+    _store_affine(normed_ptr, normal, weight_ptr, shift_ptr, row, num_rows, WIDTH, SEGMENT)
+
+
+@triton.jit
+def _store_affine(
+    out_ptr, normal, weight_ptr, shift_ptr, row, num_rows, WIDTH: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """Store x̂ · weight + shift; the same as tiles, 0 beyond WIDTH."""
+    tiles = ()
+    for k in tl.static_range(len(normal)):
         column = k * SEGMENT + tl.arange(0, SEGMENT)
         mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
-        offs = row[:, None] * WIDTH + column[None, :]
-        if HAS_STEP and HAS_STREAM:
-            tl.store(next_ptr + offs, tiles[k], mask=mask)
         weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
         shift = tl.load(shift_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-        normed = normal[k] * weight[None, :] + shift[None, :]
-        tl.store(normed_ptr + offs, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+        tile = normal[k] * weight[None, :] + shift[None, :]
+        offs = row[:, None] * WIDTH + column[None, :]
+        tl.store(out_ptr + offs, tile.to(out_ptr.dtype.element_ty), mask=mask)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit(do_not_specialize=["num_positions", "num_rows"])
+def embedding_norms_kernel(
+    embedded_ptr, norm_weight_ptr, norm_shift_ptr, condition_ptr, stream_ptr, noise_weight_ptr,
+    noise_shift_ptr, next_weight_ptr, next_shift_ptr, normed_ptr, num_positions, num_rows,
+    WIDTH: tl.constexpr, SEGMENT: tl.constexpr, NUM_SEGMENTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, NORM_EPS: tl.constexpr,
+):  # fmt: skip
+    """condition = LN(embedded) in the first programs; in the others stream = LN'(stream) in place
+    and normed = LN''(stream).
+    """
+    block = tl.program_id(0)
+    num_blocks = tl.cdiv(num_positions, BLOCK_ROWS)
+    if block < num_blocks:
+        row = block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        tiles = _load_rows(embedded_ptr, row, num_positions, WIDTH, SEGMENT, NUM_SEGMENTS)
+        normal, _ = _normalize(tiles, WIDTH, SEGMENT, NORM_EPS)
+        _store_affine(
+            condition_ptr, normal, norm_weight_ptr, norm_shift_ptr, row, num_positions, WIDTH,
+            SEGMENT,
+        )  # fmt: skip
+    else:
+        row = (block - num_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        tiles = _load_rows(stream_ptr, row, num_rows, WIDTH, SEGMENT, NUM_SEGMENTS)
+        normal, _ = _normalize(tiles, WIDTH, SEGMENT, NORM_EPS)
+        tiles = _store_affine(
+            stream_ptr, normal, noise_weight_ptr, noise_shift_ptr, row, num_rows, WIDTH, SEGMENT
+        )
+        normal, _ = _normalize(tiles, WIDTH, SEGMENT, NORM_EPS)
+        _store_affine(
+            normed_ptr, normal, next_weight_ptr, next_shift_ptr, row, num_rows, WIDTH, SEGMENT
+        )
 
 
 @triton.jit
@@ -247,6 +297,22 @@ def layer_norm(
         HAS_STREAM=stream is not None, **constants, **options,
     )  # fmt: skip
     return normed
+
+
+def embedding_norms(
+    embedded: Tensor, stream: Tensor, norm_hidden: Pair, norm_noise: Pair, next_norm: Pair,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """LN(embedded) and LN''(LN'(stream)); LN'(stream) takes the place of the stream."""
+    condition = torch.empty_like(embedded, dtype=dtype)
+    normed = torch.empty_like(stream, dtype=dtype)
+    constants, options = _constants(stream, is_backward=False)
+    blocks = sum(-(-len(rows) // constants["BLOCK_ROWS"]) for rows in (embedded, stream))
+    embedding_norms_kernel[(blocks,)](
+        embedded, *norm_hidden, condition, stream, *norm_noise, *next_norm, normed, len(embedded),
+        len(stream), **constants, **options,
+    )  # fmt: skip
+    return condition, normed
 
 
 def layer_norm_backward(

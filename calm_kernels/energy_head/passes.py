@@ -20,9 +20,18 @@ from calm_kernels.energy_head.activation_kernels import (
 )
 from calm_kernels.energy_head.embedding_kernels import Noise, embed_noise, embed_noise_backward
 from calm_kernels.energy_head.gradient_slots import GradientSlots
-from calm_kernels.energy_head.norm_kernels import layer_norm, layer_norm_backward
+from calm_kernels.energy_head.norm_kernels import (
+    embedding_norms,
+    layer_norm,
+    layer_norm_backward,
+)
 from calm_kernels.energy_head.parameters import BlockParameters, HeadParameters
-from calm_kernels.energy_head.small_rows_kernels import residual_layer, silu_layer, swiglu_layer
+from calm_kernels.energy_head.small_rows_kernels import (
+    embed_layer,
+    residual_layer,
+    silu_layer,
+    swiglu_layer,
+)
 from calm_kernels.tuning import architecture, setting
 
 __all__ = ["Gradients", "SavedActivations", "backward_pass", "forward_pass", "small_rows_pass"]
@@ -95,8 +104,10 @@ def small_rows_pass(hidden: Tensor, noise: Noise, head: HeadParameters) -> Tenso
     weight is multiplied with every draw, in the matmul of the other half: that saves a launch a
     block, and a matmul of few rows waits for its weights in any case.
     """
-    _, condition = _embed_hidden(hidden, head)
-    stream, rows = embed_noise(noise, *head.noise_embd, head.norm_noise, head.blocks[0].norm)
+    embedded, stream = embed_layer(hidden.contiguous(), noise, head.hidden_embd, head.noise_embd)
+    condition, rows = embedding_norms(
+        embedded, stream, head.norm_hidden, head.norm_noise, head.blocks[0].norm, hidden.dtype
+    )
     parts: Tensor | None = None  # statistics of the stream; the first rows are normalised already
     for block in head.blocks:
         features = silu_layer(rows, block.first, block.norm, parts, condition)

@@ -17,12 +17,20 @@ from torch import Tensor
 
 from calm_kernels.backend import is_interpreted
 from calm_kernels.device import silu
+from calm_kernels.energy_head.embedding_kernels import (
+    Noise,
+    embedded_noise,
+    noise_constants,
+    noise_slices,
+)
 from calm_kernels.energy_head.parameters import NORM_EPS, Pair
 from calm_kernels.matmul_kernels import DOT_DTYPES, LAYER_NORM, NO_NORM, matmul_rows
 from calm_kernels.tuning import Constants, architecture, launch_options, setting, use_fast_math
 
 __all__ = [
     "Form",
+    "embed_layer",
+    "embed_layer_kernel",
     "layer_constants",
     "residual_layer",
     "residual_layer_kernel",
@@ -32,7 +40,7 @@ __all__ = [
     "swiglu_layer_kernel",
 ]
 
-Form = Literal["silu", "swiglu", "residual"]
+Form = Literal["embed", "silu", "swiglu", "residual"]
 _BLOCK_TILES = 32  # tiles whose statistics are in registers at once
 
 
@@ -93,6 +101,48 @@ def _matmul(
         DOT_DTYPE, PRECISION,
     )  # fmt: skip
     return matmul
+
+
+@triton.jit(do_not_specialize=["first_row", "num_positions", "num_rows", "num_draws"])
+def embed_layer_kernel(
+    hidden_ptr, hidden_weight_ptr, hidden_bias_ptr, embedded_ptr, noise_ptr, seed_ptr, first_row,
+    noise_weight_ptr, noise_bias_ptr, stream_ptr, num_positions, num_rows, num_draws, stride_n,
+    stride_r, stride_z, stride_seed, noise_scale, IS_GIVEN: tl.constexpr,
+    NOISE_SIZE: tl.constexpr, WIDTH: tl.constexpr, IS_EVEN: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """embedded = weight · hidden + bias in the first programs of an axis, and in the others
+    stream = weight' · noise + bias', noise as in `embedding_kernels`; both in float32.
+    """
+    num_blocks = tl.cdiv(num_positions, BLOCK_R)
+    block = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if block < num_blocks:
+        row = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        bias = tl.load(hidden_bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        embedded = _matmul(
+            hidden_ptr, hidden_bias_ptr, hidden_bias_ptr, hidden_weight_ptr,
+            tl.minimum(row, num_positions - 1), tl.minimum(column, WIDTH - 1), 0.0, 1.0, WIDTH,
+            NO_NORM, WIDTH, IS_EVEN, BLOCK_K, DOT_DTYPE, PRECISION,
+        )  # fmt: skip
+        mask = (row < num_positions)[:, None] & (column < WIDTH)[None, :]
+        offs = row[:, None] * WIDTH + column[None, :]
+        tl.store(embedded_ptr + offs, embedded + bias[None, :], mask=mask)
+    else:
+        row = (block - num_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+        q = tl.arange(0, BLOCK_Q)
+        slices = noise_slices(
+            noise_ptr, seed_ptr, first_row, row, q, num_rows, num_draws, stride_n, stride_r,
+            stride_z, stride_seed, noise_scale, IS_GIVEN, NOISE_SIZE,
+            noise_weight_ptr.dtype.element_ty,
+        )  # fmt: skip
+        stream = embedded_noise(
+            slices, noise_weight_ptr, noise_bias_ptr, q, column, NOISE_SIZE, WIDTH, DOT_DTYPE,
+            PRECISION,
+        )  # fmt: skip
+        mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
+        tl.store(stream_ptr + row[:, None] * WIDTH + column[None, :], stream, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_draws"])
@@ -181,11 +231,13 @@ def residual_layer_kernel(
 
 def layer_constants(
     form: Form, num_rows: int, width: int, dtype: torch.dtype, arch: str, *, has_fast_math: bool,
-    can_round: bool = True, **flags: bool,
+    can_round: bool = True, **flags: int,
 ) -> Constants:  # fmt: skip
-    """Of the kernel of this form, with its flags; dtypes as in `embedding_constants`."""
+    """Of the kernel of this form, with its flags (of the embedding `noise_constants`); dtypes as in
+    `embedding_constants`.
+    """
     name = "energy_head.layer" + ".fp32" * (dtype == torch.float32)
-    chosen = setting(name + ".norm" * flags.get("HAS_NORM", False), arch, num_rows)
+    chosen = setting(name + ".norm" * bool(flags.get("HAS_NORM")), arch, num_rows)
     constants = {
         "WIDTH": width,
         "IS_EVEN": width % chosen.block_features == 0,
@@ -195,7 +247,7 @@ def layer_constants(
         "DOT_DTYPE": DOT_DTYPES[dtype if can_round else torch.float32],
         "PRECISION": "tf32x3" if has_fast_math and dtype == torch.float32 else "ieee",
     }
-    if form != "residual":
+    if form in ("silu", "swiglu"):
         constants["FAST"] = has_fast_math
     if form == "silu":
         tile = setting(name, arch, num_rows).block_outputs  # of the residual layer
@@ -205,7 +257,7 @@ def layer_constants(
 
 
 def _constants(
-    form: Form, rows: Tensor, weight: Tensor, **flags: bool
+    form: Form, rows: Tensor, weight: Tensor, **flags: int
 ) -> tuple[tuple[int, int], Constants]:
     num_rows, width = rows.shape
     constants, options = layer_constants(
@@ -214,6 +266,28 @@ def _constants(
     )  # fmt: skip
     grid = (-(-num_rows // constants["BLOCK_R"]), -(-width // constants["BLOCK_C"]))
     return grid, (constants, options)
+
+
+def embed_layer(
+    hidden: Tensor, noise: Noise, hidden_embd: Pair, noise_embd: Pair
+) -> tuple[Tensor, Tensor]:
+    """Hidden states ``[R, C]`` and noise ``[N R, C]``, embedded, in float32 and before their norms.
+
+    One launch: neither waits for the other.
+    """
+    weight, bias = noise_embd
+    width, noise_size = weight.shape
+    embedded = torch.empty_like(hidden, dtype=torch.float32)
+    stream = weight.new_empty(noise.num_rows, width, dtype=torch.float32)
+    flags = noise_constants(noise_size, is_given=noise.given is not None)
+    (blocks, columns), (constants, options) = _constants("embed", stream, weight, **flags)
+    blocks += -(-len(hidden) // constants["BLOCK_R"])
+    sources, strides = noise.arguments()
+    embed_layer_kernel[(blocks, columns)](
+        hidden, *hidden_embd, embedded, *sources, weight, bias, stream, len(hidden),
+        noise.num_rows, noise.num_draws, *strides, noise.scale, **constants, **options,
+    )  # fmt: skip
+    return embedded, stream
 
 
 def silu_layer(

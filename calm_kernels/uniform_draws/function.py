@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from calm_kernels.noise import split_first_row
 from calm_kernels.operators import operator
 from calm_kernels.uniform_draws.kernels import write_draws
 
@@ -14,11 +15,7 @@ def draws_triton(
     first_draw: int, stream: int, is_normal: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """``[N, R, W]``, a view of ``[R, N, W]``, in one launch; see `calm_kernels.uniform_draws`."""
-    row, number = None, 0
-    if isinstance(first_row, Tensor):
-        row = first_row.to(seed.device, torch.int64)
-    else:
-        number = first_row
+    row, number = split_first_row(first_row, seed.device)
     drawn = _draws_op(
         seed.contiguous(),
         row,

@@ -24,7 +24,7 @@ from calm_kernels.uniform_draws import kernels as draw_kernels
 
 MLP = ["norm_swiglu_kernel", "linear_residual_kernel"]
 LAYER = ["norm_linear_kernel", "attention_kernel", "linear_residual_kernel", *MLP]
-HEAD = ["norm_kernel", "embed_kernel", "silu_layer_kernel", "silu_layer_kernel",
+HEAD = ["embed_layer_kernel", "embedding_norms_kernel", "silu_layer_kernel", "silu_layer_kernel",
         "swiglu_layer_kernel", "residual_layer_kernel", "silu_layer_kernel"]  # fmt: skip
 CALM = [*LAYER, *HEAD, *MLP * 2, "partial_kernel", "reduce_kernel"]
 VOTE, RECORD = ["count_kernel", "choose_kernel"], "record_kernel"

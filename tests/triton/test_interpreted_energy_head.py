@@ -50,10 +50,11 @@ def test_drawn_noise_is_that_of_torch(size, generator):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_drawn_noise_is_that_of_the_noise_module(generator):
+@pytest.mark.parametrize("first_row", [11, torch.tensor(11)], ids=["number", "memory"])
+def test_drawn_noise_is_that_of_the_noise_module(first_row, generator):
     """Bit by bit: the kernel gives the noise to the weight's gradient."""
     rows, draws, noise_size = 5, 3, 7
-    seed, first_row = torch.tensor([2**40 + 9, 4]), torch.tensor(11)
+    seed = torch.tensor([2**40 + 9, 4])
     drawn = noise.uniform(
         rows, noise_size, stream=Stream.HEAD, seed=seed, num_draws=draws, first_row=first_row
     )
@@ -222,7 +223,7 @@ def test_the_operators_keep_their_contract(generator):
     head = make_head(size, generator).float()
     hidden, drawn = (leaf(value.float()) for value in make_inputs(size, generator))
     parameters = flatten_parameters(gather_parameters(dict(head.named_parameters())))
-    source = torch.tensor([1, 0]), torch.tensor(0)
+    source = torch.tensor([1, 0]), torch.tensor(0), 0
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     operator = torch.ops.calm_kernels.energy_head.default
     for keep in (0, 1, 2):

@@ -120,16 +120,16 @@ def test_bfloat16(generator):
 
 @pytest.mark.parametrize("num_blocks", [1, 3])
 def test_launches(num_blocks, generator, launches):
-    """Four a block; the library's matmuls are the hidden states' and the last."""
+    """Four a block; the library's matmul is the last."""
     size = (16, 4, 3, num_blocks, 2, (2,))
     head, inputs = make_head(size, generator), make_inputs(size, generator)
     with torch.autograd.profiler.profile() as profile:
         sample(head, inputs, torch.float32, "triton")
     block = [*["silu_layer_kernel"] * 2, "swiglu_layer_kernel", "residual_layer_kernel"]
-    expected = ["norm_kernel", "embed_kernel", *block * num_blocks, "silu_layer_kernel"]
+    expected = ["embed_layer_kernel", "embedding_norms_kernel", *block * num_blocks, "silu_layer_kernel"]
     assert launches.names == expected
     matmuls = [event.name for event in profile.function_events]
-    assert matmuls.count("aten::mm") + matmuls.count("aten::addmm") == 2
+    assert matmuls.count("aten::mm") + matmuls.count("aten::addmm") == 1
 
 
 def test_many_rows_and_other_widths_take_the_library(generator, launches, monkeypatch):

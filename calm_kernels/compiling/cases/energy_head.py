@@ -36,8 +36,7 @@ _FLOAT32 = (
 )  # fmt: skip
 _TYPES = (
     dict.fromkeys(_FLOAT32, "*fp32")
-    | dict.fromkeys(("seed_ptr", "first_row_ptr"), "*i64")
-    | {"noise_scale": "fp32"}
+    | {"seed_ptr": "*i64", "noise_scale": "fp32"}
 )
 _ALIGNED = ("stride_group", "stride_n", "stride_r")
 

@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from calm_kernels.compiling.configuration import Configuration
 from calm_kernels.compiling.inspection import Fixed
-from calm_kernels.energy_head.embedding_kernels import embed_kernel, embedding_constants
+from calm_kernels.energy_head.embedding_kernels import noise_constants
+from calm_kernels.energy_head.norm_kernels import embedding_norms_kernel, norm_constants
 from calm_kernels.energy_head.small_rows_kernels import (
     Form,
+    embed_layer_kernel,
     layer_constants,
     residual_layer_kernel,
     silu_layer_kernel,
@@ -26,7 +27,11 @@ _KERNELS = {
     "residual": residual_layer_kernel,
 }
 _WARP, _GROUP = {"sm_90": "HMMA"}, {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
-_TYPES = {"stream_ptr": "*fp32", "parts_ptr": "*fp32"}
+_TYPES = {
+    **dict.fromkeys(("stream_ptr", "parts_ptr", "embedded_ptr"), "*fp32"),
+    "seed_ptr": "*i64",
+    "noise_scale": "fp32",
+}
 
 
 def _layer(
@@ -66,29 +71,43 @@ def _layer(
     )
 
 
-def _embedding(rows: int, width: int, dtype: torch.dtype) -> Configuration:
-    """Stream and its norm out."""
-    suffix = ".fp32" * (dtype == torch.float32)
-    types = {"stream_ptr": "*fp32", "seed_ptr": "*i64", "first_row_ptr": "*i64"}
-
-    def trips(found: dict[str, Any]) -> tuple[int, ...]:
-        return (math.ceil(width / found["SEGMENT"]),) * 3
-
-    return Configuration(
-        name=f"energy_head.embed{suffix}.R{rows}.C{width}",
-        kernel=embed_kernel,
+def _embedding(
+    rows: int, width: int, dtype: torch.dtype, needed: dict[str, str]
+) -> Iterator[Configuration]:
+    """Of one position: weights in, embedded state and stream out; then both in, and their norms."""
+    suffix = ".fp32" * (dtype == torch.float32) + f".R{rows}.C{width}"
+    size, flags = dtype.itemsize, noise_constants(NOISE_SIZE, is_given=False)
+    is_main = (dtype, rows, width) == (torch.bfloat16, 200, 1024)
+    yield Configuration(
+        name=f"energy_head.layer.embed{suffix}",
+        kernel=embed_layer_kernel,
         dtype=dtype,
-        constants=lambda target: embedding_constants(
-            width, NOISE_SIZE, dtype, target.name, is_given=False, is_backward=False,
-            has_fast_math=target.is_nvidia, is_small=True,
+        constants=lambda target: layer_constants(
+            "embed", rows, width, dtype, target.name, has_fast_math=target.is_nvidia, **flags
         ),
-        trips=trips,
-        bytes_per_row=width * (4 + dtype.itemsize * (1 + NOISE_SIZE / rows)),
+        trips=lambda found: None,  # a program takes one of two branches
+        bytes_per_row=width * (4 + (size * (width + NOISE_SIZE) + 4) / rows),
         rows=rows,
-        programs=lambda found: math.ceil(rows / found["BLOCK_ROWS"]),
+        programs=lambda found: (
+            (1 + math.ceil(rows / found["BLOCK_R"])) * math.ceil(width / found["BLOCK_C"])
+        ),
         flops_per_row=2 * NOISE_SIZE * width,
-        types=types | {"noise_scale": "fp32"},
-    )  # fmt: skip
+        types=_TYPES,
+        needed=needed,
+        is_main=is_main,
+    )
+    yield Configuration(
+        name=f"energy_head.embedding_norms{suffix}",
+        kernel=embedding_norms_kernel,
+        dtype=dtype,
+        constants=lambda target: norm_constants(width, target.name, is_backward=False),
+        trips=lambda found: None,
+        bytes_per_row=width * (8 + size + (4 + size) / rows),
+        rows=rows,
+        programs=lambda found: 1 + math.ceil(rows / found["BLOCK_ROWS"]),
+        types=_TYPES,
+        is_main=is_main,
+    )
 
 
 def _at(
@@ -114,5 +133,7 @@ def cases() -> Iterator[Configuration]:
     for rows, needed in ((1, _WARP), (200, _GROUP), (800, _GROUP)):
         yield _layer("silu", rows, 1024, torch.bfloat16, needed, HAS_NORM=False, IS_JOINED=True)
     yield _layer("silu", 200, 2560, torch.float32, {}, HAS_NORM=False, IS_JOINED=True)
-    for dtype in (torch.bfloat16, torch.float32):
-        yield _embedding(200, 1024, dtype)
+    yield from _embedding(1, 1024, torch.bfloat16, _WARP)
+    yield from _embedding(200, 1024, torch.bfloat16, _GROUP)
+    yield from _embedding(800, 1072, torch.bfloat16, _GROUP)
+    yield from _embedding(200, 2560, torch.float32, {})
