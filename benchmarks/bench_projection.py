@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from benchmarks.measure import Baseline, compare
 from benchmarks.shapes import PROJECTION
-from calm_kernels import linear_argmax, linear_cross_entropy
+from calm_kernels import linear_argmax, linear_cross_entropy, softmax_draws
 
 REFERENCE = "logits in memory"
 
@@ -28,6 +28,19 @@ def bench_linear_argmax(benchmark, rows):
         return linear_argmax(hidden, weight, backend="torch")
 
     compare(benchmark, ours, {REFERENCE: Baseline(plain, rtol=0, atol=0)}, shape=shape)
+
+
+@pytest.mark.benchmark(group="softmax_draws")
+def bench_softmax_draws(benchmark):
+    """A token for each of a few sequences, against a loop over them in float64."""
+    shape = dataclasses.replace(PROJECTION, num_rows=16)
+    logits = torch.randn(shape.num_rows, shape.vocab_size)
+
+    def run(backend):
+        return softmax_draws(logits, seed=1, backend=backend)[0]
+
+    baseline = Baseline(lambda: run("reference"), rtol=0, atol=0)
+    compare(benchmark, lambda: run("torch"), {"reference backend": baseline}, shape=shape)
 
 
 def loss_inputs():

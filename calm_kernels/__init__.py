@@ -20,6 +20,7 @@ from calm_kernels.linear_argmax import linear_argmax
 from calm_kernels.linear_cross_entropy import linear_cross_entropy
 from calm_kernels.norm_linear import linear_residual, norm_linear, norm_swiglu
 from calm_kernels.reparameterize import reparameterize
+from calm_kernels.softmax_draws import softmax_draws
 from calm_kernels.uniform_draws import normal_draws, uniform_draws
 from calm_kernels.warmup import warmup
 
@@ -43,6 +44,7 @@ __all__ = [
     "normal_draws",
     "reparameterize",
     "set_backend",
+    "softmax_draws",
     "uniform_draws",
     "use_backend",
     "warmup",

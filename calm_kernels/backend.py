@@ -56,6 +56,7 @@ OPERATIONS: dict[str, frozenset[Backend]] = {
     "chunk_record": _FUSED,
     "uniform_draws": _FUSED,
     "normal_draws": _FUSED,
+    "softmax_draws": _FUSED,
 }
 
 

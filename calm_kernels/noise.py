@@ -107,9 +107,7 @@ def as_first_row(first_row: int | Tensor, device: torch.device) -> Tensor:
     return _kept(first_row, device, stream)
 
 
-def split_first_row(
-    first_row: int | Tensor, device: torch.device
-) -> tuple[Tensor | None, int]:
+def split_first_row(first_row: int | Tensor, device: torch.device) -> tuple[Tensor | None, int]:
     """`first_row` for an operator whose kernels read it from memory or take it as a number.
 
     Returns: an int64 tensor and 0, or None and the integer, for which no memory is filled.

@@ -219,6 +219,8 @@ TABLE: dict[tuple[str, str], dict[int, Launch]] = {
     # Rows are values, and calls of Philox.
     ("chunk_record", DEFAULT): {MANY: Launch(num_warps=8, block_rows=4096)},
     ("uniform_draws", DEFAULT): {MANY: Launch(num_warps=4, block_rows=256)},
+    # Neighbouring logits of a row, a program's.
+    ("softmax_draws", DEFAULT): {MANY: Launch(num_warps=4, block_vocab=1024)},
     # The width of linear_argmax is its number of rows: few rows are limited by reading the weight,
     # many by the matmuls, and then a block of 256 tokens reads least from the cache. ".total" also
     # sums exponentials, for which 256 tokens leave too few registers.

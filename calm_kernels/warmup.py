@@ -16,6 +16,7 @@ from calm_kernels.linear_cross_entropy import linear_cross_entropy
 from calm_kernels.noise import Stream
 from calm_kernels.norm_linear import linear_residual, norm_linear, norm_swiglu
 from calm_kernels.reparameterize import reparameterize
+from calm_kernels.softmax_draws import softmax_draws
 from calm_kernels.tuning import num_processors
 from calm_kernels.uniform_draws import normal_draws, uniform_draws
 
@@ -163,6 +164,13 @@ def _draws(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
     normal_draws(1, 1, **options)
 
 
+def _softmax_draws(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
+    logits = like.new_zeros(1, config.vocab_size)
+    for uniforms in (None, like.new_zeros(1, 1, dtype=torch.float64)):  # baseline, readout
+        softmax_draws(logits, uniforms, seed=seed)
+    softmax_draws(logits, temperature=0.0, seed=seed)
+
+
 def _heads(config: Any) -> tuple[int, int, int]:
     """Query heads, key heads, features of each."""
     heads = config.num_attention_heads
@@ -186,4 +194,5 @@ _LANGUAGE_MODEL: dict[str, _Run] = {
     "decode_attention": _decode_attention,
     "chunk_record": _chunk_record,
     "uniform_draws": _draws,
+    "softmax_draws": _softmax_draws,
 }

@@ -23,12 +23,13 @@ from calm.decoding.engine.predictors import (
 )
 from calm.decoding.generation import make_predictor
 from calm.decoding.sampling.seeds import OFFSET_STRIDE, advance
-from calm.decoding.sampling.token_draws import SlotReadout, draw_chunks, draw_tokens
+from calm.decoding.sampling.token_draws import SlotReadout, draw_chunks
 from calm.errors import UserError
 from calm.evaluation.rollout import Step
 from calm.models.agreement import MAX_ORDER, prefix_collisions, prefix_matches
 from calm_kernels import uniform_draws
 from calm_kernels.noise import Stream
+from calm_kernels.softmax_draws import draw_tokens
 
 __all__ = [
     "DRAWS_AT_A_TIME",

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calm.decoding.sampling.seeds import OFFSET_STRIDE, advance, row_seeds
-from calm.decoding.sampling.token_draws import draw_tokens, token_chances
 from calm.evaluation.rollout import MAX_BRANCHES, Branches
 from calm.evaluation.samplers import LOGITS_AT_A_TIME
 from calm.models import BaselineTransformer, ContinuousTransformer
 from calm_kernels.noise import Stream
+from calm_kernels.softmax_draws import softmax_draws
 from calm_kernels.uniform_draws import uniform_draws
 
 __all__ = ["ChunkTeacher", "Documents", "Teacher", "TokenTeacher"]
@@ -223,8 +223,7 @@ class TokenTeacher(_BranchingTeacher):
 
     def _tokens(self, hidden: Tensor, uniforms: Tensor) -> Tensor:
         """Tokens ``[R, n]`` drawn after states ``[R, H]``."""
-        chances, _ = token_chances(self.model.lm_head(hidden).to(torch.float32), temperature=1.0)
-        return draw_tokens(chances, uniforms)
+        return softmax_draws(self.model.lm_head(hidden), uniforms)[0]
 
 
 @dataclass(frozen=True)

@@ -196,9 +196,7 @@ def embed_kernel(
         tl.store(normed_ptr + offs, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=["first_row", "num_rows", "num_draws", "num_groups", "num_segments"]
-)
+@triton.jit(do_not_specialize=["first_row", "num_rows", "num_draws", "num_groups", "num_segments"])
 def embed_backward_kernel(
     noise_ptr, seed_ptr, first_row, weight_ptr, bias_ptr, norm_weight_ptr, dstream_ptr,
     dmatmul_ptr, drawn_ptr, sums_ptr, num_rows, num_draws, num_groups, num_segments, stride_n,

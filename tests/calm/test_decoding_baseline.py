@@ -5,9 +5,9 @@ import torch
 from tiny_models import Recorder, prompt, tiny_baseline
 
 from calm.decoding import generate
-from calm.decoding.sampling.token_draws import draw_tokens
 from calm.errors import UserError
 from calm_kernels import noise
+from calm_kernels.softmax_draws import draw_tokens
 
 
 def test_the_baseline_samples_from_its_softmax():

@@ -20,7 +20,7 @@ from calm_kernels.decode_attention import kernels as attention_kernels
 from calm_kernels.energy_head import embedding_kernels, norm_kernels, small_rows_kernels
 from calm_kernels.linear_argmax import kernels as argmax_kernels
 from calm_kernels.norm_linear import kernels as layer_kernels
-from calm_kernels.uniform_draws import kernels as draw_kernels
+from calm_kernels.softmax_draws import kernels as token_kernels
 
 MLP = ["norm_swiglu_kernel", "linear_residual_kernel"]
 LAYER = ["norm_linear_kernel", "attention_kernel", "linear_residual_kernel", *MLP]
@@ -34,7 +34,7 @@ METHODS = {
 }
 KERNELS = (
     embedding_kernels, norm_kernels, small_rows_kernels, argmax_kernels, vote_kernels,
-    layer_kernels, attention_kernels, record_kernels, draw_kernels,
+    layer_kernels, attention_kernels, record_kernels, token_kernels,
 )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def test_a_step_of_the_baseline_is_that_of_torch(monkeypatch):
     expected = decode(predictor, "torch")
     launches = Launches(monkeypatch, *KERNELS)
     actual = decode(predictor, "auto")
-    assert launches.names == [*LAYER * 2, "uniform_kernel", RECORD] * len(actual)
+    assert launches.names == [*LAYER * 2, "split_kernel", "draw_kernel", RECORD] * len(actual)
     assert torch.equal(actual, expected)
     assert len(actual[..., 0].unique()) > 2
 

@@ -126,7 +126,12 @@ def test_launches(num_blocks, generator, launches):
     with torch.autograd.profiler.profile() as profile:
         sample(head, inputs, torch.float32, "triton")
     block = [*["silu_layer_kernel"] * 2, "swiglu_layer_kernel", "residual_layer_kernel"]
-    expected = ["embed_layer_kernel", "embedding_norms_kernel", *block * num_blocks, "silu_layer_kernel"]
+    expected = [
+        "embed_layer_kernel",
+        "embedding_norms_kernel",
+        *block * num_blocks,
+        "silu_layer_kernel",
+    ]
     assert launches.names == expected
     matmuls = [event.name for event in profile.function_events]
     assert matmuls.count("aten::mm") + matmuls.count("aten::addmm") == 1

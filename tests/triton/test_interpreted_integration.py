@@ -170,6 +170,7 @@ def test_warmup_launches_what_the_model_will(monkeypatch):
         "decode_attention",
         "chunk_record",
         "uniform_draws",
+        "softmax_draws",
     ]
     assert launches.names == ["analytic_kernel"]
     assert warmup(tiny_autoencoder().config, "cpu") == [

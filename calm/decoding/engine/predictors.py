@@ -9,15 +9,13 @@ A model makes its own predictor, see `calm.decoding.mixin`.
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from calm.decoding.chunk import Chunk
 from calm.decoding.sampling.chunk_distribution import ChunkDistribution, Method
 from calm.decoding.sampling.prefix_rejection import Prefix
-from calm.decoding.sampling.token_draws import draw_chunks, draw_tokens, token_chances
-from calm_kernels import chunk_record, uniform_draws
-from calm_kernels.noise import Stream
+from calm.decoding.sampling.token_draws import draw_chunks
+from calm_kernels import chunk_record, softmax_draws
 
 __all__ = ["ChunkPredictor", "Predictor", "ReadoutPredictor", "TokenPredictor"]
 
@@ -176,13 +174,8 @@ class TokenPredictor:
 
     def choose(self, hidden: Tensor, seed: Tensor) -> Chunk:
         """See `Predictor`."""
-        logits = self.model.lm_head(hidden).to(torch.float32)  # [B, V]
-        uniforms = uniform_draws(
-            len(hidden), 1, stream=Stream.VOTE, seed=seed, device=hidden.device,
-            dtype=torch.float64,
-        )  # fmt: skip
-        chances, is_finite = token_chances(logits, self.temperature)
-        tokens = draw_tokens(chances, uniforms)
+        logits = self.model.lm_head(hidden)  # [B, V]
+        tokens, is_finite = softmax_draws(logits, temperature=self.temperature, seed=seed)
         return Chunk(chunk_record(tokens, is_finite))
 
     def complete(self, hidden: Tensor, given: Tensor, given_length: Tensor, seed: Tensor) -> Chunk:

@@ -34,10 +34,7 @@ _FLOAT32 = (
     "stream_ptr", "next_ptr", "sums_ptr", "norm_weight_ptr", "norm_shift_ptr",
     "next_weight_ptr", "next_shift_ptr", "bias_ptr", "shift_ptr",
 )  # fmt: skip
-_TYPES = (
-    dict.fromkeys(_FLOAT32, "*fp32")
-    | {"seed_ptr": "*i64", "noise_scale": "fp32"}
-)
+_TYPES = dict.fromkeys(_FLOAT32, "*fp32") | {"seed_ptr": "*i64", "noise_scale": "fp32"}
 _ALIGNED = ("stride_group", "stride_n", "stride_r")
 
 
