@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.measure import Baseline, Requirement, compare
 from benchmarks.shapes import HEAD, VOTE
-from calm_kernels import EnergyHead, agreeing_patch, chunk_record, energy_head
+from calm_kernels import EnergyHead, advance_state, agreeing_patch, chunk_record, energy_head
 
 REFERENCE = "reference backend"
 
@@ -79,6 +79,21 @@ def bench_chunk_record(benchmark):
 
     def run(backend):
         return chunk_record(tokens, values, backend=backend)
+
+    baseline = Baseline(lambda: run("reference"), rtol=0, atol=0)
+    compare(benchmark, lambda: run("torch"), {REFERENCE: baseline}, shape=VOTE)
+
+
+@pytest.mark.benchmark(group="advance_state")
+def bench_advance_state(benchmark):
+    """In place: every call reads what the one before has written."""
+    record = torch.randint(1000, (VOTE.batch_size, VOTE.patch_size + 5))
+    sizes = ((VOTE.batch_size, VOTE.patch_size), (VOTE.batch_size, 2), (VOTE.batch_size,))
+    state = [torch.zeros(size, dtype=torch.int64) for size in sizes]
+
+    def run(backend):
+        advance_state(record, *state, backend=backend)
+        return state[0]
 
     baseline = Baseline(lambda: run("reference"), rtol=0, atol=0)
     compare(benchmark, lambda: run("torch"), {REFERENCE: baseline}, shape=VOTE)

@@ -90,6 +90,10 @@ class Launches(TorchDispatchMode):
         self.names[part, "kernels of ours"] += self._stub.count - self._seen
         self._seen = self._stub.count
 
+    def __exit__(self, *error: Any) -> None:
+        self._count_kernels(self._current_part())  # after which no operation came
+        super().__exit__(*error)
+
     def _current_part(self) -> str:
         node = torch._C._current_autograd_node()
         if node is None:

@@ -7,7 +7,7 @@ The package needs torch alone, and Triton only where its backend is chosen.
 from calm_kernels import noise
 from calm_kernels.agreeing_patch import agreeing_patch
 from calm_kernels.backend import Backend, set_backend, use_backend
-from calm_kernels.chunk_record import chunk_record
+from calm_kernels.chunk_record import advance_state, chunk_record
 from calm_kernels.decode_attention import decode_attention
 from calm_kernels.energy_head import EnergyHead, energy_head
 from calm_kernels.energy_score import (
@@ -28,6 +28,7 @@ __all__ = [
     "Backend",
     "EnergyHead",
     "EnergyScoreDiagnostics",
+    "advance_state",
     "agreeing_patch",
     "chunk_record",
     "decode_attention",

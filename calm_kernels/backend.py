@@ -54,6 +54,7 @@ OPERATIONS: dict[str, frozenset[Backend]] = {
     "linear_residual": _FUSED,
     "decode_attention": _FUSED,
     "chunk_record": _FUSED,
+    "advance_state": _FUSED,
     "uniform_draws": _FUSED,
     "normal_draws": _FUSED,
     "softmax_draws": _FUSED,

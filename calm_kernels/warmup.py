@@ -7,7 +7,7 @@ import torch
 
 from calm_kernels.agreeing_patch import agreeing_patch
 from calm_kernels.backend import Backend, resolve
-from calm_kernels.chunk_record import chunk_record
+from calm_kernels.chunk_record import advance_state, chunk_record
 from calm_kernels.decode_attention import decode_attention
 from calm_kernels.energy_head import EnergyHead
 from calm_kernels.energy_score import gaussian_energy_score
@@ -154,7 +154,9 @@ def _decode_attention(config: Any, like: torch.Tensor, seed: torch.Tensor) -> No
 def _chunk_record(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:
     tokens, latents = seed.new_zeros(2, config.patch_size), like.new_zeros(1, 2, config.latent_size)
     for num_agreeing in (1, seed):  # of one draw, of a vote
-        chunk_record(tokens, latents, num_agreeing=num_agreeing)
+        record = chunk_record(tokens, latents, num_agreeing=num_agreeing)
+    for lengths in (None, seed):  # after a prompt, after a step
+        advance_state(record, tokens, seed.new_zeros(2, 2), lengths)
 
 
 def _draws(config: Any, like: torch.Tensor, seed: torch.Tensor) -> None:

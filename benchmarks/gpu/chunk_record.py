@@ -1,4 +1,4 @@
-"""The record of a chunk against plain PyTorch."""
+"""The record of a chunk, and the state that moves on, against plain PyTorch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.work import Work, assert_close
-from calm_kernels import chunk_record
+from calm_kernels import advance_state, chunk_record
 
 __all__ = ["QUICK", "SHAPES", "TINY", "Shape", "works"]
 
@@ -52,6 +52,30 @@ def _works(shape: Shape, device: str, compiled: bool) -> Iterator[Work]:
     traffic = 2 * values[0].numel() + 8 * tokens[0].numel() * 2
     for name, run in named.items():
         yield Work("chunk_record", "record", name, asdict(shape), run, BUFFERS, traffic)
+    yield from _advances(shape, device, compiled)
+
+
+def _advances(shape: Shape, device: str, compiled: bool) -> Iterator[Work]:
+    sizes = (shape.patch_size + 5, shape.patch_size, 2)
+    record, *state = (
+        torch.randint(1000, (shape.batch_size, size), device=device) for size in sizes
+    )
+    state.append(torch.zeros_like(record[:, 0]))
+    copies = {name: [each.clone() for each in state] for name in ("triton", "torch")}
+
+    def advance(index: int, backend: str) -> None:
+        advance_state(record, *copies[backend], backend=backend)
+
+    named = {name: partial(advance, backend=name) for name in copies}
+    if compiled:
+        named = {"torch, torch.compile": torch.compile(named["torch"], dynamic=False)}
+    else:
+        for run in named.values():
+            run(0)
+        assert_close(*copies.values(), 1e-12, "advance_state")
+    traffic = 8 * shape.batch_size * (2 * shape.patch_size + 4)
+    for name, run in named.items():
+        yield Work("chunk_record", "advance", name, asdict(shape), run, BUFFERS, traffic)
 
 
 def works(

@@ -6,7 +6,7 @@ from torch import Tensor
 from calm_kernels.agreeing_patch.eager import choose
 from calm_kernels.agreeing_patch.kernels import write_choices, write_counts
 from calm_kernels.agreeing_patch.votes import draw_votes, split_power
-from calm_kernels.noise import as_first_row
+from calm_kernels.noise import split_first_row
 from calm_kernels.operators import operator
 
 __all__ = ["agreeing_patch_triton"]
@@ -34,8 +34,10 @@ def agreeing_patch_triton(
         )
         rows = torch.arange(len(power), device=candidates.device)
         return candidates[rows, index], level, counts
-    first_row = as_first_row(first_row, candidates.device)
-    tokens, level = _choose_op(candidates, counts, power, seed.contiguous(), first_row, is_factory)
+    row, number = split_first_row(first_row, candidates.device)
+    tokens, level = _choose_op(
+        candidates, counts, power, seed.contiguous(), row, number, is_factory
+    )
     return tokens, level, counts
 
 
@@ -54,12 +56,14 @@ def _choose_op(
     counts: Tensor,
     power: Tensor,
     seed: Tensor,
-    first_row: Tensor,
+    row: Tensor | None,
+    row_number: int,
     is_factory: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens ``[B, K]`` and level ``[B]``."""
+    """Tokens ``[B, K]`` and level ``[B]``; the first row is that in memory, or the number."""
     tokens, level = _choices(candidates)
     if len(candidates):
+        first_row = row_number if row is None else row
         write_choices(
             candidates, counts, power, seed, first_row, tokens, level, is_factory=is_factory
         )
@@ -87,7 +91,8 @@ def _(
     counts: Tensor,
     power: Tensor,
     seed: Tensor,
-    first_row: Tensor,
+    row: Tensor | None,
+    row_number: int,
     is_factory: bool,
 ) -> tuple[Tensor, Tensor]:
     return _choices(candidates)

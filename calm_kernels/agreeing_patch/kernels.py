@@ -92,10 +92,12 @@ def _weights(counts, largest, level, rest, misses, BLOCK: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["num_candidates", "stride_b", "stride_n", "stride_power", "stride_seed"]
-)
+    do_not_specialize=[
+        "first_row", "num_candidates", "stride_b", "stride_n", "stride_power", "stride_seed",
+    ]
+)  # fmt: skip
 def choose_kernel(
-    candidates_ptr, counts_ptr, power_ptr, seed_ptr, first_row_ptr, tokens_ptr, level_ptr,
+    candidates_ptr, counts_ptr, power_ptr, seed_ptr, first_row, tokens_ptr, level_ptr,
     num_candidates, stride_b, stride_n, stride_k, stride_power, stride_seed,
     IS_FACTORY: tl.constexpr, PATCH_SIZE: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -111,7 +113,7 @@ def choose_kernel(
     misses = tl.where(rest > 0.0, 1.0, 0.0) if IS_FACTORY else 0.0  # hits needed beyond the level
     level = tl.minimum(whole, largest - misses)
     weights = _weights(counts, largest, level, rest, misses, BLOCK)
-    k0, k1, c1, c2, c3 = load_key(seed_ptr, first_row_ptr, row, stride_seed, _STREAM_VOTE)
+    k0, k1, c1, c2, c3 = load_key(seed_ptr, first_row, row, stride_seed, _STREAM_VOTE)
     word, _, _, _ = philox(c1 * 0, c1, c2, c3, k0, k1)
     share = (word >> 8).to(tl.float64) * _UNIFORM_STEP
     is_beyond = tl.cumsum(weights, 0) > share * tl.sum(weights, axis=0)
@@ -165,7 +167,7 @@ def write_counts(candidates: Tensor, counts: Tensor) -> None:
 
 
 def write_choices(
-    candidates: Tensor, counts: Tensor, power: Tensor, seed: Tensor, first_row: Tensor,
+    candidates: Tensor, counts: Tensor, power: Tensor, seed: Tensor, first_row: int | Tensor,
     tokens: Tensor, level: Tensor, *, is_factory: bool,
 ) -> None:  # fmt: skip
     """Launch: tokens ``[B, K]`` and level ``[B]``."""

@@ -1,5 +1,5 @@
-"""The record of a decoded chunk, in one launch."""
+"""What the host reads of a decoded chunk, and what the next step reads of it."""
 
-from calm_kernels.chunk_record.api import chunk_record
+from calm_kernels.chunk_record.api import advance_state, chunk_record
 
-__all__ = ["chunk_record"]
+__all__ = ["advance_state", "chunk_record"]

@@ -1,4 +1,4 @@
-"""The public function: check the arguments, choose the backend, call it."""
+"""The public functions: check the arguments, choose the backend, call it."""
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from calm_kernels.checks import (
     check_shape,
     check_tensor,
 )
-from calm_kernels.chunk_record.eager import chunk_record_eager
-from calm_kernels.chunk_record.reference import chunk_record_reference
+from calm_kernels.chunk_record.eager import advance_state_eager, chunk_record_eager
+from calm_kernels.chunk_record.reference import advance_state_reference, chunk_record_reference
 
-__all__ = ["chunk_record"]
+__all__ = ["advance_state", "chunk_record"]
 
 MAX_ELEMENTS = 2**31  # that offsets of 32 bits reach
 
@@ -79,6 +79,54 @@ def chunk_record(
             return chunk_record_triton(tokens, values, numbers)
         case _:
             return chunk_record_eager(tokens, values, numbers)
+
+
+def advance_state(
+    record: Tensor,
+    tokens: Tensor,
+    seed: Tensor,
+    lengths: Tensor | None,
+    *,
+    backend: Backend | str = Backend.AUTO,
+) -> None:
+    """Move a batch that is being decoded on by one chunk, in place.
+
+    tokens = record[:, :K],    offset of the seed + 1,    lengths + 1
+
+    Args:
+        record: of the chunk, int64 ``[B, K + 5]``, see `chunk_record`.
+        tokens: what the next step reads, int64 ``[B, K]``; overwritten.
+        seed: int64 ``[B, 2]`` of (seed, offset); the offset is raised.
+        lengths: columns of a cache that are filled, int64 ``[B]``; raised, or None
+            where no column was filled.
+        backend: see `calm_kernels.backend`; all give the same bits.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, device or shape.
+
+    Cost: in Triton one launch.
+    """
+    check_tensor("record", record, min_dim=2)
+    check_tensor("tokens", tokens, min_dim=2)
+    batch, size = len(record), record.shape[1] - 5
+    shapes = {"tokens": (tokens, (batch, size)), "seed": (seed, (batch, 2))}
+    if lengths is not None:
+        shapes["lengths"] = (lengths, (batch,))
+    check_dtype("record", record, (torch.int64,))
+    for name, (tensor, shape) in shapes.items():
+        check_tensor(name, tensor)
+        check_dtype(name, tensor, (torch.int64,))
+        check_shape(name, tensor, shape, f"of a record {tuple(record.shape)}")
+        check_device(name, tensor, "record", record)
+    match resolve(backend, "advance_state", record):
+        case Backend.REFERENCE:
+            advance_state_reference(record, tokens, seed, lengths)
+        case Backend.TRITON:
+            from calm_kernels.chunk_record.function import advance_state_triton
+
+            advance_state_triton(record, tokens, seed, lengths)
+        case _:
+            advance_state_eager(record, tokens, seed, lengths)
 
 
 def _checked(name: str, number: int | Tensor, tokens: Tensor) -> int | Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["chunk_record_eager"]
+__all__ = ["advance_state_eager", "chunk_record_eager"]
 
 
 def chunk_record_eager(tokens: Tensor, values: Tensor, numbers: Sequence[int | Tensor]) -> Tensor:
@@ -19,3 +19,13 @@ def chunk_record_eager(tokens: Tensor, values: Tensor, numbers: Sequence[int | T
     ]
     columns.insert(3, is_finite)
     return torch.cat([tokens, torch.stack([column.long() for column in columns], 1)], 1)
+
+
+def advance_state_eager(
+    record: Tensor, tokens: Tensor, seed: Tensor, lengths: Tensor | None
+) -> None:
+    """See `calm_kernels.chunk_record.advance_state`."""
+    tokens.copy_(record[:, : tokens.shape[1]])
+    seed[:, 1].add_(1)  # with += torch would also copy the column onto itself
+    if lengths is not None:
+        lengths.add_(1)

@@ -1,14 +1,14 @@
-"""The record as one custom op for torch.compile; nothing here is differentiable."""
+"""The record as one custom op for torch.compile, and what is written in place and so is none."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from calm_kernels.chunk_record.kernels import write_record
+from calm_kernels.chunk_record.kernels import move_on, write_record
 from calm_kernels.operators import operator
 
-__all__ = ["chunk_record_triton"]
+__all__ = ["advance_state_triton", "chunk_record_triton"]
 
 
 def chunk_record_triton(tokens: Tensor, values: Tensor, numbers: Sequence[int | Tensor]) -> Tensor:
@@ -16,6 +16,15 @@ def chunk_record_triton(tokens: Tensor, values: Tensor, numbers: Sequence[int | 
     in_memory = [number if isinstance(number, Tensor) else None for number in numbers]
     constants = [0 if isinstance(number, Tensor) else number for number in numbers]
     return _chunk_record_op(tokens.contiguous(), values, *in_memory, constants)
+
+
+def advance_state_triton(
+    record: Tensor, tokens: Tensor, seed: Tensor, lengths: Tensor | None
+) -> None:
+    """See `calm_kernels.chunk_record.advance_state`."""
+    if len(record):
+        with torch.cuda.device_of(record):
+            move_on(record, tokens, seed, lengths)
 
 
 @operator("chunk_record")

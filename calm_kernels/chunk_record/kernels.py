@@ -1,4 +1,4 @@
-"""The kernel of the record: a program has a sequence, its tokens, numbers and values.
+"""The kernels of the record and of the state: a program has a sequence.
 
 A number of the record is an argument of the launch or a pointer to one for each sequence. Any
 combination is a compiled form of its own, of which a model launches one.
@@ -13,7 +13,14 @@ from torch import Tensor
 
 from calm_kernels.tuning import Constants, architecture, launch_options, setting
 
-__all__ = ["record_constants", "record_kernel", "write_record"]
+__all__ = [
+    "advance_constants",
+    "advance_kernel",
+    "move_on",
+    "record_constants",
+    "record_kernel",
+    "write_record",
+]
 
 _INFINITY = tl.constexpr(float("inf"))
 
@@ -67,6 +74,45 @@ def record_kernel(
     tl.store(out_ptr + SIZE + 2, _number(is_fallback, row))
     tl.store(out_ptr + SIZE + 3, is_finite)
     tl.store(out_ptr + SIZE + 4, _number(saved, row))
+
+
+@triton.jit
+def advance_kernel(
+    record_ptr, tokens_ptr, seed_ptr, lengths_ptr, stride_record, stride_number, stride_tokens,
+    stride_token, stride_seed, stride_offset, stride_length, HAS_LENGTHS: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """tokens = record[:, :SIZE], seed[:, 1] += 1, lengths += 1."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, BLOCK_K)
+    numbers = tl.load(
+        record_ptr + row * stride_record + slot * stride_number, mask=slot < SIZE, other=0
+    )
+    tl.store(tokens_ptr + row * stride_tokens + slot * stride_token, numbers, mask=slot < SIZE)
+    seed_ptr += row * stride_seed + stride_offset
+    tl.store(seed_ptr, tl.load(seed_ptr) + 1)
+    if HAS_LENGTHS:
+        lengths_ptr += row * stride_length
+        tl.store(lengths_ptr, tl.load(lengths_ptr) + 1)
+
+
+def advance_constants(patch_size: int, arch: str, *, has_lengths: bool) -> Constants:
+    """Compile-time constants and compiler options of `advance_kernel`."""
+    block = 1 << (patch_size - 1).bit_length()
+    constants = {"HAS_LENGTHS": has_lengths, "SIZE": patch_size, "BLOCK_K": block}
+    return constants, launch_options(setting("chunk_record", arch, 1), num_warps=1)
+
+
+def move_on(record: Tensor, tokens: Tensor, seed: Tensor, lengths: Tensor | None) -> None:
+    """Launch: write tokens, seed and lengths in place."""
+    constants, options = advance_constants(
+        tokens.shape[1], architecture(record.device), has_lengths=lengths is not None
+    )
+    counted = seed if lengths is None else lengths
+    advance_kernel[(len(record),)](
+        record, tokens, seed, counted, *record.stride(), *tokens.stride(), *seed.stride(),
+        counted.stride(0), **constants, **options,
+    )  # fmt: skip
 
 
 def record_constants(patch_size: int, arch: str, *, is_answer: bool) -> Constants:

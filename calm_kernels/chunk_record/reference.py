@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["chunk_record_reference"]
+__all__ = ["advance_state_reference", "chunk_record_reference"]
 
 
 def chunk_record_reference(
@@ -24,3 +24,15 @@ def chunk_record_reference(
         rows.append([*ids, *own[:3], int(is_finite), own[3]])
     found = torch.tensor(rows, dtype=torch.int64, device=tokens.device)
     return found.view(len(tokens), tokens.shape[1] + 5)
+
+
+def advance_state_reference(
+    record: Tensor, tokens: Tensor, seed: Tensor, lengths: Tensor | None
+) -> None:
+    """See `calm_kernels.chunk_record.advance_state`."""
+    for row, numbers in enumerate(record.tolist()):
+        for slot in range(tokens.shape[1]):
+            tokens[row, slot] = numbers[slot]
+        seed[row, 1] += 1
+        if lengths is not None:
+            lengths[row] += 1

@@ -59,6 +59,14 @@ def uncached(backbone, embeds, lengths, steps):
     return torch.stack([read(backbone, row)[-1 - steps :] for row in rows])
 
 
+def step(cached, embeds, cache):
+    """A decode step, whose column is counted."""
+    hidden = cached.decode_step(embeds, cache)
+    cache.lengths += 1
+    cache.length += 1
+    return hidden
+
+
 def read(backbone, row):
     return backbone(inputs_embeds=row[None], use_cache=False).last_hidden_state[0]
 
@@ -73,7 +81,7 @@ def test_the_cached_backbone_equals_the_backbone(fields, lengths, is_fixed):
     cached = CachedBackbone(backbone)
     cache = cached.allocate(3, 16, is_fixed=is_fixed)
     states = [cached.prefill(embeds[:, :5], lengths, cache)]
-    states += [cached.decode_step(embeds[:, column : column + 1], cache) for column in range(5, 11)]
+    states += [step(cached, embeds[:, column : column + 1], cache) for column in range(5, 11)]
     expected = uncached(backbone, embeds, lengths, 6)
     assert torch.allclose(torch.stack(states, 1), expected, atol=1e-5, rtol=1e-5)
 
@@ -118,7 +126,7 @@ def test_the_cached_backbone_rounds_no_worse_in_bfloat16():
     cached = CachedBackbone(backbone)
     cache = cached.allocate(2, 9)
     states = [cached.prefill(embeds[:, :5], [5, 5], cache)]
-    states += [cached.decode_step(embeds[:, column : column + 1], cache) for column in range(5, 9)]
+    states += [step(cached, embeds[:, column : column + 1], cache) for column in range(5, 9)]
     lean = torch.stack(states, 1)
     assert lean.dtype == torch.bfloat16
     assert (lean - expected).norm() <= 1.1 * (plain - expected).norm()

@@ -39,3 +39,16 @@ CASES = {
     ),
     "no sequence": ({"tokens": TOKENS[:0], "values": torch.zeros(2, 0, 3)}, []),
 }  # fmt: skip
+
+# A record, and the state before it: tokens, seeds, lengths.
+STATE = (
+    torch.tensor([[2**40, 1, 2, 1, 1, 0, 1, 0], [3, 4, 5, 1, 1, 0, 1, 0]]),
+    torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[7, 2**35], [-8, 0]]),
+    torch.tensor([0, 99]),
+)  # fmt: skip
+
+
+def state_after(has_lengths):
+    """Tokens, seeds and, if they are given, lengths."""
+    tokens, seeds, lengths = TOKENS.tolist(), [[7, 2**35 + 1], [-8, 1]], [1, 100]
+    return [tokens, seeds, lengths] if has_lengths else [tokens, seeds]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from record_cases import CASES
+from record_cases import CASES, STATE, state_after
 
-from calm_kernels import chunk_record
+from calm_kernels import advance_state, chunk_record
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -34,3 +34,29 @@ def test_bad_input(change, error, message, backend):
     arguments = {"tokens": torch.zeros(2, 3, dtype=torch.int64), "values": torch.zeros(1, 2, 4)}
     with pytest.raises(error, match=message):
         chunk_record(**arguments | change, backend=backend)
+
+
+@pytest.mark.parametrize("has_lengths", [True, False])
+def test_the_state_moves_on_in_place(has_lengths, backend):
+    record, *state = (tensor.clone() for tensor in STATE)
+    state[2] = state[2] if has_lengths else None
+    advance_state(record, *state, backend=backend)
+    assert [tensor.tolist() for tensor in state if tensor is not None] == state_after(has_lengths)
+    assert torch.equal(record, STATE[0])
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "error", "message"),
+    [
+        (0, torch.zeros(2), ValueError, "record must have at least 2 dimensions"),
+        (0, torch.zeros(2, 8), TypeError, "record must have dtype int64"),
+        (1, torch.zeros(2, 4).long(), ValueError, r"tokens must have shape \(2, 3\)"),
+        (2, torch.zeros(3, 2).long(), ValueError, r"seed must have shape \(2, 2\)"),
+        (3, torch.zeros(2), TypeError, "lengths must have dtype int64"),
+    ],
+)
+def test_a_state_that_does_not_fit(index, value, error, message, backend):
+    arguments = [tensor.clone() for tensor in STATE]
+    arguments[index] = value
+    with pytest.raises(error, match=message):
+        advance_state(*arguments, backend=backend)

@@ -87,7 +87,7 @@ def test_operators_keep_their_contract(generator):
     torch.library.opcheck(OPERATORS.count_chunks.default, (candidates,), test_utils=tests)
     arguments = (
         candidates, OPERATORS.count_chunks(candidates), torch.tensor(2.5).double().expand(4),
-        torch.tensor([1, 0]), torch.tensor(0), True,
+        torch.tensor([1, 0]), torch.tensor(0), 0, True,
     )  # fmt: skip
     torch.library.opcheck(OPERATORS.choose_chunk.default, arguments, test_utils=tests)
 

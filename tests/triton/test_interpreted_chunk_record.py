@@ -1,12 +1,12 @@
-"""The kernel of the record: the same numbers, one launch."""
+"""The kernels of the record and the state: the same numbers, one launch."""
 
 import pytest
 import torch
 from model_cases import Launches
-from record_cases import CASES
+from record_cases import CASES, STATE, state_after
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from calm_kernels import chunk_record
+from calm_kernels import advance_state, chunk_record
 from calm_kernels.chunk_record import kernels
 
 
@@ -28,3 +28,19 @@ def test_rows_of_any_strides():
     record = chunk_record(tokens, values, backend="triton")
     assert torch.equal(record, chunk_record(tokens, values, backend="torch"))
     assert record[:, -2].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("has_lengths", [True, False])
+def test_one_launch_moves_the_state_on(has_lengths, monkeypatch):
+    """Contiguous, and in memory with gaps."""
+    launches = Launches(monkeypatch, kernels)
+    plain = [tensor.clone() for tensor in STATE]
+    gaps = [torch.stack([tensor, tensor], -1)[..., 0] for tensor in STATE]
+    for record, *state in (plain, gaps):
+        state[2] = state[2] if has_lengths else None
+        advance_state(record, *state, backend="triton")
+        found = [tensor.tolist() for tensor in state if tensor is not None]
+        assert found == state_after(has_lengths)
+    assert launches.names == ["advance_kernel"] * 2
+    advance_state(*(tensor[:0] for tensor in plain), backend="triton")
+    assert len(launches.names) == 2

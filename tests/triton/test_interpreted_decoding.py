@@ -27,10 +27,10 @@ LAYER = ["norm_linear_kernel", "attention_kernel", "linear_residual_kernel", *ML
 HEAD = ["embed_layer_kernel", "embedding_norms_kernel", "silu_layer_kernel", "silu_layer_kernel",
         "swiglu_layer_kernel", "residual_layer_kernel", "silu_layer_kernel"]  # fmt: skip
 CALM = [*LAYER, *HEAD, *MLP * 2, "partial_kernel", "reduce_kernel"]
-VOTE, RECORD = ["count_kernel", "choose_kernel"], "record_kernel"
+VOTE, RECORD = ["count_kernel", "choose_kernel"], ["record_kernel", "advance_kernel"]
 METHODS = {
-    "direct": (Direct(), [*CALM, RECORD]),
-    "batch": (Batch(temperature=0.5, num_samples=9, is_slotwise=False), [*CALM, *VOTE, RECORD]),
+    "direct": (Direct(), [*CALM, *RECORD]),
+    "batch": (Batch(temperature=0.5, num_samples=9, is_slotwise=False), [*CALM, *VOTE, *RECORD]),
 }
 KERNELS = (
     embedding_kernels, norm_kernels, small_rows_kernels, argmax_kernels, vote_kernels,
@@ -75,7 +75,7 @@ def test_a_step_of_the_baseline_is_that_of_torch(monkeypatch):
     expected = decode(predictor, "torch")
     launches = Launches(monkeypatch, *KERNELS)
     actual = decode(predictor, "auto")
-    assert launches.names == [*LAYER * 2, "split_kernel", "draw_kernel", RECORD] * len(actual)
+    assert launches.names == [*LAYER * 2, "split_kernel", "draw_kernel", *RECORD] * len(actual)
     assert torch.equal(actual, expected)
     assert len(actual[..., 0].unique()) > 2
 

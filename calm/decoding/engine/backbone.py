@@ -131,7 +131,7 @@ class CachedBackbone:
 
         Args:
             embeds: ``[B, 1, H]``.
-            cache: grows by one column.
+            cache: its next column is written; `decode_step.advance` counts it.
 
         Returns: ``[B, H]``. With a fixed cache all shapes are fixed and nothing synchronises.
         """
@@ -142,14 +142,12 @@ class CachedBackbone:
         is_pinned = positions.mask is not None and self.device.type == "cuda"
         with sdpa_kernel(WITH_MASK) if is_pinned else nullcontext():
             hidden = self._run(embeds, cache, positions)
-        cache.advance()
         return self.backbone.norm(hidden[:, -1])
 
     def _run_fused(self, hidden: Tensor, cache: KVCache) -> Tensor:
         """All layers on ``[B, H]``, fused; the state, normalised."""
         for layer, keys, values in zip(self.backbone.layers, cache.keys, cache.values, strict=True):
             hidden = fused_layer(layer, hidden, keys, values, cache)
-        cache.advance()
         return self.backbone.norm(hidden)
 
     def _next_positions(self, cache: KVCache) -> _Positions:

@@ -14,6 +14,7 @@ from torch import Tensor
 from calm.decoding.engine.backbone import CachedBackbone
 from calm.decoding.engine.kv_cache import KVCache
 from calm.decoding.engine.predictors import Predictor
+from calm_kernels import advance_state
 
 __all__ = ["DecodeState", "advance", "decode_step", "first_chunk", "next_hidden", "prefill"]
 
@@ -90,7 +91,8 @@ def first_chunk(
         chunk = state.predictor.complete(hidden, given, length, state.seed)
     else:
         chunk = state.predictor.choose(hidden, state.seed)
-    return advance(state, chunk.packed)
+    advance_state(chunk.packed, state.tokens, state.seed, None)
+    return chunk.packed
 
 
 def decode_step(state: DecodeState) -> Tensor:
@@ -99,12 +101,12 @@ def decode_step(state: DecodeState) -> Tensor:
 
 
 def next_hidden(state: DecodeState) -> Tensor:
-    """Read the last chunk of each sequence: hidden states ``[B, H]``."""
+    """Read the last chunk of each sequence into the next column: hidden states ``[B, H]``."""
     return state.backbone.decode_step(state.predictor.embed(state.tokens), state.cache)
 
 
 def advance(state: DecodeState, packed: Tensor) -> Tensor:
-    """Keep packed chunks as the next input, move the seed on, and return the chunks."""
-    state.tokens.copy_(packed[:, : state.tokens.shape[1]])
-    state.seed[:, 1] += 1
+    """Keep packed chunks as the next input, move seed and cache on, and return the chunks."""
+    advance_state(packed, state.tokens, state.seed, state.cache.lengths)
+    state.cache.length += 1
     return packed

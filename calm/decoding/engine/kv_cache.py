@@ -88,11 +88,6 @@ class KVCache:
                 f"{columns} more do not fit: make it larger"
             )
 
-    def advance(self) -> None:
-        """Count the column that a step has written for every sequence."""
-        self.length += 1
-        self.lengths += 1
-
     def select(self, rows: Tensor) -> "KVCache":
         """The sequences `rows`, int64 ``[b]``, in a cache of their own."""
         return KVCache(

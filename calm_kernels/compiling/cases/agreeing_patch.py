@@ -16,7 +16,6 @@ _TYPES = {
     "counts_ptr": "*i32",
     "power_ptr": "*fp64",
     "seed_ptr": "*i64",
-    "first_row_ptr": "*i64",
     "level_ptr": "*i64",
 }
 

@@ -1,11 +1,18 @@
-"""The record of a chunk: one draw, 200 draws of 128 numbers, an answer; numbers in memory."""
+"""The record of a chunk: one draw, 200 draws of 128 numbers, an answer; numbers in memory; and the
+state that moves on.
+"""
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from calm_kernels.chunk_record.kernels import record_constants, record_kernel
+from calm_kernels.chunk_record.kernels import (
+    advance_constants,
+    advance_kernel,
+    record_constants,
+    record_kernel,
+)
 from calm_kernels.compiling.configuration import Configuration
 
 __all__ = ["cases"]
@@ -39,8 +46,25 @@ def _case(
     )
 
 
+def _advance() -> Configuration:
+    names = ("record_ptr", "tokens_ptr", "seed_ptr", "lengths_ptr")
+    return Configuration(
+        name="chunk_record.advance",
+        kernel=advance_kernel,
+        dtype=torch.bfloat16,
+        constants=lambda target: advance_constants(PATCH_SIZE, target.name, has_lengths=True),
+        trips=lambda _: (),
+        bytes_per_row=8 * (2 * PATCH_SIZE + 4),
+        rows=1,
+        types=dict.fromkeys(names, "*i64"),
+        ones=("stride_number", "stride_token", "stride_offset", "stride_length"),
+        is_main=True,
+    )
+
+
 def cases() -> Iterator[Configuration]:
-    """Of one draw, of a vote, and of a token."""
+    """Of one draw, of a vote, and of a token; what comes after."""
     yield _case("N1", 1, is_main=True)
     yield _case("N200", 200, num_agreeing="*i64", is_main=True)
     yield _case("answer", 0, is_answer=True, is_fallback="*i1", saved="*i64")
+    yield _advance()
