@@ -109,7 +109,9 @@ def advance_state(
     check_tensor("record", record, min_dim=2)
     check_tensor("tokens", tokens, min_dim=2)
     batch, size = len(record), record.shape[1] - 5
-    shapes = {"tokens": (tokens, (batch, size)), "seed": (seed, (batch, 2))}
+    shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "tokens": (tokens, (batch, size)), "seed": (seed, (batch, 2)),
+    }  # fmt: skip
     if lengths is not None:
         shapes["lengths"] = (lengths, (batch,))
     check_dtype("record", record, (torch.int64,))

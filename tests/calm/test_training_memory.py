@@ -91,7 +91,7 @@ def test_the_energy_head_as_its_kernels_save_it(blocks, recompute):
     hidden = torch.zeros(30, 32, device="meta", dtype=torch.bfloat16)
     seed = torch.zeros(2, device="meta").long()
     _, saved = _forward_op(
-        hidden, None, parameters, seed, seed[0], 5, 1.0,
+        hidden, None, parameters, seed, None, 0, 5, 1.0,
         _SAVE_STREAMS if recompute else _SAVE_ALL,
     )  # fmt: skip
     again = 30 * 5 * 2 * (4 + 1) * 32 if recompute else 0
