@@ -54,13 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Save, score, write the card."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from calm.integrity import write_atomically, write_manifest
     from calm.models.saving import save_in
     from calm.training.export_card import export_card
     from calm.training.model_card import CARD, TrainedModel
 
+    disable_progress_bar()  # of a file being written
     folder = Path(args.output)
+    command = _command(args, folder.name)
     _check_output(folder, args.overwrite)
     model: Any = load_model(args)
     tokenizer = load_tokenizer_of(args, model)
@@ -77,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
         evaluations[method] = record
         write_atomically(folder / f"evaluation-{method}.json", _json(record))
     trained = TrainedModel(folder.name, model, protocol, steps)
-    card = export_card(trained, evaluations, stored=args.store, license=args.license)
+    card = export_card(
+        trained, evaluations, command=command, stored=args.store, license=args.license
+    )
     write_atomically(folder / CARD, card)
     write_manifest(folder)
     size = sum(path.stat().st_size for path in folder.iterdir())
@@ -128,11 +133,25 @@ def _methods(model: Any) -> tuple[str, ...]:
     return ("direct", "readout") if has_readout else ("direct",)
 
 
-def _evaluation_flags(args: argparse.Namespace, folder: Path, method: str) -> argparse.Namespace:
-    """Those of `calm eval` for the saved model: its defaults, on the text of `args`."""
+def _flags_of_eval(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
-    flags = parser.parse_args(["--model", str(folder), "--method", method])
+    return parser.parse_args(words)
+
+
+def _command(args: argparse.Namespace, name: str) -> str:
+    """`calm eval` of the model as a reader of its card types it, without folders of a machine."""
+    defaults, words = _flags_of_eval(), ["calm eval --model", name]
+    for flag in TEXT_FLAGS:
+        if (value := getattr(args, flag)) != getattr(defaults, flag):
+            shown = f"{value:g}" if isinstance(value, float) else Path(str(value)).name
+            words += [f"--{flag.replace('_', '-')}", shown]
+    return " ".join(words)
+
+
+def _evaluation_flags(args: argparse.Namespace, folder: Path, method: str) -> argparse.Namespace:
+    """Those of `calm eval` for the saved model: its defaults, on the text of `args`."""
+    flags = _flags_of_eval("--model", str(folder), "--method", method)
     flags.device = args.device
     for name in TEXT_FLAGS:
         setattr(flags, name, getattr(args, name))

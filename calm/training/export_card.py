@@ -23,6 +23,7 @@ def export_card(
     trained: TrainedModel,
     evaluations: Mapping[str, Record],
     *,
+    command: str,
     stored: str,
     license: str | None = None,
 ) -> str:
@@ -31,6 +32,7 @@ def export_card(
     Args:
         trained: the model with the records of its run.
         evaluations: records of `calm eval` by its ``--method``; all with one protocol but for that.
+        command: that repeats the first of them.
         stored: dtype of the weights in the file.
         license: of the weights.
     """
@@ -41,11 +43,12 @@ def export_card(
     return model_card(
         trained,
         rows=[
+            *_inside(trained.model),
             ("weights", f"stored in {stored}, loaded as {protocol['dtype']}"),
             ("context", f"{context:,} tokens"),
         ],
         results=[brier_result(f"held-out part of {_name(protocol)}", first["brier_lm"])],
-        sections=["## Scores", _scores(trained, evaluations), "## Text", _text(trained)],
+        sections=["## Scores", _scores(trained, evaluations, command), "## Text", _text(trained)],
         limits=[
             f"It has seen {context:,} tokens at a time, and no more.",
             "Scores hold for this text and this protocol alone: another block size, another "
@@ -55,7 +58,14 @@ def export_card(
     )
 
 
-def _scores(trained: TrainedModel, evaluations: Mapping[str, Record]) -> str:
+def _inside(model: Any) -> list[tuple[str, str]]:
+    """How many of the parameters are those of the autoencoder, if there is one."""
+    found = getattr(model, "ae_model", None)
+    size = sum(weight.numel() for weight in found.parameters()) if found else 0
+    return [("of its autoencoder", f"{size:,} of the parameters")] if size else []
+
+
+def _scores(trained: TrainedModel, evaluations: Mapping[str, Record], command: str) -> str:
     """A table, a row for each that draws, and how to repeat it."""
     is_calm = hasattr(trained.model, "patch_size")
     rows = [
@@ -69,7 +79,7 @@ def _scores(trained: TrainedModel, evaluations: Mapping[str, Record]) -> str:
     return "\n\n".join([
         "BrierLM lies between 0 and 100, higher is better. Intervals are bootstrapped over blocks.",
         markdown_table(HEAD, rows),
-        f"`calm eval --model {trained.name}`{methods}: {protocol['tokens']:,} tokens of the "
+        f"`{command}`{methods}: {protocol['tokens']:,} tokens of the "
         f"{f'{share:g} % of ' if share else ''}{_name(protocol)} that training "
         f"held out, {protocol['blocks']} blocks of {protocol['block_size']}, "
         f"{protocol['num_samples']} draws of each position ({protocol['positions_are']}), "

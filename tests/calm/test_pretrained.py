@@ -88,6 +88,8 @@ class TestExport:
         assert "Its licence has not been recorded" in card.text
         assert "stored in float16, loaded as float32" in card.text
         assert "| context | 32 tokens |" in card.text
+        command = "calm eval --model calm-docstrings --data text.jsonl "
+        assert f"`{command}--validation-split-percentage 20 --block-size 32` and" in card.text
 
     def test_nothing_names_a_folder_of_this_machine(self, made):
         named = f'"data": "{made / "text.jsonl"}"'  # by the user
