@@ -135,8 +135,9 @@ def write_shards(
     """
     folder = job.folder / UNFINISHED
     folder.mkdir(parents=True, exist_ok=True)
-    job.tokenizer.save_pretrained(saved_tokenizer(job.folder))
-    write_atomically(folder / REQUEST, json.dumps({**request, "code": code_stamp()}))
+    if not (folder / REQUEST).is_file():
+        job.tokenizer.save_pretrained(saved_tokenizer(job.folder))
+        write_atomically(folder / REQUEST, json.dumps({**request, "code": code_stamp()}))
     parts = [
         part for source in sources for part in plan_parts(source, job.shard_size, job.text_unit)
     ]
@@ -154,7 +155,8 @@ def write_shards(
         if not any(read_state(job.folder, part).hashes for part in parts):
             clear_folder(job.folder)  # nothing was finished that another run could keep
         raise
-    files = [Path(file).name for file in job.tokenizer.save_pretrained(job.folder)]
+    saved = sorted(saved_tokenizer(job.folder).iterdir())  # saved once: a copy read back may differ
+    files = [Path(shutil.copy(file, job.folder)).name for file in saved]
     write_description(job.folder, description, files)
     shutil.rmtree(folder)
     return description

@@ -7,6 +7,9 @@ import pytest
 from cli_cases import calm, error_of
 from training_cases import MAIN, flags, logs, write_corpus
 
+from calm.data import parts
+from calm.data.manifest import is_prepared
+from calm.data.shards import ShardWriter
 from calm.training.resume import read_protocol
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -86,6 +89,29 @@ def test_what_does_not_fit_is_refused_in_one_line(text, tmp_path, capsys):
     )
     (text / "prepared.json").unlink()
     assert "is not a file; a folder needs a glob" in refused()
+
+
+def test_a_command_that_was_stopped_leaves_the_same_files(tmp_path, capsys, monkeypatch):
+    """With a tokenizer that it has trained, and that the second run reads back."""
+    monkeypatch.setattr(parts, "MIN_SHARD", 1000)
+    words = ("prepare", "--data", write_corpus(tmp_path), "--tokenizer", "bpe:300", "--output")
+    assert calm(*words, tmp_path / "whole") == 0
+    finish, made = ShardWriter.finish, []
+
+    def stop(self):
+        made.append(self)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return finish(self)
+
+    monkeypatch.setattr(ShardWriter, "finish", stop)
+    assert calm(*words, tmp_path / "out") == 130
+    assert is_prepared(tmp_path / "out") and calm(*words, tmp_path / "out") == 0
+    found = [
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+        for name in ("whole", "out")
+    ]
+    assert found[0] == found[1]
 
 
 def test_calm_prepare_mixes_and_verifies(tmp_path, capsys):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.faults.report import Result
 
-PARTS = ("kills", "sharded", "damage", "contract", "disk", "bad_inputs", "hostile")
+PARTS = ("kills", "prepare", "sharded", "damage", "contract", "disk", "bad_inputs", "hostile")
 
 
 def main() -> int:
