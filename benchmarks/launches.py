@@ -98,7 +98,7 @@ def calm_training(stub: Any) -> Launches:
 
         def watch(launches: Launches) -> None:
             launches.watch(model, "embed_patches", "embedding")
-            launches.watch(model, "_encode", "frozen encoder")
+            launches.watch(model, "encode", "frozen encoder")
             launches.watch(model.transformer, "forward", "backbone")
             launches.watch(model.generative_head, "sample", "head")
             launches.watch(energy, "gaussian_energy_score", "energy score")

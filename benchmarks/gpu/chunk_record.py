@@ -63,8 +63,9 @@ def _advances(shape: Shape, device: str, compiled: bool) -> Iterator[Work]:
     state.append(torch.zeros_like(record[:, 0]))
     copies = {name: [each.clone() for each in state] for name in ("triton", "torch")}
 
-    def advance(index: int, backend: str) -> None:
+    def advance(index: int, backend: str) -> list[Tensor]:
         advance_state(record, *copies[backend], backend=backend)
+        return copies[backend]
 
     named = {name: partial(advance, backend=name) for name in copies}
     if compiled:

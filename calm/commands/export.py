@@ -118,7 +118,8 @@ def _exported(folder: Path) -> set[str]:
     """Names of what an export has written there."""
     from calm.integrity import MANIFEST, listed_names
 
-    return {MANIFEST, *listed_names(folder)}
+    names = set(listed_names(folder))
+    return {MANIFEST, *names} if "evaluation-direct.json" in names else set()
 
 
 def _clear(folder: Path) -> None:
@@ -152,7 +153,7 @@ def _command(args: argparse.Namespace, name: str) -> str:
 def _evaluation_flags(args: argparse.Namespace, folder: Path, method: str) -> argparse.Namespace:
     """Those of `calm eval` for the saved model: its defaults, on the text of `args`."""
     flags = _flags_of_eval("--model", str(folder), "--method", method)
-    flags.device = args.device
+    flags.device, flags.trust_remote_code = args.device, args.trust_remote_code
     for name in TEXT_FLAGS:
         setattr(flags, name, getattr(args, name))
     return flags

@@ -14,7 +14,6 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-import xxhash
 from torch.utils.data import Dataset, Sampler
 
 from calm.data.blocks import Block, make_block
@@ -333,6 +332,8 @@ def permuted(place: int, size: int, key: str) -> int:
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
+    import xxhash  # here, so that training on other text needs none
+
     seed = xxhash.xxh3_64_intdigest(key.encode())
     while True:
         left, right = place >> half, place & mask

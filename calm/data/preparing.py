@@ -97,6 +97,7 @@ def clear_folder(folder: Path) -> None:
     """Remove a preparation, finished or not, and nothing else."""
     if not ((folder / DESCRIPTION).is_file() or (folder / UNFINISHED).is_dir()):
         return
+    _forget(folder)  # first: it says that shards are there
     for path in (folder / MANIFEST, folder / DESCRIPTION):
         path.unlink(missing_ok=True)
     for split in (TRAIN, VALIDATION):
@@ -105,7 +106,15 @@ def clear_folder(folder: Path) -> None:
                 path.unlink()
             for path in folder.glob(f".{split}-*{ending}.partial"):
                 path.unlink()
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def _forget(folder: Path) -> None:
+    """Remove what an unfinished preparation remembers, all at once for whoever looks."""
+    gone = folder / f"{UNFINISHED}.gone"
+    shutil.rmtree(gone, ignore_errors=True)  # of a run that was killed here
+    if (folder / UNFINISHED).is_dir():
+        os.replace(folder / UNFINISHED, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 # The preparation
@@ -156,9 +165,12 @@ def write_shards(
             clear_folder(job.folder)  # nothing was finished that another run could keep
         raise
     saved = sorted(saved_tokenizer(job.folder).iterdir())  # saved once: a copy read back may differ
-    files = [Path(shutil.copy(file, job.folder)).name for file in saved]
+    for each in saved:
+        if each.is_dir():  # of further chat templates
+            shutil.copytree(each, job.folder / each.name, dirs_exist_ok=True)
+    files = [Path(shutil.copy(file, job.folder)).name for file in saved if file.is_file()]
     write_description(job.folder, description, files)
-    shutil.rmtree(folder)
+    _forget(job.folder)
     return description
 
 

@@ -47,7 +47,7 @@ def export_card(
             ("weights", f"stored in {stored}, loaded as {protocol['dtype']}"),
             ("context", f"{context:,} tokens"),
         ],
-        results=[brier_result(f"held-out part of {_name(protocol)}", first["brier_lm"])],
+        results=[brier_result(_scored(protocol), first["brier_lm"])],
         sections=["## Scores", _scores(trained, evaluations, command), "## Text", _text(trained)],
         limits=[
             f"It has seen {context:,} tokens at a time, and no more.",
@@ -73,19 +73,25 @@ def _scores(trained: TrainedModel, evaluations: Mapping[str, Record], command: s
         for method, record in evaluations.items()
     ]
     protocol = next(iter(evaluations.values()))["protocol"]
-    share = protocol["held_out_percentage"]
-    versions = protocol["versions"]
+    share, text, versions = protocol["held_out_percentage"], _name(protocol), protocol["versions"]
+    if share:
+        text = f"{share:g} % of {text} that training held out"
     methods = " and with `--method readout`" if "readout" in evaluations and is_calm else ""
     return "\n\n".join([
         "BrierLM lies between 0 and 100, higher is better. Intervals are bootstrapped over blocks.",
         markdown_table(HEAD, rows),
         f"`{command}`{methods}: {protocol['tokens']:,} tokens of the "
-        f"{f'{share:g} % of ' if share else ''}{_name(protocol)} that training "
-        f"held out, {protocol['blocks']} blocks of {protocol['block_size']}, "
+        f"{text}, {protocol['blocks']} blocks of {protocol['block_size']}, "
         f"{protocol['num_samples']} draws of each position ({protocol['positions_are']}), "
         f"seed {protocol['seed']}, weights as they are stored; Python {versions['python']}, "
         f"torch {versions['torch']}.",
     ])  # fmt: skip
+
+
+def _scored(protocol: Record) -> str:
+    """What text the scores are of."""
+    name = _name(protocol)
+    return f"held-out part of {name}" if protocol["held_out_percentage"] else name
 
 
 def _name(protocol: Record) -> str:

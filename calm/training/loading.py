@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from accelerate import skip_first_batches
 from torch.utils.data import DataLoader
 from transformers import (
     Trainer,
@@ -34,6 +33,8 @@ class LoadingTrainer(Trainer):
         _deal(self.train_dataset, self._train_batch_size, *(() if is_dispatched else shares))
         loader = super().get_train_dataloader()
         if isinstance(self.train_dataset, ShuffledBlocks):
+            from accelerate import skip_first_batches  # needed nowhere else
+
             # A copy by accelerate, in which the sampler may be replaced.
             loader = skip_first_batches(loader, 0)
             loader.batch_sampler.batch_sampler = self.train_dataset.batches(

@@ -180,7 +180,10 @@ def _metadata(folder: Path) -> Metadata:
             found = _MetadataUnpickler(handle).load()
     except FileNotFoundError:
         raise UserError(f"{folder} holds no shards: there is no {METADATA} in it") from None
-    except (OSError, ValueError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+    except (
+        OSError, ValueError, EOFError, AttributeError, LookupError, TypeError, ImportError,
+        pickle.UnpicklingError,
+    ) as error:  # fmt: skip
         raise UserError(f"{path} is damaged, or no description of shards ({error})") from error
     if not isinstance(found, Metadata):
         raise UserError(f"{path} must describe shards, got {type(found).__name__}")

@@ -12,6 +12,7 @@ chances of two independent sets of N candidates, which hold for all T at once.
 Shapes: P positions, N candidates, R draws, K tokens of a chunk.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from calm.decoding.sampling.chunk_distribution import HeadDistribution, decode
 from calm.decoding.sampling.seeds import row_seeds
+from calm.errors import UserError
 from calm.labels import IGNORE_INDEX
 from calm.models import EnergyTransformer
 from calm.models.agreement import MAX_ORDER, prefix_collisions, prefix_matches
@@ -30,6 +32,8 @@ from calm_kernels.agreeing_patch import vote_chances
 from calm_kernels.noise import Stream, as_seed
 
 __all__ = ["matched_spread", "set_tempered_spread", "vote_collisions"]
+
+logger = logging.getLogger(__name__)
 
 POSITIONS = 512  # of the training text, or all that an epoch has
 DRAWS = 16  # of the tempered head at each
@@ -56,6 +60,11 @@ def set_tempered_spread(trainer: CALMTrainer) -> None:
     temperatures = [least * (largest / least) ** step for step in steps]
     seed = trainer.args.seed
     votes = vote_collisions(model, hidden, temperatures, objective.arguments.max_draws, seed)
+    if not (votes > 0).all():
+        logger.warning(
+            "no two votes of %d positions agree: tempered_spread stays 1 everywhere", len(hidden)
+        )
+        return
     model.config.tempered_spread = [
         [temperature, matched_spread(model, hidden, temperature, agreement, seed)]
         for temperature, agreement in zip(temperatures, _agreement(votes), strict=True)
@@ -146,6 +155,10 @@ def _hidden_states(trainer: CALMTrainer, model: EnergyTransformer) -> Tensor:
         found.append(states[counts])
         if sum(map(len, found)) >= POSITIONS:
             break
+    if not sum(map(len, found)):
+        raise UserError(
+            "match_agreement must be False here: the training text has no whole chunk to measure on"
+        )
     return torch.cat(found)[:POSITIONS]
 
 

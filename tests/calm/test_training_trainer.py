@@ -271,7 +271,7 @@ class TestNonFiniteLoss:
             if (
                 trainer.model.training
                 and trainer.state.global_step + 1 == step
-                and trainer._micro_batch == 2
+                and trainer._address._micro_batch == 2
             ):
                 output.loss = output.loss * value
             return output

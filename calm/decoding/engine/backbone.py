@@ -55,7 +55,8 @@ class CachedBackbone:
         for layer in backbone.layers:
             if not isinstance(layer, LlamaDecoderLayer):
                 raise UserError(f"generate reads Llama layers, got {type(layer).__name__}")
-            if hasattr(layer.self_attn.q_proj.weight, "full_tensor"):  # a DTensor
+            weight = getattr(layer.self_attn.q_proj, "weight", None)  # an adapter may have none
+            if hasattr(weight, "full_tensor"):  # a DTensor
                 raise UserError(
                     "generate reads whole weights, and these are split among processes: call it "
                     "inside of `with calm.training.sharding.whole_weights(model)`"

@@ -132,7 +132,7 @@ def _signature(model: nn.Module) -> list[Any]:
 
     It holds the modules themselves, because a new module may get the `id` of an old one.
     """
-    found: list[Any] = []
+    found: list[Any] = [repr(getattr(model.config, "tempered_spread", None))]  # read on the host
     for module in model.modules():
         found += [module, len(vars(module)), len(module._forward_hooks), module.training]
         found.append(len(module._forward_pre_hooks))
