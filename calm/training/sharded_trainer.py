@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed import init_device_mesh
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
@@ -45,6 +44,8 @@ class ShardedTrainer(Trainer):
             return
         state: Any = self.accelerator.state
         if self.args.device.type == "cpu":
+            from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
             state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(
                 **(self.args.fsdp_plugin_args or {"fsdp_version": 2})
