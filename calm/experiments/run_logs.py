@@ -90,6 +90,8 @@ class RunLog:
     @cached_property
     def _tokens_per_step(self) -> int:
         found = tokens_per_step(self.protocol)
+        if any("sequences_per_step" in change for change in self.protocol.get("changes", [])):
+            raise UserError(f"--x: the batch of {self.name} was changed on the way; take --x steps")
         if found is None:
             raise UserError(
                 f"--x: {self.name} has no protocol.json with its batch; only --x steps is known"

@@ -15,6 +15,7 @@ Shapes: P positions, N candidates, R draws, K tokens of a chunk.
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from calm.errors import UserError
 from calm.labels import IGNORE_INDEX
 from calm.models import EnergyTransformer
 from calm.models.agreement import MAX_ORDER, prefix_collisions, prefix_matches
+from calm.training.sharding import is_sharded
 from calm.training.tempering import DRAWS_AT_A_TIME, TemperatureObjective
 from calm.training.trainer import CALMTrainer
 from calm_kernels.agreeing_patch import vote_chances
@@ -53,7 +55,8 @@ def set_tempered_spread(trainer: CALMTrainer) -> None:
     if not isinstance(objective, TemperatureObjective) or not objective.arguments.match_agreement:
         return
     model.eval()
-    hidden = _hidden_states(trainer, model)
+    with trainer.accelerator.autocast() if is_sharded(model) else nullcontext():
+        hidden = _hidden_states(trainer, model)
     least, largest = objective.arguments.bounds
     count = KNOTS if least < largest else 1
     steps = [index / max(1, count - 1) for index in range(count)]

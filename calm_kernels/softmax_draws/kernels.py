@@ -76,7 +76,7 @@ def draw_kernel(
     IS_GREEDY: tl.constexpr, IS_GIVEN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """token = first v with Σ_{w ≤ v} exp(x_w) > u Σ_w exp(x_w), or the first of the largest x."""
-    row, draw = tl.program_id(0), tl.program_id(1)
+    row, draw = tl.program_id(0) // num_draws, tl.program_id(0) % num_draws
     split, index = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
     offs, is_split = row.to(tl.int64) * num_splits + split, split < num_splits
     high = tl.load(high_ptr + offs, mask=is_split, other=-_INFINITY)
@@ -141,7 +141,7 @@ def write_tokens(
         vocab_size, arch, is_greedy=is_greedy, is_given=uniforms is not None
     )
     stride_seed = 0 if seed is None or seed.dim() == 1 else 2
-    draw_kernel[(rows, tokens.shape[1])](
+    draw_kernel[(tokens.numel(),)](  # one axis: others end at 65,535
         logits, high if uniforms is None else uniforms, high if seed is None else seed, 0, high,
         total, tokens, is_finite, vocab_size, splits, tokens.shape[1], logits.stride(0),
         stride_seed, stream, scale, **constants, **options,

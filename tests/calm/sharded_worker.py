@@ -16,7 +16,6 @@ from calm.training.post_train import learn_from
 from calm.training.post_training import PostTrainingArguments
 from calm.training.sharding import whole_weights
 from calm.training.teachers import Documents, TokenTeacher
-from calm.training.tempering import TemperatureObjective, TemperingArguments
 
 STEPS, BATCH = 20, 6  # sequences of a step, whatever the number of processes
 PROMPT = [[3, 4, 5, 6, 7, 8, 9, 10]]
@@ -26,16 +25,6 @@ UNITS = ["", "mlp_generator", "transformer.layers.0", "transformer.layers.1"]
 def small():
     """A model some of whose weights have fewer rows than three processes can share."""
     return tiny.model(latent_size=4, ae_fields={"latent_size": 4})
-
-
-def tempered():
-    """A model that learns temperatures; as of all below, what its stage's program makes."""
-    model = tiny.model()
-    head = model.add_tempered_head((0.3, 0.8))
-    model.requires_grad_(False)
-    head.requires_grad_(True)
-    model.objective = TemperatureObjective(TemperingArguments(min_draws=8, max_draws=12))
-    return model
 
 
 def rewarded(method):
@@ -58,7 +47,7 @@ def distilled():
 BUILD = {
     **MODELS,
     "small": small,
-    "tempered": tempered,
+    "tempered": tiny.temperature_learner,
     "tilted": partial(rewarded, "tilted"),
     "policy": partial(rewarded, "policy"),
     "distilled": distilled,

@@ -21,15 +21,6 @@ from calm_kernels.noise import Stream, as_seed, uniform
 BOUNDS = (0.3, 0.8)
 
 
-def trained(**fields):
-    """A model whose tempered head has left its start."""
-    model = tiny.model(**fields).eval()
-    head = model.add_tempered_head(BOUNDS)
-    torch.manual_seed(7)
-    torch.nn.init.normal_(head.temperature_embd.weight, std=2.0)
-    return model
-
-
 class TestHead:
     def test_it_begins_as_the_head_that_it_copies(self):
         model = tiny.model().eval()
@@ -45,7 +36,7 @@ class TestHead:
         assert not head.training and head.noise_embd.weight is not model.mlp_generator.noise_embd
 
     def test_its_condition_as_written(self):
-        head, hidden = trained().tempered_head, torch.randn(4, 16)
+        head, hidden = tiny.tempered_model().tempered_head, torch.randn(4, 16)
         weight, log = head.temperature_embd.weight, torch.tensor(0.4).log()
         features = torch.tensor([torch.sin(-log * k / 2) for k in range(1, 9)])
         torch.testing.assert_close(head.condition(hidden, 0.4), hidden + weight @ features)
@@ -57,14 +48,14 @@ class TestHead:
     def test_at_one_it_is_the_model_as_it_was(self):
         ids = tiny.tokens(batch=2)
         before = tiny.model().eval().generate(ids, max_new_tokens=12, temperature=1.0, seed=4)
-        model = trained()
+        model = tiny.tempered_model()
         for method in ("direct", "amortized", "batch"):
             found = model.generate(ids, max_new_tokens=12, temperature=1.0, seed=4, method=method)
             assert found.equal(before), method
 
     @torch.no_grad()
     def test_a_chunk_takes_one_draw_at_its_temperature(self):
-        model, ids = trained(), tiny.tokens(batch=6)
+        model, ids = tiny.tempered_model(), tiny.tokens(batch=6)
         options = {"max_new_tokens": 4, "seed": 4, "method": "amortized", "return_details": True}
         found = model.generate(ids, temperature=0.5, **options)
         assert (found.draws == 1).all()
@@ -77,13 +68,13 @@ class TestHead:
         assert make_predictor(model, method="amortized", temperature=0.5).is_capturable
 
     def test_given_tokens_condition_a_chunk(self):
-        model, ids = trained(), tiny.tokens(batch=1)[:, :17]
+        model, ids = tiny.tempered_model(), tiny.tokens(batch=1)[:, :17]
         found = model.generate(ids, max_new_tokens=3, seed=1, method="amortized", temperature=0.5)
         assert found[:, :17].equal(ids) and found.shape == (1, 20)
 
     def test_saved_and_loaded(self, tmp_path):
-        model = trained()
-        model.save_pretrained(tmp_path)
+        model = tiny.tempered_model()
+        model.save_pretiny.tempered_model(tmp_path)
         loaded = load_checked(EnergyTransformer, str(tmp_path), "model").eval()
         assert loaded.config.tempered_range == [0.3, 0.8]
         for name, weight in model.state_dict().items():
@@ -92,7 +83,7 @@ class TestHead:
         assert loaded.generate(ids, **options).equal(model.generate(ids, **options))
 
     def test_a_head_that_is_there_goes_on(self):
-        model = trained()
+        model = tiny.tempered_model()
         weight = model.tempered_head.temperature_embd.weight.clone()
         head = model.add_tempered_head((0.2, 0.9))
         assert head.temperature_embd.weight.equal(weight)
@@ -104,9 +95,9 @@ class TestMistakes:
     def test_other_temperatures(self, temperature):
         match = r"must be 1 or lie in \[0.3, 0.8\], .* got " + str(temperature)
         with pytest.raises(UserError, match=match):
-            make_predictor(trained(), method="amortized", temperature=temperature)
+            make_predictor(tiny.tempered_model(), method="amortized", temperature=temperature)
         for end in (*BOUNDS, 0.3 * (1 - 1e-7)):
-            make_predictor(trained(), method="amortized", temperature=end)
+            make_predictor(tiny.tempered_model(), method="amortized", temperature=end)
 
     def test_models_without_such_a_head(self):
         with pytest.raises(UserError, match="run `calm distill-temperature`"):

@@ -22,12 +22,7 @@ CELLS = 100
 
 @pytest.fixture
 def model():
-    """A model whose tempered head draws something else at each T."""
-    model = tiny.model().eval()
-    head = model.add_tempered_head(BOUNDS)
-    torch.manual_seed(7)
-    torch.nn.init.normal_(head.temperature_embd.weight, std=2.0)
-    return model
+    return tiny.tempered_model()
 
 
 class TestInterpolation:

@@ -11,24 +11,14 @@ from training_cases import MAIN, flags, history, logs, make_trainer, train
 from calm import EnergyTransformer
 from calm.errors import UserError
 from calm.training.recipe import PRETRAINING, Stage, load_recipe, recipe_stages
-from calm.training.tempering import TemperatureObjective, TemperingArguments
+from calm.training.tempering import TemperingArguments
 
 DRAWS = ("--min_draws=8", "--max_draws=12")
 
 
-def learner():
-    """A model that learns temperatures, as the program makes it."""
-    model = tiny.model()
-    head = model.add_tempered_head((0.3, 0.8))
-    model.requires_grad_(False)
-    head.requires_grad_(True)
-    model.objective = TemperatureObjective(TemperingArguments(min_draws=8, max_draws=12))
-    return model
-
-
 class TestRun:
     def test_the_new_head_alone_learns(self, tmp_path):
-        model = learner()
+        model = tiny.temperature_learner()
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
         train(model, tmp_path, max_steps=3)
         for name, weight in model.state_dict().items():
@@ -36,8 +26,8 @@ class TestRun:
 
     def test_a_resumed_run_is_that_which_never_stopped(self, tmp_path):
         saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "sequences": 16}
-        whole = train(learner(), tmp_path, **saving)
-        again = make_trainer(learner(), tmp_path, **saving)
+        whole = train(tiny.temperature_learner(), tmp_path, **saving)
+        again = make_trainer(tiny.temperature_learner(), tmp_path, **saving)
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
         for name in ("loss", "grad_norm"):
             assert history(again, name) == history(whole, name), name
@@ -45,7 +35,7 @@ class TestRun:
             assert left.equal(right)
 
     def test_an_evaluation_is_the_loss_alone_and_repeats(self, tmp_path):
-        trainer = make_trainer(learner(), tmp_path)
+        trainer = make_trainer(tiny.temperature_learner(), tmp_path)
         first, second = trainer.evaluate(), trainer.evaluate()
         assert first["eval_loss"] == second["eval_loss"]
         assert not [name for name in first if "brier" in name]

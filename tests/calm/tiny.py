@@ -4,6 +4,7 @@ import torch
 
 from calm import AutoencoderConfig, CALMConfig
 from calm.models import MODEL_CLASSES, Autoencoder
+from calm.training.tempering import TemperatureObjective, TemperingArguments
 
 VOCAB, LATENT = 31, 8
 
@@ -46,3 +47,22 @@ def model(head_type="energy", *, ae_fields=None, **fields):
 def tokens(batch=3, chunks=5, patch_size=4, seed=3):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, VOCAB, (batch, chunks * patch_size), generator=generator)
+
+
+def tempered_model(**fields):
+    """A model in evaluation mode whose tempered head has left its start."""
+    made = model(**fields).eval()
+    head = made.add_tempered_head((0.3, 0.8))
+    torch.manual_seed(7)
+    torch.nn.init.normal_(head.temperature_embd.weight, std=2.0)
+    return made
+
+
+def temperature_learner():
+    """A model that learns temperatures, as its program makes it."""
+    made = model()
+    head = made.add_tempered_head((0.3, 0.8))
+    made.requires_grad_(False)
+    head.requires_grad_(True)
+    made.objective = TemperatureObjective(TemperingArguments(min_draws=8, max_draws=12))
+    return made
