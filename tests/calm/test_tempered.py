@@ -74,7 +74,7 @@ class TestHead:
 
     def test_saved_and_loaded(self, tmp_path):
         model = tiny.tempered_model()
-        model.save_pretiny.tempered_model(tmp_path)
+        model.save_pretrained(tmp_path)
         loaded = load_checked(EnergyTransformer, str(tmp_path), "model").eval()
         assert loaded.config.tempered_range == [0.3, 0.8]
         for name, weight in model.state_dict().items():
