@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         speed = measure_speed(model, baseline, prompt, rounds=args.rounds)
     except AssertionError as error:  # two backends differ, so that their times do not compare
-        raise UserError(f"nothing was timed: {error}") from error
+        raise UserError(str(error)) from error
     print(speed.to_table())
     if args.json:
         Path(args.json).write_text(json.dumps(speed.record(), indent=2) + "\n", encoding="utf-8")

@@ -47,7 +47,13 @@ def export_card(
             ("weights", f"stored in {stored}, loaded as {protocol['dtype']}"),
             ("context", f"{context:,} tokens"),
         ],
-        results=[brier_result(_scored(protocol), first["brier_lm"])],
+        results=[
+            brier_result(
+                _name(protocol),
+                first["brier_lm"],
+                is_held_out=bool(protocol["held_out_percentage"]),
+            )
+        ],
         sections=["## Scores", _scores(trained, evaluations, command), "## Text", _text(trained)],
         limits=[
             f"It has seen {context:,} tokens at a time, and no more.",
@@ -86,12 +92,6 @@ def _scores(trained: TrainedModel, evaluations: Mapping[str, Record], command: s
         f"seed {protocol['seed']}, weights as they are stored; Python {versions['python']}, "
         f"torch {versions['torch']}.",
     ])  # fmt: skip
-
-
-def _scored(protocol: Record) -> str:
-    """What text the scores are of."""
-    name = _name(protocol)
-    return f"held-out part of {name}" if protocol["held_out_percentage"] else name
 
 
 def _name(protocol: Record) -> str:

@@ -141,16 +141,16 @@ def write_model_card(trainer: CALMTrainer, metrics: dict[str, float]) -> None:
     results = None
     if "eval_brier_lm" in metrics:
         dataset = trained.protocol["dataset"] or "the training files"
-        results = [brier_result(f"held-out part of {dataset}", metrics["eval_brier_lm"])]
+        results = [brier_result(dataset, metrics["eval_brier_lm"])]
     write_atomically(path, model_card(trained, rows=_scores(metrics), results=results))
 
 
-def brier_result(text: str, value: float) -> EvalResult:
-    """BrierLM on `text`, as the hub lists it."""
+def brier_result(dataset: str, value: float, *, is_held_out: bool = True) -> EvalResult:
+    """BrierLM on the held-out part of a text, or all of it, as the hub lists it."""
     return EvalResult(
         task_type="text-generation",
-        dataset_type="held-out",
-        dataset_name=text,
+        dataset_type="held-out" if is_held_out else "text",
+        dataset_name=f"held-out part of {dataset}" if is_held_out else dataset,
         metric_type="brier_lm",
         metric_name="BrierLM",
         metric_value=round(value, 3),

@@ -31,6 +31,16 @@ def test_other_numbers_than_the_reference_are_not_timed():
         speed._time_operation(wrong, 2)
 
 
+def test_backends_that_differ_are_an_error_of_the_command(folders, capsys, monkeypatch):
+    def differ(*_, **__):
+        raise AssertionError("'readout' and ours differ, nothing is timed: 1 of 16")
+
+    monkeypatch.setattr(speed, "assert_parity", differ)
+    words = ("--model", folders / "readout", "--baseline", folders / "baseline")
+    message = error_of(capsys, "bench", *words)
+    assert "'readout' and ours differ, nothing is timed" in message
+
+
 def test_a_model_of_the_wrong_kind_is_refused(folders, capsys):
     base = folders / "baseline"
     message = error_of(capsys, "bench", "--model", base, "--baseline", base)

@@ -99,6 +99,7 @@ def test_what_training_leaves_is_drawn(trained_calm, tmp_path):
         (["run", "--output", "run.txt"], "--output must end in .png, .pdf or .svg"),
         (["run", "--output", "no/where.png"], "--output no/where.png cannot be written"),
         (["bare", "--x", "tokens"], "--x: bare has no protocol.json with its batch"),
+        (["grown", "--x", "tokens"], "--x: the batch of grown was changed on the way"),
         (["slow", "--x", "seconds"], "--x seconds: slow has logged no tokens_per_second"),
         (["post", "--x", "flops"], "--x flops: the operations of the stage post of post are not"),
     ],
@@ -109,5 +110,7 @@ def test_mistakes(words, message, tmp_path, monkeypatch, capsys):
     write_run(Path("empty"), [])
     write_run(Path("bare"), protocol={})
     write_run(Path("slow"), [{"loss": 1.0, "step": 3}])
+    changed = [{"step": 4, "sequences_per_step": {"from": 8, "to": 16}}]
+    write_run(Path("grown"), protocol={**PROTOCOL, "changes": changed})
     write_run(Path("post"), protocol={**PROTOCOL, "stage": "post", "options": {}})
     assert message in error_of(capsys, "plot", *words)

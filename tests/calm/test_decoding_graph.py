@@ -89,12 +89,16 @@ def test_a_graph_is_captured_again_when_its_signature_changes(capacities):
     def add_hook():
         layer.register_forward_hook(lambda *_: None)
 
+    def spread_noise():
+        model.config.tempered_spread = [[0.5, 0.4]]
+
     generate(model, ids, **OPTIONS)
     layer.mlp.up_proj.weight.data[1:].mul_(-2.0)
     model.load_state_dict(model.state_dict())
     generate(model, ids, **OPTIONS)
     assert capacities == [64]
-    for count, move in enumerate((replace_module, move_weight, replace_parameter, add_hook), 2):
+    moves = (replace_module, move_weight, replace_parameter, add_hook, spread_noise)
+    for count, move in enumerate(moves, 2):
         move()
         generate(model, ids, **OPTIONS)
         assert len(capacities) == count, move.__name__

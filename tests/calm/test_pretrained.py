@@ -127,6 +127,22 @@ class TestExport:
         assert export(made / "baseline", again, "--max-blocks", 1, "--overwrite") == 0
         assert "one block only" in (again / "README.md").read_text()
 
+    def test_a_whole_folder_of_another_kind_is_kept(self, made, capsys):
+        words = ("export", "--model", made / "calm", "--data", made / "text.jsonl", "--overwrite")
+        before = sorted((made / "baseline").iterdir())
+        message = error_of(capsys, *words, "--output", made / "baseline")
+        assert "no export has written" in message
+        assert sorted((made / "baseline").iterdir()) == before
+
+    def test_text_that_was_not_held_out_is_not_called_so(self, made, tmp_path):
+        text = ("--data", made / "text.jsonl", "--validation-split-percentage", 0)
+        words = ("--model", made / "baseline", "--output", tmp_path / "all", "--max-blocks", 2)
+        assert calm("export", *words, *text, "--block-size", 32) == 0
+        card = ModelCard.load(tmp_path / "all" / "README.md")
+        (result,) = card.data.eval_results
+        assert result.dataset_name == "text.jsonl" and "held-out" not in card.content
+        assert "tokens of the text.jsonl, 2 blocks" in card.text
+
     def test_a_model_without_records_is_refused(self, folders, tmp_path, capsys):
         words = ("--model", folders / "calm", "--output", tmp_path / "out")
         message = error_of(capsys, "export", *words, "--data", folders / "text.txt")

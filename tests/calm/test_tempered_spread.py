@@ -10,8 +10,10 @@ import torch
 from calm import EnergyTransformer
 from calm.decoding.generation import make_predictor
 from calm.errors import UserError
+from calm.labels import IGNORE_INDEX
 from calm.models.agreement import prefix_collisions
 from calm.models.heads.tempered import spread_at
+from calm.training import tempered_spread
 from calm.training.tempered_spread import LEAST_SPREAD, matched_spread, vote_collisions
 from calm_kernels.noise import Stream, uniform
 
@@ -126,6 +128,21 @@ class TestCalibration:
         error = each.std(0) / len(each) ** 0.5
         assert ((each.mean(0)[0] - expected).abs() < 4 * error[0]).all()
         assert (each.mean(0)[1] < expected / 2).all()  # at T = 1 plain draws
+
+    def test_states_are_those_before_whole_chunks(self, model):
+        ids = tiny.tokens(batch=2, chunks=4)
+        labels = ids.clone()
+        labels[0, 9] = labels[1, 4:8] = IGNORE_INDEX  # in chunk 2 of one text, chunk 1 of the other
+        trainer = SimpleNamespace(
+            get_train_dataloader=lambda: [{"input_ids": ids, "labels": labels}],
+            accelerator=SimpleNamespace(gather=lambda found: found),
+        )
+        states = model(ids).last_hidden_state
+        expected = torch.stack([states[0, 0], states[0, 2], states[1, 1], states[1, 2]])
+        assert tempered_spread._hidden_states(trainer, model).equal(expected)
+        labels[:] = IGNORE_INDEX
+        with pytest.raises(UserError, match="no whole chunk to measure on"):
+            tempered_spread._hidden_states(trainer, model)
 
     @pytest.mark.parametrize("spread", [0.8, 0.3, 0.1])
     def test_draws_at_the_spread_that_is_found_agree_as_often(self, spread):
