@@ -120,7 +120,13 @@ def run(args: argparse.Namespace) -> int:
             clear_folder(folder)
         progress = find_preparation(folder, request)
         if progress == "finished":
-            _report(folder, read_description(folder))
+            description = read_description(folder)
+            if args.on_error == "stop" and description.skipped:
+                raise UserError(
+                    f"--on-error stop: {description.skipped} entries were skipped when {folder} "
+                    "was made; pass --on-error skip to keep it, or mend the text and --overwrite"
+                )
+            _report(folder, description)
             return 0
         tokenizer = _tokenizer(args, folder, sources, is_saved=progress == "begun")
         _report(folder, _prepare(args, folder, sources, weights, request, tokenizer))

@@ -221,7 +221,8 @@ class PreparedBlocks(Dataset[Block]):
         weights = [(name, str(weight)) for name, weight in self._weights or []]
         hashes = [sequence.hash() for sequence in self._sequences]
         limit = None if self.sizes == self._all_sizes() else self.num_tokens
-        content = repr((weights, hashes, limit))
+        read = self.shares if weights else limit  # shares decide the order of a run
+        content = repr((weights, hashes, read))
         return str(new_digest(content.encode()).hexdigest())
 
     def _all_sizes(self) -> list[int]:

@@ -38,7 +38,7 @@ from calm.data.parts import Part, Source, plan_parts
 from calm.data.shards import ENDS, TOKENS
 from calm.data.tokenizer import tokenizer_hash
 from calm.errors import UserError
-from calm.integrity import MANIFEST, new_digest, write_atomically
+from calm.integrity import MANIFEST, listed_names, new_digest, write_atomically
 
 __all__ = ["clear_folder", "find_preparation", "request_of", "saved_tokenizer", "write_shards"]
 
@@ -98,6 +98,9 @@ def clear_folder(folder: Path) -> None:
     if not ((folder / DESCRIPTION).is_file() or (folder / UNFINISHED).is_dir()):
         return
     _forget(folder)  # first: it says that shards are there
+    if (folder / DESCRIPTION).is_file():  # then the manifest is its own: tokenizer and shards
+        for name in listed_names(folder):
+            (folder / name).unlink(missing_ok=True)  # they are files
     for path in (folder / MANIFEST, folder / DESCRIPTION):
         path.unlink(missing_ok=True)
     for split in (TRAIN, VALIDATION):
@@ -187,7 +190,8 @@ def _write_parts(job: Job, parts: list[Part], workers: int, bar: Any) -> list[Pa
     run = _in_this_process if min(workers, len(waiting)) <= 1 else _in_processes
     for part, state in run(job, waiting, workers, bar):
         states[part] = state
-    refused = [state for state in states.values() if state.is_refused]
+    stops = job.on_error == "stop"  # also at what an earlier run has skipped
+    refused = [state for state in states.values() if state.is_refused or (stops and state.skipped)]
     if refused:
         count = sum(state.skipped for state in refused)
         raise UserError(damage_advice(str(refused[0].first_skipped), count - 1))

@@ -10,6 +10,7 @@ from training_cases import MAIN, flags, logs, write_corpus
 from calm.data import parts
 from calm.data.manifest import is_prepared
 from calm.data.shards import ShardWriter
+from calm.data.tokenizer import byte_tokenizer
 from calm.training.resume import read_protocol
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -138,3 +139,24 @@ def test_calm_prepare_mixes_and_verifies(tmp_path, capsys):
     assert calm(*words, "--overwrite") == 0
     assert calm("verify", tmp_path / "out") == 0
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_what_was_skipped_is_not_finished_for_a_run_that_stops(tmp_path, capsys):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "one"}\nno json\n{"text": "two"}\n' * 200)
+    words = ("prepare", "--data", path, "--tokenizer", "bytes", "--output", tmp_path / "out")
+    for _ in range(2):
+        assert calm(*words, "--on-error", "skip") == 0
+    assert "200 entries were skipped when" in error_of(capsys, *words)
+
+
+def test_a_text_that_replaces_another_keeps_nothing_of_its_tokenizer(tmp_path):
+    write_corpus(tmp_path)
+    tokenizer, out = byte_tokenizer(), tmp_path / "out"
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path / "chats")
+    words = ("prepare", "--data", tmp_path / "text.jsonl", "--output", out)
+    assert calm(*words, "--tokenizer", tmp_path / "chats") == 0
+    assert (out / "chat_template.jinja").is_file()
+    assert calm(*words, "--tokenizer", "bytes", "--overwrite") == 0
+    assert not (out / "chat_template.jinja").exists() and calm("verify", out) == 0
