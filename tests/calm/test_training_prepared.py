@@ -148,6 +148,7 @@ def test_what_was_skipped_is_not_finished_for_a_run_that_stops(tmp_path, capsys)
     words = ("prepare", "--data", path, "--tokenizer", "bytes", "--output", tmp_path / "out")
     for _ in range(2):
         assert calm(*words, "--on-error", "skip") == 0
+    assert "skipped     2 entries" in capsys.readouterr().out
     assert "2 entries were skipped when" in error_of(capsys, *words)
 
 
