@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Save, score, write the card."""
-    import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from calm.integrity import write_atomically, write_manifest
-    from calm.models.saving import save_in
-    from calm.training.export_card import export_card
-    from calm.training.model_card import CARD, TrainedModel
+    from calm.training.model_card import TrainedModel
 
     disable_progress_bar()  # of a file being written
     folder = Path(args.output)
@@ -69,25 +67,61 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer_of(args, model)
     choose_text(args, [args.model])
     protocol, steps = _records(args.model)
-    _clear(folder)
-    save_in(model, folder, getattr(torch, args.store))
-    tokenizer.save_pretrained(folder)
-    write_atomically(folder / "protocol.json", _json(protocol))
-    evaluations = {}
-    for method in _methods(model):
-        record = evaluate.score(_evaluation_flags(args, folder, method)).record()
-        record["protocol"]["model"] = folder.name  # no path of this machine
-        evaluations[method] = record
-        write_atomically(folder / f"evaluation-{method}.json", _json(record))
-    trained = TrainedModel(folder.name, model, protocol, steps)
-    card = export_card(
-        trained, evaluations, command=command, stored=args.store, license=args.license
-    )
-    write_atomically(folder / CARD, card)
-    write_manifest(folder)
+    made = _beside(folder, "partial")  # an earlier export stays until this one is whole
+    made.mkdir(parents=True)
+    try:
+        trained = TrainedModel(folder.name, model, protocol, steps)
+        _write(made, trained, tokenizer, command, args)
+        _replace(folder, made)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {size:,} bytes")
     return 0
+
+
+def _write(
+    made: Path, trained: Any, tokenizer: Any, command: str, args: argparse.Namespace
+) -> None:
+    """Weights, tokenizer, records and card, and last the manifest."""
+    import torch
+
+    from calm.integrity import write_atomically, write_manifest
+    from calm.models.saving import save_in
+    from calm.training.export_card import export_card
+    from calm.training.model_card import CARD
+
+    save_in(trained.model, made, getattr(torch, args.store))
+    tokenizer.save_pretrained(made)
+    write_atomically(made / "protocol.json", _json(trained.protocol))
+    evaluations = {}
+    for method in _methods(trained.model):
+        record = evaluate.score(_evaluation_flags(args, made, method)).record()
+        record["protocol"]["model"] = trained.name  # no path of this machine
+        evaluations[method] = record
+        write_atomically(made / f"evaluation-{method}.json", _json(record))
+    card = export_card(
+        trained, evaluations, command=command, stored=args.store, license=args.license
+    )
+    write_atomically(made / CARD, card)
+    write_manifest(made)
+
+
+def _beside(folder: Path, ending: str) -> Path:
+    """A hidden name in the same folder, at which nothing is."""
+    place = folder.resolve()
+    hidden = place.with_name(f".{place.name}.{ending}")
+    shutil.rmtree(hidden, ignore_errors=True)  # of a run that was killed
+    return hidden
+
+
+def _replace(folder: Path, made: Path) -> None:
+    """Put what was made at `folder`, in place of an earlier export."""
+    old = _beside(folder, "old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(made, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _records(run: str) -> tuple[dict[str, Any], int]:
@@ -118,14 +152,8 @@ def _exported(folder: Path) -> set[str]:
     """Names of what an export has written there."""
     from calm.integrity import MANIFEST, listed_names
 
-    names = set(listed_names(folder))
+    names = listed_names(folder)
     return {MANIFEST, *names} if "evaluation-direct.json" in names else set()
-
-
-def _clear(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in _exported(folder):
-        (folder / name).unlink(missing_ok=True)
 
 
 def _methods(model: Any) -> tuple[str, ...]:

@@ -127,6 +127,20 @@ class TestExport:
         assert export(made / "baseline", again, "--max-blocks", 1, "--overwrite") == 0
         assert "one block only" in (again / "README.md").read_text()
 
+    def test_an_export_that_fails_leaves_the_one_before(self, made, tmp_path, capsys, monkeypatch):
+        folder = tmp_path / "kept"
+        assert export(made / "baseline", folder, "--max-blocks", 1) == 0
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        capsys.readouterr()
+
+        def fail(*_):
+            raise UserError("no text to score")
+
+        monkeypatch.setattr("calm.commands.evaluate.score", fail)
+        assert export(made / "baseline", folder, "--max-blocks", 1, "--overwrite") == 2
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
     def test_a_whole_folder_of_another_kind_is_kept(self, made, capsys):
         words = ("export", "--model", made / "calm", "--data", made / "text.jsonl", "--overwrite")
         before = sorted((made / "baseline").iterdir())
