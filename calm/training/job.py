@@ -38,6 +38,7 @@ from calm.training.clock import UNBOUNDED_STEPS, RunLimit
 from calm.training.latent_basis import is_whitened, whiten_latent
 from calm.training.lock import locked
 from calm.training.model_card import write_model_card
+from calm.training.processes import agreed
 from calm.training.recipe import Stage
 from calm.training.resume import Takeover, check_output_folder
 from calm.training.scoring import check_best_metric
@@ -211,10 +212,7 @@ def _report(trainer: CALMTrainer, stage: str, metrics: dict[str, float]) -> None
 
 def _agreed_resume_point(args: CALMTrainingArguments) -> Path | None:
     """Where all processes resume: the first looks, so that files are read and hashed once."""
-    found = [_resume_point(args) if args.process_index == 0 else None]
-    if args.world_size > 1:
-        distributed.broadcast_object_list(found, src=0)
-    return found[0]
+    return agreed(args, lambda: _resume_point(args) if args.process_index == 0 else None)
 
 
 def _resume_point(args: CALMTrainingArguments) -> Path | None:

@@ -48,6 +48,7 @@ from calm.training.metrics import (
     RunningMeans,
 )
 from calm.training.muon import MuonAdamW
+from calm.training.processes import agreed
 from calm.training.progress import print_lines
 from calm.training.resume import PROTOCOL, OwnSettings
 from calm.training.scoring import logged_parts, metrics_of, score_sequences
@@ -342,9 +343,8 @@ class CALMTrainer(LoadingTrainer, ShardedTrainer):
         self._check_finite()
         self._check_weights()
         folder = Path(output_dir or self.args.folder)
-        if self.args.should_save:
-            has_state = _internal_call and not self.args.save_only_model
-            check_space(folder, bytes_to_save(self.model, self.optimizer if has_state else None))
+        has_state = _internal_call and not self.args.save_only_model
+        agreed(self.args, lambda: self._check_space(folder, has_state=has_state))
         trained = self.accelerator.unwrap_model(self.model)
         with nullcontext() if _internal_call else without_training_parts(trained):
             super().save_model(output_dir, _internal_call)
@@ -354,6 +354,10 @@ class CALMTrainer(LoadingTrainer, ShardedTrainer):
             write_atomically(folder / PROTOCOL, json.dumps(self.protocol, indent=2) + "\n")
             if not _internal_call:  # a checkpoint gets its manifest once its state is saved too
                 write_manifest(folder, is_model_file)
+
+    def _check_space(self, folder: Path, *, has_state: bool) -> None:
+        if self.args.should_save:
+            check_space(folder, bytes_to_save(self.model, self.optimizer if has_state else None))
 
     def _check_weights(self) -> None:
         """Stop the run if an update left a weight that is not finite: no loss has seen it yet."""
