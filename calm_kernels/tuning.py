@@ -83,8 +83,13 @@ TABLE: dict[tuple[str, str], dict[int, Launch]] = {
         1024: Launch(features_per_lane=16, block_n=4),
     },
     ("energy_score.analytic.heavy", "sm_80"): {
-        256: Launch(features_per_lane=8),
+        64: Launch(features_per_lane=8),
         512: Launch(features_per_lane=8, block_n=4),
+        1024: Launch(features_per_lane=8, block_n=2),
+    },
+    ("energy_score.analytic.heavy.mixture", "sm_80"): {
+        64: Launch(features_per_lane=8),
+        256: Launch(features_per_lane=8, block_n=4),
         1024: Launch(features_per_lane=8, block_n=2),
     },
     ("energy_score.direct", DEFAULT): {1024: Launch()},
