@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
     ("parts", "count"),
     [
         (["kills"], 2), (["damage"], 2), (["contract"], 2), (["disk"], 2),
-        (["bad_inputs", "hostile"], 20), pytest.param(["sharded"], 3, marks=pytest.mark.long),
+        (["bad_inputs", "hostile"], 20), (["sharded"], 2),
     ],
     ids=str,
 )  # fmt: skip

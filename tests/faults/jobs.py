@@ -20,6 +20,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import transformers.modeling_utils
+from torch.distributed.checkpoint import FileSystemWriter
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "calm"))
 
@@ -56,11 +57,12 @@ class Operations:
     def install(self) -> None:
         """Watch this process from now on; a hook cannot be removed."""
         sys.addaudithook(self._on_event)
-        torch.save = self._watched(torch.save, 1)
+        torch.save = self._watched(torch.save)
         for module in (safetensors.torch, transformers.modeling_utils):
             for name in ("save_file", "safe_save_file"):
                 if hasattr(module, name):
-                    setattr(module, name, self._watched(getattr(module, name), 1))
+                    setattr(module, name, self._watched(getattr(module, name)))
+        FileSystemWriter.write_data = self._watched_shards(FileSystemWriter.write_data)
 
     def _on_event(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -82,20 +84,37 @@ class Operations:
             os.kill(os.getpid(), signal.SIGKILL)
         self._is_counting = False
 
-    def _watched(self, save: Callable[..., Any], position: int) -> Callable[..., Any]:
-        """`save` with three moments to be killed at: before, half written, after."""
+    def _watched(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        """`save`, whose second argument is a path, with moments to be killed at."""
 
-        def watched(*args: Any, **options: Any) -> Any:
-            path = str(args[position])
-            self._count(path)
-            result = save(*args, **options)
-            if self.kill_at is not None and self.count + 1 == self.kill_at:
-                os.truncate(path, os.path.getsize(path) // 2)
-            self._count(path)
-            self._count(path)
+        def watched(data: Any, path: Any, *args: Any, **options: Any) -> Any:
+            if not isinstance(path, str | os.PathLike):  # memory, or a file that others watch
+                return save(data, path, *args, **options)
+            self._count(str(path))
+            result = save(data, path, *args, **options)
+            self._written(path)
             return result
 
         return watched
+
+    def _watched_shards(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        """Likewise for the shards that a process writes of a checkpoint."""
+
+        def watched(writer: Any, *args: Any) -> Any:
+            future = write(writer, *args)
+            future.wait()
+            for path in sorted(writer.path.glob(f"__{torch.distributed.get_rank()}_*")):
+                self._written(path)
+            return future
+
+        return watched
+
+    def _written(self, path: str | os.PathLike[str]) -> None:
+        """Two moments to be killed at: half of a file is written, and all of it."""
+        if self.kill_at is not None and self.count + 1 == self.kill_at:
+            os.truncate(path, os.path.getsize(path) // 2)
+        self._count(str(path))
+        self._count(str(path))
 
 
 def fork(work: Callable[[], int], log: Path, seconds: float = 300) -> Ended:

@@ -50,7 +50,10 @@ def _kills(whole: Path, place: Path, count: int) -> Iterator[Result]:
         was_killed = any(killed[rank].status == -signal.SIGKILL for rank in chosen)
         outcome = "resumed bit-equal" if same else "other result"
         case = f"SIGKILL before file operation {at}"
-        yield Result(case, outcome, same and was_killed, "".join(e.errors[-600:] for e in again))
+        if not was_killed:
+            outcome = "ended before it was killed"
+        detail = "".join(f"\n[{e.status}] {e.errors[-1200:]}" for e in [*killed, *again])
+        yield Result(case, outcome, same and was_killed, detail)
         shutil.rmtree(place)
 
 
