@@ -30,6 +30,8 @@ ADVICE = (
     "a longer warm-up"
 )
 
+MOST_VALUES = 4096  # that are watched before they are checked
+
 Gather = Callable[[Tensor], Tensor]
 
 
@@ -151,8 +153,8 @@ class _Event:
 class FiniteGuard:
     """Finds the first loss or gradient norm that is not finite, and reports where it happened.
 
-    Watching a value does not synchronise with the device. `check` does; it runs at every log and
-    before anything is evaluated or saved.
+    Watching a value does not synchronise with the device. `check` does; it runs at every log,
+    before anything is evaluated or saved, and where neither comes, when the guard `is_full`.
     """
 
     def __init__(self) -> None:
@@ -171,6 +173,11 @@ class FiniteGuard:
         self._events.append(_Event(step, learning_rate, "gradient norm"))
         self._values.append(value)
         self._norms[step] = value
+
+    @property
+    def is_full(self) -> bool:
+        """Whether `check` is due, so that a run without logs does not hold ever more values."""
+        return len(self._values) >= MOST_VALUES
 
     def check(self, gather: Gather, last_good: Callable[[], object]) -> None:
         """Clear the watched values if all of them are finite on every process.

@@ -14,6 +14,7 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
+    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -76,59 +77,16 @@ class _Pace:
         return (time.perf_counter() - began) / steps * (state.max_steps - state.global_step)
 
 
-class ProgressBar(ProgressCallback):
-    """transformers' bar, whose estimate counts the steps of this start alone; logs as lines.
-
-    Args:
-        clock: of a run by time: the bar ends at the step where its time is likely to be over.
-    """
-
-    def __init__(self, clock: TrainingClock | None = None) -> None:
-        super().__init__()
-        self._clock, self._pace = clock, _Pace(clock)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Show the bar from the step at which the run goes on."""
-        self._pace.start(state)
-        self.current_step = state.global_step
-        if state.is_world_process_zero:
-            self.training_bar = tqdm(
-                total=state.max_steps, initial=state.global_step, dynamic_ncols=True
-            )
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Advance the bar, and put its end where the time will be over."""
-        super().on_step_end(args, state, control, **kwargs)
-        if self.training_bar is not None and self._clock is not None:
-            expected = state.global_step / max(self._clock.progress, 1e-9)
-            self.training_bar.total = max(state.global_step, round(expected))
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write the log above the bar."""
-        if self.training_bar is not None:
-            self.training_bar.write(log_line(logs or {}, state, self._pace.seconds_left(state)))
-
-
-class LogLines(PrinterCallback):
-    """Prints the logs as lines; where there is no bar.
+class _Lines(TrainerCallback):
+    """Writes each log as a line.
 
     Args:
         clock: of a run by time.
     """
 
     def __init__(self, clock: TrainingClock | None = None) -> None:
-        self._pace = _Pace(clock)
+        super().__init__()
+        self._clock, self._pace = clock, _Pace(clock)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -144,9 +102,50 @@ class LogLines(PrinterCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Print the log."""
+        """Write the log."""
+        self._write(log_line(logs or {}, state, self._pace.seconds_left(state)), state)
+
+    def _write(self, line: str, state: TrainerState) -> None:
+        raise NotImplementedError
+
+
+class ProgressBar(_Lines, ProgressCallback):
+    """transformers' bar, whose estimate counts the steps of this start alone; logs above it.
+
+    Of a run by time the bar ends at the step where its time is likely to be over.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar from the step at which the run goes on."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, dynamic_ncols=True
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Advance the bar, and put its end where the time will be over."""
+        super().on_step_end(args, state, control, **kwargs)
+        if self.training_bar is not None and self._clock is not None:
+            expected = state.global_step / max(self._clock.progress, 1e-9)
+            self.training_bar.total = max(state.global_step, round(expected))
+
+    def _write(self, line: str, state: TrainerState) -> None:
+        if self.training_bar is not None:
+            self.training_bar.write(line)
+
+
+class LogLines(_Lines, PrinterCallback):
+    """Prints the logs; where there is no bar."""
+
+    def _write(self, line: str, state: TrainerState) -> None:
         if state.is_local_process_zero:
-            print(log_line(logs or {}, state, self._pace.seconds_left(state)))  # noqa: T201 (its purpose)
+            print(line)  # noqa: T201 (its purpose)
 
 
 def print_lines(trainer: Trainer, clock: TrainingClock | None) -> None:

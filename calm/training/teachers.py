@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calm.decoding.sampling.seeds import OFFSET_STRIDE, advance, row_seeds
+from calm.errors import UserError
 from calm.evaluation.rollout import MAX_BRANCHES, Branches
 from calm.evaluation.samplers import LOGITS_AT_A_TIME
 from calm.models import BaselineTransformer, ContinuousTransformer
@@ -98,8 +99,10 @@ class _BranchingTeacher:
         """Token ids ``[B, U*k]`` to inputs ``[B, U, H]``."""
         raise NotImplementedError
 
-    def _draw(self, hidden: Tensor, num_draws: int, seeds: Tensor, depth: int) -> Tensor:
-        """The unit after each state, ``[M, B, Q, k]``.
+    def _draw(
+        self, hidden: Tensor, num_draws: int, seeds: Tensor, depth: int
+    ) -> tuple[Tensor, Tensor]:
+        """The unit after each state, ``[M, B, Q, k]``, and whether all it came from was finite.
 
         Args:
             hidden: ``[M, B, Q, H]``, or ``[1, B, Q, H]`` for draws after one state.
@@ -121,8 +124,11 @@ class _BranchingTeacher:
     ) -> Tensor:
         """See `Teacher`.
 
+        Raises:
+            UserError: what the teacher says is not finite.
+
         Cost: a forward pass over the text, then M of a unit for each further unit of a chunk. At
-        most `MAX_BRANCHES` branches of a sequence advance together.
+        most `MAX_BRANCHES` branches of a sequence advance together. It waits for the device once.
         """
         read, last = self._read(input_ids, length)
         rows = torch.arange(input_ids.numel() // length, device=input_ids.device) + first_row
@@ -130,7 +136,15 @@ class _BranchingTeacher:
         branches = Branches(self._backbone(), self._embed(read))
         size = max(1, MAX_BRANCHES // num_draws)
         parts = zip(last.split(size, dim=1), seeds.split(size, dim=1), strict=True)
-        drawn = [self._continue(branches, *part, num_draws, length) for part in parts]
+        drawn, usable = zip(
+            *(self._continue(branches, *part, num_draws, length) for part in parts), strict=True
+        )
+        if not torch.stack(usable).all():
+            raise UserError(
+                f"teacher: the {type(self.model).__name__} must say what is finite, got NaN or "
+                "infinity; `calm eval` shows whether it works alone: if it does, distil without "
+                "--bf16, else take another of its checkpoints"
+            )
         tokens = torch.cat(drawn, dim=2)
         if self.documents.start_token_id is None:
             return tokens
@@ -140,19 +154,20 @@ class _BranchingTeacher:
 
     def _continue(
         self, branches: Branches, last: Tensor, seeds: Tensor, num_draws: int, length: int
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Draws ``[M, B, Q, K]`` after the units `last` ``[B or 1, Q]``, with ``[B, Q, 2]`` seeds.
 
-        Draw m of chunk q is branch m Q + q.
+        Draw m of chunk q is branch m Q + q. Second is whether all they came from was finite.
         """
         hidden = torch.take_along_dim(branches.hidden, last[..., None], dim=1)[None]
         branches.begin(last.repeat(1, num_draws))
         drawn = [self._draw(hidden, num_draws, seeds, 0)]
         for depth in range(1, length // self.unit):
-            states = branches.extend(self._embed(drawn[-1].transpose(0, 1).flatten(1)))
+            states = branches.extend(self._embed(drawn[-1][0].transpose(0, 1).flatten(1)))
             hidden = states.unflatten(1, (num_draws, -1)).transpose(0, 1)
             drawn.append(self._draw(hidden, num_draws, seeds, depth))
-        return torch.cat(drawn, dim=-1)
+        tokens, usable = zip(*drawn, strict=True)
+        return torch.cat(tokens, dim=-1), torch.stack(usable).all()
 
     def _read(self, input_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The text as the teacher reads it, and where in it the student's chunks end.
@@ -206,7 +221,9 @@ class TokenTeacher(_BranchingTeacher):
     def _embed(self, input_ids: Tensor) -> Tensor:
         return self.model.model.embed_tokens(input_ids)
 
-    def _draw(self, hidden: Tensor, num_draws: int, seeds: Tensor, depth: int) -> Tensor:
+    def _draw(
+        self, hidden: Tensor, num_draws: int, seeds: Tensor, depth: int
+    ) -> tuple[Tensor, Tensor]:
         own = advance(seeds, depth).flatten(0, 1)
         uniforms = uniform_draws(
             len(own), 1, stream=Stream.TEACHER, seed=own, num_draws=num_draws,
@@ -217,13 +234,12 @@ class TokenTeacher(_BranchingTeacher):
         points = points.transpose(1, 2).contiguous()  # those of one state are last
         size = max(1, LOGITS_AT_A_TIME // self.model.config.vocab_size)
         parts = zip(states.flatten(0, 1).split(size), points.flatten(0, 1).split(size), strict=True)
-        drawn = torch.cat([self._tokens(*part) for part in parts])
-        tokens = drawn.view(points.shape).transpose(1, 2)
-        return tokens.reshape(num_draws, *seeds.shape[:2], 1)
-
-    def _tokens(self, hidden: Tensor, uniforms: Tensor) -> Tensor:
-        """Tokens ``[R, n]`` drawn after states ``[R, H]``."""
-        return softmax_draws(self.model.lm_head(hidden), uniforms)[0]
+        lm_head = self.model.lm_head
+        drawn, usable = zip(
+            *(softmax_draws(lm_head(state), point) for state, point in parts), strict=True
+        )
+        tokens = torch.cat(drawn).view(points.shape).transpose(1, 2)
+        return tokens.reshape(num_draws, *seeds.shape[:2], 1), torch.cat(usable).all()
 
 
 @dataclass(frozen=True)
@@ -248,7 +264,9 @@ class ChunkTeacher(_BranchingTeacher):
     def _embed(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_patches(input_ids)
 
-    def _draw(self, hidden: Tensor, num_draws: int, seeds: Tensor, depth: int) -> Tensor:
+    def _draw(
+        self, hidden: Tensor, num_draws: int, seeds: Tensor, depth: int
+    ) -> tuple[Tensor, Tensor]:
         head = self.model.generative_head
         if len(hidden) == 1:
             states, own = hidden[0].flatten(0, 1), advance(seeds, depth).flatten(0, 1)
@@ -257,5 +275,5 @@ class ChunkTeacher(_BranchingTeacher):
             draws = torch.arange(num_draws, device=seeds.device)[:, None, None]
             own = advance(seeds, depth + OFFSET_STRIDE * draws).flatten(0, 2)
             latents = head.sample(hidden.flatten(0, 2), seed=own)
-        tokens = self.model.decode_latents(latents)
-        return tokens.view(num_draws, *seeds.shape[:2], self.unit)
+        tokens = self.model.decode_latents(latents).view(num_draws, *seeds.shape[:2], self.unit)
+        return tokens, torch.isfinite(latents).all()

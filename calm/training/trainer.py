@@ -260,6 +260,8 @@ class CALMTrainer(LoadingTrainer, ShardedTrainer):
         step, rate = self.state.global_step + 1, self._get_learning_rate()
         if not self.args.fp16:  # its loss scaler skips steps with infinite gradients
             self._guard.watch_norm(norm, step=step, learning_rate=rate)
+        if self._guard.is_full:
+            self._check_finite()
         if self._spikes and self._spikes.skips(norm, step, rate, self._step_batches):
             model.zero_grad()  # an optimizer passes over weights without a gradient
         return norm

@@ -10,9 +10,7 @@ def softmax_draws_reference(
     logits: Tensor, uniforms: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Tokens ``[R, N]`` and finiteness ``[R]``; see `calm_kernels.softmax_draws`."""
-    scaled = logits.to(torch.float32)
-    if temperature > 0:
-        scaled = scaled / temperature
+    scaled = logits.float() / (temperature or 1.0)
     is_finite = torch.isfinite(scaled).all(-1)
     tokens = torch.empty(uniforms.shape, dtype=torch.int64, device=logits.device)
     for row, values in enumerate(scaled.to(torch.float64)):

@@ -8,6 +8,7 @@ import torch
 from tiny_models import prompt, tiny_baseline, tiny_calm
 
 from calm.decoding.sampling.seeds import OFFSET_STRIDE, advance, row_seeds
+from calm.errors import UserError
 from calm.labels import IGNORE_INDEX
 from calm.training import teachers
 from calm.training.distilling import DistillationArguments, DistillationObjective, own_texts
@@ -121,6 +122,20 @@ class TestTeachers:
         seen = torch.bincount((drawn @ torch.tensor([3, 1])).flatten(), minlength=9) / count
         assert exact.max() < 0.8  # a distribution, not one answer
         assert ((seen - exact).abs() < 4.5 * (exact * (1 - exact) / count).sqrt() + 1e-9).all()
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("kind", ["tokens", "chunks"])
+    def test_what_is_not_finite_is_an_error(self, kind, value):
+        """Tokens drawn from it would be any."""
+        if kind == "tokens":
+            teacher = TokenTeacher(tiny_baseline(vocab_size=VOCAB), PLAIN)
+            weight = teacher.model.lm_head.weight
+        else:
+            teacher = ChunkTeacher(tiny_calm(vocab_size=VOCAB, patch_size=2), PLAIN)
+            weight = teacher.model.generative_head.output.weight
+        weight.data[1, 2] = value
+        with pytest.raises(UserError, match=r"teacher: the \w+Transformer must say what is finite"):
+            teacher.continuations(TEXTS, num_draws=M, length=K, seed=SEED)
 
     def test_a_seed_of_a_row_is_its_own(self):
         rows = torch.arange(-1, 3)

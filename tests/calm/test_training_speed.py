@@ -6,6 +6,7 @@ import pytest
 import torch
 from training_cases import MODELS, Sequences, history, make_trainer
 
+from calm import flops
 from calm.flops import PEAK, flops_of, peak_of
 from calm.memory import peak_memory
 from calm.training import speed
@@ -59,6 +60,20 @@ def test_parts_are_what_passes_between_marks(monkeypatch):
     assert StepTimer(CPU).drain() == {}
 
 
+def test_marks_do_not_pile_up_without_logs(monkeypatch):
+    """Marks a second apart, of which the oldest are added up on the way."""
+    seconds = iter(range(100))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(speed, "MOST_MARKS", 6)
+    timer, held = StepTimer(CPU), []
+    for _ in range(20):
+        for part in ("data", "forward", "backward"):
+            timer.mark(part)
+            held.append(len(timer._marks))
+    assert max(held) < 6
+    assert timer.drain() == {"data": 19, "forward": 20, "backward": 20}  # the first has no begin
+
+
 @pytest.mark.parametrize("name", ["energy", "baseline", "autoencoder"])
 def test_use_of_the_device(name, tmp_path, monkeypatch, drained):
     """Of one that can do 10⁹ operations a second, in the time that its steps take."""
@@ -70,6 +85,19 @@ def test_use_of_the_device(name, tmp_path, monkeypatch, drained):
     operations = 2 * tokens * flops_of(trainer.model, context).training()
     passed = sum(drained[0].get(part, 0) for part in PARTS)
     assert history(trainer, "mfu") == [pytest.approx(operations / (passed * 1e9))]
+
+
+def test_a_head_of_somebody_else_has_no_mfu_and_trains(tmp_path, monkeypatch, caplog):
+    """The reason is told once."""
+    model = MODELS["flow"]()
+    model.generative_head.__class__ = type("OwnHead", (type(model.generative_head),), {})
+    monkeypatch.setattr(flops, "DenoisingHead", flops.EnergyHead)
+    monkeypatch.setattr(speed, "peak_of", lambda _: 1e9)
+    trainer = make_trainer(model, tmp_path, max_steps=3)
+    trainer.train()
+    assert len(history(trainer, "loss")) == 3 and not history(trainer, "mfu")
+    said = [record.message for record in caplog.records if "mfu" in record.message]
+    assert said == ["logs have no mfu: no operations are known of a OwnHead"]
 
 
 def test_what_is_not_known_is_left_out(tmp_path):

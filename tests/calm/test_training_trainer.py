@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from calm.errors import UserError
 from calm.evaluation import evaluate
+from calm.training import metrics
 from calm.training.arguments import CALMTrainingArguments
 from calm.training.draws import DrawAddress
 from calm.training.loading import LoadingTrainer
@@ -311,6 +312,14 @@ class TestNonFiniteLoss:
                 trainer.train()
                 trainer.save_model()
             assert not history(trainer, "eval_loss") and not list(tmp_path.glob("*.safetensors"))
+
+    def test_it_is_found_without_logs_and_no_more_values_are_held(self, tmp_path, monkeypatch):
+        """Two losses and a norm a step: full after the second, and the fourth step."""
+        monkeypatch.setattr(metrics, "MOST_VALUES", 5)
+        trainer = self.poisoned(tmp_path, monkeypatch, step=3, logging_strategy="no")
+        with pytest.raises(NonFiniteLossError, match="is nan in step 3"):
+            trainer.train()
+        assert trainer.state.global_step == 3
 
     def test_a_gradient_that_is_not_finite_counts(self, tmp_path, monkeypatch):
         trainer = make_trainer(MODELS["energy"](), tmp_path)
