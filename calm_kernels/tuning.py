@@ -183,6 +183,9 @@ TABLE: dict[tuple[str, str], dict[int, Launch]] = {
             num_warps=4, num_stages=4, block_rows=32, block_outputs=32, block_features=128
         ),
     },
+    ("norm_linear", "sm_100"): {
+        16: Launch(num_warps=4, num_stages=5, block_rows=16, block_outputs=16, block_features=256),
+    },
     ("norm_linear", "gfx942"): {
         16: Launch(num_warps=4, num_stages=2, block_rows=16, block_outputs=16, block_features=256),
         MANY: Launch(
