@@ -4,6 +4,7 @@ A subcommand's module is imported when it is chosen, so that help is quick.
 """
 
 import argparse
+import difflib
 import importlib
 import io
 import sys
@@ -128,8 +129,13 @@ def _run(arguments: list[str]) -> int:
     if chosen in TRAINING:
         train: Callable[[list[str]], Any] = importlib.import_module(TRAINING[chosen].module).main
         return train(arguments[1:]) or 0
+    if chosen and not chosen.startswith("-") and chosen not in COMMANDS:
+        raise UserError(f"no command {chosen!r}{_closest(chosen)} (see `calm --help`)")
     parser = _parser(chosen)
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        program = f"calm {chosen}" if args.command else "calm"
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)} (see `{program} --help`)")
     if args.command is None:
         parser.print_help()
         return 0
@@ -144,6 +150,12 @@ def _run(arguments: list[str]) -> int:
             return work(args)
     except ValueError as error:
         raise UserError(with_flag_names(message_of(error), args)) from error
+
+
+def _closest(name: str) -> str:
+    """The end of an error message: the command that was meant, if one is like `name`."""
+    found = difflib.get_close_matches(name, [*COMMANDS, *TRAINING], n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def _parser(chosen: str | None) -> Parser:

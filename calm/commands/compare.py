@@ -21,7 +21,6 @@ from calm.commands.run_text import (
 )
 from calm.commands.scoring_flags import add_scoring_arguments, check_writable, scoring_settings
 from calm.commands.text_flags import add_evaluation_text_arguments, load_blocks
-from calm.configuration import model_kind
 from calm.errors import UserError
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
@@ -78,6 +77,7 @@ def _entry(args: argparse.Namespace, run: str, config: dict[str, Any]) -> Any:
     """The model in the folder `run`, scored."""
     from tqdm import tqdm
 
+    from calm.configuration import model_kind
     from calm.data.tokenizer import tokenizer_hash
     from calm.evaluation import score_text
     from calm.experiments.leaderboard import Entry

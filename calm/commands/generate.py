@@ -133,11 +133,13 @@ def run(args: argparse.Namespace) -> int:
     """Print every prompt and its continuation as it is drawn; speed goes to standard error."""
     from calm.memory import check_draws
 
+    # Mistakes in prompts show before a model is loaded.
+    prompts = read_prompts(args) if is_interactive(args) else list(read_prompts(args))
     choose_model(args)
     model: Any = load_model(args)
     check_draws(model, "--num-samples", args.num_samples, 1)
     tokenizer = load_tokenizer_of(args, model)
-    for index, prompt in enumerate(read_prompts(args)):
+    for index, prompt in enumerate(prompts):
         try:
             _continue(model, tokenizer, prompt, args.seed + index, args)
         except ValueError as error:

@@ -1,18 +1,21 @@
-"""The flags that name a model, and the model and tokenizer that they stand for."""
+"""The flags that name a model, and the model and tokenizer that they stand for.
+
+torch and transformers are imported where they are used: the help of a command needs neither.
+"""
 
 import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from calm.commands.text_flags import add_trust_argument
-from calm.configuration import model_kind
 from calm.errors import UserError
-from calm.pretrained import DEFAULT, packaged, pretrained_path
+from calm.pretrained import DEFAULT, PRETRAINED, packaged, pretrained_path
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "add_loading_arguments",
@@ -100,7 +103,7 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_model(args: argparse.Namespace, argument: str = "--model") -> PreTrainedModel:
+def load_model(args: argparse.Namespace, argument: str = "--model") -> "PreTrainedModel":
     """The model that the flags of `add_model_arguments` name, in evaluation mode.
 
     Args:
@@ -110,11 +113,12 @@ def load_model(args: argparse.Namespace, argument: str = "--model") -> PreTraine
     Raises:
         UserError: no such folder, nothing that can be loaded in it, or the wrong kind of model.
     """
+    folder = Path(args.model)
+    config = read_config(folder, argument)  # a wrong path need not wait for the imports
+    from calm.configuration import model_kind
     from calm.models import MODEL_CLASSES, BaselineTransformer
     from calm.models.loading import load_checked
 
-    folder = Path(args.model)
-    config = read_config(folder, argument)
     kind = model_kind(config)
     if kind == "autoencoder":
         raise UserError(
@@ -128,7 +132,9 @@ def load_model(args: argparse.Namespace, argument: str = "--model") -> PreTraine
     return model.to(device).eval()
 
 
-def load_tokenizer_of(args: argparse.Namespace, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def load_tokenizer_of(
+    args: argparse.Namespace, model: "PreTrainedModel"
+) -> "PreTrainedTokenizerBase":
     """The tokenizer that ``--tokenizer`` names, else the one beside the model."""
     from calm.data.encoding import vocabulary_size
     from calm.data.tokenizer import load_tokenizer
@@ -150,7 +156,10 @@ def load_tokenizer_of(args: argparse.Namespace, model: PreTrainedModel) -> PreTr
 def read_config(folder: Path, argument: str = "--model") -> dict[str, Any]:
     """``config.json`` of a model folder, which `argument` names."""
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}; {argument} takes the folder of a saved model")
+        raise UserError(
+            f"no folder {folder}; {argument} takes the folder of a saved model, or a model that "
+            f"comes with the package: {', '.join(PRETRAINED)}"
+        )
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no config.json{_hint(folder)}")
@@ -169,7 +178,9 @@ def _hint(folder: Path) -> str:
     return f"; it has model folders in it: {', '.join(found)}" if found else ""
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str) -> "torch.device":
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from calm.commands.model_flags import read_config
-from calm.configuration import model_kind
 from calm.ranges import Range, at_least, number
 from calm.units import duration
 
@@ -79,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _plan(name: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """For each stage its parameters, part by part, and ``cost``."""
+    from calm.configuration import model_kind
     from calm.plan import count_parts, saved_model, stages_of
 
     if Path(name).is_dir():

@@ -43,7 +43,8 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
     """Every prompt, in order; without byte-order mark and the newline that ends a file.
 
     Raises:
-        UserError: a prompt is no UTF-8. At a terminal that is printed, and the next one is read.
+        UserError: a file is missing, or a prompt is no UTF-8. At a terminal that is printed, and
+            the next one is read.
     """
     if is_interactive(args):
         yield from _typed()
@@ -60,6 +61,8 @@ def read_prompts(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _read(path: Path) -> str:
+    if not path.exists():
+        raise UserError(f"--prompt-file: no file {path}")
     return path.read_text(encoding="utf-8")
 
 

@@ -147,6 +147,8 @@ def load_tokenizer(
                 f"tokenizer_name: {name} is trained on documents, and there are none here"
             )
         return train_bpe_tokenizer(texts, int(match.group(1)))
+    if name.partition(":")[0] == "bpe" and not Path(name).exists():
+        raise UserError(f"{argument}: expected 'bpe:' and a number of entries, got {name!r}")
     try:
         check_files(name, only_small=True)
     except UserError as error:

@@ -256,9 +256,9 @@ def test_eval_of_an_embedded_corpus_takes_held_out_documents(folders, tmp_path):
             "--num-samples be at least 2; got --brier-draws=None, --num-samples=1",
         ),
         (("--json", "/no/such/folder/x.json"), "cannot be written"),
-        (("--data", "/no/such/file.txt"), "file.txt"),
+        (("--data", "/no/such/file.txt"), "error: --data: no file matches '/no/such/file.txt'"),
         (("--brier-draws", "two"), "invalid int value: 'two' (see `calm eval --help`)"),
-        (("--blocksize", 32), "unrecognized arguments: --blocksize 32"),
+        (("--blocksize", 32), "unrecognized arguments: --blocksize 32 (see `calm eval --help`)"),
         (("--device", "tpu9000"), "--device must be cpu, cuda"),
         (("--backend", "triton"), "triton"),
     ],
@@ -308,7 +308,10 @@ def broken_folder(root, folders, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing", "no folder"),
+        (
+            "missing",
+            "or a model that comes with the package: calm-docstrings, calm-docstrings-base",
+        ),
         ("parent", "holds no config.json; it has model folders in it: ae, baseline, calm"),
         ("config-damaged", "config.json is damaged"),
         ("config-foreign", "holds a 'bert' model"),
@@ -337,7 +340,8 @@ def test_an_autoencoder_is_no_language_model(folders, capsys):
 
 
 def test_unknown_commands_are_named(capsys):
-    assert "invalid choice: 'evla'" in error_of(capsys, "evla")
+    assert "no command 'evla'; did you mean 'eval'?" in error_of(capsys, "evla")
+    assert "no command 'zzz' (see `calm --help`)" in error_of(capsys, "zzz")
 
 
 def test_training_commands_get_their_words(monkeypatch):

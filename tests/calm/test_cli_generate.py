@@ -147,6 +147,8 @@ def test_bytes_that_are_no_text(folders, tmp_path, capsys, monkeypatch):
     (tmp_path / "latin.txt").write_bytes("grüße".encode("latin-1"))
     message = error_of(capsys, *base, "--prompt-file", tmp_path / "latin.txt")
     assert "--prompt-file" in message and "is no UTF-8 text" in message
+    message = error_of(capsys, *base, "--prompt-file", tmp_path / "missing.txt")
+    assert f"--prompt-file: no file {tmp_path / 'missing.txt'}" in message
     assert "--prompt is no UTF-8 text" in error_of(capsys, *base, "--prompt", "the \udcfc quick")
     bad = io.TextIOWrapper(io.BytesIO(b"gr\xfc\n"), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", bad)
@@ -181,7 +183,10 @@ def test_a_stop_string_ends_the_text(folders, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--temperature", 2), "--temperature must lie in (0, 1], got 2.0"),
+        (
+            ("--temperature", 2),
+            "--temperature must lie in (0, 1], got 2.0; method 'readout' takes any from 0 on",
+        ),
         (("--num-samples", 0), "--num-samples must be at least 1"),
         (
             ("--method", "direct", "--temperature", 0.5),

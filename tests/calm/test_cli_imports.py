@@ -32,6 +32,13 @@ def test_help_waits_for_no_library(words):
     assert not modules_after(code) & set(NEVER)
 
 
+def test_the_help_of_a_command_waits_for_no_library():
+    help_of_all = (
+        "from calm import cli\nfor name in cli.COMMANDS:\n    cli._parser(name).format_help()"
+    )
+    assert not modules_after(help_of_all) & set(NEVER)
+
+
 def test_public_names_are_imported_when_they_are_used():
     assert not modules_after("import calm") & set(NEVER)
     assert set(calm.__all__) <= set(dir(calm))

@@ -93,6 +93,8 @@ def test_names():
     ("name", "complaint"),
     [
         ("bpe:300", "trained on documents"),
+        ("bpe", "tokenizer_name: expected 'bpe:' and a number of entries, got 'bpe'"),
+        ("bpe:4k", "got 'bpe:4k'"),
         ("bpe:100", "at least 259 entries, got 100"),
         ("no/such/folder", r"a tokenizer from 'no/such/folder' .* 'bytes' or 'bpe:4096'"),
     ],

@@ -265,7 +265,10 @@ def build_method(
     if method not in METHODS:
         raise UserError(f"method must be one of {', '.join(METHODS)}, {READOUT}; got {method!r}")
     if not 0.0 < temperature <= 1.0:
-        raise UserError(f"temperature must lie in (0, 1], got {temperature}")
+        raise UserError(
+            f"temperature must lie in (0, 1], got {temperature}; method {READOUT!r} takes any from "
+            "0 on"
+        )
     if not isinstance(num_samples, int) or num_samples < 1:
         raise UserError(f"num_samples must be at least 1, a whole number; got {num_samples}")
     if not (noise_scale >= 0.0 and math.isfinite(noise_scale)):
