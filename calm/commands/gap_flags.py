@@ -174,11 +174,22 @@ def _training_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> tu
     """
     from calm.data.corpus import load_corpus
     from calm.data.embedded import PREFIX
+    from calm.data.manifest import is_prepared
     from calm.data.packing import pack_documents
 
     trained_on, share = training_text(args.model)
     scored = held_out_percentage(args)
     name = args.train_data or (trained_on if trained_on.startswith(PREFIX) else args.data)
+    # What a smaller share holds out, a larger one does as well.
+    held_out = max(scored, DEFAULT_SPLIT if share is None else share)
+    layout = {
+        "block_size": args.block_size,
+        "patch_size": model.patch_size,
+        "start_token_id": model.start_token_id,
+    }
+    if is_prepared(name):
+        least = 0.0 if name == args.data else held_out
+        return _prepared_training(name, least).blocks_for(tokenizer, "train", **layout), name
     if not scored and (shared := _sources(name, "--train-data") & _sources(args.data, "--data")):
         raise UserError(
             f"readouts would learn from the text that is scored, {min(shared)}: hold a part of it "
@@ -186,19 +197,25 @@ def _training_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> tu
         )
     options = corpus_options(
         name,
-        # What a smaller share holds out, a larger one does as well.
-        validation_split_percentage=max(scored, DEFAULT_SPLIT if share is None else share),
+        validation_split_percentage=held_out,
         text_unit=args.text_unit,
         on_error=args.on_error,
     )
-    packed = pack_documents(
-        load_corpus(options).train,
-        tokenizer,
-        block_size=args.block_size,
-        patch_size=model.patch_size,
-        start_token_id=model.start_token_id,
-    )
-    return packed, name
+    return pack_documents(load_corpus(options).train, tokenizer, **layout), name
+
+
+def _prepared_training(folder: str, held_out: float) -> Any:
+    """A prepared text, whose training documents lack at least `held_out` percent."""
+    from calm.data.prepared import PreparedText
+
+    text = PreparedText(folder)
+    made = text.description.validation_split_percentage
+    if made < held_out:
+        raise UserError(
+            f"readouts would learn from text that is held out: {folder} was prepared with "
+            f"{made:g} % held out; prepare it with --validation-split-percentage {held_out:g}"
+        )
+    return text
 
 
 def _sources(data: str, flag: str) -> set[str]:

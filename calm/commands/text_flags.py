@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calm.data.options import SCORED_BLOCK_SIZE
@@ -101,7 +102,8 @@ def add_evaluation_text_arguments(
     without = or_else or default
     add_text_arguments(
         parser,
-        ", or embedded:docstrings, embedded:packages, embedded:sources, embedded:topics"
+        ", a folder of `calm prepare`, whose held-out documents are scored, or "
+        "embedded:docstrings, embedded:packages, embedded:sources, embedded:topics"
         + ("" if without is None else f" (default: {without})"),
         is_required=without is None,
         default=default,
@@ -109,7 +111,8 @@ def add_evaluation_text_arguments(
     add_split_argument(
         parser,
         "score the P %% of documents that training with this setting holds out; 0 scores all "
-        f"(default: {DEFAULT_SPLIT:g} for embedded corpora, 0 for files)",
+        f"(default: {DEFAULT_SPLIT:g} for embedded corpora, 0 for files; a prepared text has its "
+        "own)",
     )
     parser.add_argument(
         "--block-size",
@@ -126,11 +129,13 @@ def add_evaluation_text_arguments(
 
 
 def corpus_options(data: str, **options: Any) -> "CorpusOptions":
-    """`CorpusOptions` for ``--data``: files if it looks like files, else a corpus of that name."""
+    """`CorpusOptions` for ``--data``: files or a prepared text, else a corpus of that name."""
     from calm.data.files import names_files
+    from calm.data.manifest import is_prepared
     from calm.data.options import CorpusOptions
 
-    source: dict[str, Any] = {"train_file" if names_files(data) else "dataset_name": data}
+    is_file = names_files(data) or is_prepared(data)
+    source: dict[str, Any] = {"train_file" if is_file else "dataset_name": data}
     return CorpusOptions(**source, **options)
 
 
@@ -145,11 +150,14 @@ def hide_bars_without_terminal() -> None:
 def held_out_percentage(args: argparse.Namespace) -> float:
     """The share of ``--data`` that is scored, in percent; 0 for all of it."""
     from calm.data.embedded import PREFIX
+    from calm.data.manifest import is_prepared, read_description
 
     percentage: float | None = args.validation_split_percentage
-    if percentage is None:
-        return DEFAULT_SPLIT if args.data.startswith(PREFIX) else 0.0
-    return percentage
+    if percentage is not None:
+        return percentage
+    if is_prepared(args.data):
+        return read_description(Path(args.data)).validation_split_percentage
+    return DEFAULT_SPLIT if args.data.startswith(PREFIX) else 0.0
 
 
 def load_blocks(args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Any, dict[str, Any]]:

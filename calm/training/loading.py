@@ -11,7 +11,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from calm.data.prepared import EpochBatches, ShuffledBlocks
+from calm.data.order import EpochBatches, ShuffledBlocks
 
 __all__ = ["LoadingTrainer"]
 

@@ -5,14 +5,12 @@ from typing import NamedTuple, Self
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.data.manifest import TRAIN, is_prepared
-from calm.data.packing import check_block_size
-from calm.data.prepared import PreparedBlocks, PreparedText, ShuffledBlocks
-from calm.data.shards import Layout
-from calm.data.tokenizer import tokenizer_hash
+from calm.data.order import ShuffledBlocks
+from calm.data.prepared import PreparedBlocks, PreparedText
 from calm.errors import UserError
 from calm.training.arguments import JobArguments
 
-__all__ = ["BlockLayout", "find_prepared", "prepared_blocks"]
+__all__ = ["BlockLayout", "find_held_out", "find_prepared", "prepared_blocks"]
 
 
 class BlockLayout(NamedTuple):
@@ -34,11 +32,6 @@ def find_prepared(arguments: JobArguments) -> PreparedText | None:
         UserError: see `PreparedText`; other flags name another text, or hold out another share.
     """
     data = arguments.data
-    if is_prepared(data.validation_file):
-        raise UserError(
-            f"validation_file: {data.validation_file} is a prepared text; name it by train_file, "
-            "and what it holds out is evaluated on without validation_file"
-        )
     if not is_prepared(data.train_file):
         return None
     if data.streaming:
@@ -46,13 +39,29 @@ def find_prepared(arguments: JobArguments) -> PreparedText | None:
     if data.dataset_name:
         raise UserError("dataset_name and train_file/validation_file exclude each other; pass one")
     prepared = PreparedText(str(data.train_file))
-    asked, made = data.validation_split_percentage, prepared.description.validation_split_percentage
-    if asked != made and data.validation_file is None:
-        raise UserError(
-            f"validation_split_percentage: {data.train_file} was prepared with {made:g} % held "
-            f"out, got {asked:g}; pass {made:g}, prepare it again, or pass validation_file"
-        )
+    if data.validation_file is None:
+        prepared.check_held_out(data.validation_split_percentage)
     return prepared
+
+
+def find_held_out(arguments: JobArguments, prepared: PreparedText | None) -> PreparedText | None:
+    """The folder whose held-out documents are evaluated on, or None.
+
+    Args:
+        arguments: of the job.
+        prepared: what `find_prepared` has found.
+
+    Raises:
+        UserError: see `PreparedText`; dataset_name names another text.
+    """
+    data = arguments.data
+    if data.validation_file is None:
+        return prepared
+    if not is_prepared(data.validation_file):
+        return None
+    if data.dataset_name:
+        raise UserError("dataset_name and train_file/validation_file exclude each other; pass one")
+    return PreparedText(data.validation_file)
 
 
 def prepared_blocks(
@@ -76,17 +85,14 @@ def prepared_blocks(
         max_blocks: keep this many, at most.
 
     Raises:
-        UserError: the text was prepared for another tokenizer or K; see `PreparedBlocks`.
+        UserError: see `PreparedText.blocks_for`.
     """
-    check_block_size(arguments.block_size, layout.patch_size)
-    prepared.check(tokenizer_hash(tokenizer), layout.start_token_id, layout.patch_size)
-    start, end = layout.start_token_id, tokenizer.eos_token_id
-    blocks = prepared.blocks(
+    blocks = prepared.blocks_for(
+        tokenizer,
         split,
         block_size=arguments.block_size,
-        pad_token_id=tokenizer.pad_token_id,
-        layout=None if start is None else Layout(start, end, layout.patch_size),
         max_blocks=max_blocks,
+        **layout._asdict(),
     )
     training = arguments.training
     if split != TRAIN:

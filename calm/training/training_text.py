@@ -13,9 +13,10 @@ from calm.data.corpus import Corpus, load_corpus
 from calm.data.encoding import document_separator, vocabulary_size
 from calm.data.files import expand_files
 from calm.data.manifest import TRAIN, VALIDATION, is_prepared
-from calm.data.options import TOKENIZER_DOCUMENTS
+from calm.data.options import TOKENIZER_DOCUMENTS, CorpusOptions
+from calm.data.order import ShuffledBlocks
 from calm.data.packing import PackedBlocks, pack_documents
-from calm.data.prepared import PreparedBlocks, PreparedText, ShuffledBlocks
+from calm.data.prepared import PreparedBlocks, PreparedText
 from calm.data.reading import TEXT_KEY
 from calm.data.stream import PackedStream
 from calm.data.tables import Documents
@@ -23,7 +24,12 @@ from calm.data.tokenizer import BPE_NAME, load_tokenizer, tokenizer_hash
 from calm.errors import UserError
 from calm.integrity import weights_hash
 from calm.training.arguments import NO_AUTOENCODER, JobArguments
-from calm.training.prepared_text import BlockLayout, find_prepared, prepared_blocks
+from calm.training.prepared_text import (
+    BlockLayout,
+    find_held_out,
+    find_prepared,
+    prepared_blocks,
+)
 from calm.training.recipe import Stage
 from calm.training.resume import model_settings, read_protocol
 
@@ -52,19 +58,22 @@ class Text:
         tokenizer: of all of them.
         tokenizer_name: as the flags have it.
         prepared: the folder that ``train_file`` names, if it is one.
+        held_out: the folder whose held-out documents are evaluated on, if there is one.
     """
 
     corpus: Corpus
     tokenizer: PreTrainedTokenizerBase
     tokenizer_name: str
     prepared: PreparedText | None = None
+    held_out: PreparedText | None = None
 
     @property
     def skipped(self) -> int | None:
         """Documents that could not be read; None for a stream."""
-        if self.prepared is None:
-            return self.corpus.skipped
-        return self.prepared.description.skipped + (self.corpus.skipped or 0)
+        if self.corpus.skipped is None:
+            return None
+        folders = {each.folder: each for each in (self.prepared, self.held_out) if each}
+        return self.corpus.skipped + sum(each.description.skipped for each in folders.values())
 
 
 @dataclass(frozen=True)
@@ -88,15 +97,11 @@ def load_text(arguments: JobArguments, checkpoint: Path | None = None) -> Text:
     """
     model, training = arguments.model, arguments.training
     prepared = find_prepared(arguments)
-    if prepared is None:
-        corpus = load_corpus(arguments.corpus)
-    elif arguments.data.validation_file:
-        corpus = load_corpus(replace(arguments.corpus, train_file=None))
-    else:
-        corpus = Corpus(None, None)
+    held_out = find_held_out(arguments, prepared)
+    corpus = _load_corpus(arguments.corpus, prepared, held_out)
     if training.do_train and corpus.train is None and prepared is None:
         raise UserError("there is no text to train on: pass train_file or dataset_name")
-    is_held_out = prepared is not None and prepared.description.of_split(VALIDATION)
+    is_held_out = held_out is not None and held_out.description.of_split(VALIDATION)
     if training.do_eval and corpus.validation is None and not is_held_out:
         raise UserError(
             "there is no text to evaluate on: pass validation_file, or a "
@@ -115,7 +120,18 @@ def load_text(arguments: JobArguments, checkpoint: Path | None = None) -> Text:
         token=model.token,
         trust_remote_code=model.trust_remote_code,
     )
-    return Text(corpus, tokenizer, name, prepared)
+    return Text(corpus, tokenizer, name, prepared, held_out)
+
+
+def _load_corpus(
+    options: CorpusOptions, prepared: PreparedText | None, held_out: PreparedText | None
+) -> Corpus:
+    """The documents that are not prepared."""
+    if held_out is not None:
+        if prepared is not None or options.train_file is None:
+            return Corpus(None, None)
+        return load_corpus(replace(options, validation_file=None, validation_split_percentage=0))
+    return load_corpus(options if prepared is None else replace(options, train_file=None))
 
 
 def _tokenizer_source(arguments: JobArguments) -> tuple[str, str]:
@@ -145,8 +161,9 @@ def pack_text(arguments: JobArguments, text: Text, layout: BlockLayout) -> Block
         if not (training.do_train if is_train else training.do_eval):
             return None
         if documents is None:
-            return text.prepared and prepared_blocks(
-                arguments, text.prepared, text.tokenizer, split, layout, limit
+            prepared = text.prepared if is_train else text.held_out
+            return prepared and prepared_blocks(
+                arguments, prepared, text.tokenizer, split, layout, limit
             )
         return pack_documents(
             documents,

@@ -14,7 +14,7 @@ from training_cases import make_trainer, tiny_baseline
 
 from calm.data.blocks import collate
 from calm.data.mixture import epoch_shares, parse_sources, parse_weights
-from calm.data.prepared import EpochBatches, ShuffledBlocks, permuted
+from calm.data.order import EpochBatches, ShuffledBlocks, permuted
 from calm.errors import UserError
 from calm.training.arguments import CALMTrainingArguments
 

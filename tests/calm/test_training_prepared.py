@@ -78,7 +78,9 @@ def test_what_does_not_fit_is_refused_in_one_line(text, tmp_path, capsys):
     assert "was prepared with 20 % held out, got 5" in refused("--validation_split_percentage=5")
     assert "is a prepared text; take streaming out" in refused("--streaming")
     assert "exclude each other" in refused("--dataset_name=embedded:topics")
-    assert "is a prepared text; name it by train_file" in refused(f"--validation_file={text}")
+    assert "exclude each other" in refused(
+        "--train_file=", f"--validation_file={text}", "--dataset_name=embedded:topics"
+    )
     (tmp_path / "other").mkdir()
     words = ("--data", tmp_path / "text.jsonl", "--tokenizer", "bpe:300", "--output")
     assert calm("prepare", *words, tmp_path / "other") == 0
