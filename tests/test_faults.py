@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize(
     ("parts", "count"),
     [
-        (["kills"], 2), (["damage"], 2), (["contract"], 2), (["disk"], 2),
+        (["kills"], 2), (["damage"], 2), (["contract"], 2), (["disk", "prepare"], 2),
         (["bad_inputs", "hostile"], 20), (["sharded"], 2),
     ],
     ids=str,
