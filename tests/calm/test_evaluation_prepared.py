@@ -109,9 +109,7 @@ def test_readouts_learn_from_what_is_not_held_out(prepare, folders):
     tokens = sum(shard["tokens"] for shard in documents if shard["split"] == "train")
     assert name == folder and blocks.num_tokens == tokens
     args.data, args.train_data, args.validation_split_percentage = "other.txt", folder, SHARE + 1
-    with pytest.raises(
-        UserError, match="prepare it with .*-percentage 21"
-    ):
+    with pytest.raises(UserError, match=r"prepare it with .*-percentage 21"):
         _training_blocks(args, model, byte_tokenizer())
 
 
