@@ -22,7 +22,10 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-__all__ = ["OPERATIONS", "Backend", "is_host_readable", "resolve", "set_backend", "use_backend"]
+__all__ = [
+    "OPERATIONS", "Backend", "is_host_readable", "resolve", "set_backend", "use_backend",
+    "use_overlap", "wants_overlap",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ class Backend(StrEnum):
 
 
 ENVIRONMENT_VARIABLE = "CALM_KERNELS_BACKEND"
+OVERLAP_VARIABLE = "CALM_KERNELS_OVERLAP"
 
 # What each operation implements. A new kernel is announced here and nowhere else.
 _PORTABLE = frozenset({Backend.REFERENCE, Backend.TORCH})
@@ -71,6 +75,7 @@ def _find_triton() -> bool:
 _HAS_TRITON = _find_triton()  # once: torch.compile of torch 2.11 cannot trace the search
 # A plain global: torch.compile traces it and compiles again when it changes.
 _process_backend: Backend | None = None
+_process_overlap: bool | None = None
 _logged: set[tuple[str, Backend]] = set()
 
 
@@ -100,6 +105,33 @@ def use_backend(backend: Backend | str) -> Iterator[None]:
         yield
     finally:
         _process_backend = before
+
+
+@contextmanager
+def use_overlap(is_on: bool) -> Iterator[None]:
+    """Set whether launches of a decode step overlap in a ``with`` block; see `wants_overlap`."""
+    global _process_overlap
+    before, _process_overlap = _process_overlap, is_on
+    try:
+        yield
+    finally:
+        _process_overlap = before
+
+
+def wants_overlap() -> bool:
+    """Whether launches of a decode step should overlap where a GPU can (`calm_kernels.overlap`).
+
+    Off unless `use_overlap` or ``CALM_KERNELS_OVERLAP=1`` says so. Results do not depend on it.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    if _process_overlap is not None:
+        return _process_overlap
+    chosen = os.environ.get(OVERLAP_VARIABLE, "0")
+    if chosen not in ("0", "1"):
+        raise ValueError(f"{OVERLAP_VARIABLE} must be 0 or 1, got {chosen!r}")
+    return chosen == "1"
 
 
 def _default() -> Backend:

@@ -4,7 +4,8 @@
 registers, spilled bytes, shared memory, warp instructions a row (a position, at the reference
 size), the time their issue takes and the share of it that memory traffic and matmuls alone need. It
 exits with 1 if a kernel spills, exceeds shared memory or its instruction budget, or does not use
-tensor cores where it should.
+tensor cores where it should. With ``CALM_KERNELS_OVERLAP=1`` kernels of a decode step are those
+that overlap (`calm_kernels.overlap`), which must wait before they access memory.
 
 The issue time assumes that every scheduler issues in every cycle; plan on 65 to 80 % of that rate.
 """
@@ -47,8 +48,9 @@ class Row:
 
 
 def _problems(
-    configuration: Configuration, target: Target, cost: Cost, instructions: int, budget: int | None
-) -> Iterator[str]:
+    configuration: Configuration, target: Target, cost: Cost, instructions: int,
+    budget: int | None, *, has_overlap: bool,
+) -> Iterator[str]:  # fmt: skip
     """What is wrong with a compiled kernel."""
     if cost.spilled_bytes:
         yield f"spills {cost.spilled_bytes} bytes"
@@ -59,6 +61,8 @@ def _problems(
     needed = configuration.needed.get(target.name)
     if needed and not any(name.startswith(needed) for name in cost.mnemonics):
         yield f"no {needed} instruction"
+    if has_overlap and not cost.waits_first:
+        yield "memory is accessed before the wait for the previous kernel"
 
 
 def measure(configuration: Configuration, target: Target) -> Row:
@@ -74,6 +78,10 @@ def measure(configuration: Configuration, target: Target) -> Row:
         configuration.bytes_per_row / target.bandwidth,
         configuration.flops_per_row / target.tensor_rate,
     )
+    problems = _problems(
+        configuration, target, cost, instructions, budget,
+        has_overlap=constants.get("OVERLAP", False),
+    )  # fmt: skip
     return Row(
         configuration=configuration.name,
         target=target.name,
@@ -85,7 +93,7 @@ def measure(configuration: Configuration, target: Target) -> Row:
         budget=budget,
         issue_us=configuration.rows * instructions / target.issue_rate * 1e6,
         floor_us=configuration.rows * floor * 1e6,
-        problems=tuple(_problems(configuration, target, cost, instructions, budget)),
+        problems=tuple(problems),
     )
 
 

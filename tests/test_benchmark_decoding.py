@@ -15,6 +15,7 @@ from benchmarks.models import as_published
 from benchmarks.reference_decoding import eligible_chunks, reference_generate, reference_vote
 from calm.decoding.generation import generate
 from calm.norm import RMSNorm
+from calm_kernels.backend import wants_overlap
 from calm_kernels.linear_argmax import eager
 
 A, B, C = (1, 2), (3, 4), (5, 6)
@@ -34,6 +35,28 @@ def test_rows_on_a_cpu():
         assert row["chunk_ms"] == pytest.approx(row["call_ms"] / 4)
     shares = [row["share_of_floor"] for row in rows if "floor_ms" in row]
     assert len(shares) == 4 and all(0 < share < 1 for share in shares)
+
+
+def test_rows_of_launches_that_overlap(monkeypatch):
+    """Where a GPU can, of one prompt; a text that differs is an error, and no time."""
+    monkeypatch.setattr(decoding, "can_overlap", lambda device: True)
+    model = decoding.make_calm(decoding.QUICK, "cpu", torch.float32)
+    measurements = list(decoding._measurements(decoding.QUICK, "cpu", model, None))
+    names = ["ours"] * 4 + [decoding.OVERLAPPING] * 2 + ["token by token"]
+    assert [name for name, _ in measurements][:7] == names
+    seen, one = [], measurements[4][1]
+
+    def write(*_, seed, **__):
+        seen.append((seed, wants_overlap()))
+        return torch.tensor([len(seen) > 2])
+
+    monkeypatch.setattr(decoding, "generate", write)
+    monkeypatch.setattr(decoding, "row_of", lambda *args, **_: {"name": args[1], "batch": args[3]})
+    assert one() == {"name": decoding.OVERLAPPING, "batch": 1}
+    assert seen == [(decoding.SEED, False), (decoding.SEED, True)]
+    del seen[0]
+    with pytest.raises(AssertionError, match="texts differ where launches overlap"):
+        one()
 
 
 def test_the_rival_has_the_layers_of_the_published_code():

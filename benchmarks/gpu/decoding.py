@@ -1,7 +1,8 @@
 """``python -m benchmarks.gpu.decoding``: prompts continued on this GPU, one and a batch of them.
 
-Ours stands beside the published algorithm on our reference backend, beside the baseline that writes
-single tokens, and beside the time that reading the weights takes. Weights are random, at published
+Ours stands beside itself with launches that overlap, where a GPU can, beside the published
+algorithm on our reference backend, beside the baseline that writes single tokens, and beside the
+time that reading the weights takes. Weights are random, at published
 sizes. Parity is asserted in float32 before anything is timed in bfloat16. Times are of whole calls
 of `generate` with a graph captured beforehand; a row's ``warmup_seconds`` is the capture. Results
 go to benchmarks/results/<device>-decoding.json.
@@ -32,10 +33,14 @@ from calm.decoding.engine.cuda_graph import captured_step
 from calm.decoding.engine.decode_step import DecodeState, decode_step, prefill
 from calm.decoding.engine.predictors import Predictor
 from calm.decoding.generation import generate, make_predictor, warmup
+from calm_kernels.backend import use_overlap
+from calm_kernels.overlap import overlaps_launches
+from calm_kernels.tuning import architecture
 
 __all__ = ["QUICK", "REFERENCE", "Shape", "chunk_floor_ms", "main", "rows"]
 
 REPEATS, PUBLISHED_REPEATS = 5, 2
+OVERLAPPING = "ours, overlapping"
 PARITY_TOKENS = 16
 SEED = 3
 
@@ -158,6 +163,27 @@ def row_of(
     return _row(name, shape, batch_size, timed(run, REPEATS, device), seconds, options)
 
 
+def overlapping_row(
+    model: PreTrainedModel, shape: Shape, batch_size: int, device: str, **options: Any
+) -> dict[str, Any]:
+    """Ours with launches that overlap, once it has written the same texts."""
+    ids = prompts(shape, batch_size, device)
+
+    def write_texts() -> torch.Tensor:
+        return generate(model, ids, max_new_tokens=shape.new_tokens, seed=SEED, **options)
+
+    expected = write_texts()
+    with use_overlap(True):
+        assert torch.equal(write_texts(), expected), "texts differ where launches overlap"
+        return row_of(model, OVERLAPPING, shape, batch_size, device, **options)
+
+
+def can_overlap(device: str) -> bool:
+    """Whether launches overlap on this device where that is asked for."""
+    with use_overlap(True):
+        return overlaps_launches(architecture(torch.device(device)))
+
+
 def published_row(
     model: EnergyTransformer, shape: Shape, batch_size: int, device: str, **options: Any
 ) -> dict[str, Any]:
@@ -247,6 +273,8 @@ def _measurements(
     ]
     for size, count, options in cases:
         yield "ours", partial(ours, size, count, **options)
+    for _, _, options in cases[:2] if can_overlap(device) else ():  # of one prompt: most launches
+        yield OVERLAPPING, partial(overlapping_row, model, shape, 1, device, **options)
     baseline = make_baseline(shape, device, model.dtype)
     for size in (1, shape.batch_size):
         yield (

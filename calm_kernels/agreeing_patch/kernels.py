@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from calm_kernels.noise_kernels import load_key, philox
+from calm_kernels.overlap import overlapped, wait_for_previous
 from calm_kernels.tuning import Constants, architecture, launch_options, setting
 
 __all__ = [
@@ -38,12 +39,13 @@ _UNIFORM_STEP = tl.constexpr(2.0**-24)
 def count_kernel(
     candidates_ptr, counts_ptr, num_candidates, stride_b, stride_n, stride_k,
     PATCH_SIZE: tl.constexpr, UNROLL: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_OTHER: tl.constexpr,
+    BLOCK_OTHER: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """How often each candidate's chunk occurs, ``[B, N]``; negative where it occurred before.
 
     UNROLL divides PATCH_SIZE.
     """
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     own = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     last = num_candidates - 1
@@ -100,9 +102,10 @@ def choose_kernel(
     candidates_ptr, counts_ptr, power_ptr, seed_ptr, first_row, tokens_ptr, level_ptr,
     num_candidates, stride_b, stride_n, stride_k, stride_power, stride_seed,
     IS_FACTORY: tl.constexpr, PATCH_SIZE: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The first candidate at which the cumulative weight exceeds the row's share of the total."""
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK)
     # Only first occurrences stand for their chunk: the others are negative.
@@ -134,7 +137,7 @@ def count_constants(patch_size: int, arch: str) -> Constants:
         "BLOCK_N": launch.block_n,
         "BLOCK_OTHER": launch.block_rows,
     }
-    return chosen, launch_options(launch)
+    return overlapped(chosen, launch_options(launch), arch)
 
 
 def choose_constants(
@@ -148,7 +151,7 @@ def choose_constants(
         "BLOCK_K": _power_of_two(patch_size),
         "BLOCK": _power_of_two(num_candidates),
     }
-    return chosen, launch_options(launch)
+    return overlapped(chosen, launch_options(launch), arch)
 
 
 def _power_of_two(number: int) -> int:

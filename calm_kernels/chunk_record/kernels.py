@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from calm_kernels.overlap import overlapped, wait_for_previous
 from calm_kernels.tuning import Constants, architecture, launch_options, setting
 
 __all__ = [
@@ -57,9 +58,10 @@ def _are_finite(
 def record_kernel(
     tokens_ptr, values_ptr, num_agreeing, draws, is_fallback, saved, out_ptr, count, width,
     stride_n, stride_r, stride_l, IS_ANSWER: tl.constexpr, SIZE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = [tokens, num_agreeing, draws, is_fallback, all |values| < ∞, saved]."""
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0)
     slot = tl.arange(0, BLOCK_K)
     tokens = tl.load(tokens_ptr + row * SIZE + slot, mask=slot < SIZE, other=0)
@@ -80,9 +82,10 @@ def record_kernel(
 def advance_kernel(
     record_ptr, tokens_ptr, seed_ptr, lengths_ptr, stride_record, stride_number, stride_tokens,
     stride_token, stride_seed, stride_offset, stride_length, HAS_LENGTHS: tl.constexpr,
-    SIZE: tl.constexpr, BLOCK_K: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """tokens = record[:, :SIZE], seed[:, 1] += 1, lengths += 1."""
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, BLOCK_K)
     numbers = tl.load(
@@ -100,7 +103,8 @@ def advance_constants(patch_size: int, arch: str, *, has_lengths: bool) -> Const
     """Compile-time constants and compiler options of `advance_kernel`."""
     block = 1 << (patch_size - 1).bit_length()
     constants = {"HAS_LENGTHS": has_lengths, "SIZE": patch_size, "BLOCK_K": block}
-    return constants, launch_options(setting("chunk_record", arch, 1), num_warps=1)
+    options = launch_options(setting("chunk_record", arch, 1), num_warps=1)
+    return overlapped(constants, options, arch)
 
 
 def move_on(record: Tensor, tokens: Tensor, seed: Tensor, lengths: Tensor | None) -> None:
@@ -124,7 +128,7 @@ def record_constants(patch_size: int, arch: str, *, is_answer: bool) -> Constant
         "BLOCK_K": 1 << (patch_size - 1).bit_length(),
         "BLOCK": chosen.block_rows,
     }
-    return constants, launch_options(chosen)
+    return overlapped(constants, launch_options(chosen), arch)
 
 
 def write_record(

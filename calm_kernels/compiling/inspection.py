@@ -28,6 +28,7 @@ __all__ = [
     "inspect_kernel",
     "parse_amdgcn",
     "parse_sass",
+    "waits_first",
 ]
 
 _SASS_LABEL = re.compile(r"^\.(L_x_\d+):")
@@ -35,6 +36,9 @@ _SASS_LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-
 _SASS_BRANCH = re.compile(r"`\(\.(L_x_\d+)\)")
 # A loop with one of these waits for hardware; it counts once.
 _WAITS = {"NANOSLEEP"}
+# The wait for the kernel before; what accesses memory, but for launch arguments and shared memory.
+_GRID_WAIT = "ACQBULK"
+_ACCESS = re.compile(r"(LD(?!CU?\b|S)|ST(?!S)|ATOM(?!S)|RED|UTMA|UBLK|TEX|SU(LD|ST))")
 _PREDICATE = re.compile(r"@|\bU?!?U?P\d")
 _AMD_LABEL = re.compile(r"^(\.LBB\d+_\d+):")
 _AMD_LINE = re.compile(r"^\t([a-z]\w*)(.*)")
@@ -61,6 +65,7 @@ class Cost:
     num_warps: int
     num_loops: int
     mnemonics: frozenset[str]
+    waits_first: bool
 
 
 def _parse(
@@ -187,6 +192,26 @@ def count_instructions(
     )
 
 
+def waits_first(listing: str) -> bool:
+    """Whether a disassembled NVIDIA kernel waits for the kernel before it, and only then accesses
+    memory that others see.
+
+    What jumps ahead of the wait lands ahead of it, so that all threads come by. No load may go
+    through the cache of constants, which is for memory that does not change while the kernel runs:
+    here it already runs while the kernel before it writes.
+    """
+    ahead, wait, _ = listing.partition(_GRID_WAIT)
+    lines = ahead.splitlines()
+    names = [found[1] for line in lines if (found := _SASS_LINE.match(line))]
+    places = {found[1] for line in lines if (found := _SASS_LABEL.match(line))}
+    return (
+        bool(wait)
+        and not any(_ACCESS.match(name) or name.startswith(("EXIT", "RET")) for name in names)
+        and places.issuperset(_SASS_BRANCH.findall(ahead))
+        and not re.search(r"\bLDG\S*CONSTANT", listing)
+    )
+
+
 @lru_cache(maxsize=1)
 def _tools() -> Path:
     """Folder of the disassembler that Triton ships."""
@@ -202,7 +227,7 @@ def _run(tool: str, *arguments: str) -> str:
     return done.stdout
 
 
-def _inspect_nvidia(compiled: Any) -> tuple[int, int, list[str], list[Loop]]:
+def _inspect_nvidia(compiled: Any) -> tuple[int, int, bool, list[str], list[Loop]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
@@ -210,21 +235,21 @@ def _inspect_nvidia(compiled: Any) -> tuple[int, int, list[str], list[Loop]]:
         listing = _run("nvdisasm", "-c", str(path))
     registers = int(re.findall(r"REG:(\d+)", usage)[-1])
     stack = int(re.findall(r"STACK:(\d+)", usage)[-1])
-    return registers, stack, *parse_sass(listing)
+    return registers, stack, waits_first(listing), *parse_sass(listing)
 
 
-def _inspect_amd(compiled: Any) -> tuple[int, int, list[str], list[Loop]]:
+def _inspect_amd(compiled: Any) -> tuple[int, int, bool, list[str], list[Loop]]:
     listing = compiled.asm["amdgcn"]
     registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", listing)[-1])
     spills = int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", listing)[-1])
-    return registers, 4 * spills, *parse_amdgcn(listing)
+    return registers, 4 * spills, False, *parse_amdgcn(listing)
 
 
 def inspect_kernel(compiled: Any, trips: Sequence[int] | None) -> Cost:
     """The cost of a compiled kernel whose loops run `trips` times, in the order of the code."""
     is_nvidia = "cubin" in compiled.asm
     inspected = _inspect_nvidia(compiled) if is_nvidia else _inspect_amd(compiled)
-    registers, spilled, names, loops = inspected
+    registers, spilled, is_waiting, names, loops = inspected
     return Cost(
         registers=registers,
         spilled_bytes=spilled,
@@ -233,4 +258,5 @@ def inspect_kernel(compiled: Any, trips: Sequence[int] | None) -> Cost:
         num_warps=compiled.metadata.num_warps,
         num_loops=len(loops),
         mnemonics=frozenset(names),
+        waits_first=is_waiting,
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from calm_kernels.backend import is_interpreted
 from calm_kernels.device import exp2
 from calm_kernels.matmul_kernels import DOT_DTYPES
+from calm_kernels.overlap import overlapped, wait_for_previous
 from calm_kernels.tuning import (
     Constants,
     Launch,
@@ -142,11 +143,13 @@ def attention_kernel(
     out_ptr, capacity, scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(R q · [keys, R k]) · [values, v]; R k and v go to column `length`.
 
     `scale` is log2 e / √D: exponentials are powers of two.
     """
+    wait_for_previous(OVERLAP)
     SIZE: tl.constexpr = 2 * HALF
     DTYPE: tl.constexpr = rows_ptr.dtype.element_ty
     pair, split = tl.program_id(0), tl.program_id(1)
@@ -229,7 +232,7 @@ def attention_constants(
         "PRECISION": "tf32x3" if has_fast_math and dtype == torch.float32 else "ieee",
         "FAST": has_fast_math,
     }
-    return constants, launch_options(chosen)
+    return overlapped(constants, launch_options(chosen), arch)
 
 
 def _chosen(size: int, dtype: torch.dtype, arch: str) -> Launch:

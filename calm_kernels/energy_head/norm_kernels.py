@@ -11,9 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from calm_kernels.energy_head.parameters import NORM_EPS, Pair
+from calm_kernels.overlap import overlapped, wait_for_previous
 from calm_kernels.tuning import Constants, architecture, launch_options, setting
 
 __all__ = [
+    "embedding_norm_constants",
     "embedding_norms",
     "embedding_norms_kernel",
     "layer_norm",
@@ -136,11 +138,12 @@ def embedding_norms_kernel(
     embedded_ptr, norm_weight_ptr, norm_shift_ptr, condition_ptr, stream_ptr, noise_weight_ptr,
     noise_shift_ptr, next_weight_ptr, next_shift_ptr, normed_ptr, num_positions, num_rows,
     WIDTH: tl.constexpr, SEGMENT: tl.constexpr, NUM_SEGMENTS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, NORM_EPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, NORM_EPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """condition = LN(embedded) in the first programs; in the others stream = LN'(stream) in place
     and normed = LN''(stream).
     """
+    wait_for_previous(OVERLAP)
     block = tl.program_id(0)
     num_blocks = tl.cdiv(num_positions, BLOCK_ROWS)
     if block < num_blocks:
@@ -278,6 +281,11 @@ def norm_constants(width: int, arch: str, *, is_backward: bool) -> Constants:
     return constants, launch_options(launch)
 
 
+def embedding_norm_constants(width: int, arch: str) -> Constants:
+    """Of `embedding_norms_kernel`."""
+    return overlapped(*norm_constants(width, arch, is_backward=False), arch)
+
+
 def _constants(tensor: Tensor, *, is_backward: bool) -> Constants:
     return norm_constants(tensor.shape[-1], architecture(tensor.device), is_backward=is_backward)
 
@@ -306,7 +314,7 @@ def embedding_norms(
     """LN(embedded) and LN''(LN'(stream)); LN'(stream) takes the place of the stream."""
     condition = torch.empty_like(embedded, dtype=dtype)
     normed = torch.empty_like(stream, dtype=dtype)
-    constants, options = _constants(stream, is_backward=False)
+    constants, options = embedding_norm_constants(stream.shape[-1], architecture(stream.device))
     blocks = sum(-(-len(rows) // constants["BLOCK_ROWS"]) for rows in (embedded, stream))
     embedding_norms_kernel[(blocks,)](
         embedded, *norm_hidden, condition, stream, *norm_noise, *next_norm, normed, len(embedded),

@@ -25,6 +25,7 @@ from calm_kernels.energy_head.embedding_kernels import (
 )
 from calm_kernels.energy_head.parameters import NORM_EPS, Pair
 from calm_kernels.matmul_kernels import DOT_DTYPES, LAYER_NORM, NO_NORM, matmul_rows
+from calm_kernels.overlap import overlapped, wait_for_previous
 from calm_kernels.tuning import Constants, architecture, launch_options, setting, use_fast_math
 
 __all__ = [
@@ -110,11 +111,12 @@ def embed_layer_kernel(
     stride_r, stride_z, stride_seed, noise_scale, IS_GIVEN: tl.constexpr,
     NOISE_SIZE: tl.constexpr, WIDTH: tl.constexpr, IS_EVEN: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, DOT_DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """embedded = weight · hidden + bias in the first programs of an axis, and in the others
     stream = weight' · noise + bias', noise as in `embedding_kernels`; both in float32.
     """
+    wait_for_previous(OVERLAP)
     num_blocks = tl.cdiv(num_positions, BLOCK_R)
     block = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -151,11 +153,12 @@ def silu_layer_kernel(
     out_ptr, num_rows, num_draws, stride_output, HAS_NORM: tl.constexpr, IS_JOINED: tl.constexpr,
     WIDTH: tl.constexpr, IS_EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr, TILE: tl.constexpr, BLOCK_T: tl.constexpr, NORM_EPS: tl.constexpr,
-    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = SiLU(weight · x + bias), x = rows or LN(rows), or with [x; condition[row // num_draws]]
     in place of x, of which the weight has a half each.
     """
+    wait_for_previous(OVERLAP)
     row, column, mask = _rows_and_features(num_rows, WIDTH, BLOCK_R, BLOCK_C)
     shift = tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
     mean, scale = 0.0, 1.0
@@ -180,12 +183,13 @@ def silu_layer_kernel(
 def swiglu_layer_kernel(
     rows_ptr, weight_ptr, bias_ptr, out_ptr, num_rows, stride_output, WIDTH: tl.constexpr,
     IS_EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = SiLU(gate) · up with [gate; up] = weight · rows + bias, ``[2 WIDTH, WIDTH]``.
 
     The columns of one matmul are gate and up in turn, so that a thread has both.
     """
+    wait_for_previous(OVERLAP)
     row, column, mask = _rows_and_features(num_rows, WIDTH, BLOCK_R, BLOCK_C)
     index = tl.arange(0, 2 * BLOCK_C)
     output = tl.minimum(tl.program_id(1) * BLOCK_C + index // 2, WIDTH - 1) + (index % 2) * WIDTH
@@ -203,11 +207,12 @@ def swiglu_layer_kernel(
 def residual_layer_kernel(
     rows_ptr, weight_ptr, bias_ptr, stream_ptr, parts_ptr, num_rows, stride_output,
     WIDTH: tl.constexpr, IS_EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """stream += weight · rows + bias in float32, and of each tile's row its mean and the sum of
     squared deviations from it: parts ``[2, tiles, rows]``.
     """
+    wait_for_previous(OVERLAP)
     TILES: tl.constexpr = (WIDTH + BLOCK_C - 1) // BLOCK_C
     row, column, mask = _rows_and_features(num_rows, WIDTH, BLOCK_R, BLOCK_C)
     stream_ptrs = stream_ptr + row[:, None] * WIDTH + column[None, :]
@@ -253,7 +258,7 @@ def layer_constants(
         tile = setting(name, arch, num_rows).block_outputs  # of the residual layer
         block = min(_BLOCK_TILES, 1 << (-(-width // tile) - 1).bit_length())
         constants |= {"TILE": tile, "BLOCK_T": block, "NORM_EPS": NORM_EPS}
-    return constants | flags, launch_options(chosen)
+    return overlapped(constants | flags, launch_options(chosen), arch)
 
 
 def _constants(

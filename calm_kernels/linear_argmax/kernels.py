@@ -17,6 +17,7 @@ from torch import Tensor
 
 from calm_kernels.backend import is_interpreted
 from calm_kernels.device import exp2, log2
+from calm_kernels.overlap import overlapped, wait_for_previous
 from calm_kernels.tuning import (
     Constants,
     Launch,
@@ -83,9 +84,10 @@ def partial_kernel(
     hidden_ptr, weight_ptr, high_ptr, token_ptr, total_ptr, num_rows, vocab_size, tokens_per_split,
     width, stride_r, stride_rh, stride_v, stride_vh, IS_EVEN: tl.constexpr,
     WITH_TOTAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
-    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Of each row and split: largest logit, its token, Σ exp(logit - largest); ``[splits, R]``."""
+    wait_for_previous(OVERLAP)
     split = tl.program_id(1)
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_R
     row = tl.arange(0, BLOCK_R)
@@ -145,8 +147,10 @@ def partial_kernel(
 def reduce_kernel(
     high_ptr, token_ptr, total_ptr, index_ptr, largest_ptr, logsumexp_ptr, num_rows, num_splits,
     WITH_TOTAL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, FAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The splits of each row to its index, largest logit and log-sum-exp, ``[R]``."""
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.arange(0, BLOCK_S)
     safe = tl.minimum(row, num_rows - 1)
@@ -189,10 +193,10 @@ def constants(
         "PRECISION": "tf32x3" if has_fast_math else "ieee",
         "FAST": has_fast_math,
     }
-    return chosen, launch_options(launch)
+    return overlapped(chosen, launch_options(launch), arch)
 
 
-def reduce_constants(slots: int, *, with_total: bool, has_fast_math: bool) -> Constants:
+def reduce_constants(slots: int, arch: str, *, with_total: bool, has_fast_math: bool) -> Constants:
     """Compile-time constants and compiler options of the second stage, for at most `slots` splits.
 
     The number of splits changes with that of rows; nothing is compiled again for it.
@@ -204,7 +208,7 @@ def reduce_constants(slots: int, *, with_total: bool, has_fast_math: bool) -> Co
         "BLOCK_R": max(1, min(16, _REDUCE_ENTRIES // block)),
         "FAST": has_fast_math,
     }
-    return chosen, {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    return overlapped(chosen, launch_options(Launch(num_warps=4)), arch)
 
 
 def num_splits(
@@ -261,7 +265,7 @@ def find_maxima(
             *weight.stride(), **chosen, **options,
         )  # fmt: skip
         chosen, options = reduce_constants(
-            slots, with_total=with_logsumexp, has_fast_math=has_fast_math
+            slots, arch, with_total=with_logsumexp, has_fast_math=has_fast_math
         )
         reduce_kernel[(-(-num_rows // chosen["BLOCK_R"]),)](
             high, token, total, index, largest, logsumexp, num_rows, splits, **chosen, **options

@@ -16,6 +16,7 @@ from torch import Tensor
 from calm_kernels.backend import is_interpreted
 from calm_kernels.device import silu
 from calm_kernels.matmul_kernels import DOT_DTYPES, NO_NORM, RMS_NORM, matmul_rows
+from calm_kernels.overlap import overlapped, wait_for_previous
 from calm_kernels.tuning import Constants, architecture, launch_options, setting, use_fast_math
 
 __all__ = [
@@ -54,9 +55,10 @@ def norm_linear_kernel(
     rows_ptr, norm_weight_ptr, first_ptr, second_ptr, third_ptr, out_ptr, num_rows, norm_eps,
     FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr, WIDTH: tl.constexpr,
     IS_EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = RMSNorm(rows) · [first, second, third], which have FIRST, SECOND and THIRD outputs."""
+    wait_for_previous(OVERLAP)
     row, is_own = _block_rows(num_rows, BLOCK_R)
     block = tl.program_id(1)
     weight_ptr, outputs, before = first_ptr, FIRST, 0
@@ -85,12 +87,13 @@ def norm_swiglu_kernel(
     rows_ptr, norm_weight_ptr, gate_ptr, up_ptr, out_ptr, num_rows, norm_eps,
     OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, IS_EVEN: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
+    FAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = SiLU(RMSNorm(rows) · gate) ⊙ (RMSNorm(rows) · up).
 
     The columns of one matmul are gate and up in turn, so that a thread has both.
     """
+    wait_for_previous(OVERLAP)
     row, is_own = _block_rows(num_rows, BLOCK_R)
     index = tl.arange(0, 2 * BLOCK_C)
     output = tl.minimum(tl.program_id(1) * BLOCK_C + index // 2, OUTPUTS - 1)
@@ -115,9 +118,10 @@ def norm_swiglu_kernel(
 def linear_residual_kernel(
     rows_ptr, weight_ptr, residual_ptr, out_ptr, num_rows, OUTPUTS: tl.constexpr,
     WIDTH: tl.constexpr, IS_EVEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = residual + rows · weight; the residual is loaded first, which hides the wait."""
+    wait_for_previous(OVERLAP)
     row, is_own = _block_rows(num_rows, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs = row[:, None] * OUTPUTS + column[None, :]
@@ -155,7 +159,7 @@ def layer_constants(
     }
     if form == "norm_swiglu":
         constants["FAST"] = has_fast_math
-    return constants | outputs, launch_options(chosen)
+    return overlapped(constants | outputs, launch_options(chosen), arch)
 
 
 def _constants(form: Form, rows: Tensor, **outputs: int) -> tuple[tuple[int, int], Constants]:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from calm_kernels.noise_kernels import load_key, philox
+from calm_kernels.overlap import overlapped, wait_for_previous
 from calm_kernels.tuning import Constants, architecture, launch_options, setting
 
 __all__ = ["draw_constants", "draw_kernel", "split_constants", "split_kernel", "write_tokens"]
@@ -44,11 +45,13 @@ def _uniform(
 
 @triton.jit
 def split_kernel(
-    logits_ptr, high_ptr, total_ptr, vocab_size, stride_r, temperature, BLOCK_V: tl.constexpr
-):
+    logits_ptr, high_ptr, total_ptr, vocab_size, stride_r, temperature, BLOCK_V: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
     """Of each split ``[R, splits]``: high = max x, NaN if an x is not finite, and in float64
     total = Σ exp(x - high).
     """
+    wait_for_previous(OVERLAP)
     row, split = tl.program_id(0), tl.program_id(1)
     token = split * BLOCK_V + tl.arange(0, BLOCK_V)
     x = _scaled(logits_ptr, row, token, vocab_size, stride_r, temperature)
@@ -74,8 +77,10 @@ def draw_kernel(
     logits_ptr, uniforms_ptr, seed_ptr, first_row, high_ptr, total_ptr, token_ptr, finite_ptr,
     vocab_size, num_splits, num_draws, stride_r, stride_seed, stream, temperature,
     IS_GREEDY: tl.constexpr, IS_GIVEN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """token = first v with Σ_{w ≤ v} exp(x_w) > u Σ_w exp(x_w), or the first of the largest x."""
+    wait_for_previous(OVERLAP)
     row, draw = tl.program_id(0) // num_draws, tl.program_id(0) % num_draws
     split, index = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
     offs, is_split = row.to(tl.int64) * num_splits + split, split < num_splits
@@ -109,7 +114,7 @@ def draw_kernel(
 def split_constants(arch: str) -> Constants:
     """Compile-time constants and compiler options of the first kernel."""
     chosen = setting("softmax_draws", arch, 1)
-    return {"BLOCK_V": chosen.block_vocab}, launch_options(chosen)
+    return overlapped({"BLOCK_V": chosen.block_vocab}, launch_options(chosen), arch)
 
 
 def draw_constants(vocab_size: int, arch: str, *, is_greedy: bool, is_given: bool) -> Constants:

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from calm_kernels.noise_kernels import load_key, normal_slices, philox
+from calm_kernels.overlap import overlapped, wait_for_previous
 from calm_kernels.tuning import Constants, architecture, launch_options, setting, use_fast_math
 
 __all__ = ["draw_constants", "normal_kernel", "uniform_kernel", "write_draws"]
@@ -44,9 +45,10 @@ def _store(out_ptr, value, offs, word, is_call, k: tl.constexpr, words, width):
 @triton.jit(do_not_specialize=_SIZES)
 def uniform_kernel(
     seed_ptr, row, out_ptr, num_calls, num_draws, words, width, stream, first, stride_seed,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = (word >> 8) / 2^24, the four words of each call."""
+    wait_for_previous(OVERLAP)
     c0, c1, c2, c3, k0, k1, offs, word, is_call = _locate(
         seed_ptr, row, num_calls, num_draws, words, width, stream, first, stride_seed, BLOCK
     )
@@ -59,9 +61,10 @@ def uniform_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def normal_kernel(
     seed_ptr, row, out_ptr, num_calls, num_draws, words, width, stream, first, stride_seed,
-    BLOCK: tl.constexpr, FAST: tl.constexpr,
+    BLOCK: tl.constexpr, FAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = radius · cos(angle) and radius · sin(angle), the eight normals of each call."""
+    wait_for_previous(OVERLAP)
     c0, c1, c2, c3, k0, k1, offs, word, is_call = _locate(
         seed_ptr, row, num_calls, num_draws, words, width, stream, first, stride_seed, BLOCK
     )
@@ -74,7 +77,7 @@ def draw_constants(arch: str, *, is_normal: bool, has_fast_math: bool) -> Consta
     """Compile-time constants and compiler options of either kernel."""
     chosen = setting("uniform_draws", arch, 1)
     constants = {"BLOCK": chosen.block_rows} | ({"FAST": has_fast_math} if is_normal else {})
-    return constants, launch_options(chosen)
+    return overlapped(constants, launch_options(chosen), arch)
 
 
 def write_draws(

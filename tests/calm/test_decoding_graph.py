@@ -11,6 +11,7 @@ from calm.decoding import generate, loop, warmup
 from calm.decoding.engine import cuda_graph
 from calm.decoding.engine.decode_step import DecodeState, decode_step, prefill
 from calm.decoding.sampling.methods import build_method
+from calm_kernels.backend import use_overlap
 
 OPTIONS = {"max_new_tokens": 40, "temperature": 1.0, "seed": [1, 2]}
 
@@ -59,6 +60,14 @@ def test_the_step_of_a_text_does_not_depend_on_earlier_texts(capacities):
     for new_tokens in (1200, 40, 300, 1200, 40):  # 302, 12, 77 chunks, and again
         generate(model, prompt(2, 8), **{**OPTIONS, "max_new_tokens": new_tokens})
     assert capacities == [512, 64, 128]
+
+
+def test_a_graph_keeps_how_its_kernels_follow_each_other(capacities):
+    model, options = tiny_calm(), {**OPTIONS, "max_new_tokens": 4}
+    for is_on in (False, True, False, True):
+        with use_overlap(is_on):
+            generate(model, prompt(2, 8), **options)
+    assert capacities == [64, 64]
 
 
 @pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])

@@ -10,6 +10,9 @@ from calm.decoding.engine.cuda_graph import captured_step
 from calm.decoding.engine.decode_step import decode_step
 from calm.decoding.sampling.methods import build_method
 from calm.models import MODEL_CLASSES
+from calm_kernels.backend import use_overlap
+from calm_kernels.overlap import overlaps_launches
+from calm_kernels.tuning import architecture
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic")
 
@@ -66,6 +69,25 @@ def test_a_captured_step_gives_the_same_text(monkeypatch, head, sampling, dtype)
     single = generate(model, PROMPTS, return_details=True, **options)
     for name in ("sequences", "new_tokens", "levels", "draws", "fallbacks"):
         assert torch.equal(getattr(captured, name), getattr(single, name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("head", ["energy", "flow", "baseline"])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=lambda s: "-".join(map(str, s.values())))
+def test_launches_that_overlap_give_the_same_text(head, sampling, dtype):
+    """Equal to the bit over many steps: a kernel that read too early would give another text."""
+    model = make_model(head, dtype)
+    with use_overlap(True):
+        if not overlaps_launches(architecture(torch.device("cuda"))):
+            pytest.skip("launches do not overlap on this GPU")
+    length = 100 if head == "baseline" else 400  # 100 steps
+    options = {"max_new_tokens": length, "num_samples": 32, **sampling}
+    texts = {}
+    for is_on in (False, True):
+        with use_overlap(is_on):
+            texts[is_on] = [generate(model, PROMPTS, seed=[n, 2, 3], **options) for n in range(5)]
+    assert len({tuple(text[0].tolist()) for text in texts[False]}) > 1
+    assert all(torch.equal(plain, other) for plain, other in zip(*texts.values(), strict=True))
 
 
 def test_every_replay_draws_afresh():

@@ -80,6 +80,13 @@ def test_a_step_of_the_baseline_is_that_of_torch(monkeypatch):
     assert len(actual[..., 0].unique()) > 2
 
 
+def test_every_kernel_of_a_step_can_overlap():
+    """tests/kernels/test_overlap.py compiles those that can, and proves that they wait first."""
+    kernels = {name: found for module in KERNELS for name, found in vars(module).items()}
+    step = {*CALM, *VOTE, *RECORD, "split_kernel", "draw_kernel"}
+    assert [name for name in step if "OVERLAP" not in kernels[name].arg_names] == []
+
+
 @pytest.mark.parametrize(("kv_heads", "splits"), [(1, {4, 2, 1}), (3, {1}), (5, {1})])
 def test_warmup_splits_the_cache_as_any_batch_does(kv_heads, splits, monkeypatch):
     """On four processors: 1, 2 and 4 sequences of one key head; more heads than processors."""

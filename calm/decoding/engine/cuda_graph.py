@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from calm.decoding.engine.decode_step import DecodeState, decode_step
 from calm.decoding.engine.predictors import Predictor
-from calm_kernels.backend import Backend, resolve
+from calm_kernels.backend import Backend, resolve, wants_overlap
 
 __all__ = ["CapturedStep", "captured_step"]
 
@@ -97,9 +97,9 @@ def captured_step(
     exception: it serves all texts that need no more.
     """
     kept = _kept_steps(predictor.model)
-    # A graph keeps the backend that was chosen while it was captured.
+    # A graph keeps the backend that was chosen while it was captured, and how its kernels follow.
     backend = resolve(Backend.AUTO, "linear_argmax", predictor.backbone.norm.weight)
-    use = (predictor, batch_size, backend)
+    use = (predictor, batch_size, backend, wants_overlap())
     capacity = max(MIN_CAPACITY, 1 << (capacity - 1).bit_length(), kept.reserved.get(use, 0))
     if is_reserved:
         kept.reserved[use] = capacity

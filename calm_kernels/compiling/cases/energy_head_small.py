@@ -8,7 +8,7 @@ import torch
 from calm_kernels.compiling.configuration import Configuration
 from calm_kernels.compiling.inspection import Fixed
 from calm_kernels.energy_head.embedding_kernels import noise_constants
-from calm_kernels.energy_head.norm_kernels import embedding_norms_kernel, norm_constants
+from calm_kernels.energy_head.norm_kernels import embedding_norm_constants, embedding_norms_kernel
 from calm_kernels.energy_head.small_rows_kernels import (
     Form,
     embed_layer_kernel,
@@ -100,7 +100,7 @@ def _embedding(
         name=f"energy_head.embedding_norms{suffix}",
         kernel=embedding_norms_kernel,
         dtype=dtype,
-        constants=lambda target: norm_constants(width, target.name, is_backward=False),
+        constants=lambda target: embedding_norm_constants(width, target.name),
         trips=lambda found: None,
         bytes_per_row=width * (8 + size + (4 + size) / rows),
         rows=rows,

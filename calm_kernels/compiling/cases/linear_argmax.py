@@ -68,7 +68,10 @@ def _reduce(
         kernel=kernels.reduce_kernel,
         dtype=torch.float32,
         constants=lambda target: kernels.reduce_constants(
-            at_once * PROCESSORS, with_total=with_total, has_fast_math=target.is_nvidia
+            at_once * PROCESSORS,
+            target.name,
+            with_total=with_total,
+            has_fast_math=target.is_nvidia,
         ),
         trips=lambda _: (),
         bytes_per_row=(12 if with_total else 8) * splits + 12,
