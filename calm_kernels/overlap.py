@@ -22,7 +22,7 @@ _HOPPER = 90
 
 
 @triton.jit
-def wait_for_previous(OVERLAP: tl.constexpr):  # noqa: ANN201 - Triton reads annotations
+def wait_for_previous(OVERLAP: tl.constexpr):
     """Wait for the end of the kernel before this one, whose writes are then seen, and let programs
     of the next one come.
 
