@@ -35,8 +35,9 @@ def wait_for_previous(OVERLAP: tl.constexpr):
 
 def overlaps_launches(arch: str) -> bool:
     """Whether launches on this architecture overlap: where it can and the user asked for it."""
-    can_overlap = arch.startswith("sm_") and int(arch[3:]) >= _HOPPER and not is_interpreted()
-    return can_overlap and wants_overlap()
+    if not (arch.startswith("sm_") and wants_overlap()):
+        return False
+    return int(arch[3:]) >= _HOPPER and not is_interpreted()
 
 
 def overlapped(constants: dict[str, Any], options: dict[str, Any], arch: str) -> Constants:
