@@ -16,7 +16,7 @@ __all__ = ["EXAMPLES", "add_arguments", "run"]
 EXAMPLES = """\
   calm experiment loss --scale tiny
   calm experiment loss --scale desk --test-file wikitext-test.jsonl
-  calm experiment loss --scale paper --train-file 'pile/*.jsonl' --tokenizer llama3 --list
+  calm experiment loss --scale paper --train-file runs/pile --tokenizer runs/pile --list
   calm experiment temperature --model runs/demo/calm
   calm experiment gap --model runs/demo/calm --baseline runs/demo/baseline
 

@@ -283,7 +283,7 @@ _SMALL = Scale(
 
 _PAPER = Scale(
     name="paper",
-    about="the published sizes and budgets, for a cluster; name the text and its tokenizer",
+    about="the published sizes and budgets, for a cluster; name a prepared text and its tokenizer",
     recipes=_recipes("autoencoder", "calm-m", "baseline-s"),
     common=_QUIET,
     changes={

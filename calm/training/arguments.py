@@ -1,6 +1,6 @@
 """Flags of the training programs: the published ones, those of transformers and our own.
 
-    calm train --config calm-m --ae_name_or_path runs/ae --train_file 'pile/*.jsonl'
+    calm train --config calm-m --ae_name_or_path runs/ae --train_file runs/pile
 
 ``--config`` names a recipe or a YAML file whose entries are flags; flags given on the command line
 override it.
@@ -18,6 +18,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from calm.data.manifest import is_prepared
 from calm.data.options import CorpusOptions
 from calm.errors import UserError
 from calm.ranges import FRACTION, NOT_NEGATIVE, PERCENTAGE, POSITIVE, SEED, at_least
@@ -148,13 +149,16 @@ class DataTrainingArguments:
     dataset_config_name: str | None = flag(None, "Configuration of the hub dataset.")
     train_file: str | None = flag(
         None,
-        "Text to learn from: text, .jsonl, .json (also .gz, .zst) or .parquet files, with commas "
-        "between; globs work.",
+        "Text to learn from: a folder of calm prepare; or text, .jsonl, .json (also .gz, .zst) or "
+        ".parquet files, with commas between; globs work.",
     )
     validation_file: str | None = flag(None, "Held-out text, named the same way.")
     max_train_samples: int | None = flag(None, "Use only this many training blocks, the first.")
     max_eval_samples: int | None = flag(None, "Use only this many validation blocks, the first.")
-    streaming: bool = flag(False, "Read the text during training instead of preparing a cache.")
+    require_prepared: bool = flag(
+        False, "Refuse text to learn from that is neither a folder of calm prepare nor a stream."
+    )
+    streaming: bool = flag(False, "Read and tokenize the text during training, without a cache.")
     stream_lanes: int = flag(
         1,
         "Parts into which a stream is dealt and which take turns. A multiple of processes x batch "
@@ -307,6 +311,8 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
     parser.parse(translate_old_flags(recipe, quiet=True), f"{chosen.config}: ")
     words = translate_old_flags([*recipe, *argv])
     namespace = parser.parse(words)
+    if not namespace.dataloader_num_workers and "dataloader_prefetch_factor" not in _given(argv):
+        namespace.dataloader_prefetch_factor = None  # the recipe's, of workers that are not there
     if not any(word.startswith(("--do_", "--do-")) for word in words):
         namespace.do_train = True  # evaluation alone has to be asked for
     if namespace.deepspeed and find_spec("deepspeed") is None:
@@ -318,12 +324,16 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
 
 def _recipe_words(name: str, stage: Stage, argv: list[str]) -> list[str]:
     """The recipe's flags, without those that name its text if `argv` names another text."""
-    flags = [word for word in argv if word.startswith("--")]
-    given = {flag[2:].partition("=")[0].replace("-", "_") for flag in flags}
-    hub, files = TEXT_SOURCES
+    given, (hub, files) = _given(argv), TEXT_SOURCES
     dropped = (files if given & hub else set()) | (hub if given & files else set())
     recipe = load_recipe(name, stage)
     return recipe_arguments({flag: recipe[flag] for flag in recipe if flag not in dropped})
+
+
+def _given(argv: list[str]) -> set[str]:
+    """Names of the flags in `argv`."""
+    flags = [word for word in argv if word.startswith("--")]
+    return {flag[2:].partition("=")[0].replace("-", "_") for flag in flags}
 
 
 def _construct(group: Any, namespace: argparse.Namespace) -> Any:
@@ -380,5 +390,6 @@ def _check(arguments: JobArguments) -> None:
             f"{', '.join(trackers) or 'none'}); pip install it (tensorboard comes with "
             "'calm-lm[train]'), or take the flag out"
         )
-    if data.streaming and training.max_steps <= 0 and not training.max_train_seconds:
+    is_stream = data.streaming and not is_prepared(data.train_file)
+    if is_stream and training.max_steps <= 0 and not training.max_train_seconds:
         raise UserError("a stream has no length: pass max_steps (or max_train_seconds)")

@@ -1,6 +1,7 @@
 """The prepared text of a training job, and how a model reads blocks of any text."""
 
-from typing import NamedTuple, Self
+import shlex
+from typing import NamedTuple, NoReturn, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -8,7 +9,7 @@ from calm.data.manifest import TRAIN, is_prepared
 from calm.data.order import ShuffledBlocks
 from calm.data.prepared import PreparedBlocks, PreparedText
 from calm.errors import UserError
-from calm.training.arguments import JobArguments
+from calm.training.arguments import DataTrainingArguments, JobArguments
 
 __all__ = ["BlockLayout", "find_held_out", "find_prepared", "prepared_blocks"]
 
@@ -29,19 +30,31 @@ def find_prepared(arguments: JobArguments) -> PreparedText | None:
     """The folder of `calm prepare` that ``train_file`` names, or None.
 
     Raises:
-        UserError: see `PreparedText`; other flags name another text, or hold out another share.
+        UserError: see `PreparedText`; other flags name another text, or hold out another share;
+            ``require_prepared``, and the text to learn from is neither prepared nor a stream.
     """
     data = arguments.data
     if not is_prepared(data.train_file):
+        if data.require_prepared and arguments.training.do_train and not data.streaming:
+            _refuse_unprepared(data)
         return None
-    if data.streaming:
-        raise UserError(f"train_file: {data.train_file} is a prepared text; take streaming out")
     if data.dataset_name:
         raise UserError("dataset_name and train_file/validation_file exclude each other; pass one")
     prepared = PreparedText(str(data.train_file))
     if data.validation_file is None:
         prepared.check_held_out(data.validation_split_percentage)
     return prepared
+
+
+def _refuse_unprepared(data: DataTrainingArguments) -> NoReturn:
+    text = data.train_file or data.dataset_name
+    raise UserError(
+        "require_prepared: "
+        + (f"{text} is no folder of calm prepare" if text else "no text is named")
+        + f": run calm prepare --data {shlex.quote(text or 'TEXT')} --tokenizer NAME --output "
+        "FOLDER and pass --train_file FOLDER; or pass --streaming to tokenize the text during "
+        "training, or --require_prepared=false to tokenize all of it first"
+    )
 
 
 def find_held_out(arguments: JobArguments, prepared: PreparedText | None) -> PreparedText | None:

@@ -1,7 +1,6 @@
 r"""The token-by-token baseline: the same backbone, one token per step, cross-entropy.
 
-    python -m calm.training.train_ar --config baseline-s --tokenizer_name llama3 \
-        --train_file 'pile/*.jsonl'
+    python -m calm.training.train_ar --config baseline-s --train_file runs/pile
 
 `calm train-ar` is the same. ``torchrun -m`` instead of ``python -m`` trains on several devices.
 """

@@ -1,6 +1,6 @@
 r"""Stage one: the autoencoder.
 
-    python -m calm.training.train_autoencoder --config autoencoder --train_file 'pile/*.jsonl' \
+    python -m calm.training.train_autoencoder --config autoencoder --train_file runs/pile \
         --output_dir runs/ae
 
 `calm train-ae` is the same. ``torchrun -m`` instead of ``python -m`` trains on several devices.

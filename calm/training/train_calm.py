@@ -1,7 +1,7 @@
 r"""Stage two: the continuous language model on a trained autoencoder.
 
     python -m calm.training.train_calm --config calm-m --ae_name_or_path runs/ae \
-        --train_file 'pile/*.jsonl'
+        --train_file runs/pile
 
 `calm train` is the same. ``torchrun -m`` instead of ``python -m`` trains on several devices.
 """

@@ -251,11 +251,11 @@ def test_every_grid_is_sound(experiment, scale):
 
 
 def test_commands_for_a_cluster():
-    flags = {"train_file": "pile/*.jsonl", "tokenizer_name": "llama"}
+    flags = {"train_file": "runs/pile", "tokenizer_name": "runs/pile"}
     scale = SCALES["paper"].with_flags(**flags)
     commands = training_commands(all_cells(EXPERIMENTS["input"], scale), Path("runs"))
     assert commands[0].startswith("calm train-ae ") and len(commands) == 4
-    assert all("--train_file=pile/*.jsonl" in command for command in commands)
+    assert all("--train_file=runs/pile" in command for command in commands)
 
 
 # The command

@@ -17,7 +17,7 @@ from calm.integrity import saved_shapes
 from calm.models import backbone
 from calm.models.backbone import compile_layers
 from calm.training.arguments import parse_arguments
-from calm.training.recipe import Stage, load_recipe
+from calm.training.recipe import Stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:::torch")  # of its compiler about itself
 
@@ -114,18 +114,3 @@ def test_a_cpu_without_a_compiler_is_one_line():
     expected = pytest.raises(UserError, match=r"needs a C\+\+ compiler, and none is found: install")
     with inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}), expected:
         parse_arguments(["--output_dir=x", "--use_cpu", "--torch_compile"], Stage.BASELINE)
-
-
-@pytest.mark.parametrize("name", ["calm-m", "calm-m-flow", "baseline-m"])
-def test_published_recipes_compile(name):
-    stage = Stage.BASELINE if "baseline" in name else Stage.CALM
-    assert load_recipe(name, stage)["torch_compile"] == "true"
-    assert "torch_compile" not in load_recipe("autoencoder", Stage.AUTOENCODER)
-
-
-@pytest.mark.parametrize(
-    ("name", "stage"), [("calm-10b", Stage.CALM), ("baseline-10b", Stage.BASELINE)]
-)
-def test_recipes_that_need_sharding_do_not_compile(name, stage):
-    """Their layers are split, which `--torch_compile` refuses."""
-    assert load_recipe(name, stage)["torch_compile"] == "false"

@@ -11,6 +11,8 @@ from calm.data import parts
 from calm.data.manifest import is_prepared
 from calm.data.shards import ShardWriter
 from calm.data.tokenizer import byte_tokenizer
+from calm.training.arguments import parse_arguments
+from calm.training.recipe import Stage
 from calm.training.resume import read_protocol
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -38,13 +40,14 @@ def train(folder, *extra, stage="baseline", text=None):
 
 
 def test_losses_are_those_of_the_text(text, tmp_path):
-    """In the order of the text: baseline and CALM, whose blocks have start chunks."""
+    """In the order of the text. That it is streamed says nothing new of a prepared text."""
     found = {}
     for name, source in {"plain": tmp_path / "text.jsonl", "prepared": text}.items():
         for number in range(2):
             (tmp_path / f"{name}{number}").mkdir()
         order = "--train_sampling_strategy=sequential"
-        assert train(tmp_path / f"{name}0", order, "--do_eval", text=source) == 0
+        streaming = f"--streaming={name == 'prepared'}"
+        assert train(tmp_path / f"{name}0", order, streaming, "--do_eval", text=source) == 0
         folder = tmp_path / f"{name}0" / "baseline"
         scores = json.loads((folder / "eval_results.json").read_text())
         found[name] = (
@@ -68,6 +71,12 @@ def test_a_stopped_run_goes_on_bit_equal(text, tmp_path):
     assert read_protocol(folder)["changes"] == []
 
 
+def test_a_prepared_text_has_a_length(text):
+    """Without max_steps, also where a command of old asks for a stream."""
+    words = [f"--train_file={text}", "--streaming", "--output_dir=out", "--use_cpu"]
+    assert parse_arguments(words, Stage.BASELINE).training.max_steps == -1
+
+
 def test_what_does_not_fit_is_refused_in_one_line(text, tmp_path, capsys):
     def refused(*extra, stage="baseline"):
         assert train(tmp_path, *extra, stage=stage, text=text) == 2
@@ -76,7 +85,6 @@ def test_what_does_not_fit_is_refused_in_one_line(text, tmp_path, capsys):
         return message
 
     assert "was prepared with 20 % held out, got 5" in refused("--validation_split_percentage=5")
-    assert "is a prepared text; take streaming out" in refused("--streaming")
     assert "exclude each other" in refused("--dataset_name=embedded:topics")
     assert "exclude each other" in refused(
         "--train_file=", f"--validation_file={text}", "--dataset_name=embedded:topics"
