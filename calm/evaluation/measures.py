@@ -21,7 +21,6 @@ from calm.evaluation.diagnostics import (
     conditioning_gap,
     draw_agreement,
     energy_floor,
-    spread_ratio,
     vote_margin,
 )
 from calm.evaluation.samplers import DRAWS_AT_A_TIME, LOGITS_AT_A_TIME
@@ -31,7 +30,15 @@ from calm_kernels.energy_score import gaussian_energy_score
 from calm_kernels.noise import Stream, as_seed
 from calm_kernels.uniform_draws import normal_draws
 
-__all__ = ["BASELINE_MEASURES", "CALM_MEASURES", "TextMeasures", "measure_text", "tokens_per_byte"]
+__all__ = [
+    "BASELINE_MEASURES",
+    "CALM_MEASURES",
+    "TextMeasures",
+    "measure_sequences",
+    "measure_text",
+    "ratios_of",
+    "tokens_per_byte",
+]
 
 CALM_MEASURES: tuple[str, ...] = (
     "energy", "fidelity", "diversity", "floor", "conditioning_gap", "draw_agreement",
@@ -75,22 +82,17 @@ class TextMeasures:
     def values(self) -> dict[str, float]:
         """Means over all positions, and what follows from them.
 
-        For a CALM: ``excess`` = energy - floor, ``floor_share`` = floor / energy,
-        ``conditioning_share`` = conditioning_gap / energy, ``spread_ratio`` (see
-        `calm.evaluation.diagnostics`) and ``collapsed``. For the baseline: ``cross_entropy`` in
-        nats a token. For a readout: ``bits`` a chunk.
+        For a CALM: ``excess`` = energy - floor, `ratios_of` and ``collapsed``. For the baseline:
+        ``cross_entropy`` in nats a token. For a readout: ``bits`` a chunk.
         """
         means = corpus_means(*self.scores.sums())
         named = dict(zip(self.scores.names, means.tolist(), strict=True))
         if self.collapsed is None:
             return named
-        index = [self.scores.names.index(name) for name in ("fidelity", "diversity")]
         return {
             **named,
             "excess": named["energy"] - named["floor"],
-            "floor_share": named["floor"] / named["energy"],
-            "conditioning_share": named["conditioning_gap"] / named["energy"],
-            "spread_ratio": spread_ratio(*means[index]).item(),
+            **ratios_of(named),
             "collapsed": self.collapsed,
         }
 
@@ -172,6 +174,49 @@ def measure_text(
         return TextMeasures(scores)
     dimension_kl = dimension_kl.cpu() / len(scores.offsets)
     return TextMeasures(scores, dimension_kl, probe.model.ae_model.collapsed(dimension_kl).item())
+
+
+def measure_sequences(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    labels: Tensor,
+    *,
+    num_samples: int,
+    seed: Tensor,
+    first_sequence: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`CALM_MEASURES` of each sequence, as sums and what divides them.
+
+    Args:
+        model: a CALM with any head, in evaluation mode.
+        input_ids: ``[B, T]``.
+        labels: likewise.
+        num_samples: N >= 2, draws of each chunk.
+        seed: int64 ``[2]``, of the draws.
+        first_sequence: index of the first sequence in its text; addresses the draws.
+
+    Returns: sums over the predicted chunks that count, float64 ``[B, C]``; their number ``[B]``.
+    """
+    probe = _Probe(model, num_samples, 1.0, seed, {"noise_scale": 1.0, "noise_spread": 1.0})
+    terms, is_counted, _, _ = probe.measure(input_ids, labels, first_sequence)
+    return (terms * is_counted[..., None]).sum(1), is_counted.sum(1)
+
+
+def ratios_of(means: Mapping[str, float]) -> dict[str, float]:
+    """What follows from means of `CALM_MEASURES`, see `calm.evaluation.diagnostics`.
+
+    ``floor_share`` = floor / energy, ``conditioning_share`` = conditioning_gap / energy,
+    ``spread_ratio`` = 2 diversity / fidelity. NaN where nothing was measured.
+    """
+    return {
+        "floor_share": _ratio(means["floor"], means["energy"]),
+        "conditioning_share": _ratio(means["conditioning_gap"], means["energy"]),
+        "spread_ratio": _ratio(2 * means["diversity"], means["fidelity"]),
+    }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
 
 
 def tokens_per_byte(tokenizer: Any, tokens: Tensor) -> float:

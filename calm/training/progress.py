@@ -1,7 +1,7 @@
 """What a run prints: a bar with the time that is left, and each log as one line to read.
 
 step 1200 of 10000 · loss 3.214 · grad_norm 0.71 · learning_rate 0.0003 · fidelity 5.12 ·
-diversity 1.906 · 12,300 tokens/s · MFU 41.2 % · 37.10 GiB · epoch 0.4 ·
+diversity 1.906 · spread_ratio 0.7445 · 12,300 tokens/s · MFU 41.2 % · 37.10 GiB · epoch 0.4 ·
 data 0.4 %, forward 31.0 %, backward 59.6 %, optimizer 9.0 % · 1.2 hours left
 """
 
@@ -21,11 +21,12 @@ from transformers import (
 )
 
 from calm.training.clock import UNBOUNDED_STEPS, TrainingClock
+from calm.training.speed import PARTS
 from calm.units import duration
 
 __all__ = ["LogLines", "ProgressBar", "log_line", "print_lines"]
 
-SHARE = "_share"
+SHARES = {f"{part}_share": part for part in PARTS}  # of a step's time
 UNITS = {  # of an entry: what it is multiplied by, and how it reads
     "tokens_per_second": (1, "{:,.0f} tokens/s"),
     "characters_per_second": (1, "{:,.0f} characters/s"),
@@ -48,10 +49,10 @@ def _entries(logs: Mapping[str, Any]) -> Iterator[str]:
         if name in UNITS:
             factor, text = UNITS[name]
             yield text.format(factor * value)
-        elif not name.endswith(SHARE) and name != "total_flos":
+        elif name not in SHARES and name != "total_flos":
             yield f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-    if shares := {name: value for name, value in logs.items() if name.endswith(SHARE)}:
-        yield ", ".join(f"{n.removesuffix(SHARE)} {100 * v:.1f} %" for n, v in shares.items())
+    if shares := {part: logs[name] for name, part in SHARES.items() if name in logs}:
+        yield ", ".join(f"{part} {100 * share:.1f} %" for part, share in shares.items())
 
 
 class _Pace:

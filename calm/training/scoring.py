@@ -18,7 +18,8 @@ from calm.evaluation.brier import brier_sums
 from calm.evaluation.diagnostics import spread_ratio
 from calm.evaluation.samplers import make_sampler
 from calm.labels import Term
-from calm.models import Autoencoder
+from calm.models import Autoencoder, ContinuousTransformer
+from calm.training.health import health_metrics, health_term
 
 __all__ = ["check_best_metric", "logged_parts", "metrics_of", "score_sequences"]
 
@@ -49,13 +50,14 @@ def score_sequences(
     loss_only: bool,
     seed: Tensor,
     first_sequence: int,
+    first_of_all: int,
     num_samples: int,
 ) -> tuple[Tensor, Tensor]:
     """Sums of all that is measured in each sequence, and what divides them, float64 ``[B, C]``.
 
     The first column is the loss. Then an autoencoder has KL divergence, accuracy and the KL
-    divergence of each latent dimension, a language model Brier-1 to Brier-4 and the other terms
-    that it has (`_parts`).
+    divergence of each latent dimension, a language model Brier-1 to Brier-4, the other terms
+    that it has (`_parts`) and, if it is a CALM, its health (`calm.training.health`).
 
     Args:
         model: an autoencoder or a language model; one with an objective that does not
@@ -65,6 +67,7 @@ def score_sequences(
         loss_only: the first column alone.
         seed: of the draws.
         first_sequence: index of the first sequence in the evaluation set; addresses the draws.
+        first_of_all: the least of all processes.
         num_samples: N, draws per position.
     """
     if isinstance(model, Autoencoder):
@@ -82,6 +85,13 @@ def score_sequences(
             scores = brier_sums(sampler, inputs["input_ids"], inputs["labels"], first_row=first_row)
             measured.append(Term(*scores))
             measured += [terms[name] for name in _parts(model)]
+            if isinstance(model, ContinuousTransformer):
+                measured.append(
+                    health_term(
+                        model, inputs, num_samples=num_samples, seed=seed,
+                        first_sequence=first_sequence, first_of_all=first_of_all,
+                    )
+                )  # fmt: skip
     if loss_only:
         measured = measured[:1]
     sums = [term.sums.double().reshape(len(term.counts), -1) for term in measured]
@@ -97,9 +107,9 @@ def metrics_of(model: PreTrainedModel, prediction: EvalPrediction) -> dict[str, 
 
     All models: ``loss``. Autoencoder: ``kl``, ``accuracy``, ``collapsed``. Language models:
     ``brier1`` to ``brier4`` (fractions) with their standard errors ``brier1_se`` to ``brier4_se``,
-    and ``brier_lm`` (0 to 100) with ``brier_lm_se``, where it is above 0. Energy head:
-    ``spread_ratio``, see `calm.evaluation.diagnostics`. Readout: ``token_loss``. An objective that
-    does not predict text: the loss and what it measures, alone. NaN where nothing counts.
+    and ``brier_lm`` (0 to 100) with ``brier_lm_se``, where it is above 0. CALM: `health_metrics`,
+    with an energy head ``spread_ratio`` of all sequences. Readout: ``token_loss``. An objective
+    that does not predict text: the loss and what it measures, alone. NaN where nothing counts.
     """
     sums = torch.as_tensor(prediction.predictions, dtype=torch.float64)
     counts = torch.as_tensor(prediction.label_ids, dtype=torch.float64)
@@ -112,17 +122,26 @@ def metrics_of(model: PreTrainedModel, prediction: EvalPrediction) -> dict[str, 
     if isinstance(model, Autoencoder):
         metrics |= {"kl": means[1].item(), "accuracy": means[2].item()}
         return {**metrics, "collapsed": model.collapsed(means[3:]).item()}
-    brier, parts = means[1:5], dict(zip(_parts(model), means[5:], strict=True))
+    brier, (parts, health) = means[1:5], _named(model, means[5:])
     metrics |= {f"brier{order}": value for order, value in enumerate(brier.tolist(), 1)}
     errors = standard_errors(sums[:, 1:5], counts[:, 1]).tolist()
     errors.append(brier_lm_error(sums[:, 1:5], counts[:, 1]).item())
     names = [f"brier{order}_se" for order in range(1, 5)] + ["brier_lm_se"]
     metrics |= {n: error for n, error in zip(names, errors, strict=True) if not math.isnan(error)}
+    metrics |= health
     if "fidelity" in parts:
         metrics["spread_ratio"] = spread_ratio(parts["fidelity"], parts["diversity"]).item()
     if "token_loss" in parts:
         metrics["token_loss"] = parts["token_loss"].item()
     return {**metrics, "brier_lm": brier_lm(brier).item()}
+
+
+def _named(model: Any, means: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Terms of `_parts` by their names, and the health of a CALM."""
+    names = _parts(model)
+    rest = means[len(names) :]
+    health = health_metrics(rest) if isinstance(model, ContinuousTransformer) else {}
+    return dict(zip(names, means[: len(names)], strict=True)), health
 
 
 def _has_own_measures(model: Any) -> bool:
@@ -146,9 +165,12 @@ def logged_parts(model: Any, means: dict[str, Tensor]) -> dict[str, float]:
     """What `RunningMeans` measured beside the loss, as numbers to log.
 
     The KL divergence of each dimension becomes ``collapsed``: the share of dimensions whose mean
-    over all chunks of the interval does not exceed the floor.
+    over all chunks of the interval does not exceed the floor. The two terms of the energy loss give
+    ``spread_ratio``.
     """
     parts = {name: mean for name, mean in means.items() if name not in ("loss", "dimension_kl")}
     if "dimension_kl" in means:
         parts["collapsed"] = model.collapsed(means["dimension_kl"])
+    if "fidelity" in means:
+        parts["spread_ratio"] = spread_ratio(means["fidelity"], means["diversity"])
     return {name: mean.item() for name, mean in parts.items()}

@@ -39,6 +39,7 @@ from calm.training.checkpoints import (
 )
 from calm.training.clock import RunLimit, TrainingClock, timed_schedule
 from calm.training.draws import DrawAddress
+from calm.training.health import HealthAdvice
 from calm.training.loading import LoadingTrainer
 from calm.training.metrics import (
     ADVICE,
@@ -118,6 +119,7 @@ class CALMTrainer(LoadingTrainer, ShardedTrainer):
         if args.max_train_seconds:
             self.clock = TrainingClock(args.max_train_seconds)
             self.add_callback(self.clock)
+        self.add_callback(HealthAdvice(self._share_done))
         print_lines(self, self.clock)
 
     # Training
@@ -238,10 +240,11 @@ class CALMTrainer(LoadingTrainer, ShardedTrainer):
 
     def _progress(self) -> dict[str, float]:
         """The share of the training that is done, for a model whose loss depends on it."""
-        if "progress" not in self._forward_takes:
-            return {}
+        return {"progress": self._share_done()} if "progress" in self._forward_takes else {}
+
+    def _share_done(self) -> float:
         by_steps = self.state.global_step / max(1, self.state.max_steps)
-        return {"progress": by_steps if self.clock is None else self.clock.progress}
+        return by_steps if self.clock is None else self.clock.progress
 
     def _record(self, inputs: dict[str, Tensor], outputs: Any, first_row: int) -> None:
         last_row = first_row + len(inputs["input_ids"]) - 1
@@ -317,8 +320,8 @@ class CALMTrainer(LoadingTrainer, ShardedTrainer):
         """
         inputs = self._prepare_inputs(inputs)
         # Processes get equal parts of what is dealt out, also at the end of a stream.
-        first = self._eval_batch * self.args.world_size * self.args.eval_batch_size
-        first += self.args.process_index * len(inputs["labels"])
+        first_of_all = self._eval_batch * self.args.world_size * self.args.eval_batch_size
+        first = first_of_all + self.args.process_index * len(inputs["labels"])
         self._eval_batch += 1
         draws = self._draws(self.args.eval_seed, 0, first)
         with torch.no_grad(), self.accelerator.autocast():
@@ -331,6 +334,7 @@ class CALMTrainer(LoadingTrainer, ShardedTrainer):
                     loss_only=prediction_loss_only,
                     seed=as_seed(self.args.eval_seed, self.args.device),
                     first_sequence=first,
+                    first_of_all=first_of_all,
                     num_samples=self.args.eval_num_samples,
                 )
         return None, sums, counts

@@ -23,7 +23,9 @@ def test_a_log_as_a_line():
         "step 7 of 40 · loss 3.214 · skipped_steps 2 · 12,346 tokens/s · MFU 41.2 % · 37.12 GiB · "
         "data 0.4 %, forward 99.6 % · 72.0 minutes left"
     )
-    assert log_line({"eval_loss": 1.0}, state_at(40), 0.0) == "step 40 of 40 · eval_loss 1"
+    evaluated = {"eval_loss": 1.0, "eval_floor_share": 0.25}  # no share of a step's time
+    said = log_line(evaluated, state_at(40), 0.0)
+    assert said == "step 40 of 40 · eval_loss 1 · eval_floor_share 0.25"
     assert log_line({}, state_at(9, 10**9), None) == "step 9"
 
 
