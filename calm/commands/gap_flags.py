@@ -10,6 +10,7 @@ from calm.commands.model_flags import (
     add_model_arguments,
     load_model,
     load_tokenizer_of,
+    model_folder,
     read_config,
 )
 from calm.commands.run_text import (
@@ -38,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the study."""
     add_model_arguments(parser, default=os.path.join("runs", "demo", "calm"))
     parser.add_argument(
-        "--baseline", metavar="DIR", help="folder of a token baseline: shows the trunk's loss"
+        "--baseline",
+        type=model_folder,
+        metavar="DIR",
+        help="folder of a token baseline: shows the backbone's loss",
     )
     add_evaluation_text_arguments(parser, or_else="the held-out text of the model's training")
     parser.add_argument(

@@ -133,8 +133,9 @@ def run(args: argparse.Namespace) -> int:
     """Print every prompt and its continuation as it is drawn; speed goes to standard error."""
     from calm.memory import check_draws
 
-    # Mistakes in prompts show before a model is loaded.
-    prompts = read_prompts(args) if is_interactive(args) else list(read_prompts(args))
+    prompts = read_prompts(args)
+    if args.prompt or args.prompt_file:
+        prompts = iter(list(prompts))  # their mistakes show before a model is loaded
     choose_model(args)
     model: Any = load_model(args)
     check_draws(model, "--num-samples", args.num_samples, 1)

@@ -258,6 +258,12 @@ def _load_hub_dataset(options: CorpusOptions, name: str) -> Any:
             download_mode=mode.FORCE_REDOWNLOAD if options.overwrite_cache else None,
         )
     except (OSError, ValueError, DatasetGenerationError) as error:
+        if Path(name).is_dir():
+            raise UserError(
+                f"dataset_name: no text that can be read in the folder {name} "
+                f"({message_of(error)}); expected .txt, .jsonl, .json or .parquet files, or name "
+                f"files, as in '{name}/*'"
+            ) from error
         raise UserError(
             f"dataset_name: cannot load {name!r} ({message_of(error)}); a folder of your own "
             "needs an existing path, a hub dataset its exact name and a connection"

@@ -183,6 +183,7 @@ class Autoencoder(CALMPreTrainedModel):
 
     config_class = AutoencoderConfig
     base_model_prefix = ""
+    kinds = ("autoencoder",)
     aliases: ClassVar[dict[str, str]] = {
         r"decoder\.lm_head_weight$": "encoder.embed_tokens.weight",
     }

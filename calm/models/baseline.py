@@ -19,6 +19,7 @@ from calm.labels import IGNORE_INDEX, Term
 from calm.models.backbone import Backbone
 from calm.models.cross_entropy import cross_entropy
 from calm.models.initialization import initialize
+from calm.models.loading import check_kind
 from calm.pretrained import packaged
 
 __all__ = ["BaselineOutput", "BaselineTransformer"]
@@ -61,11 +62,12 @@ class BaselineTransformer(DecodingMixin, LlamaForCausalLM):  # type: ignore[misc
         """As in transformers; names of models that come with the package are known, too.
 
         Raises:
-            UserError: files are not those that were saved.
+            UserError: files are not those that were saved; a model of another kind.
         """
         if pretrained_model_name_or_path is not None:
             pretrained_model_name_or_path = packaged(pretrained_model_name_or_path)
         check_files(pretrained_model_name_or_path)
+        check_kind(pretrained_model_name_or_path, ("baseline",), cls)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:

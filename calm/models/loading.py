@@ -1,5 +1,7 @@
 """Loading a model that a user has named: whatever is wrong with it is one error."""
 
+import json
+import os
 import pickle
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -10,11 +12,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from calm.configuration import model_kind
+from calm.configuration import HEAD_TYPES, model_kind
 from calm.errors import UserError, message_of
 from calm.integrity import check_finite
 
-__all__ = ["load_checked", "load_config", "load_kind", "on_meta"]
+__all__ = ["check_kind", "load_checked", "load_config", "load_kind", "on_meta"]
+
+KINDS = (*HEAD_TYPES, "baseline", "autoencoder")
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Config = TypeVar("Config", bound=PreTrainedConfig)
@@ -48,7 +52,7 @@ def load_checked(model_class: type[Model], name: str, argument: str, **options: 
         raise UserError(f"{argument}: {error}") from error
     except Exception as error:  # libraries raise whatever a broken file happens to cause
         raise UserError(
-            f"{argument}: cannot load {name!r} as {model_class.__name__}: {_reason(error)}"
+            f"{argument}: cannot load {name!r} as {model_class.__name__}: {_reason(error, name)}"
         ) from error
     model, info = loaded
     if missing := info["missing_keys"]:
@@ -64,6 +68,24 @@ def load_checked(model_class: type[Model], name: str, argument: str, **options: 
         )
     check_finite(model.named_parameters(), f"{argument} ({name})")
     return model
+
+
+def check_kind(folder: str | os.PathLike[str] | None, kinds: Collection[str], class_: type) -> None:
+    """Raise `UserError` if `folder` holds one of our models that `class_`, of `kinds`, is not for.
+
+    transformers would make all weights random, with a long report. What is no folder, or cannot be
+    read, is left to it.
+    """
+    path = Path(str(folder)) / "config.json"
+    try:
+        kind = model_kind(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return
+    if kind in KINDS and kind not in kinds:
+        raise UserError(
+            f"{folder} holds a model of kind {kind!r}, which {class_.__name__} does not load; it "
+            f"loads {', '.join(kinds)}"
+        )
 
 
 @contextmanager
@@ -103,7 +125,7 @@ def _reading(name: str, argument: str) -> Iterator[None]:
     except UserError as error:
         raise UserError(f"{argument}: {error}") from error
     except Exception as error:  # libraries raise whatever a broken file happens to cause
-        raise UserError(f"{argument}: cannot load {name!r}: {_reason(error)}") from error
+        raise UserError(f"{argument}: cannot load {name!r}: {_reason(error, name)}") from error
 
 
 def on_meta(model_class: type[Model], config: PreTrainedConfig) -> Model:
@@ -128,8 +150,10 @@ def _some(names: Collection[str]) -> str:
     return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, name: str) -> str:
     """What is wrong with the files, which transformers may hide behind an error of its own."""
+    if isinstance(error, OSError) and not Path(name).exists():
+        return f"there is no such folder, and the hub gave none ({message_of(error)})"
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, pickle.UnpicklingError):
         cause = cause.__cause__ or cause.__context__

@@ -6,8 +6,10 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedModel
 
+from calm.configuration import HEAD_TYPES
 from calm.integrity import check_files
 from calm.models.initialization import initialize
+from calm.models.loading import check_kind
 from calm.pretrained import packaged
 
 __all__ = ["CALMPreTrainedModel"]
@@ -22,6 +24,7 @@ class CALMPreTrainedModel(PreTrainedModel):
     """
 
     aliases: ClassVar[dict[str, str]] = {}
+    kinds: ClassVar[tuple[str, ...]] = HEAD_TYPES  # that `calm.configuration.model_kind` may find
     # forward returns a mean and takes no num_items_in_batch: the Trainer divides by the
     # accumulation steps itself.
     accepts_loss_kwargs = False
@@ -44,11 +47,13 @@ class CALMPreTrainedModel(PreTrainedModel):
         is a folder of that name.
 
         Raises:
-            UserError: files of the folder are not those that were saved (`calm.integrity`).
+            UserError: files of the folder are not those that were saved (`calm.integrity`); a
+                model of another kind.
         """
         if pretrained_model_name_or_path is not None:
             pretrained_model_name_or_path = packaged(pretrained_model_name_or_path)
         check_files(pretrained_model_name_or_path)
+        check_kind(pretrained_model_name_or_path, cls.kinds, cls)
         mapping = {**cls.aliases, **(key_mapping or {})}
         return super().from_pretrained(
             pretrained_model_name_or_path, *model_args, key_mapping=mapping or None, **kwargs

@@ -9,6 +9,7 @@ override it.
 import argparse
 import dataclasses
 import logging
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers.integrations import get_available_reporting_integrations
 from calm.data.manifest import is_prepared
 from calm.data.options import CorpusOptions
 from calm.errors import UserError
+from calm.pretrained import packaged
 from calm.ranges import FRACTION, NOT_NEGATIVE, PERCENTAGE, POSITIVE, SEED, at_least
 from calm.training.clock import check_schedule
 from calm.training.compilation import check_compilation
@@ -135,6 +137,11 @@ class ModelArguments:
         "mixed precision keep float32 and pass --bf16.",
     )
 
+    def __post_init__(self) -> None:
+        for name in ("model_name_or_path", "teacher_name_or_path"):
+            if given := getattr(self, name):
+                setattr(self, name, packaged(given))
+
 
 @dataclass
 class DataTrainingArguments:
@@ -228,6 +235,8 @@ class CALMTrainingArguments(TrainingArguments):
         return is_asked_to_shard(self)
 
     def __post_init__(self) -> None:
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()  # a file gets lines alone
         # A filtered average would hide the loss that stops the run.
         self.logging_nan_inf_filter = False
         if self.ddp_find_unused_parameters is None:

@@ -39,6 +39,7 @@ from calm.training.latent_basis import is_whitened, whiten_latent
 from calm.training.lock import locked
 from calm.training.model_card import write_model_card
 from calm.training.processes import agreed
+from calm.training.progress import print_saved
 from calm.training.recipe import Stage
 from calm.training.resume import Takeover, check_output_folder
 from calm.training.scoring import check_best_metric
@@ -61,6 +62,7 @@ def run_stage(stage: Stage, build_model: BuildModel, argv: list[str] | None) -> 
     is_first = os.environ.get("RANK", "0") == "0"  # the logs of all processes say the same
     level = logging.INFO if is_first else logging.ERROR
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=level)
+    logging.getLogger("huggingface_hub").propagate = False  # it writes its warnings itself
     disable_progress_bar()  # of weights being written; training has its own
 
     def work() -> int:
@@ -107,6 +109,7 @@ def run_job(arguments: JobArguments, build_model: BuildModel) -> CALMTrainer:
             _report(trainer, "eval", metrics)
         if args.do_train and args.should_save:
             write_model_card(trainer, metrics)
+            print_saved(args.folder)
     return trainer
 
 
@@ -124,10 +127,14 @@ def prepare_job(
         UserError: as for `run_job`; settings that differ from the checkpoint's.
     """
     # Here, so that a trainer of given blocks needs no `datasets`.
+    import datasets
+
     from calm.training.prepared_text import BlockLayout
     from calm.training.training_text import load_text, pack_text, protocol
 
     args = arguments.training
+    if args.disable_tqdm:
+        datasets.disable_progress_bars()
     if args.max_train_seconds and args.max_steps <= 0:
         args.max_steps = UNBOUNDED_STEPS
     with args.main_process_first(desc="reading the text"):

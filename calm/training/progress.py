@@ -7,6 +7,7 @@ data 0.4 %, forward 31.0 %, backward 59.6 %, optimizer 9.0 % · 1.2 hours left
 
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -24,7 +25,7 @@ from calm.training.clock import UNBOUNDED_STEPS, TrainingClock
 from calm.training.speed import PARTS
 from calm.units import duration
 
-__all__ = ["LogLines", "ProgressBar", "log_line", "print_lines"]
+__all__ = ["LogLines", "ProgressBar", "log_line", "print_lines", "print_saved"]
 
 SHARES = {f"{part}_share": part for part in PARTS}  # of a step's time
 UNITS = {  # of an entry: what it is multiplied by, and how it reads
@@ -146,7 +147,12 @@ class LogLines(_Lines, PrinterCallback):
 
     def _write(self, line: str, state: TrainerState) -> None:
         if state.is_local_process_zero:
-            print(line)  # noqa: T201 (its purpose)
+            print(line, flush=True)  # noqa: T201 (its purpose)
+
+
+def print_saved(folder: Path) -> None:
+    """Say where the finished model is."""
+    print(f"saved in {folder}", flush=True)  # noqa: T201 (its purpose)
 
 
 def print_lines(trainer: Trainer, clock: TrainingClock | None) -> None:

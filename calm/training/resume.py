@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from calm.data.manifest import is_prepared
 from calm.errors import UserError
 from calm.integrity import saved_shapes
 from calm.training.arguments import JobArguments
@@ -77,8 +78,8 @@ def check_output_folder(arguments: JobArguments) -> None:
     """Refuse an output folder whose files the job would replace by those of another kind.
 
     Raises:
-        UserError: it is the autoencoder's folder, another stage was trained in it, or the job reads
-            what ``overwrite_output_dir`` would delete.
+        UserError: it is the autoencoder's folder or a prepared text, another stage was trained in
+            it, or the job reads what ``overwrite_output_dir`` would delete.
     """
     training, model = arguments.training, arguments.model
     if not training.do_train:
@@ -96,6 +97,11 @@ def check_output_folder(arguments: JobArguments) -> None:
                 f"overwrite_output_dir would delete checkpoints of {training.folder}, and {name} "
                 f"is in it ({source}); choose another output_dir"
             )
+    if is_prepared(training.folder):
+        raise UserError(
+            f"output_dir: {training.folder} holds a prepared text, whose files would be replaced; "
+            "choose another folder"
+        )
     stage = _stage_in(training.folder)
     if stage not in (None, arguments.stage.value) and not training.overwrite_output_dir:
         raise UserError(

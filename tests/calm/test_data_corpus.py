@@ -309,6 +309,11 @@ class TestSources:
         with pytest.raises(UserError, match="dataset_name: cannot load 'no/such-set'"):
             load(tmp_path, dataset_name="no/such-set")
 
+    def test_a_folder_without_text(self, tmp_path):
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(UserError, match=r"no text that can be read in the folder .*empty"):
+            load(tmp_path, dataset_name=str(tmp_path / "empty"))
+
 
 class TestDamage:
     LINES = jsonl("a") + "oops\n" + jsonl("b") + '{"text": null}\n' + jsonl("c")

@@ -19,8 +19,9 @@ from safetensors import safe_open
 from training_cases import MAIN, SIZES, flags, write_corpus
 
 import calm as calm_package
-from calm import BaselineTransformer, EnergyTransformer, pretrained
+from calm import Autoencoder, BaselineTransformer, EnergyTransformer, cli, pretrained
 from calm.errors import UserError
+from calm.training.arguments import ModelArguments
 
 MEGABYTES = 4_000_000
 READOUT = "token_loss_weight=0.3,token_readout=causal,keep_token_readout=true,beta=0.5"
@@ -173,6 +174,35 @@ class TestNames:
         found = BaselineTransformer.from_pretrained("calm-docstrings-baseline")
         expected = BaselineTransformer.from_pretrained(folder)
         assert torch.equal(found.lm_head.weight, expected.lm_head.weight)
+
+    def test_the_baseline_of_gap_may_be_one(self, installed):
+        words = [
+            "experiment",
+            "gap",
+            "--model",
+            "runs/calm",
+            "--baseline",
+            "calm-docstrings-baseline",
+        ]
+        args = cli._parser("experiment").parse_args(words)
+        assert args.baseline == str(installed / "calm-docstrings-baseline")
+
+    def test_training_knows_them(self, installed):
+        given = ModelArguments(
+            model_name_or_path="calm-docstrings", teacher_name_or_path="calm-docstrings-baseline"
+        )
+        assert given.model_name_or_path == str(installed / "calm-docstrings")
+        assert given.teacher_name_or_path == str(installed / "calm-docstrings-baseline")
+
+    def test_a_class_of_another_kind_is_refused(self, installed):
+        for class_, name, kind in (
+            (EnergyTransformer, "calm-docstrings-baseline", "baseline"),
+            (BaselineTransformer, "calm-docstrings", "energy"),
+            (Autoencoder, "calm-docstrings", "energy"),
+        ):
+            message = f"holds a model of kind '{kind}', which {class_.__name__} does not load"
+            with pytest.raises(UserError, match=message):
+                class_.from_pretrained(name)
 
     def test_a_folder_of_that_name_comes_first(self, installed, made, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

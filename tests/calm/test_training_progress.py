@@ -5,6 +5,7 @@ from training_cases import MODELS, make_trainer
 from transformers import TrainerState
 
 from calm.training import progress
+from calm.training.arguments import CALMTrainingArguments
 from calm.training.clock import TrainingClock
 from calm.training.progress import LogLines, ProgressBar, log_line
 from calm.units import duration
@@ -73,6 +74,13 @@ def test_tensorboard_gets_what_is_logged(tmp_path):
         logged = {e["step"]: e[name] for e in trainer.state.log_history if name in e}
         seen = {event.step: event.value for event in found.Scalars(tag)}
         assert logged and seen == pytest.approx(logged)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False], ids=["terminal", "file"])
+def test_bars_are_for_terminals(is_terminal, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    settings = CALMTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert settings.disable_tqdm is not is_terminal
 
 
 class TestTrainer:

@@ -163,6 +163,15 @@ def test_a_trained_tokenizer_is_that_of_the_checkpoint(tmp_path, run, text):
     assert status == 2 and "tokenizer_hash was" in error
 
 
+def test_a_folder_of_a_prepared_text(tmp_path, run):
+    folder = tmp_path / "prepared"
+    folder.mkdir()
+    (folder / "prepared.json").write_text("{}")
+    status, error = run("autoencoder", f"--output_dir={folder}")
+    assert status == 2 and f"output_dir: {folder} holds a prepared text" in error
+    assert [path.name for path in folder.iterdir()] == ["prepared.json"]
+
+
 def test_a_folder_of_another_stage(tmp_path, run):
     assert run("autoencoder")[0] == 0
     folder = tmp_path / "autoencoder"
