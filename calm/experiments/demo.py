@@ -25,6 +25,7 @@ from calm.decoding import generate
 from calm.decoding.text.edges import text_after
 from calm.evaluation import Evaluation, evaluate
 from calm.experiments.demo_gap import measure_demo_gap
+from calm.experiments.demo_health import measure_demo_health
 from calm.experiments.demo_plot import plot_demo
 from calm.experiments.demo_report import (
     DemoResults,
@@ -128,6 +129,7 @@ def _train_and_score(options: DemoOptions) -> DemoResults:
         text=options.text or EMBEDDED_TEXT,
         machine=_machine(),
         gap=measure_demo_gap(calm_trainer, baseline_trainer, options.minutes),
+        health=measure_demo_health(calm_trainer),
         seconds=time.perf_counter() - began,
         peak_memory_bytes=_peak_memory_bytes(),
         accuracy=autoencoder.scores[-1]["accuracy"],

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from calm.evaluation import Evaluation
 from calm.experiments.demo_gap import DemoGap
+from calm.experiments.demo_health import DemoHealth
 from calm.experiments.demo_stages import StageRun
 
 __all__ = [
@@ -67,6 +68,7 @@ class DemoResults:
         readout: the same model where its readout draws; None without one.
         baseline: the token-by-token baseline.
         gap: where BrierLM of the former is lost.
+        health: of the continuous language model.
         commands: of the shell, to try next.
     """
 
@@ -80,6 +82,7 @@ class DemoResults:
     readout: LanguageModelResults | None
     baseline: LanguageModelResults
     gap: DemoGap
+    health: DemoHealth
     commands: list[str]
 
     @property
@@ -108,6 +111,10 @@ def to_console(results: DemoResults) -> str:
             *table,
             "",
             *_gap(results.gap),
+            "",
+            "health of the CALM",
+            results.health.table,
+            *results.health.advice,
             *samples,
             "",
             f"{results.seconds:.0f} s in total, "
@@ -145,6 +152,9 @@ def to_markdown(results: DemoResults) -> str:
         "A readout is a small network trained on CALM's hidden states to draw a chunk token by "
         "token. `docs/gap.md` explains the three numbers; `calm experiment gap` measures more of "
         "them, and longer.",
+        "## Health of the CALM",
+        f"~~~text\n{results.health.table}\n~~~",
+        "\n".join(f"- {line}" for line in results.health.advice) or "No value is amiss.",
         "## Samples",
     ]
     for heading, texts in _samples(results):

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from calm.cli import main
+from calm.evaluation.diagnostics import advice
 from calm.experiments.demo_gap import DemoGap
 from calm.experiments.demo_report import _gap
 
@@ -87,6 +88,16 @@ def test_the_report_says_where_brier_lm_is_lost(finished):
     for name in ("trunk", "head", "dispersion"):
         value, low, high = gap[name]
         assert low <= value <= high and f"- {name}: " in page
+
+
+def test_the_report_tells_the_models_health_and_what_to_do(finished):
+    """A model of seconds has learned too little to be sound."""
+    health = json.loads((finished / "results.json").read_text())["health"]
+    page = (finished / "report.md").read_text()
+    assert health["table"] in page and health["values"]["reconstruction"] < 0.99
+    assert any(line.startswith("reconstruction is 0.") for line in health["advice"])
+    assert health["advice"] == advice(health["values"])
+    assert all(f"- {line}\n" in page for line in health["advice"])
 
 
 @pytest.mark.parametrize(

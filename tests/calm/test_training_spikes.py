@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from forked import run_in
 from safetensors import safe_open
-from training_cases import MODELS, history, make_trainer
-from transformers import TrainerCallback
+from spikes_worker import LAST, SAVED, SPIKE, find_spikes, found_in, some_weights, spiky
 
 from calm.errors import UserError
 from calm.training.arguments import parse_arguments
@@ -45,67 +45,66 @@ class TestMedian:
             assert file.get_tensor("labels").tolist() == [[1, 2], [3, 4], [100, 200], [300, 400]]
 
 
-def spiky(folder, monkeypatch, policy, at=24, **settings):
-    """A trainer whose loss is multiplied by 10⁴ in one step."""
-    trainer = make_trainer(
-        MODELS["energy"](), folder, sequences=120, per_device_train_batch_size=2,
-        gradient_accumulation_steps=2, max_steps=28, max_gradient_spike=10.0, on_spike=policy,
-        **settings,
-    )  # fmt: skip
-    compute = trainer.compute_loss
-
-    def spiked(model, inputs, *args, **kwargs):
-        loss = compute(model, inputs, *args, **kwargs)
-        return 1e4 * loss if trainer.state.global_step + 1 == at else loss
-
-    monkeypatch.setattr(trainer, "compute_loss", spiked)
-    return trainer
+def kept(folder):
+    """The batch of the spike, and what is known of its step."""
+    with safe_open(folder / "spikes" / f"step-{SPIKE}.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in ("input_ids", "labels")}
+        return tensors, {name: json.loads(value) for name, value in file.metadata().items()}
 
 
 class TestRun:
-    def test_a_skipped_step_changes_no_weight_and_keeps_its_batch(
-        self, tmp_path, monkeypatch, caplog
-    ):
+    def test_a_skipped_step_changes_no_weight_and_keeps_its_batch(self, tmp_path, caplog):
         """And a run that is resumed after the first norms skips the same step."""
-        saving = {"save_strategy": "steps", "save_steps": 22, "logging_steps": 1}
-        trainer, weights = spiky(tmp_path, monkeypatch, "skip", **saving), {}
-        trainer.add_callback(_Weights(weights))
+        saving = {"save_strategy": "steps", "save_steps": SAVED, "logging_steps": 1}
+        trainer = spiky(tmp_path, "skip", **saving)
         trainer.train()
-        changed = [step for step in weights if step > 1 and weights[step] != weights[step - 1]]
-        assert sorted(set(range(2, 29)) - set(changed)) == [24]
-        assert history(trainer, "skipped_steps") == [int(step == 24) for step in range(1, 29)]
-        with safe_open(tmp_path / "spikes" / "step-24.safetensors", "pt") as file:
-            known = {name: json.loads(value) for name, value in file.metadata().items()}
-            assert file.get_tensor("input_ids").shape == file.get_tensor("labels").shape == (4, 16)
-        assert known["step"] == 24 and known["norm"] > 10 * known["median"] > 0
+        found = found_in(trainer)
+        assert found["same"] == [SPIKE]
+        assert found["skipped_steps"] == [int(step == SPIKE) for step in range(1, LAST + 1)]
+        tensors, known = kept(tmp_path)
+        assert tensors["input_ids"].shape == tensors["labels"].shape == (4, 16)
+        assert known["step"] == SPIKE and known["norm"] > 10 * known["median"] > 0
         assert "of step 24 is" in caplog.text and "the step is skipped" in caplog.text
-        again = spiky(tmp_path, monkeypatch, "skip", **saving)
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-22"))
-        for name in ("loss", "grad_norm", "skipped_steps"):
-            assert history(again, name) == history(trainer, name), name
+        again = spiky(tmp_path, "skip", **saving)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SAVED}"))
+        assert found_in(again) == found
 
-    def test_a_run_stops_before_the_update(self, tmp_path, monkeypatch):
-        trainer, weights = spiky(tmp_path, monkeypatch, "stop"), {}
-        trainer.add_callback(_Weights(weights))
+    def test_a_run_stops_before_the_update(self, tmp_path):
+        trainer = spiky(tmp_path, "stop")
         message = r"of step 24 is .* times the median .* the last good checkpoint is none; look at"
         with pytest.raises(GradientSpikeError, match=message):
             trainer.train()
-        assert max(weights) == 23 and weights[23] == _first_weight(trainer.model)
-        assert (tmp_path / "spikes" / "step-24.safetensors").is_file()
+        weights = trainer.watched.after
+        assert max(weights) == 23 and weights[23] == some_weights(trainer.model)
+        kept(tmp_path)
 
-
-class _Weights(TrainerCallback):
-    """One weight after each step."""
-
-    def __init__(self, weights):
-        self.weights = weights
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.weights[state.global_step] = _first_weight(model)
-
-
-def _first_weight(model):
-    return model.mlp_generator.output.weight[0].tolist()
+    @pytest.mark.parametrize(
+        "is_sharded",
+        [
+            pytest.param(False, id="whole"),
+            pytest.param(True, id="shards", marks=pytest.mark.long),
+        ],
+    )
+    def test_two_processes_do_what_one_does(self, is_sharded, tmp_path):
+        """Both find the spike; the batch has the sequences of both, in the order of one."""
+        alone = spiky(tmp_path / "alone", "skip", logging_steps=1)
+        alone.train()
+        run_in(2, tmp_path, find_spikes, tmp_path, is_sharded)
+        batch, known = kept(tmp_path / "alone")
+        expected = found_in(alone)
+        for rank in range(2):
+            results = json.loads((tmp_path / f"{rank}.json").read_text())
+            assert results["again"] == results["skip"]
+            assert results["skip"]["same"] == [SPIKE]
+            assert results["skip"]["skipped_steps"] == expected["skipped_steps"]
+            for name in ("loss", "grad_norm"):
+                assert results["skip"][name] == pytest.approx(expected[name], rel=1e-5), name
+            assert "of step 24 is" in results["error"] and not results["moved"]
+            assert results["last"] == SPIKE - 1
+        for name in ("skip", "stop"):
+            tensors, facts = kept(tmp_path / name)
+            assert all(tensors[key].equal(batch[key]) for key in batch)
+            assert facts == pytest.approx(known, rel=1e-5)
 
 
 @pytest.mark.parametrize(
