@@ -27,9 +27,9 @@ from calm.ranges import FRACTION, NOT_NEGATIVE, PERCENTAGE, POSITIVE, SEED, at_l
 from calm.training.clock import check_schedule
 from calm.training.compilation import check_compilation
 from calm.training.old_flags import translate_old_flags
-from calm.training.parser import TrainingParser, flag
+from calm.training.parser import TrainingParser, flag, flag_names
 from calm.training.precision import has_bfloat16_units
-from calm.training.recipe import Stage, load_recipe, recipe_arguments, recipe_names
+from calm.training.recipe import Stage, recipe_names, recipe_words
 from calm.training.sharding_settings import check_sharding, is_asked_to_shard
 from calm.training.spikes import check_spikes
 from calm.training.stages import STAGES, check_source
@@ -45,9 +45,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-# Flags that name a text: a dataset, or files.
-TEXT_SOURCES = ({"dataset_name", "dataset_config_name"}, {"train_file", "validation_file"})
 
 # The numbers that flags take, ours and those of transformers; others take any finite number.
 RANGES = {
@@ -316,11 +313,12 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     before.add_argument("--config")
     chosen, argv = before.parse_known_args(argv)
-    recipe = [] if chosen.config is None else _recipe_words(chosen.config, stage, argv)
+    given = flag_names(argv)
+    recipe = [] if chosen.config is None else recipe_words(chosen.config, stage, given)
     parser.parse(translate_old_flags(recipe, quiet=True), f"{chosen.config}: ")
     words = translate_old_flags([*recipe, *argv])
     namespace = parser.parse(words)
-    if not namespace.dataloader_num_workers and "dataloader_prefetch_factor" not in _given(argv):
+    if not namespace.dataloader_num_workers and "dataloader_prefetch_factor" not in given:
         namespace.dataloader_prefetch_factor = None  # the recipe's, of workers that are not there
     if not any(word.startswith(("--do_", "--do-")) for word in words):
         namespace.do_train = True  # evaluation alone has to be asked for
@@ -329,20 +327,6 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
     arguments = JobArguments(stage, *(_construct(group, namespace) for group in groups))
     _check(arguments)
     return arguments
-
-
-def _recipe_words(name: str, stage: Stage, argv: list[str]) -> list[str]:
-    """The recipe's flags, without those that name its text if `argv` names another text."""
-    given, (hub, files) = _given(argv), TEXT_SOURCES
-    dropped = (files if given & hub else set()) | (hub if given & files else set())
-    recipe = load_recipe(name, stage)
-    return recipe_arguments({flag: recipe[flag] for flag in recipe if flag not in dropped})
-
-
-def _given(argv: list[str]) -> set[str]:
-    """Names of the flags in `argv`."""
-    flags = [word for word in argv if word.startswith("--")]
-    return {flag[2:].partition("=")[0].replace("-", "_") for flag in flags}
 
 
 def _construct(group: Any, namespace: argparse.Namespace) -> Any:

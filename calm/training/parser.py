@@ -11,7 +11,7 @@ from calm.errors import UserError
 from calm.ranges import ANY, Range, name_first, number
 from calm.training.config_overrides import close_names
 
-__all__ = ["TrainingParser", "flag"]
+__all__ = ["TrainingParser", "flag", "flag_names"]
 
 # The flags of transformers that the help shows; it has about two hundred.
 SHOWN = """
@@ -28,6 +28,12 @@ METAVARS = {"int": "N", "float": "X"}
 def flag(default: Any, text: str) -> Any:
     """The field of a dataclass that is a flag, with its default and its help."""
     return dataclasses.field(default=default, metadata={"help": text})
+
+
+def flag_names(argv: list[str]) -> set[str]:
+    """Names of the flags in `argv`, with underscores."""
+    flags = [word for word in argv if word.startswith("--")]
+    return {flag[2:].partition("=")[0].replace("-", "_") for flag in flags}
 
 
 class _Help(argparse.HelpFormatter):

@@ -25,10 +25,13 @@ __all__ = [
     "recipe_arguments",
     "recipe_names",
     "recipe_stages",
+    "recipe_words",
 ]
 
 COMMON = "common"
 SUFFIXES = (".yaml", ".yml")
+# Flags that name a text: a dataset, or files.
+TEXT_SOURCES = ({"dataset_name", "dataset_config_name"}, {"train_file", "validation_file"})
 
 
 class Stage(StrEnum):
@@ -166,3 +169,11 @@ def recipe_arguments(recipe: Recipe) -> list[str]:
         elif value not in ("", "null", "~"):
             words.append(f"--{key}={value}")
     return words
+
+
+def recipe_words(name: str, stage: Stage, given: set[str]) -> list[str]:
+    """The recipe's flags, without those that name its text if `given` flags name another text."""
+    hub, files = TEXT_SOURCES
+    dropped = (files if given & hub else set()) | (hub if given & files else set())
+    recipe = load_recipe(name, stage)
+    return recipe_arguments({flag: recipe[flag] for flag in recipe if flag not in dropped})

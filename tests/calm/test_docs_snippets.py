@@ -105,7 +105,17 @@ def parse_only(monkeypatch):
         parse(self, args, namespace)
         raise Parsed
 
+    parse_known = cli.Parser.parse_known_args
+
+    def parse_known_and_end(self, args=None, namespace=None):
+        """`calm` itself, not the parser of a command of it, has taken all words."""
+        found, unknown = parse_known(self, args, namespace)
+        if self.prog == "calm" and not unknown:
+            raise Parsed
+        return found, unknown
+
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
+    monkeypatch.setattr(cli.Parser, "parse_known_args", parse_known_and_end)
 
 
 def run(main, words):
