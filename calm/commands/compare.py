@@ -22,6 +22,7 @@ from calm.commands.run_text import (
 from calm.commands.scoring_flags import add_scoring_arguments, check_writable, scoring_settings
 from calm.commands.text_flags import add_evaluation_text_arguments, load_blocks
 from calm.errors import UserError
+from calm.pretrained import shown_name
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.json, "--json")
     check_writable(args.plot, "--plot")
     if len(set(args.runs)) < max(2, len(args.runs)):
-        raise UserError(f"RUN: name at least two different folders, got {' '.join(args.runs)}")
+        got = " ".join(map(shown_name, args.runs))
+        raise UserError(f"RUN: name at least two different folders, got {got}")
     configs = {run: read_config(Path(run), "RUN") for run in args.runs}
     check_comparable(args, configs)
     choose_block_size(args, configs)
@@ -84,6 +86,7 @@ def _entry(args: argparse.Namespace, run: str, config: dict[str, Any]) -> Any:
     from calm.memory import check_draws
 
     own = argparse.Namespace(**{**vars(args), "model": run})
+    name = shown_name(run)
     model: Any = load_model(own, "RUN")
     tokenizer = load_tokenizer_of(own, model)
     blocks, text = load_blocks(own, model, tokenizer)
@@ -94,14 +97,14 @@ def _entry(args: argparse.Namespace, run: str, config: dict[str, Any]) -> Any:
         blocks,
         **scoring_settings(args),
         progress=partial(
-            tqdm, total=-(-len(blocks) // args.batch_size), desc=run, disable=None
+            tqdm, total=-(-len(blocks) // args.batch_size), desc=name, disable=None
         ),  # at a terminal
-        describe={"model": run, "kind": kind, "tokenizer_hash": tokenizer_hash(tokenizer), **text},
+        describe={"model": name, "kind": kind, "tokenizer_hash": tokenizer_hash(tokenizer), **text},
     )
     frozen = getattr(model, "ae_model", None)
     parameters = sum(weight.numel() for weight in model.parameters())
     parameters -= sum(weight.numel() for weight in frozen.parameters()) if frozen else 0
-    return Entry(run, kind, size, parameters, _training_tokens(run), scores)
+    return Entry(name, kind, size, parameters, _training_tokens(run), scores)
 
 
 def _training_tokens(run: str) -> int | None:

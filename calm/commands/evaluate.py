@@ -19,6 +19,7 @@ from calm.commands.model_flags import (
 from calm.commands.run_text import choose_text
 from calm.commands.scoring_flags import add_scoring_arguments, check_writable, scoring_settings
 from calm.commands.text_flags import add_evaluation_text_arguments, load_blocks
+from calm.pretrained import shown_name
 
 if TYPE_CHECKING:
     from calm.evaluation import Evaluation
@@ -121,7 +122,7 @@ def score(args: argparse.Namespace) -> Scored:
         blocks,
         **settings,
         progress=partial(bar, desc="BrierLM"),
-        describe={"model": args.model, "kind": type(model).__name__, **text},
+        describe={"model": shown_name(args.model), "kind": type(model).__name__, **text},
     )
     measures = _measure(model, blocks, settings, partial(bar, desc="measures"))
     return Scored(evaluation, measures, _values(model, measures, tokenizer))

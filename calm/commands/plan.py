@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from calm.commands.model_flags import read_config
+from calm.commands.model_flags import model_folder, read_config
+from calm.pretrained import shown_name
 from calm.ranges import Range, at_least, number
 from calm.units import duration
 
@@ -28,7 +29,11 @@ assumption, nothing measured. calm/flops.py and calm/training_memory.py say what
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the subcommand."""
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="recipe, YAML file or folder of a saved model"
+        "names",
+        nargs="*",
+        type=model_folder,
+        metavar="NAME",
+        help="recipe, YAML file, or folder of a saved model (or its name, see `calm pretrained`)",
     )
     parser.add_argument(
         "--vocab-size",
@@ -66,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the plans."""
     from calm.training.recipe import recipe_names
 
-    plans = {name: _plan(name, args) for name in args.names or recipe_names()}
+    plans = {shown_name(name): _plan(name, args) for name in args.names or recipe_names()}
     if args.json:
         print(json.dumps(plans, indent=2))
         return 0

@@ -62,7 +62,8 @@ class Evaluation:
         if note := zero_note(self.brier_lm, self.brier_lm_interval):
             rows.append(note)
         rows.append("")
-        rows += [f"{key:14} {_line(value)}" for key, value in self.protocol.items()]
+        width = max(map(len, self.protocol), default=0)
+        rows += [f"{key:{width}} {_line(value)}" for key, value in self.protocol.items()]
         return "\n".join(rows)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from calm.errors import UserError
 
-__all__ = ["DEFAULT", "PRETRAINED", "packaged", "pretrained_path"]
+__all__ = ["DEFAULT", "PRETRAINED", "packaged", "pretrained_path", "shown_name"]
 
 DEFAULT = "calm-docstrings"  # what commands take without --model
 PRETRAINED = (DEFAULT, f"{DEFAULT}-baseline")
@@ -42,3 +42,9 @@ def packaged(name: str | os.PathLike[str]) -> str:
     """
     text = os.fspath(name)
     return str(pretrained_path(text)) if text in PRETRAINED and not Path(text).exists() else text
+
+
+def shown_name(folder: str) -> str:
+    """What a table calls the model in `folder`: its name if it comes with the package."""
+    path = Path(folder)
+    return path.name if path.parent == FOLDER and path.name in PRETRAINED else folder

@@ -187,6 +187,14 @@ class TestNames:
         args = cli._parser("experiment").parse_args(words)
         assert args.baseline == str(installed / "calm-docstrings-baseline")
 
+    def test_tables_show_the_name(self, installed, capsys):
+        assert calm("plan", "calm-docstrings-baseline") == 0
+        assert capsys.readouterr().out.startswith("calm-docstrings-baseline (baseline)\n")
+        message = error_of(capsys, "compare", "calm-docstrings")
+        assert message.endswith("two different folders, got calm-docstrings")
+        elsewhere = str(installed / "runs" / "calm-docstrings")
+        assert pretrained.shown_name(elsewhere) == elsewhere
+
     def test_training_knows_them(self, installed):
         given = ModelArguments(
             model_name_or_path="calm-docstrings", teacher_name_or_path="calm-docstrings-baseline"
