@@ -66,7 +66,11 @@ def run_stage(stage: Stage, build_model: BuildModel, argv: list[str] | None) -> 
     disable_progress_bar()  # of weights being written; training has its own
 
     def work() -> int:
-        run_job(parse_arguments(sys.argv[1:] if argv is None else argv, stage), build_model)
+        try:
+            run_job(parse_arguments(sys.argv[1:] if argv is None else argv, stage), build_model)
+        except KeyboardInterrupt:
+            logger.info("the same command goes on from the last checkpoint, if it has written one")
+            raise
         atexit.register(_leave_process_group)
         return 0
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -392,9 +393,8 @@ class TestBadInput:
         assert len(logs(tmp_path / "baseline")) == 4
 
 
-def test_an_interrupted_job_says_so(monkeypatch, tmp_path):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("calm.training.job.run_job", interrupted)
+def test_an_interrupted_job_says_so(monkeypatch, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("calm.training.job.run_job", Mock(side_effect=KeyboardInterrupt))
     assert MAIN["baseline"](flags(tmp_path, "baseline", text=write_corpus(tmp_path))) == 130
+    assert "the same command goes on from the last checkpoint" in caplog.text
