@@ -23,8 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge the checkpoint; 0."""
+    from transformers.utils.logging import disable_progress_bar
+
     from calm.training.merging import merge_checkpoint
 
+    disable_progress_bar()  # of one file being written
     model = merge_checkpoint(Path(args.checkpoint), Path(args.output))
     size = sum(weight.numel() for weight in model.parameters())
     print(f"{args.output}: {type(model).__name__}, {size:,} weights")

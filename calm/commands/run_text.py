@@ -8,6 +8,7 @@ from typing import Any
 
 from calm.data.options import SCORED_BLOCK_SIZE
 from calm.errors import UserError
+from calm.pretrained import shown_name
 
 __all__ = [
     "check_comparable",
@@ -30,7 +31,7 @@ def choose_text(args: argparse.Namespace, runs: Sequence[str]) -> None:
     first, *others = texts.items()
     different = next((text for text in others if text[1] != first[1]), None)
     if different:
-        known = [f"{run}: {name or 'nothing known'}, {share} % held out"
+        known = [f"{shown_name(run)}: {name or 'nothing known'}, {share} % held out"
                  for run, (name, share) in (first, different)]  # fmt: skip
         raise UserError(
             f"the runs were trained on different texts ({'; '.join(known)}): pass --data"
