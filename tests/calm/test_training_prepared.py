@@ -1,7 +1,9 @@
 """Training on prepared text: as on the text itself, exact after a stop, or refused."""
 
 import json
+import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 from cli_cases import calm, error_of
@@ -172,3 +174,15 @@ def test_a_text_that_replaces_another_keeps_nothing_of_its_tokenizer(tmp_path):
     assert (out / "chat_template.jinja").is_file()
     assert calm(*words, "--tokenizer", "bytes", "--overwrite") == 0
     assert not (out / "chat_template.jinja").exists() and calm("verify", out) == 0
+
+
+def test_the_example_fine_tunes(folders, tmp_path, capsys):
+    """It prepares a text with the model's tokenizer, trains on it, and compares both models."""
+    example = Path(__file__).resolve().parents[2] / "examples" / "fine_tune.py"
+    few = ("--max_steps=2", "--eval_steps=2", "--max_eval_samples=2", "--use_cpu")
+    words = (str(folders / "calm"), write_corpus(tmp_path, 200), str(tmp_path / "out"))
+    assert runpy.run_path(str(example))["main"](*words, *few) == 0
+    record = read_protocol(tmp_path / "out" / "model")
+    assert record["train_files"] == ["text"] and record["training"]["learning_rate"] == 3e-5
+    table = capsys.readouterr().out
+    assert str(folders / "calm") in table and str(tmp_path / "out" / "model") in table
