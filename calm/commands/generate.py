@@ -131,13 +131,13 @@ def _number(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Print every prompt and its continuation as it is drawn; speed goes to standard error."""
-    from calm.memory import check_draws
-
     prompts = read_prompts(args)
     if args.prompt or args.prompt_file:
         prompts = iter(list(prompts))  # their mistakes show before a model is loaded
     choose_model(args)
     model: Any = load_model(args)
+    from calm.memory import check_draws  # imports torch, for which a wrong path need not wait
+
     check_draws(model, "--num-samples", args.num_samples, 1)
     tokenizer = load_tokenizer_of(args, model)
     for index, prompt in enumerate(prompts):

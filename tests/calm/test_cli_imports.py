@@ -39,6 +39,12 @@ def test_the_help_of_a_command_waits_for_no_library():
     assert not modules_after(help_of_all) & set(NEVER)
 
 
+def test_a_wrong_path_is_told_before_anything_is_imported():
+    words = ["generate", "--model", "nowhere", "--prompt", "a"]
+    code = f"from calm import cli\nassert cli.main({words}) == 2"
+    assert not modules_after(code) & set(NEVER)
+
+
 def test_public_names_are_imported_when_they_are_used():
     assert not modules_after("import calm") & set(NEVER)
     assert set(calm.__all__) <= set(dir(calm))
