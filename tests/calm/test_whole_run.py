@@ -32,6 +32,7 @@ def kill_after(folder, *words):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)  # seven programs, one after the other, each of which imports torch
 def test_train_kill_resume_evaluate_generate(tmp_path):
     text = write_corpus(tmp_path)
     calm("train-ae", *flags(tmp_path, "autoencoder", text=text))
