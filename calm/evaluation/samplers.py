@@ -250,8 +250,8 @@ def make_sampler(
     num_draws = num_samples if brier_draws is None else brier_draws
     if not 2 <= num_draws <= num_samples:
         raise UserError(
-            "brier_draws must lie between 2 and num_samples, and num_samples be at least 2; "
-            f"got brier_draws={brier_draws}, num_samples={num_samples}"
+            "num_samples must be at least 2, and brier_draws lie between 2 and num_samples; "
+            f"got num_samples={num_samples}, brier_draws={brier_draws}"
         )
     is_published = brier_draws == 2
     predictor = make_predictor(model, method=method, temperature=1.0, noise_scale=noise_scale)

@@ -19,7 +19,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from calm.data.manifest import is_prepared
+from calm.data.manifest import is_prepared, read_description
 from calm.data.options import CorpusOptions
 from calm.errors import UserError
 from calm.pretrained import packaged
@@ -320,6 +320,9 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
     namespace = parser.parse(words)
     if not namespace.dataloader_num_workers and "dataloader_prefetch_factor" not in given:
         namespace.dataloader_prefetch_factor = None  # the recipe's, of workers that are not there
+    if is_prepared(namespace.train_file) and "validation_split_percentage" not in given:
+        description = read_description(Path(namespace.train_file))  # it says what is held out
+        namespace.validation_split_percentage = description.validation_split_percentage
     if not any(word.startswith(("--do_", "--do-")) for word in words):
         namespace.do_train = True  # evaluation alone has to be asked for
     if namespace.deepspeed and find_spec("deepspeed") is None:

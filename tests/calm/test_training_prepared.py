@@ -79,6 +79,12 @@ def test_a_prepared_text_has_a_length(text):
     assert parse_arguments(words, Stage.BASELINE).training.max_steps == -1
 
 
+def test_the_folder_says_what_is_held_out(text):
+    """Not the recipe, which holds out 10 % of its own text."""
+    words = ["--config=tiny", f"--train_file={text}", "--output_dir=out"]
+    assert parse_arguments(words, Stage.BASELINE).data.validation_split_percentage == 20
+
+
 def test_what_does_not_fit_is_refused_in_one_line(text, tmp_path, capsys):
     def refused(*extra, stage="baseline"):
         assert train(tmp_path, *extra, stage=stage, text=text) == 2
