@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(plans, indent=2))
         return 0
+    if not args.names:
+        print(f"{'recipe':18} {'stage':12} {'parameters':>16}")
     for name, stages in plans.items():
         for stage, plan in stages.items():
             print(_detail(name, stage, plan) if args.names else _line(name, stage, plan))
@@ -148,7 +150,7 @@ def _cost(model: Any, run: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _line(name: str, stage: str, plan: dict[str, Any]) -> str:
-    return f"{name:18} {stage:12} {plan['total']:>16,}  {plan['total'] / 1e6:>9.1f}M"
+    return f"{name:18} {stage:12} {plan['total']:>16,}  {plan['total'] / 1e6:>9.2f}M"
 
 
 def _detail(name: str, stage: str, plan: dict[str, Any]) -> str:
@@ -156,7 +158,7 @@ def _detail(name: str, stage: str, plan: dict[str, Any]) -> str:
     for part, size in plan.items():
         if part != "cost":
             label = part.replace("_", " ")
-            rows.append(f"  {label:16} {size:>16,}  {size / 1e6:>9.1f}M")
+            rows.append(f"  {label:16} {size:>16,}  {size / 1e6:>9.2f}M")
     return "\n".join(rows + [f"  {row}" for row in _cost_rows(plan["cost"])])
 
 
