@@ -321,8 +321,8 @@ def parse_arguments(argv: list[str], stage: Stage) -> JobArguments:
     if not namespace.dataloader_num_workers and "dataloader_prefetch_factor" not in given:
         namespace.dataloader_prefetch_factor = None  # the recipe's, of workers that are not there
     if is_prepared(namespace.train_file) and "validation_split_percentage" not in given:
-        description = read_description(Path(namespace.train_file))  # it says what is held out
-        namespace.validation_split_percentage = description.validation_split_percentage
+        prepared = read_description(Path(namespace.train_file))  # it says what is held out
+        namespace.validation_split_percentage = prepared.validation_split_percentage
     if not any(word.startswith(("--do_", "--do-")) for word in words):
         namespace.do_train = True  # evaluation alone has to be asked for
     if namespace.deepspeed and find_spec("deepspeed") is None:
