@@ -63,9 +63,9 @@ def expected(tmp_path_factory):
 
 
 def test_two_processes_with_shards_are_one(run, expected):
-    """Losses of 20 steps, BrierLM, a text, and final weights that load."""
+    """Losses of 20 steps, BrierLM, health, a text, and final weights that load."""
     folder, results = run
-    assert len(results["loss"]) == 20
+    assert len(results["loss"]) == 20 and "eval_conditioning_share" in results["scores"]
     agree(results, expected)
     EnergyTransformer.from_pretrained(folder / "model")
 
