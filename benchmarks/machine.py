@@ -3,11 +3,14 @@
 import os
 import platform
 import subprocess
+import sys
 from typing import Any
 
 import torch
 
-__all__ = ["current_commit", "machine_info"]
+__all__ = ["current_commit", "load_average", "machine_info"]
+
+IDLE_LOAD = 0.5
 
 
 def machine_info(threads: int) -> dict[str, Any]:
@@ -20,6 +23,15 @@ def machine_info(threads: int) -> dict[str, Any]:
         "python_version": platform.python_version(),
         "system": platform.system(),
     }
+
+
+def load_average() -> float:
+    """Of the last minute; a warning where other programs run too."""
+    found = os.getloadavg()[0]
+    if found > IDLE_LOAD:
+        print(f"warning: other programs run too (load average {found:.1f}): the times are "
+              "not to be quoted", file=sys.stderr)  # fmt: skip
+    return found
 
 
 def current_commit(folder: str | os.PathLike[str] | None = None) -> str:

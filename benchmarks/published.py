@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.machine import current_commit, machine_info
+from benchmarks.machine import current_commit, load_average, machine_info
 from benchmarks.models import autoencoder_config, calm_config
 from benchmarks.report import published_table
 from benchmarks.shapes import DECODING, STEP
@@ -46,7 +46,6 @@ __all__ = ["main", "measure_work", "ratios_of"]
 ROOT = Path(__file__).resolve().parents[1]
 THREADS, ROUNDS, WARMUP_ROUNDS = 2, 7, 2
 SEED = 5
-IDLE_LOAD = 0.5
 NEEDED = ("models/modeling_energy.py", "models/modeling_autoencoder.py")
 INSTALL = "pip install torch==2.13.0 transformers==4.43.0 accelerate==0.30.1 numpy"
 
@@ -314,12 +313,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of each row ({ROUNDS})")
     parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args(argv)
-    load_average = os.getloadavg()[0]
-    if load_average > IDLE_LOAD:
-        print(f"warning: other programs run too (load average {load_average:.1f}): the times are "
-              "not to be quoted", file=sys.stderr)  # fmt: skip
     info: dict[str, Any] = {
-        "machine_info": {**machine_info(THREADS), "load_average": load_average},
+        "machine_info": {**machine_info(THREADS), "load_average": load_average()},
         "commit_info": {"id": current_commit(ROOT)},
     }
     try:

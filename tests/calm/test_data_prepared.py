@@ -249,13 +249,14 @@ class TestRefused:
         prepared.check(own, None, 2)
         prepared.check(own, START, 4)
 
-    def test_text_that_holds_nothing(self, tmp_path):
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_text_that_holds_nothing(self, workers, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 3)
         words = {"good": write_jsonl(tmp_path / "b.jsonl", ["b"]), "bad": str(tmp_path / "a.jsonl")}
         with pytest.raises(UserError, match=r"a\.jsonl: holds no document"):
-            prepare(tmp_path / "out", words)
+            prepare(tmp_path / "out", words, workers=workers)
         with pytest.raises(UserError, match=r"source bad: .* holds no text; 1 entries could"):
-            prepare(tmp_path / "out", words, on_error="skip")
+            prepare(tmp_path / "out", words, on_error="skip", workers=workers)
         one = write_jsonl(tmp_path / "one.jsonl", ["one"])
         with pytest.raises(UserError, match=r"1 documents leave no .* if 5 % are held out"):
             prepare(tmp_path / "one", one, percentage=5)

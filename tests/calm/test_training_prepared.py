@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from cli_cases import calm, error_of
-from training_cases import MAIN, flags, logs, write_corpus
+from forked import run_in_two
+from training_cases import MAIN, SIZES, flags, logs, write_corpus
 
 from calm.data import parts
 from calm.data.manifest import is_prepared
@@ -108,6 +109,67 @@ def test_what_does_not_fit_is_refused_in_one_line(text, tmp_path, capsys):
     )
     (text / "prepared.json").unlink()
     assert "is not a file; a folder needs a glob" in refused()
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_folders_that_no_process_trains_on(processes, text, trained_calm, tmp_path, capsys):
+    """Each process ends with one line, none waits: damage, another tokenizer, another K."""
+    words = ("--data", tmp_path / "text.jsonl", "--validation-split-percentage", 20)
+    for name, tokenizer, patch_size in (("other", "bpe:300", 4), ("three", "bytes", 3)):
+        words_of_it = (*words, "--tokenizer", tokenizer, "--patch-size", patch_size)
+        assert calm("prepare", *words_of_it, "--output", tmp_path / name) == 0
+    for name, ending in (("cut", ".tokens"), ("gone", ".documents")):
+        shutil.copytree(text, tmp_path / name)
+        shard = next((tmp_path / name).glob(f"train-*{ending}"))
+        shard.write_bytes(shard.read_bytes()[:-1])
+    shard.unlink()
+    shutil.copytree(text, tmp_path / "edited")
+    record = tmp_path / "edited" / "prepared.json"
+    record.write_text(record.read_text().replace('"tokens"', '"token_count"'))
+    cases = {
+        "cut": " bytes, and prepared.json says ",
+        "gone": " is missing, and prepared.json says ",
+        "edited": "edited is damaged: prepared.json holds",
+        "other": "was prepared with another tokenizer",
+        "three": "start chunks of K=3 tokens, and the model has K=4",
+    }
+    autoencoder = f"--ae_name_or_path={trained_calm / 'autoencoder'}"
+    overrides = f"--config_overrides={SIZES['calm']},has_start_patch=true"
+    jobs = [
+        flags(tmp_path, "calm", "--do_train", autoencoder, overrides, text=str(tmp_path / name))
+        for name in cases
+    ]
+    capsys.readouterr()
+    if processes == 1:
+        assert refusals(jobs) == 0
+        printed = [capsys.readouterr().err]
+    else:
+        run_in_two(tmp_path, refusals, jobs)
+        printed = [(tmp_path / f"rank-{rank}.log").read_text() for rank in range(2)]
+    for found in printed:
+        errors = [line for line in found.splitlines() if line.startswith("error: ")]
+        assert len(errors) == len(cases) and "Traceback" not in found, found
+        for error, expected in zip(errors, cases.values(), strict=True):
+            assert expected in error
+
+
+def refusals(jobs):
+    """In each process: jobs that must end with an error of one line."""
+    return int(any(MAIN["calm"](words) != 2 for words in jobs))
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_shard(text, tmp_path):
+    """They learn what one does from the same blocks."""
+    assert len(list(text.glob("train-*.tokens"))) == 1
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    assert train(tmp_path / "one", "--per_device_train_batch_size=4", text=text) == 0
+    words = flags(tmp_path / "two", "baseline", "--do_train", text=str(text))
+    run_in_two(tmp_path, MAIN["baseline"], words)
+    expected = logs(tmp_path / "one" / "baseline")
+    assert len(expected) == 4
+    assert logs(tmp_path / "two" / "baseline") == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_command_that_was_stopped_leaves_the_same_files(tmp_path, capsys, monkeypatch):
