@@ -171,6 +171,10 @@ def watched(process: int) -> Iterator[dict[int, float]]:
 # Measurements
 
 
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
+
+
 def ratios(ours: Sequence[float], raw: Sequence[float]) -> dict[str, Any]:
     """Medians in seconds, and the ratios raw / ours of the rounds."""
     found = [other / own for own, other in zip(ours, raw, strict=True)]
@@ -224,8 +228,10 @@ class Bench:
         for count in workers:
             found = shard_ids(self.prepare(count)[0])
             if not np.array_equal(found, np.load(expected)):
-                raise AssertionError(f"{count} workers: other ids than encode_batch; nothing timed")
-            facts.append(f"{count} workers: {len(found):,} ids are those of encode_batch")
+                raise AssertionError(
+                    f"{_processes(count)}: other ids than encode_batch; nothing is timed"
+                )
+            facts.append(f"{_processes(count)}: {len(found):,} ids are those of encode_batch")
         return facts
 
     def times(self, workers: int, rounds: int) -> dict[str, Any]:
@@ -247,7 +253,7 @@ class Bench:
         }
         return {**both, "peak_memory_mib": [max(each) for each in zip(*peaks, strict=False)]}
 
-    def training(self, cores: int, steps: int) -> dict[str, Any]:
+    def training(self, cores: int, steps: int, rounds: int) -> dict[str, Any]:
         """Shares of a step, and how long the first batch takes after none and many steps."""
         text = str(self.prepare(1, HELD_OUT)[0])
         with worker(cores) as process:
@@ -255,7 +261,7 @@ class Bench:
         counted = logged[min(WARMUP_STEPS, steps - 1) :]
         shares = [entry["data_share"] for entry in counted]
         first: dict[str, list[float]] = {"0": [], str(RESUMED_STEP): []}
-        for _ in range(3):
+        for _ in range(rounds):
             for done, seconds in first.items():
                 with worker(cores) as process:
                     seconds.append(process("first_batch", text=text, steps=int(done)))
@@ -330,10 +336,10 @@ def main(argv: list[str] | None = None) -> int:
             "vocab_size": STEP.vocab_size,
             "parity": facts,
             "rows": {
-                f"{count} workers": bench.times(count, arguments.rounds)
+                _processes(count): bench.times(count, arguments.rounds)
                 for count in arguments.workers
             },
-            "training": bench.training(cores, arguments.steps),
+            "training": bench.training(cores, arguments.steps, arguments.rounds),
         }
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
