@@ -1,6 +1,6 @@
 """`calm prepare` against `encode_batch` of tokenizers, and what training on prepared text costs.
 
-``python -m benchmarks.preparing [--workers N ...] [--json FILE]``, on Linux, some ten minutes.
+``python -m benchmarks.preparing [--workers N ...] [--json FILE]``, on Linux, 15 minutes or more.
 
 The text is the Python sources of the installed packages, a document a file; nothing of it is kept.
 A byte-level BPE is trained on a part of it. Parity comes first: `calm prepare` writes the ids that
