@@ -58,7 +58,7 @@ def training_text(run: str) -> tuple[str, float | None]:
 
 def choose_block_size(args: argparse.Namespace, configs: dict[str, dict[str, Any]]) -> None:
     """Without ``--block-size``: the least that a run was trained with, a multiple of every K."""
-    from calm.data.packing import check_block_size
+    from calm.data.blocks import check_block_size
 
     sizes = [patch_size_of(config) for config in configs.values()]
     if args.block_size is not None:

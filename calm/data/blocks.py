@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calm.errors import UserError
 from calm.labels import IGNORE_INDEX
 
-__all__ = ["Block", "collate", "make_block", "pack"]
+__all__ = ["Block", "check_block_size", "collate", "make_block", "pack"]
 
 Block = dict[str, np.ndarray]
 
@@ -51,3 +52,13 @@ def collate(blocks: Sequence[Block]) -> dict[str, Tensor]:
         key: torch.from_numpy(np.stack([block[key] for block in blocks]))
         for key in ("input_ids", "labels")
     }
+
+
+def check_block_size(block_size: int, patch_size: int) -> None:
+    """`block_size` must be a multiple of `patch_size` and hold at least two chunks."""
+    if block_size % patch_size or block_size < 2 * patch_size:
+        nearest = max(2, round(block_size / patch_size)) * patch_size
+        raise UserError(
+            f"block_size must be a multiple of patch_size (K={patch_size}) and at least "
+            f"{2 * patch_size}; got {block_size}, try {nearest}"
+        )

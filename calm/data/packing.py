@@ -16,7 +16,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from calm.data.blocks import Block, make_block
+from calm.data.blocks import Block, check_block_size, make_block
 from calm.data.stream import PackedStream
 from calm.data.tables import Documents
 from calm.data.tokenization import (
@@ -29,19 +29,8 @@ from calm.errors import UserError
 
 __all__ = [
     "PackedBlocks",
-    "check_block_size",
     "pack_documents",
 ]
-
-
-def check_block_size(block_size: int, patch_size: int) -> None:
-    """`block_size` must be a multiple of `patch_size` and hold at least two chunks."""
-    if block_size % patch_size or block_size < 2 * patch_size:
-        nearest = max(2, round(block_size / patch_size)) * patch_size
-        raise UserError(
-            f"block_size must be a multiple of patch_size (K={patch_size}) and at least "
-            f"{2 * patch_size}; got {block_size}, try {nearest}"
-        )
 
 
 class PackedBlocks(Dataset[Block]):

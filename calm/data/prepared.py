@@ -13,10 +13,9 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from calm.data.blocks import Block, make_block
+from calm.data.blocks import Block, check_block_size, make_block
 from calm.data.manifest import VALIDATION, Description, ShardRecord, read_description
 from calm.data.mixture import epoch_shares
-from calm.data.packing import check_block_size
 from calm.data.shards import Layout, TokenFile
 from calm.data.tokenizer import tokenizer_hash
 from calm.errors import UserError

@@ -95,7 +95,7 @@ def test_plan_counts_the_published_sizes(capsys):
     parts = ("embedding", "compressor", "backbone", "head")
     assert sum(counts[part] for part in parts) == counts["total"]
     assert calm("plan", "calm-m") == 0
-    assert "371,731,584      371.7M" in capsys.readouterr().out
+    assert "371,731,584     371.73M" in capsys.readouterr().out
 
 
 def test_plan_without_a_name_lists_all(capsys):
@@ -243,7 +243,7 @@ def test_eval_of_an_embedded_corpus_takes_held_out_documents(folders, tmp_path):
         (("--block-size", 4096), "--block-size 4096 exceeds the model's context of 256 tokens"),
         (
             ("--num-samples", 1),
-            "--num-samples be at least 2; got --brier-draws=None, --num-samples=1",
+            "--num-samples must be at least 2, and --brier-draws lie between 2 and --num-samples",
         ),
         (("--json", "/no/such/folder/x.json"), "cannot be written"),
         (("--data", "/no/such/file.txt"), "error: --data: no file matches '/no/such/file.txt'"),

@@ -7,9 +7,9 @@ import torch
 from tokenizers import processors
 from torch.utils.data import DataLoader
 
-from calm.data.blocks import collate, pack
+from calm.data.blocks import check_block_size, collate, pack
 from calm.data.encoding import document_separator
-from calm.data.packing import PackedBlocks, check_block_size, pack_documents
+from calm.data.packing import PackedBlocks, pack_documents
 from calm.data.stream import PackedStream
 from calm.data.tokenization import align_documents, tokenize_documents
 from calm.data.tokenizer import byte_tokenizer
