@@ -15,8 +15,8 @@ from calm.errors import UserError
 from calm.models import MODEL_CLASSES, Autoencoder, BaselineTransformer
 from calm.models.loading import load_config, on_meta
 from calm.ranges import Range, at_least, number
-from calm.training.config_overrides import build_config
-from calm.training.recipe import PRETRAINING, Recipe, Stage, load_recipe, recipe_stages
+from calm.training.flags.config_overrides import build_config
+from calm.training.flags.recipe import PRETRAINING, Recipe, Stage, load_recipe, recipe_stages
 from calm.training.stages import STAGES
 
 __all__ = ["Run", "count_parts", "described", "saved_model", "stages_of"]

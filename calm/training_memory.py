@@ -31,7 +31,7 @@ from calm.models.agreement import MAX_ORDER
 from calm.models.slot_mixing import INNER_FACTOR
 from calm.models.token_score import MAX_LOGITS
 from calm.plan import Run
-from calm.training.sharding import units_of
+from calm.training.sharding.weights import units_of
 from calm_kernels.energy_head import EnergyHead
 
 __all__ = ["TrainingMemory", "memory_of"]

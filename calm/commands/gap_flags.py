@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     from calm.experiments.gap import Baseline, configuration_of, measure_gap, write_gap
     from calm.experiments.gap_store import GapStore
     from calm.models import BaselineTransformer, ContinuousTransformer
-    from calm.training.lock import locked
+    from calm.training.checkpoints.lock import locked
 
     configs = {args.model: read_config(Path(args.model))}
     if args.baseline:

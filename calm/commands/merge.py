@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Merge the checkpoint; 0."""
     from transformers.utils.logging import disable_progress_bar
 
-    from calm.training.merging import merge_checkpoint
+    from calm.training.sharding.merging import merge_checkpoint
 
     disable_progress_bar()  # of one file being written
     model = merge_checkpoint(Path(args.checkpoint), Path(args.output))

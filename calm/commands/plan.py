@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plans."""
-    from calm.training.recipe import recipe_names
+    from calm.training.flags.recipe import recipe_names
 
     plans = {shown_name(name): _plan(name, args) for name in args.names or recipe_names()}
     if args.json:

@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     """Prepare the text, or what is left of it; print its size."""
     from calm.data.manifest import read_description
     from calm.data.preparing import clear_folder, find_preparation
-    from calm.training.lock import locked
+    from calm.training.checkpoints.lock import locked
 
     folder = Path(args.output)
     if not args.output or folder.is_file():

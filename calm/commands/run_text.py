@@ -103,6 +103,6 @@ def patch_size_of(config: dict[str, Any]) -> int:
 
 def run_record(run: str, name: str = "protocol.json") -> dict[str, Any]:
     """A JSON file of a run; empty if it has none."""
-    from calm.training.resume import read_record
+    from calm.training.checkpoints.resume import read_record
 
     return read_record(Path(run), name)

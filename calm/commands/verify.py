@@ -53,7 +53,7 @@ def _examine(folder: Path) -> Iterator[tuple[Path, str | None]]:
     """Every set of weights in `folder`, or its prepared text, with what is wrong with it."""
     from calm.data.manifest import DESCRIPTION, is_prepared
     from calm.integrity import MANIFEST, find_damage, find_non_finite, saved_weights
-    from calm.training.checkpoints import (
+    from calm.training.checkpoints.complete import (
         FOLDER,
         checkpoint_damage,
         checkpoint_folders,

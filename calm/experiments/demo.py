@@ -36,9 +36,9 @@ from calm.experiments.demo_report import (
 )
 from calm.experiments.demo_stages import StageRun, train_stage
 from calm.labels import IGNORE_INDEX
-from calm.training.lock import locked
+from calm.training.checkpoints.lock import locked
+from calm.training.flags.recipe import Stage
 from calm.training.precision import has_bfloat16_units
-from calm.training.recipe import Stage
 from calm.training.trainer import CALMTrainer
 
 __all__ = ["DemoOptions", "run_demo"]

@@ -15,10 +15,10 @@ from transformers import (
 )
 
 from calm.experiments.trained import BUILDERS
-from calm.training.arguments import parse_arguments
-from calm.training.clock import TrainingClock
+from calm.training.flags.arguments import parse_arguments
+from calm.training.flags.recipe import Stage
 from calm.training.job import prepare_job
-from calm.training.recipe import Stage
+from calm.training.monitoring.clock import TrainingClock
 from calm.training.trainer import CALMTrainer
 
 __all__ = ["Score", "StageRun", "train_stage"]

@@ -20,7 +20,7 @@ from calm.experiments.gap_report import to_markdown
 from calm.experiments.gap_store import GapStore
 from calm.integrity import weights_hash
 from calm.models import ContinuousTransformer
-from calm.training.resume import model_settings
+from calm.training.checkpoints.resume import model_settings
 
 __all__ = ["Baseline", "configuration_of", "measure_gap", "write_gap"]
 

@@ -13,8 +13,8 @@ from calm.configuration import model_kind
 from calm.errors import UserError
 from calm.flops import flops_of
 from calm.plan import saved_model
-from calm.training.checkpoints import checkpoint_folders
-from calm.training.resume import read_protocol, read_record
+from calm.training.checkpoints.complete import checkpoint_folders
+from calm.training.checkpoints.resume import read_protocol, read_record
 
 __all__ = ["AXES", "RunLog", "Series", "read_run", "tokens_per_step"]
 

@@ -23,8 +23,8 @@ from calm.experiments.measures import MEASURES, Texts, cost_of
 from calm.experiments.scales import Scale
 from calm.experiments.trained import Training, ensure_trained
 from calm.integrity import write_atomically
-from calm.training.lock import locked
-from calm.training.recipe import Stage
+from calm.training.checkpoints.lock import locked
+from calm.training.flags.recipe import Stage
 from calm.training.stages import STAGES
 
 __all__ = ["RESULTS", "Record", "all_cells", "run_experiment", "training_commands"]

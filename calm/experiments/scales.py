@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from calm.experiments.trained import Training
-from calm.training.recipe import PRETRAINING, Stage, load_recipe
+from calm.training.flags.recipe import PRETRAINING, Stage, load_recipe
 
 __all__ = ["SCALES", "Budget", "Flags", "Grid", "Scale", "Size"]
 

@@ -21,9 +21,9 @@ from calm.models import MODEL_CLASSES, Autoencoder, BaselineTransformer
 from calm.models.loading import load_checked, load_config
 from calm.plan import described
 from calm.training import train_ar, train_autoencoder, train_calm
-from calm.training.arguments import parse_arguments
+from calm.training.flags.arguments import parse_arguments
+from calm.training.flags.recipe import Stage, load_recipe, merge, recipe_arguments
 from calm.training.job import run_job
-from calm.training.recipe import Stage, load_recipe, merge, recipe_arguments
 
 __all__ = ["BUILDERS", "Trained", "Training", "digest", "ensure_trained"]
 

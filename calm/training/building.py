@@ -12,8 +12,8 @@ from calm.errors import UserError
 from calm.memory import check_memory
 from calm.models import Autoencoder
 from calm.models.loading import load_checked, load_config, on_meta
-from calm.training.arguments import ModelArguments
-from calm.training.config_overrides import build_config, parse_overrides
+from calm.training.flags.arguments import ModelArguments
+from calm.training.flags.config_overrides import build_config, parse_overrides
 
 __all__ = [
     "check_context",

@@ -3,7 +3,7 @@
 from transformers import TrainingArguments
 
 from calm.errors import UserError
-from calm.training.sharding_settings import is_asked_to_shard
+from calm.training.sharding.settings import is_asked_to_shard
 
 __all__ = ["check_compilation"]
 

@@ -19,12 +19,12 @@ from calm.memory import check_draws
 from calm.models import MODEL_CLASSES, BaselineTransformer, EnergyTransformer
 from calm.models.loading import load_kind
 from calm.training import train_calm
-from calm.training.arguments import JobArguments
 from calm.training.building import load_pretrained
-from calm.training.distilling import DistillationArguments, DistillationObjective
+from calm.training.flags.arguments import JobArguments
+from calm.training.flags.recipe import Stage
 from calm.training.job import run_stage
-from calm.training.recipe import Stage
-from calm.training.teachers import ChunkTeacher, Documents, Teacher, TokenTeacher
+from calm.training.objectives.distilling import DistillationArguments, DistillationObjective
+from calm.training.objectives.teachers import ChunkTeacher, Documents, Teacher, TokenTeacher
 
 __all__ = ["build_model", "load_teacher", "main"]
 

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from calm.models import EnergyTransformer
 from calm.training import train_calm
-from calm.training.arguments import JobArguments
+from calm.training.flags.arguments import JobArguments
+from calm.training.flags.recipe import Stage
 from calm.training.job import run_stage
-from calm.training.recipe import Stage
-from calm.training.tempering import TemperatureObjective, TemperingArguments
+from calm.training.objectives.tempering import TemperatureObjective, TemperingArguments
 
 __all__ = ["build_model", "main"]
 

@@ -4,7 +4,7 @@ A job writes ``output_dir``: the final weights with configuration, tokenizer and
 (what `calm eval` and `calm generate` load), a model card ``README.md``, ``train_results.json``,
 ``eval_results.json``, ``trainer_state.json`` with the logs, and ``checkpoint-<step>`` folders.
 Started again with the same ``output_dir``, it resumes from the last good checkpoint if its settings
-are the same (`calm.training.resume`); ``--overwrite_output_dir`` starts afresh,
+are the same (`calm.training.checkpoints.resume`); ``--overwrite_output_dir`` starts afresh,
 ``--resume_from_checkpoint <folder>`` chooses a checkpoint. One job at a time may train in a folder.
 """
 
@@ -22,30 +22,30 @@ from transformers.utils.logging import disable_progress_bar
 
 from calm.errors import UserError, run_program
 from calm.memory import check_draws
-from calm.training.arguments import (
-    CALMTrainingArguments,
-    JobArguments,
-    parse_arguments,
-)
 from calm.training.building import check_context, weight_dtype
-from calm.training.checkpoints import (
+from calm.training.checkpoints.complete import (
     check_usable,
     discard_checkpoints,
     last_good_checkpoint,
     set_aside_later,
 )
-from calm.training.clock import UNBOUNDED_STEPS, RunLimit
+from calm.training.checkpoints.lock import locked
+from calm.training.checkpoints.resume import Takeover, check_output_folder
+from calm.training.flags.arguments import (
+    CALMTrainingArguments,
+    JobArguments,
+    parse_arguments,
+)
+from calm.training.flags.recipe import Stage
 from calm.training.latent_basis import is_whitened, whiten_latent
-from calm.training.lock import locked
 from calm.training.model_card import write_model_card
+from calm.training.monitoring.clock import UNBOUNDED_STEPS, RunLimit
+from calm.training.monitoring.progress import print_saved
+from calm.training.monitoring.scoring import check_best_metric
+from calm.training.objectives.tempered_spread import set_tempered_spread
 from calm.training.processes import agreed
-from calm.training.progress import print_saved
-from calm.training.recipe import Stage
-from calm.training.resume import Takeover, check_output_folder
-from calm.training.scoring import check_best_metric
-from calm.training.sharding_settings import check_processes
+from calm.training.sharding.settings import check_processes
 from calm.training.stages import STAGES
-from calm.training.tempered_spread import set_tempered_spread
 from calm.training.trainer import CALMTrainer
 from calm_kernels.backend import Backend, use_backend
 
@@ -133,8 +133,8 @@ def prepare_job(
     # Here, so that a trainer of given blocks needs no `datasets`.
     import datasets
 
-    from calm.training.prepared_text import BlockLayout
-    from calm.training.training_text import load_text, pack_text, protocol
+    from calm.training.text.prepared_text import BlockLayout
+    from calm.training.text.training_text import load_text, pack_text, protocol
 
     args = arguments.training
     if args.disable_tqdm:

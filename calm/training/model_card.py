@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from calm.integrity import write_atomically
 from calm.pretrained import PRETRAINED
-from calm.training.recipe import Stage
+from calm.training.flags.recipe import Stage
 from calm.training.trainer import CALMTrainer
 
 __all__ = [

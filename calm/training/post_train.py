@@ -15,16 +15,16 @@ from calm.errors import UserError
 from calm.memory import check_draws
 from calm.models import EnergyTransformer
 from calm.training import train_calm
-from calm.training.arguments import JobArguments
+from calm.training.flags.arguments import JobArguments
+from calm.training.flags.recipe import Stage
 from calm.training.job import run_stage
-from calm.training.post_training import (
+from calm.training.objectives.post_training import (
     PolicyObjective,
     PostTrainingArguments,
     PostTrainingObjective,
     TiltedObjective,
 )
-from calm.training.recipe import Stage
-from calm.training.rewards import load_reward
+from calm.training.objectives.rewards import load_reward
 
 __all__ = ["build_model", "learn_from", "main"]
 

@@ -2,7 +2,7 @@
 
 A stage after pre-training goes on from a trained CALM, has flags of its own and gives the model an
 `calm.models.objective.Objective`. A new one is an entry of `STAGES`, a module of that objective
-and its flags (such as `calm.training.tempering`) and a program (such as
+and its flags (such as `calm.training.objectives.tempering`) and a program (such as
 `calm.training.distill_temperature`).
 """
 
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from calm.errors import UserError
-from calm.training.clock import RunLimit
-from calm.training.distilling import DistillationArguments
-from calm.training.post_training import PostTrainingArguments, limits
-from calm.training.recipe import Stage
-from calm.training.tempering import TemperingArguments
+from calm.training.flags.recipe import Stage
+from calm.training.monitoring.clock import RunLimit
+from calm.training.objectives.distilling import DistillationArguments
+from calm.training.objectives.post_training import PostTrainingArguments, limits
+from calm.training.objectives.tempering import TemperingArguments
 
 __all__ = ["STAGES", "StageDescription", "check_source"]
 
@@ -72,7 +72,7 @@ def check_source(model: Any) -> None:
     """The flags `model` name a trained model, and nothing that would describe another one.
 
     Args:
-        model: `calm.training.arguments.ModelArguments` of a stage after pre-training.
+        model: `calm.training.flags.arguments.ModelArguments` of a stage after pre-training.
 
     Raises:
         UserError: no trained model, or a description of a new one.

@@ -11,10 +11,10 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from calm.data.encoding import vocabulary_size
 from calm.models import BaselineTransformer
-from calm.training.arguments import JobArguments
 from calm.training.building import check_vocabulary, check_weights, load_pretrained, new_config
+from calm.training.flags.arguments import JobArguments
+from calm.training.flags.recipe import Stage
 from calm.training.job import run_stage
-from calm.training.recipe import Stage
 
 __all__ = ["build_model", "main"]
 

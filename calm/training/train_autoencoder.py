@@ -15,11 +15,11 @@ from calm.data.encoding import vocabulary_size
 from calm.data.tokenizer import tokenizer_hash
 from calm.errors import UserError
 from calm.models import Autoencoder, BaselineTransformer
-from calm.training.arguments import JobArguments
 from calm.training.building import check_vocabulary, check_weights, load_pretrained, new_config
+from calm.training.checkpoints.resume import read_protocol
+from calm.training.flags.arguments import JobArguments
+from calm.training.flags.recipe import Stage
 from calm.training.job import run_stage
-from calm.training.recipe import Stage
-from calm.training.resume import read_protocol
 
 __all__ = ["build_model", "main"]
 

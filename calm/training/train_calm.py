@@ -12,11 +12,11 @@ from calm.configuration import HEAD_TYPES, CALMConfig
 from calm.errors import UserError
 from calm.models import MODEL_CLASSES, Autoencoder, ContinuousTransformer, EnergyTransformer
 from calm.models.loading import load_config
-from calm.training.arguments import NO_AUTOENCODER, JobArguments, ModelArguments
 from calm.training.building import check_vocabulary, check_weights, load_pretrained, new_config
-from calm.training.config_overrides import parse_overrides
+from calm.training.flags.arguments import NO_AUTOENCODER, JobArguments, ModelArguments
+from calm.training.flags.config_overrides import parse_overrides
+from calm.training.flags.recipe import Stage
 from calm.training.job import run_stage
-from calm.training.recipe import Stage
 
 __all__ = ["build_model", "main", "new_or_trained", "with_energy_head"]
 

@@ -29,34 +29,34 @@ from calm.integrity import find_non_finite, write_atomically, write_manifest
 from calm.labels import IGNORE_INDEX
 from calm.models.backbone import compile_layers
 from calm.models.saving import without_training_parts
-from calm.training.arguments import CALMTrainingArguments
-from calm.training.checkpoints import (
+from calm.training.checkpoints.complete import (
     CheckpointCompletion,
     bytes_to_save,
     check_space,
     is_model_file,
     last_good_checkpoint,
 )
-from calm.training.clock import RunLimit, TrainingClock, timed_schedule
-from calm.training.draws import DrawAddress
-from calm.training.health import HealthAdvice
-from calm.training.loading import LoadingTrainer
-from calm.training.metrics import (
+from calm.training.checkpoints.resume import PROTOCOL, OwnSettings
+from calm.training.flags.arguments import CALMTrainingArguments
+from calm.training.monitoring.clock import RunLimit, TrainingClock, timed_schedule
+from calm.training.monitoring.health import HealthAdvice
+from calm.training.monitoring.metrics import (
     ADVICE,
     FiniteGuard,
     MeanLoss,
     NonFiniteLossError,
     RunningMeans,
 )
+from calm.training.monitoring.progress import print_lines
+from calm.training.monitoring.scoring import logged_parts, metrics_of, score_sequences
+from calm.training.monitoring.speed import BETWEEN, Speed
+from calm.training.monitoring.spikes import SpikeGuard
 from calm.training.muon import MuonAdamW
 from calm.training.processes import agreed
-from calm.training.progress import print_lines
-from calm.training.resume import PROTOCOL, OwnSettings
-from calm.training.scoring import logged_parts, metrics_of, score_sequences
-from calm.training.sharded_trainer import ShardedTrainer
-from calm.training.sharding import whole_weights
-from calm.training.speed import BETWEEN, Speed
-from calm.training.spikes import SpikeGuard
+from calm.training.sharding.trainer import ShardedTrainer
+from calm.training.sharding.weights import whole_weights
+from calm.training.text.draws import DrawAddress
+from calm.training.text.loading import LoadingTrainer
 from calm_kernels.noise import as_seed
 
 __all__ = ["CALMTrainer"]

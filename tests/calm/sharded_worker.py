@@ -12,12 +12,12 @@ from training_cases import MODELS, UnevenSequences, history, make_trainer
 
 from calm.data.tokenizer import byte_tokenizer
 from calm.errors import UserError
-from calm.training import health
-from calm.training.distilling import DistillationArguments, DistillationObjective
+from calm.training.monitoring import health
+from calm.training.objectives.distilling import DistillationArguments, DistillationObjective
+from calm.training.objectives.post_training import PostTrainingArguments
+from calm.training.objectives.teachers import Documents, TokenTeacher
 from calm.training.post_train import learn_from
-from calm.training.post_training import PostTrainingArguments
-from calm.training.sharding import whole_weights
-from calm.training.teachers import Documents, TokenTeacher
+from calm.training.sharding.weights import whole_weights
 
 STEPS, BATCH = 20, 6  # sequences of a step, whatever the number of processes
 UNSCORED = ("_time", "_runtime", "_per_second", "epoch")  # of what an evaluation reports

@@ -5,7 +5,7 @@ import json
 from training_cases import MODELS, history, make_trainer
 from transformers import TrainerCallback
 
-from calm.training.spikes import GradientSpikeError
+from calm.training.monitoring.spikes import GradientSpikeError
 
 SPIKE, LAST, SAVED = 24, 28, 22  # steps
 

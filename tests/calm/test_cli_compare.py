@@ -11,7 +11,7 @@ from tiny_models import tiny_calm
 
 from calm.evaluation import score_text
 from calm.experiments.leaderboard import Entry, rank
-from calm.training.resume import PROTOCOL
+from calm.training.checkpoints.resume import PROTOCOL
 
 TRAINED = {
     "dataset": "embedded:topics", "validation_split_percentage": 10, "block_size": 40,

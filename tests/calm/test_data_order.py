@@ -16,7 +16,7 @@ from calm.data.blocks import collate
 from calm.data.mixture import epoch_shares, parse_sources, parse_weights
 from calm.data.order import EpochBatches, ShuffledBlocks, permuted
 from calm.errors import UserError
-from calm.training.arguments import CALMTrainingArguments
+from calm.training.flags.arguments import CALMTrainingArguments
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 

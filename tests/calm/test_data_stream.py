@@ -14,7 +14,7 @@ from calm.data.blocks import collate
 from calm.data.packing import pack_documents
 from calm.data.tokenizer import byte_tokenizer
 from calm.errors import UserError
-from calm.training.arguments import CALMTrainingArguments
+from calm.training.flags.arguments import CALMTrainingArguments
 
 TOKENIZER = byte_tokenizer()
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")

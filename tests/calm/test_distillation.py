@@ -10,9 +10,13 @@ from tiny_models import prompt, tiny_baseline, tiny_calm
 from calm.decoding.sampling.seeds import OFFSET_STRIDE, advance, row_seeds
 from calm.errors import UserError
 from calm.labels import IGNORE_INDEX
-from calm.training import teachers
-from calm.training.distilling import DistillationArguments, DistillationObjective, own_texts
-from calm.training.teachers import ChunkTeacher, Documents, TokenTeacher
+from calm.training.objectives import teachers
+from calm.training.objectives.distilling import (
+    DistillationArguments,
+    DistillationObjective,
+    own_texts,
+)
+from calm.training.objectives.teachers import ChunkTeacher, Documents, TokenTeacher
 from calm_kernels.energy_score import gaussian_energy_score
 from calm_kernels.noise import Stream, as_seed, uniform
 from calm_kernels.softmax_draws import draw_tokens

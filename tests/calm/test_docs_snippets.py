@@ -16,7 +16,7 @@ from torch.distributed.run import get_args_parser
 
 from calm import cli
 from calm.errors import UserError
-from calm.training.arguments import parse_arguments
+from calm.training.flags.arguments import parse_arguments
 from calm.training.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from calm.data.tokenizer import load_tokenizer
 from calm.errors import UserError
 from calm.models.loading import load_checked, load_config
 from calm.training.building import check_context
-from calm.training.scoring import check_best_metric
+from calm.training.monitoring.scoring import check_best_metric
 
 
 def copy_of(folders, tmp_path):

@@ -7,8 +7,8 @@ import torch
 from calm import CALMConfig
 from calm.models import MODEL_CLASSES
 from calm.models.heads.base import is_recomputed
-from calm.training.config_overrides import build_config
-from calm.training.resume import model_settings
+from calm.training.checkpoints.resume import model_settings
+from calm.training.flags.config_overrides import build_config
 
 ignores_renaming = pytest.mark.filterwarnings("ignore:.*activation_checkpointing")
 

@@ -12,15 +12,15 @@ from calm import CALMConfig, EnergyTransformer
 from calm.data.tokenizer import byte_tokenizer
 from calm.errors import UserError
 from calm.models.heads.steered import SteeredHead
-from calm.training import post_training
-from calm.training.post_train import learn_from
-from calm.training.post_training import (
+from calm.training.objectives import post_training
+from calm.training.objectives.post_training import (
     PolicyObjective,
     PostTrainingArguments,
     energy_distance,
     target_weights,
 )
-from calm.training.rewards import BrierReward, FunctionReward
+from calm.training.objectives.rewards import BrierReward, FunctionReward
+from calm.training.post_train import learn_from
 from calm_kernels.energy_score import energy_score
 
 ATOMS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0], [1.5, 1.5]], dtype=torch.float64)

@@ -21,7 +21,7 @@ from training_cases import MAIN, SIZES, flags, write_corpus
 import calm as calm_package
 from calm import Autoencoder, BaselineTransformer, EnergyTransformer, cli, pretrained
 from calm.errors import UserError
-from calm.training.arguments import ModelArguments
+from calm.training.flags.arguments import ModelArguments
 
 MEGABYTES = 4_000_000
 READOUT = "token_loss_weight=0.3,token_readout=causal,keep_token_readout=true,beta=0.5"

@@ -11,8 +11,8 @@ from cli_cases import calm, error_of
 from training_cases import logs, write_corpus
 
 from calm.integrity import saved_shapes
+from calm.training.flags.recipe import Stage, load_recipe, recipe_names, recipe_stages
 from calm.training.precision import has_bfloat16_units
-from calm.training.recipe import Stage, load_recipe, recipe_names, recipe_stages
 from calm.training.stages import STAGES
 
 # Parameters, in millions: counted, and as in the paper's table 1 (section 7.1 for the autoencoder)

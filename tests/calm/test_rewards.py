@@ -9,7 +9,7 @@ from tokenizers_like import llama2_like
 from calm.data.encoding import Encoder
 from calm.data.tokenizer import byte_tokenizer
 from calm.errors import UserError
-from calm.training.rewards import BrierReward, FunctionReward, Group, load_reward
+from calm.training.objectives.rewards import BrierReward, FunctionReward, Group, load_reward
 
 CHANCES = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 

@@ -15,7 +15,7 @@ from calm.decoding.sampling.voting import vote, vote_distribution
 from calm.errors import UserError
 from calm.models.heads.tempered import TemperedHead
 from calm.models.loading import load_checked
-from calm.training.tempering import TemperatureObjective, TemperingArguments
+from calm.training.objectives.tempering import TemperatureObjective, TemperingArguments
 from calm_kernels.noise import Stream, as_seed, uniform
 
 BOUNDS = (0.3, 0.8)
@@ -233,7 +233,7 @@ class TestObjective:
         whole = loss_of(varying, model, 12).loss
         parts = [loss_of(varying, model, 6, first_row=first).loss for first in (0, 6)]
         torch.testing.assert_close(torch.cat(parts, dim=1), whole)
-        monkeypatch.setattr("calm.training.tempering.DRAWS_AT_A_TIME", 100)
+        monkeypatch.setattr("calm.training.objectives.tempering.DRAWS_AT_A_TIME", 100)
         torch.testing.assert_close(loss_of(varying, model, 12).loss, whole)
         assert not loss_of(varying, model, 12, step=1).loss.equal(whole)
 

@@ -13,8 +13,8 @@ from calm.errors import UserError
 from calm.labels import IGNORE_INDEX
 from calm.models.agreement import prefix_collisions
 from calm.models.heads.tempered import spread_at
-from calm.training import tempered_spread
-from calm.training.tempered_spread import LEAST_SPREAD, matched_spread, vote_collisions
+from calm.training.objectives import tempered_spread
+from calm.training.objectives.tempered_spread import LEAST_SPREAD, matched_spread, vote_collisions
 from calm_kernels.noise import Stream, uniform
 
 BOUNDS = (0.3, 0.8)

@@ -8,10 +8,10 @@ from transformers import LlamaConfig
 
 from calm.configuration import CALMConfig
 from calm.errors import UserError
-from calm.training.arguments import parse_arguments
-from calm.training.config_overrides import build_config, parse_overrides
-from calm.training.old_flags import translate_old_flags
-from calm.training.recipe import (
+from calm.training.flags.arguments import parse_arguments
+from calm.training.flags.config_overrides import build_config, parse_overrides
+from calm.training.flags.old_flags import translate_old_flags
+from calm.training.flags.recipe import (
     PRETRAINING,
     Stage,
     load_recipe,
@@ -19,7 +19,7 @@ from calm.training.recipe import (
     recipe_names,
     recipe_stages,
 )
-from calm.training.sharding_settings import check_processes
+from calm.training.sharding.settings import check_processes
 
 PRESETS = (
     "autoencoder baseline-10b baseline-l baseline-m baseline-s calm-10b calm-l calm-m "

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from calm.errors import UserError
 from calm.integrity import MANIFEST, write_manifest
-from calm.training.checkpoints import (
+from calm.training.checkpoints.complete import (
     check_usable,
     checkpoint_damage,
     checkpoint_folders,
@@ -205,7 +205,7 @@ class TestRotation:
                 raise OSError(28, "No space left on device")
             write_manifest(folder)
 
-        monkeypatch.setattr("calm.training.checkpoints.write_manifest", disk_is_full)
+        monkeypatch.setattr("calm.training.checkpoints.complete.write_manifest", disk_is_full)
         with pytest.raises(OSError, match="No space left"):
             train(MODELS["energy"](), tmp_path, **settings)
         assert last_good_checkpoint(tmp_path).name == "checkpoint-1"

@@ -16,8 +16,8 @@ from calm.errors import UserError
 from calm.integrity import saved_shapes
 from calm.models import backbone
 from calm.models.backbone import compile_layers
-from calm.training.arguments import parse_arguments
-from calm.training.recipe import Stage
+from calm.training.flags.arguments import parse_arguments
+from calm.training.flags.recipe import Stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:::torch")  # of its compiler about itself
 

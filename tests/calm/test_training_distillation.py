@@ -12,9 +12,9 @@ from training_cases import MAIN, Sequences, flags, history, logs, make_trainer, 
 
 from calm import EnergyTransformer
 from calm.data.tokenizer import byte_tokenizer, train_bpe_tokenizer
-from calm.training.distilling import DistillationArguments, DistillationObjective
-from calm.training.recipe import Stage, load_recipe, recipe_stages
-from calm.training.teachers import Documents, TokenTeacher
+from calm.training.flags.recipe import Stage, load_recipe, recipe_stages
+from calm.training.objectives.distilling import DistillationArguments, DistillationObjective
+from calm.training.objectives.teachers import Documents, TokenTeacher
 
 DOCUMENTS = Documents(None, 0)
 BYTES = 259

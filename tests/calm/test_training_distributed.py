@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from training_cases import MAIN, flags, logs, write_corpus
 from transformers import AutoModel
 
-from calm.training.checkpoints import checkpoint_folders
+from calm.training.checkpoints.complete import checkpoint_folders
 
 ROOT = Path(__file__).resolve().parents[2]
 # A stream that each process reads for itself, with a worker.

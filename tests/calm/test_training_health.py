@@ -7,8 +7,8 @@ from training_cases import MODELS, Sequences, history, make_trainer
 from transformers import TrainerState
 
 from calm.evaluation.measures import measure_text
-from calm.training import health
-from calm.training.health import HealthAdvice
+from calm.training.monitoring import health
+from calm.training.monitoring.health import HealthAdvice
 
 NAMES = {
     "reconstruction", "floor_share", "conditioning_share", "spread_ratio", "draw_agreement",

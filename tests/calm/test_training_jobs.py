@@ -14,7 +14,7 @@ from training_cases import MAIN, SIZES, flags, logs, write_corpus
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from calm import Autoencoder, BaselineTransformer, EnergyTransformer, FlowTransformer
-from calm.training.checkpoints import checkpoint_folders
+from calm.training.checkpoints.complete import checkpoint_folders
 from calm.training.trainer import CALMTrainer
 
 

@@ -8,7 +8,7 @@ import torch
 from tiny_models import tiny_baseline, tiny_calm
 
 from calm.plan import Run, described, stages_of
-from calm.training.recipe import Stage, recipe_names
+from calm.training.flags.recipe import Stage, recipe_names
 from calm.training_memory import memory_of
 
 RUN = Run(

@@ -11,8 +11,8 @@ from calm import EnergyTransformer
 from calm.data.tokenizer import byte_tokenizer
 from calm.errors import UserError
 from calm.training import post_train
-from calm.training.post_training import PostTrainingArguments
-from calm.training.recipe import Stage, load_recipe, recipe_stages
+from calm.training.flags.recipe import Stage, load_recipe, recipe_stages
+from calm.training.objectives.post_training import PostTrainingArguments
 
 
 def learner(method):

@@ -14,9 +14,9 @@ from calm.data import parts
 from calm.data.manifest import is_prepared
 from calm.data.shards import ShardWriter
 from calm.data.tokenizer import byte_tokenizer
-from calm.training.arguments import parse_arguments
-from calm.training.recipe import Stage
-from calm.training.resume import read_protocol
+from calm.training.checkpoints.resume import read_protocol
+from calm.training.flags.arguments import parse_arguments
+from calm.training.flags.recipe import Stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 STEPS = ("--max_steps=12", "--save_steps=10", "--per_device_train_batch_size=8")

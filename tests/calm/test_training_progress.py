@@ -4,10 +4,10 @@ import pytest
 from training_cases import MODELS, make_trainer
 from transformers import TrainerState
 
-from calm.training import progress
-from calm.training.arguments import CALMTrainingArguments
-from calm.training.clock import TrainingClock
-from calm.training.progress import LogLines, ProgressBar, log_line
+from calm.training.flags.arguments import CALMTrainingArguments
+from calm.training.monitoring import progress
+from calm.training.monitoring.clock import TrainingClock
+from calm.training.monitoring.progress import LogLines, ProgressBar, log_line
 from calm.units import duration
 
 

@@ -254,7 +254,7 @@ def test_train_energy_then_eval_energy(paths, caplog):
 def test_bf16_without_a_gpu(paths, monkeypatch, caplog, units):
     """The processor's bfloat16 where it has units for it, else float32; it trains either way."""
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    monkeypatch.setattr("calm.training.arguments.has_bfloat16_units", lambda device: units)
+    monkeypatch.setattr("calm.training.flags.arguments.has_bfloat16_units", lambda device: units)
     less = "--block_size 16 --per_device_train_batch_size 1 --eval_strategy no --do_eval False"
     folder = run("autoencoder", TRAIN_AUTOENCODER, paths, f"bf16-{units}", *less.split())
     assert len(logs(folder)) == 2 and all(map(math.isfinite, logs(folder)))

@@ -13,9 +13,9 @@ from training_cases import MAIN, SIZES, flags, logs, write_corpus
 from calm.cli import main as cli
 from calm.errors import UserError
 from calm.integrity import write_manifest
-from calm.training.checkpoints import checkpoint_folders, last_good_checkpoint
-from calm.training.lock import LOCK, locked
-from calm.training.resume import Takeover, read_protocol
+from calm.training.checkpoints.complete import checkpoint_folders, last_good_checkpoint
+from calm.training.checkpoints.lock import LOCK, locked
+from calm.training.checkpoints.resume import Takeover, read_protocol
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -342,7 +342,7 @@ class TestLock:
             with pytest.raises(UserError, match=complaint), locked(folder):
                 pass
             code = (
-                "import sys, pathlib, calm.training.lock as lock\n"
+                "import sys, pathlib, calm.training.checkpoints.lock as lock\n"
                 "with lock.locked(pathlib.Path(sys.argv[1])): pass"
             )
             command = [sys.executable, "-c", code, str(folder)]

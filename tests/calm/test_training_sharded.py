@@ -20,8 +20,8 @@ from calm.cli import main as cli
 from calm.errors import UserError
 from calm.integrity import write_manifest
 from calm.models.loading import load_checked
-from calm.training.checkpoints import checkpoint_damage
-from calm.training.sharded_checkpoints import has_shards, load_model_shards, shard_shapes
+from calm.training.checkpoints.complete import checkpoint_damage
+from calm.training.sharding.checkpoints import has_shards, load_model_shards, shard_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVED = {"save_strategy": "steps", "save_steps": 10}

@@ -9,8 +9,8 @@ from training_cases import MODELS, Sequences, history, make_trainer
 from calm import flops
 from calm.flops import PEAK, flops_of, peak_of
 from calm.memory import peak_memory
-from calm.training import speed
-from calm.training.speed import BETWEEN, PARTS, StepTimer
+from calm.training.monitoring import speed
+from calm.training.monitoring.speed import BETWEEN, PARTS, StepTimer
 
 CPU = torch.device("cpu")
 SHARES = [f"{part}_share" for part in PARTS]

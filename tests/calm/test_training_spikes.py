@@ -9,9 +9,9 @@ from safetensors import safe_open
 from spikes_worker import LAST, SAVED, SPIKE, find_spikes, found_in, some_weights, spiky
 
 from calm.errors import UserError
-from calm.training.arguments import parse_arguments
-from calm.training.recipe import Stage
-from calm.training.spikes import LEAST, WINDOW, GradientSpikeError, SpikeGuard
+from calm.training.flags.arguments import parse_arguments
+from calm.training.flags.recipe import Stage
+from calm.training.monitoring.spikes import LEAST, WINDOW, GradientSpikeError, SpikeGuard
 
 BATCH = [{name: torch.tensor([[1, 2], [3, 4]]) for name in ("input_ids", "labels")}]
 

@@ -10,8 +10,8 @@ from training_cases import MAIN, flags, history, logs, make_trainer, train
 
 from calm import EnergyTransformer
 from calm.errors import UserError
-from calm.training.recipe import PRETRAINING, Stage, load_recipe, recipe_stages
-from calm.training.tempering import TemperingArguments
+from calm.training.flags.recipe import PRETRAINING, Stage, load_recipe, recipe_stages
+from calm.training.objectives.tempering import TemperingArguments
 
 DRAWS = ("--min_draws=8", "--max_draws=12")
 

@@ -12,11 +12,11 @@ from transformers import Trainer
 
 from calm.errors import UserError
 from calm.evaluation import evaluate
-from calm.training import metrics
-from calm.training.arguments import CALMTrainingArguments
-from calm.training.draws import DrawAddress
-from calm.training.loading import LoadingTrainer
-from calm.training.metrics import NonFiniteLossError
+from calm.training.flags.arguments import CALMTrainingArguments
+from calm.training.monitoring import metrics
+from calm.training.monitoring.metrics import NonFiniteLossError
+from calm.training.text.draws import DrawAddress
+from calm.training.text.loading import LoadingTrainer
 from calm.training.trainer import CALMTrainer
 
 EXACT = {

@@ -4,7 +4,7 @@ import torch
 
 from calm import AutoencoderConfig, CALMConfig
 from calm.models import MODEL_CLASSES, Autoencoder
-from calm.training.tempering import TemperatureObjective, TemperingArguments
+from calm.training.objectives.tempering import TemperatureObjective, TemperingArguments
 
 VOCAB, LATENT = 31, 8
 

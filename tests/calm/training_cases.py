@@ -18,7 +18,7 @@ from calm.training import (
     train_autoencoder,
     train_calm,
 )
-from calm.training.arguments import CALMTrainingArguments
+from calm.training.flags.arguments import CALMTrainingArguments
 from calm.training.trainer import CALMTrainer
 
 # Each `train` collects garbage; what the imports left need not be looked at every time.

@@ -107,7 +107,7 @@ def _fill_up_at(point: int) -> None:
 
 def _checkpoints_are_whole(run_folder: Path) -> bool:
     """Whatever checkpoint counts as good has its losses."""
-    from calm.training.checkpoints import last_good_checkpoint
+    from calm.training.checkpoints.complete import last_good_checkpoint
 
     good = last_good_checkpoint(run_folder, set_aside=False)
     return good is None or len(losses_of(good)) == int(good.name.split("-")[1])

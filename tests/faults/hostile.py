@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from calm.training.checkpoints import write_manifest
+from calm.training.checkpoints.complete import write_manifest
 
 from .commands import SIZES, make_models, run_command
 from .report import Result, choose

@@ -7,7 +7,7 @@ import torch
 
 from calm.flops import peak_of
 from calm.memory import peak_memory
-from calm.training.speed import BETWEEN, StepTimer
+from calm.training.monitoring.speed import BETWEEN, StepTimer
 
 SLEEP = 10**8  # cycles of a kernel that waits: tens of milliseconds
 

@@ -59,7 +59,7 @@ class CachedBackbone:
             if hasattr(weight, "full_tensor"):  # a DTensor
                 raise UserError(
                     "generate reads whole weights, and these are split among processes: call it "
-                    "inside of `with calm.training.sharding.whole_weights(model)`"
+                    "inside of `with calm.training.sharding.weights.whole_weights(model)`"
                 )
         config = backbone.config
         self.backbone = backbone

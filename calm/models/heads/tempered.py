@@ -23,8 +23,8 @@ class TemperedHead(EnergyGenerativeHead):
     condition = h + W φ(T),    φ_k(T) = sin(k log(1/T) / 2),    k = 1 .. 8
 
     W starts at zero and φ(1) is zero: begun as a copy of a trained head, it draws what that head
-    draws, and learns from there (`calm.training.tempering`). The trained head stays beside it, for
-    T = 1. Cost: that of the head, and 8 H a hidden state.
+    draws, and learns from there (`calm.training.objectives.tempering`). The trained head stays
+    beside it, for T = 1. Cost: that of the head, and 8 H a hidden state.
     """
 
     entry_points: ClassVar[tuple[str, ...]] = ("sample", "condition")

@@ -27,8 +27,8 @@ from calm.errors import UserError
 from calm.labels import IGNORE_INDEX
 from calm.models import EnergyTransformer
 from calm.models.agreement import MAX_ORDER, prefix_collisions, prefix_matches
-from calm.training.sharding import is_sharded
-from calm.training.tempering import DRAWS_AT_A_TIME, TemperatureObjective
+from calm.training.objectives.tempering import DRAWS_AT_A_TIME, TemperatureObjective
+from calm.training.sharding.weights import is_sharded
 from calm.training.trainer import CALMTrainer
 from calm_kernels.agreeing_patch import vote_chances
 from calm_kernels.noise import Stream, as_seed

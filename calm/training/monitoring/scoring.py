@@ -19,7 +19,7 @@ from calm.evaluation.diagnostics import spread_ratio
 from calm.evaluation.samplers import make_sampler
 from calm.labels import Term
 from calm.models import Autoencoder, ContinuousTransformer
-from calm.training.health import health_metrics, health_term
+from calm.training.monitoring.health import health_metrics, health_term
 
 __all__ = ["check_best_metric", "logged_parts", "metrics_of", "score_sequences"]
 
@@ -57,7 +57,7 @@ def score_sequences(
 
     The first column is the loss. Then an autoencoder has KL divergence, accuracy and the KL
     divergence of each latent dimension, a language model Brier-1 to Brier-4, the other terms
-    that it has (`_parts`) and, if it is a CALM, its health (`calm.training.health`).
+    that it has (`_parts`) and, if it is a CALM, its health (`calm.training.monitoring.health`).
 
     Args:
         model: an autoencoder or a language model; one with an objective that does not

@@ -28,7 +28,7 @@ from calm.errors import UserError
 from calm.models import EnergyTransformer
 from calm.models.heads.base import HeadLoss, is_recomputed
 from calm.models.objective import PredictedChunks
-from calm.training.parser import flag
+from calm.training.flags.parser import flag
 from calm_kernels.energy_score import energy_score
 from calm_kernels.noise import Stream
 from calm_kernels.uniform_draws import uniform_draws

@@ -9,7 +9,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from calm.errors import UserError
 from calm.ranges import ANY, Range, name_first, number
-from calm.training.config_overrides import close_names
+from calm.training.flags.config_overrides import close_names
 
 __all__ = ["TrainingParser", "flag", "flag_names"]
 

@@ -34,7 +34,7 @@ def check_sharding(training: Any) -> None:
     """Refuse what sharded weights cannot be combined with, and settings that would do nothing.
 
     Args:
-        training: `calm.training.arguments.CALMTrainingArguments`.
+        training: `calm.training.flags.arguments.CALMTrainingArguments`.
 
     Raises:
         UserError: naming the flag.
@@ -89,7 +89,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
         if settings[name] not in UNUSED.get(name, ()):
             raise UserError(
                 f"fsdp_config: {name} has no effect, calm decides what is gathered together "
-                f"(calm/training/sharding.py): take it out, got {settings[name]!r}"
+                f"(calm/training/sharding/weights.py): take it out, got {settings[name]!r}"
             )
 
 

@@ -21,8 +21,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from calm.training.clock import UNBOUNDED_STEPS, TrainingClock
-from calm.training.speed import PARTS
+from calm.training.monitoring.clock import UNBOUNDED_STEPS, TrainingClock
+from calm.training.monitoring.speed import PARTS
 from calm.units import duration
 
 __all__ = ["LogLines", "ProgressBar", "log_line", "print_lines", "print_saved"]

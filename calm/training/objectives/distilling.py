@@ -1,6 +1,6 @@
 """Distillation without a teacher's logits: its draws become latents, and those a target.
 
-After each chunk of a text the teacher draws M continuations of K tokens (`calm.training.teachers`).
+After each chunk of a text the teacher draws M continuations of K tokens (teachers.py).
 The frozen autoencoder gives each a posterior N_m, and the student's draws x_1 .. x_n learn with the
 energy score against their mixture, exactly,
 
@@ -30,8 +30,8 @@ from calm.evaluation.brier import evaluating
 from calm.models import EnergyTransformer
 from calm.models.heads.base import HeadLoss, is_recomputed
 from calm.models.objective import PredictedChunks
-from calm.training.parser import flag
-from calm.training.teachers import Documents, Teacher
+from calm.training.flags.parser import flag
+from calm.training.objectives.teachers import Documents, Teacher
 from calm_kernels.energy_score import gaussian_energy_score
 from calm_kernels.noise import Stream
 

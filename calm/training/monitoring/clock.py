@@ -18,7 +18,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from calm.errors import UserError
-from calm.training.metrics import recall, remember
+from calm.training.monitoring.metrics import recall, remember
 
 __all__ = ["RunLimit", "TrainingClock", "check_schedule", "timed_schedule"]
 

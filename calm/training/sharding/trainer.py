@@ -19,14 +19,14 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import SCHEDULER_NAME
 
 from calm.errors import UserError
-from calm.training.arguments import CALMTrainingArguments
-from calm.training.sharded_checkpoints import (
+from calm.training.flags.arguments import CALMTrainingArguments
+from calm.training.sharding.checkpoints import (
     has_shards,
     load_model_shards,
     load_optimizer_shards,
     save_description,
 )
-from calm.training.sharding import is_sharded, mixed_precision, shard_model
+from calm.training.sharding.weights import is_sharded, mixed_precision, shard_model
 
 __all__ = ["ShardedTrainer"]
 

@@ -21,8 +21,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from calm.errors import UserError
-from calm.training.checkpoints import last_good_checkpoint
-from calm.training.metrics import Gather, recall, remember, whole_norm
+from calm.training.checkpoints.complete import last_good_checkpoint
+from calm.training.monitoring.metrics import Gather, recall, remember, whole_norm
 
 __all__ = ["POLICIES", "GradientSpikeError", "SpikeGuard", "check_spikes"]
 
@@ -38,7 +38,7 @@ def check_spikes(training: Any) -> None:
     """Refuse flags about spikes that say nothing, or that nobody could follow.
 
     Args:
-        training: `calm.training.arguments.CALMTrainingArguments`.
+        training: `calm.training.flags.arguments.CALMTrainingArguments`.
 
     Raises:
         UserError: no such policy, one without ``max_gradient_spike``, or DeepSpeed, which updates
@@ -61,7 +61,7 @@ class GradientSpikeError(UserError):
 class SpikeGuard(TrainerCallback, ExportableState):
     """Compares the norm of each step's gradient with the median of those before it.
 
-    Norms that are not finite are the matter of `calm.training.metrics.FiniteGuard`. A spike counts
+    Norms that are not finite are the matter of `FiniteGuard` (metrics.py). A spike counts
     among the norms of later steps: where the gradient stays larger, it soon is none any more. Every
     checkpoint holds the norms, so that a resumed run finds the same spikes. Reading a norm takes
     one synchronisation with the device a step.

@@ -24,14 +24,14 @@ from calm.data.options import CorpusOptions
 from calm.errors import UserError
 from calm.pretrained import packaged
 from calm.ranges import FRACTION, NOT_NEGATIVE, PERCENTAGE, POSITIVE, SEED, at_least
-from calm.training.clock import check_schedule
 from calm.training.compilation import check_compilation
-from calm.training.old_flags import translate_old_flags
-from calm.training.parser import TrainingParser, flag, flag_names
+from calm.training.flags.old_flags import translate_old_flags
+from calm.training.flags.parser import TrainingParser, flag, flag_names
+from calm.training.flags.recipe import Stage, recipe_names, recipe_words
+from calm.training.monitoring.clock import check_schedule
+from calm.training.monitoring.spikes import check_spikes
 from calm.training.precision import has_bfloat16_units
-from calm.training.recipe import Stage, recipe_names, recipe_words
-from calm.training.sharding_settings import check_sharding, is_asked_to_shard
-from calm.training.spikes import check_spikes
+from calm.training.sharding.settings import check_sharding, is_asked_to_shard
 from calm.training.stages import STAGES, check_source
 from calm_kernels.backend import Backend
 

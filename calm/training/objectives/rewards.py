@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from calm.decoding.text.edges import CONTEXT, text_after
 from calm.errors import UserError
 from calm.labels import IGNORE_INDEX
-from calm.training.reward_functions import Length, Pattern, Repetition
+from calm.training.objectives.reward_functions import Length, Pattern, Repetition
 
 __all__ = ["READS", "BrierReward", "FunctionReward", "Group", "Reward", "load_reward"]
 

@@ -26,9 +26,9 @@ from transformers import (
 from calm.data.manifest import is_prepared
 from calm.errors import UserError
 from calm.integrity import saved_shapes
-from calm.training.arguments import JobArguments
-from calm.training.checkpoints import checkpoint_folders, step_of
-from calm.training.sharded_checkpoints import has_shards, shard_shapes
+from calm.training.checkpoints.complete import checkpoint_folders, step_of
+from calm.training.flags.arguments import JobArguments
+from calm.training.sharding.checkpoints import has_shards, shard_shapes
 
 __all__ = [
     "PROTOCOL",

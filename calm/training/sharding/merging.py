@@ -11,14 +11,14 @@ from calm.integrity import check_finite, write_manifest
 from calm.models import MODEL_CLASSES, Autoencoder, BaselineTransformer
 from calm.models.loading import load_checked, load_config, load_kind
 from calm.models.saving import without_training_parts
-from calm.training.checkpoints import (
+from calm.training.checkpoints.complete import (
     bytes_to_save,
     check_space,
     checkpoint_damage,
     holds_weights_alone,
     is_model_file,
 )
-from calm.training.sharded_checkpoints import has_shards, load_model_shards
+from calm.training.sharding.checkpoints import has_shards, load_model_shards
 
 __all__ = ["merge_checkpoint"]
 

@@ -23,15 +23,15 @@ from calm.data.tables import Documents
 from calm.data.tokenizer import BPE_NAME, load_tokenizer, tokenizer_hash
 from calm.errors import UserError
 from calm.integrity import weights_hash
-from calm.training.arguments import NO_AUTOENCODER, JobArguments
-from calm.training.prepared_text import (
+from calm.training.checkpoints.resume import model_settings, read_protocol
+from calm.training.flags.arguments import NO_AUTOENCODER, JobArguments
+from calm.training.flags.recipe import Stage
+from calm.training.text.prepared_text import (
     BlockLayout,
     find_held_out,
     find_prepared,
     prepared_blocks,
 )
-from calm.training.recipe import Stage
-from calm.training.resume import model_settings, read_protocol
 
 __all__ = ["Blocks", "Text", "load_text", "pack_text", "protocol"]
 
@@ -189,7 +189,7 @@ def protocol(
 ) -> dict[str, Any]:
     """A record of the job to save beside the weights; it names files without their folders.
 
-    `calm.training.resume` compares it with the record of the run that a job takes over.
+    `calm.training.checkpoints.resume` compares it with the record of the run that a job takes over.
     """
     training, data, layout = arguments.training, arguments.data, BlockLayout.of(model)
     autoencoder = getattr(model, "ae_model", None)

@@ -38,9 +38,9 @@ from calm.decoding.sampling.seeds import OFFSET_STRIDE, advance
 from calm.errors import UserError
 from calm.models.heads.base import HeadLoss, is_recomputed
 from calm.models.objective import PredictedChunks
-from calm.training.clock import RunLimit
-from calm.training.parser import flag
-from calm.training.rewards import READS, Group, Reward
+from calm.training.flags.parser import flag
+from calm.training.monitoring.clock import RunLimit
+from calm.training.objectives.rewards import READS, Group, Reward
 from calm_kernels.energy_score import energy_score
 
 __all__ = [

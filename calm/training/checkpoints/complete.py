@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from calm.errors import UserError
 from calm.integrity import MANIFEST, MODEL_FILES, find_damage, listed_names, write_manifest
-from calm.training.sharded_checkpoints import shard_damage
+from calm.training.sharding.checkpoints import shard_damage
 
 __all__ = [
     "CheckpointCompletion",

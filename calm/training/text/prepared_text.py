@@ -9,7 +9,7 @@ from calm.data.manifest import TRAIN, is_prepared
 from calm.data.order import ShuffledBlocks
 from calm.data.prepared import PreparedBlocks, PreparedText
 from calm.errors import UserError
-from calm.training.arguments import DataTrainingArguments, JobArguments
+from calm.training.flags.arguments import DataTrainingArguments, JobArguments
 
 __all__ = ["BlockLayout", "find_held_out", "find_prepared", "prepared_blocks"]
 

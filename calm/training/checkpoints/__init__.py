@@ -1,0 +1,1 @@
+"""Whole checkpoints, and what a run that goes on is compared with."""

@@ -1,0 +1,1 @@
+"""The flags of a training run: published ones, those of TrainingArguments, recipes."""

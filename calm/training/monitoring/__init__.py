@@ -1,0 +1,1 @@
+"""What a run measures, logs and watches."""

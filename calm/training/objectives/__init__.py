@@ -1,0 +1,1 @@
+"""What a trained model may learn after pre-training, instead of its head's loss."""

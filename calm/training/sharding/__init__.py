@@ -1,0 +1,1 @@
+"""Weights, gradients and optimizer states split among processes (FSDP 2)."""

@@ -1,0 +1,1 @@
+"""The text of a run, and how its blocks reach the processes."""
