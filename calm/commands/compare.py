@@ -77,13 +77,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _entry(args: argparse.Namespace, run: str, config: dict[str, Any]) -> Any:
     """The model in the folder `run`, scored."""
-    from tqdm import tqdm
-
     from calm.configuration import model_kind
     from calm.data.tokenizer import tokenizer_hash
     from calm.evaluation import score_text
     from calm.experiments.leaderboard import Entry
     from calm.memory import check_draws
+    from calm.progress_bar import progress_bar
 
     own = argparse.Namespace(**{**vars(args), "model": run})
     name = shown_name(run)
@@ -96,9 +95,7 @@ def _entry(args: argparse.Namespace, run: str, config: dict[str, Any]) -> Any:
         model,
         blocks,
         **scoring_settings(args),
-        progress=partial(
-            tqdm, total=-(-len(blocks) // args.batch_size), desc=name, disable=None
-        ),  # at a terminal
+        progress=partial(progress_bar, total=-(-len(blocks) // args.batch_size), desc=name),
         describe={"model": name, "kind": kind, "tokenizer_hash": tokenizer_hash(tokenizer), **text},
     )
     frozen = getattr(model, "ae_model", None)

@@ -104,10 +104,9 @@ class Scored:
 
 def score(args: argparse.Namespace) -> Scored:
     """Score the model and the text that the flags of the command name."""
-    from tqdm import tqdm
-
     from calm.evaluation import evaluate
     from calm.memory import check_draws
+    from calm.progress_bar import progress_bar
 
     model = load_model(args)
     tokenizer = load_tokenizer_of(args, model)
@@ -116,7 +115,7 @@ def score(args: argparse.Namespace) -> Scored:
     check_draws(model, "--num-samples", args.num_samples, chunks)
     settings = scoring_settings(args)
     total = -(-len(blocks) // args.batch_size)
-    bar = partial(tqdm, total=total, disable=None)  # at a terminal
+    bar = partial(progress_bar, total=total)
     evaluation = evaluate(
         model,
         blocks,

@@ -139,9 +139,9 @@ def _scale(args: argparse.Namespace) -> Any:
 
 def _bar(cells: Any) -> Any:
     """A bar over cells, with the name of the one in work."""
-    from tqdm import tqdm
+    from calm.progress_bar import progress_bar
 
-    with tqdm(cells, disable=None, unit="cell") as bar:
+    with progress_bar(cells, unit="cell") as bar:
         for cell in bar:
             bar.set_postfix_str(cell.name)
             yield cell

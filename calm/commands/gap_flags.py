@@ -97,11 +97,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write, print the report."""
-    from tqdm import tqdm
-
     from calm.experiments.gap import Baseline, configuration_of, measure_gap, write_gap
     from calm.experiments.gap_store import GapStore
     from calm.models import BaselineTransformer, ContinuousTransformer
+    from calm.progress_bar import progress_bar
     from calm.training.checkpoints.lock import locked
 
     configs = {args.model: read_config(Path(args.model))}
@@ -134,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     layout = {"block_size": args.block_size, "max_blocks": args.max_blocks}
     hashes = {"data_hash": blocks.data_hash(), "train_hash": training.data_hash()}
     folder = Path(args.output_dir)
-    with locked(folder), tqdm(desc="gap", unit=" parts", disable=None) as bar:  # at a terminal
+    with locked(folder), progress_bar(desc="gap", unit=" parts") as bar:
 
         def announce(name: str) -> None:
             bar.set_postfix_str(name)

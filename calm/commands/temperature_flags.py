@@ -55,11 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write, print the table."""
-    from tqdm import tqdm
-
     from calm.experiments.temperature import QUICK, run_study, write_study
     from calm.experiments.temperature_measures import StudyOptions, take_positions
     from calm.models.continuous import ContinuousTransformer
+    from calm.progress_bar import progress_bar
 
     given = {"repeats": args.repeats, "max_draws": args.max_draws, "seed": args.seed}
     options = replace(
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.model} holds a token baseline; this study needs a CALM")
     blocks, _ = load_blocks(args, model, load_tokenizer_of(args, model))
     positions = take_positions(model, blocks, args.positions, args.seed)
-    progress = partial(tqdm, desc="settings", disable=None)  # at a terminal
+    progress = partial(progress_bar, desc="settings")
     study = run_study(model, positions, options, progress)
     study.measured_on.update(model=args.model, data=args.data)
     folder = Path(args.output_dir)

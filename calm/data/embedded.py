@@ -24,10 +24,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
-from tqdm import tqdm
 
 from calm.errors import UserError, UserNotice
 from calm.integrity import write_atomically
+from calm.progress_bar import progress_bar
 
 __all__ = [
     "EMBEDDED_CORPORA",
@@ -102,7 +102,7 @@ def package_docstrings() -> list[str]:
         _notice(f"without {', '.join(missing)}: not installed")
     files = [file for folder in folders.values() if folder for file in _sources(folder)]
     _notice(f"reading {len(files)} source files; it takes some minutes, the first time only")
-    bar = tqdm(files, desc=f"{PREFIX}packages", unit=" files", disable=None)  # at a terminal
+    bar = progress_bar(files, desc=f"{PREFIX}packages", unit=" files")
     documents = _documents(bar, MIN_CHARACTERS)
     if not documents:
         raise UserError(

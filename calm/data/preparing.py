@@ -19,8 +19,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from calm.data.corpus import code_stamp, damage_advice
 from calm.data.encoding import vocabulary_size
 from calm.data.manifest import (
@@ -39,6 +37,7 @@ from calm.data.shards import ENDS, TOKENS
 from calm.data.tokenizer import tokenizer_hash
 from calm.errors import UserError
 from calm.integrity import MANIFEST, listed_names, new_digest, write_atomically
+from calm.progress_bar import progress_bar
 
 __all__ = ["clear_folder", "find_preparation", "request_of", "saved_tokenizer", "write_shards"]
 
@@ -130,7 +129,6 @@ def write_shards(
     *,
     weights: dict[str, Fraction] | None = None,
     workers: int = 1,
-    show_bar: bool | None = None,
 ) -> Description:
     """Write all shards, the tokenizer and the record of both into the folder of `job`.
 
@@ -140,7 +138,6 @@ def write_shards(
         request: from `request_of`.
         weights: of the sources.
         workers: processes. One process leaves tokenization to the threads of tokenizers.
-        show_bar: whether to show a progress bar; None: at a terminal.
 
     Raises:
         UserError: text that cannot be read, or none; nothing to train on or to hold out.
@@ -154,12 +151,11 @@ def write_shards(
         part for source in sources for part in plan_parts(source, job.shard_size, job.text_unit)
     ]
     try:
-        with tqdm(
+        with progress_bar(
             total=sum(part.size for part in parts),
             desc="tokenizing",
             unit="B",
             unit_scale=True,
-            disable=None if show_bar is None else not show_bar,
         ) as bar:
             states = _write_parts(job, parts, workers, bar)
         description = _describe(job, sources, parts, states, weights, _hash(request))

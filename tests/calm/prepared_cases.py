@@ -52,7 +52,7 @@ def prepare(folder, texts, *, workers=1, mixture=None, size=300, **settings):
     )
     weights = None if mixture is None else parse_weights(mixture, named)
     request = request_of(sources, "bytes", **settings)
-    write_shards(job, sources, request, weights=weights, workers=workers, show_bar=False)
+    write_shards(job, sources, request, weights=weights, workers=workers)
     return PreparedText(folder)
 
 
