@@ -9,6 +9,7 @@ from pathlib import Path
 from calm.commands.model_flags import add_model_arguments, load_model, load_tokenizer_of
 from calm.commands.text_flags import add_evaluation_text_arguments, load_blocks
 from calm.errors import UserError
+from calm.pretrained import shown_name
 from calm.ranges import SEED, at_least, number
 
 __all__ = ["add_arguments", "run"]
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     positions = take_positions(model, blocks, args.positions, args.seed)
     progress = partial(progress_bar, desc="settings")
     study = run_study(model, positions, options, progress)
-    study.measured_on.update(model=args.model, data=args.data)
+    study.measured_on.update(model=shown_name(args.model), data=args.data)
     folder = Path(args.output_dir)
     print(write_study(study, folder))
     print(f"{folder}: temperature.md, temperature.json and temperature.png")
