@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
     with locked(folder), progress_bar(desc="gap", unit=" parts") as bar:
 
         def announce(name: str) -> None:
-            bar.set_postfix_str(name)
+            bar.set_postfix_str(name, refresh=False)
             bar.update()
 
         found = configuration_of(model, options, {**text, **layout, **hashes})
