@@ -1,5 +1,8 @@
 """Launches that overlap: when they do, that each kernel waits first, that no other is affected."""
 
+import ast
+import inspect
+
 import pytest
 import torch
 
@@ -69,6 +72,14 @@ def test_kernels_wait_before_they_access_memory(name, target):
     with use_overlap(True):
         row = compile_report.measure(CASES[name], TARGETS[target])
     assert not row.problems
+
+
+def test_the_first_statement_of_each_kernel_is_the_wait():
+    """Of all kernels, in their source; the machine code of most is read by `make test-long`."""
+    for kernel in {case.kernel for case in CASES.values()}:
+        function = ast.parse(inspect.getsource(kernel.fn)).body[0]
+        first = function.body[1 if ast.get_docstring(function) else 0]
+        assert ast.unparse(first) == "wait_for_previous(OVERLAP)", function.name
 
 
 def test_every_overlapping_kernel_is_compiled():
